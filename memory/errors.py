@@ -1,0 +1,7 @@
+"""The root of every error that is the user's to mend: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the user or a limit of the machine. The message names the thing, what was expected, found, and what to do."""
