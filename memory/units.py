@@ -1,0 +1,126 @@
+"""Byte amounts as people write them, and how much host memory this process may use."""
+
+from __future__ import annotations
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+
+_PREFIXES = "KMGTP"
+_AMOUNT = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>%|[A-Za-z]*)")
+_EXPECTED = "expected bytes such as 1GiB, 6GB, 512M, 50% (of what there is) or -2GB (all but 2 GB)"
+
+
+def parse_bytes(amount: str | int, total_bytes: int | None = None) -> int:
+    """Bytes named by `amount`: always positive.
+
+    KB, MB, GB, TB, PB are powers of 1000; KiB ... PiB powers of 1024; a bare K ... P means KiB ... PiB, as it does to
+    systemd and to memory cgroups; a number alone is bytes. Letter case does not matter, fractions round down. `50%` is
+    a share of `total_bytes`, and a leading minus means all of `total_bytes` but that much.
+
+    Raises ValueError: not an amount, nothing left, or relative to a `total_bytes` that was not given.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, (str, int)):
+        raise ValueError(f"{_EXPECTED}, found {amount!r}")
+    match = _AMOUNT.fullmatch(str(amount).strip())
+    if match is None:
+        raise ValueError(f"{_EXPECTED}, found {amount!r}")
+    number, unit, minus = Fraction(match["number"]), match["unit"], bool(match["minus"])
+    if (minus or unit == "%") and total_bytes is None:
+        raise ValueError(f"{amount!r} is relative, and there is no total here to take it of: give an absolute amount")
+    if unit == "%":
+        if number > 100:
+            raise ValueError(f"expected a share of at most 100%, found {amount!r}")
+        num_bytes = number * total_bytes / 100
+    elif not unit and number.denominator != 1:
+        raise ValueError(f"expected a unit after a fraction, as in {match['number']}GiB, found {amount!r}")
+    else:
+        num_bytes = number * _unit_bytes(unit, amount)
+    if minus:
+        num_bytes = total_bytes - num_bytes
+    if num_bytes < 1:
+        of = f" of {format_bytes(total_bytes)}" if total_bytes is not None and (minus or unit == "%") else ""
+        raise ValueError(f"expected at least one byte, found {amount!r}{of}, which leaves nothing")
+    return int(num_bytes)
+
+
+def _unit_bytes(unit: str, amount: str | int) -> int:
+    if unit.upper() in ("", "B"):
+        return 1
+    power = _PREFIXES.find(unit[0].upper()) + 1
+    suffix = unit[1:].lower()
+    if not power or suffix not in ("", "b", "ib"):
+        raise ValueError(f"unknown unit {unit!r} in {amount!r}: {_EXPECTED}")
+    return (1000 if suffix == "b" else 1024) ** power
+
+
+def format_bytes(num_bytes: int | float) -> str:
+    """`1288490189` -> "1.2 GiB"; whole bytes below 1 KiB."""
+    size, unit = abs(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        # Half a tenth below 1024 would be printed as "1024.0" of the smaller unit.
+        if size < (1024 if unit == "B" else 1023.95):
+            break
+        size, unit = size / 1024, larger
+    sign = "-" if num_bytes < 0 else ""
+    return f"{sign}{size:.0f} B" if unit == "B" else f"{sign}{size:.1f} {unit}"
+
+
+def available_host_bytes() -> int:
+    """Host memory that this process can hold at most: physical memory, or a smaller memory cgroup limit (v1 or v2).
+
+    The limits of the process' own cgroup and of all its ancestors count, as far as they can be seen from here. Memory
+    that other processes use is not subtracted.
+    """
+    physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        cgroups = Path("/proc/self/cgroup").read_text()
+        mountinfo = Path("/proc/self/mountinfo").read_text()
+    except OSError:  # not Linux, or no /proc
+        return physical_bytes
+    return min([physical_bytes, *cgroup_limits_bytes(cgroups, mountinfo)])
+
+
+def cgroup_limits_bytes(cgroups: str, mountinfo: str) -> list[int]:
+    """Every memory limit on the path from a process' cgroup to the top, own cgroup first.
+
+    `cgroups` is the text of /proc/PID/cgroup, `mountinfo` of /proc/PID/mountinfo (formats: man 7 cgroups, man 5 proc).
+    """
+    v1_path = v2_path = None
+    for line in cgroups.splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            v1_path = path
+        elif hierarchy == "0":
+            v2_path = path
+    limits = []
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        root, mount_point = (_unescape(field) for field in before.split()[3:5])
+        kind, _, options = after.split(" ", 2)
+        if kind == "cgroup" and "memory" in options.split(",") and v1_path is not None:
+            limits += _limits_upwards(mount_point, root, v1_path, "memory.limit_in_bytes")
+        elif kind == "cgroup2" and v2_path is not None:
+            limits += _limits_upwards(mount_point, root, v2_path, "memory.max")
+    return limits
+
+
+def _limits_upwards(mount_point: str, mount_root: str, cgroup_path: str, file_name: str) -> list[int]:
+    path = PurePosixPath(cgroup_path)
+    # A container without its own cgroup namespace sees the host's path, but has only its own subtree mounted.
+    visible = path.is_relative_to(mount_root) and ".." not in path.parts
+    below = path.relative_to(mount_root) if visible else PurePosixPath()
+    limits = []
+    for folder in (below, *below.parents):
+        try:
+            text = Path(mount_point, folder, file_name).read_text().strip()
+        except OSError:  # the top of a hierarchy has no limit file; parts of it may be hidden
+            continue
+        if text.isdigit():  # "max" is no limit
+            limits.append(int(text))
+    return limits
+
+
+def _unescape(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
