@@ -1,0 +1,105 @@
+"""Puts the bytes of a slot under a module's parameters for the length of a visit.
+
+[Note: stored and compute dtype]
+Weights stay in the checkpoint's dtype in slots. Where the model computes in another dtype (fp32 on a CPU that multiplies
+bf16 slowly), linear layers convert their weight at each use, so that one converted weight exists at a time; other
+parameters (norms, biases, stacked experts) are converted when they are bound. bf16 and fp16 to fp32 is exact: the
+result is that of a model loaded in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
+
+
+class _CastLinear(torch.autograd.Function):
+    """y = x W^T + b with W converted to x's dtype for the product only. W is frozen: it gets no gradient.
+
+    The stored weight is a view of the visit's slot and outlives the graph by the engine's order, so nothing is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.stored = stored
+        return functional.linear(x, stored.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad @ ctx.stored.to(grad.dtype), None, None
+
+
+class Binding:
+    """The frozen tensors of one streamed unit (a block, the head): module, name, and how each is bound.
+
+    Built before adapters wrap the modules: it holds the modules themselves, so wrapping does not matter.
+    """
+
+    def __init__(self, root: nn.Module, dtypes: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype]) -> None:
+        """dtypes: compute dtype per parameter or buffer of `root`; stored: dtype in the slot, for those that are streamed."""
+        self._targets: list[tuple[str, nn.Module, str, torch.dtype]] = []
+        self._lazy: list[tuple[str, nn.Module]] = []
+        self._empty: list[tuple[dict, str, torch.Tensor | None]] = []
+        for name, stored_dtype in stored.items():
+            owner_name, _, attribute = name.rpartition(".")
+            owner = root.get_submodule(owner_name)
+            tensor = getattr(owner, attribute)
+            is_lazy = (
+                type(owner) is nn.Linear
+                and attribute == "weight"
+                and stored_dtype != dtypes[name]
+                and tensor.numel() * stored_dtype.itemsize >= LAZY_MIN_BYTES
+            )
+            if is_lazy:
+                self._lazy.append((name, owner))
+                owner.forward = _LazyForward(owner)
+            else:
+                self._targets.append((name, owner, attribute, dtypes[name]))
+                home = owner._parameters if attribute in owner._parameters else owner._buffers
+                self._empty.append((home, attribute, home[attribute]))
+
+    def bind(self, views: Mapping[str, torch.Tensor]) -> None:
+        """views: local name -> tensor over the slot's bytes, stored dtype."""
+        for name, owner, attribute, dtype in self._targets:
+            tensor = views[name].to(dtype)
+            if attribute in owner._parameters:
+                owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                owner._buffers[attribute] = tensor
+        for name, owner in self._lazy:
+            owner.forward.stored = views[name]
+
+    def unbind(self) -> None:
+        for home, attribute, placeholder in self._empty:
+            home[attribute] = placeholder
+        for _, owner in self._lazy:
+            owner.forward.stored = None
+
+    def materialise(self, views: Mapping[str, torch.Tensor]) -> None:
+        """Binds with every weight converted: for code that reads `weight` itself (DoRA's norm)."""
+        for _, owner in self._lazy:
+            owner.__dict__.pop("forward", None)
+        self._targets += [(name, owner, "weight", owner.weight.dtype) for name, owner in self._lazy]
+        self._empty += [(owner._parameters, "weight", owner.weight) for _, owner in self._lazy]
+        self._lazy = []
+        self.bind(views)
+
+
+class _LazyForward:
+    """The forward of an nn.Linear whose weight stays in the slot, in its stored dtype."""
+
+    __slots__ = ("_module", "stored")
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = module
+        self.stored: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stored is None:
+            raise RuntimeError("a streamed linear layer was called while its block is away")
+        return _CastLinear.apply(x, self.stored, self._module.bias)

@@ -1,0 +1,66 @@
+"""Embedding rows on demand: of a [vocabulary, hidden] table only the rows that the batch names are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.block_store import Source, plan_rows
+
+
+class RowsOnDemand:
+    """Takes over the forward of one `nn.Embedding` (or a subclass that scales its output).
+
+    The module's own forward runs on a compact table of the wanted rows with the ids renumbered, so what a subclass does
+    around the look-up stays as it is. `read` brings rows for a whole step at once; a forward that names others reads
+    them itself.
+    """
+
+    def __init__(self, module: nn.Embedding, source: Source, dtype: torch.dtype, io: Any, device: torch.device) -> None:
+        self._module = module
+        self._forward = module.forward
+        self._source = source
+        self._dtype = dtype
+        self._io = io
+        self._device = device
+        self._files: dict[Any, int] = {}
+        self._ids = torch.empty(0, dtype=torch.int64)  # sorted ids whose rows are in the table
+        self._table = torch.empty(0)
+        self._placeholder = module._parameters["weight"]
+        self.stall_seconds = 0.0
+        module.padding_idx = None  # matters for gradients only, and need not be a row of the compact table
+        module.forward = self
+
+    def read(self, ids: torch.Tensor) -> None:
+        """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
+        ids = torch.unique(ids.cpu())
+        if ids.numel() and (ids[0] < 0 or ids[-1] >= self._source.shape[0]):
+            raise IndexError(
+                f"token id {int(ids[-1] if ids[-1] >= self._source.shape[0] else ids[0])} is outside the embedding table "
+                f"of {self._source.shape[0]} rows: is the tokenizer that of this model?"
+            )
+        if ids.numel() == self._ids.numel() and bool((ids == self._ids).all()):
+            return
+        rows = torch.empty(ids.numel(), *self._source.shape[1:], dtype=self._source.dtype)
+        reads = []
+        for path, offset, num_bytes, target_offset in plan_rows(self._source, ids.tolist()):
+            if path not in self._files:
+                self._files[path] = self._io.open(path)
+            reads.append((self._files[path], offset, num_bytes, rows.data_ptr() + target_offset))
+        if reads:
+            self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
+        self._ids, self._table = ids, rows.to(self._dtype).to(self._device)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        flat = ids.cpu().reshape(-1)
+        place = torch.searchsorted(self._ids, flat).clamp_(max=max(self._ids.numel() - 1, 0))
+        if not self._ids.numel() or not bool((self._ids[place] == flat).all()):
+            self.read(ids)
+            place = torch.searchsorted(self._ids, flat)
+        self._module._parameters["weight"] = nn.Parameter(self._table, requires_grad=False)
+        try:
+            return self._forward(place.view(ids.shape).to(ids.device))
+        finally:
+            self._module._parameters["weight"] = self._placeholder

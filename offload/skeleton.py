@@ -1,0 +1,94 @@
+"""The model without its weights: built on the meta device, from config.json alone.
+
+Parameters become placeholders: one NaN expanded to the full shape, so they cost nothing, have the right device and dtype
+for PEFT, and a forgotten bind gives NaN instead of a plausible number. Buffers that no checkpoint carries (rotary
+tables, scales) get their real values from the model's own initialisation.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memory.errors import UserError
+
+
+def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The architecture that config.json names, all tensors on meta, in eval mode. Raises UserError when it is unknown."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model's configuration in {directory}: {error}") from error
+    architectures = getattr(config, "architectures", None) or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        if model_class is not None:
+            model = model_class._from_config(config, dtype=dtype)
+        else:
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            except ValueError as error:
+                raise UserError(
+                    f"{directory}: Transformers has no class for architectures={architectures}. If the checkpoint brings "
+                    f"its own code and you trust it, pass --trust-remote-code. ({error})"
+                ) from error
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers, outermost first found, in module order: fqn -> module.
+
+    A block is a Transformers `GradientCheckpointingLayer` inside a module list; for code that has none, the elements of
+    the module list with the most parameters.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in blocks)
+        if isinstance(module, GradientCheckpointingLayer) and not inside and name.rpartition(".")[2].isdigit():
+            blocks[name] = module
+    if blocks:
+        return blocks
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no repeated layers to stream: expected layers in an nn.ModuleList, found none"
+        )
+    name, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(largest)}
+
+
+def dtype_plan(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Parameter fqn -> the dtype `from_pretrained(dtype=dtype)` would give it (some modules insist on fp32)."""
+    patterns = {re.compile(key.replace("*", r".*")): value for key, value in model._get_dtype_plan(dtype).items()}
+    plan = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        chosen = next((value for pattern, value in patterns.items() if pattern.search(name)), dtype)
+        plan[name] = chosen if parameter.is_floating_point() else parameter.dtype
+    return plan
+
+
+def set_placeholders(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Replaces every parameter by a placeholder and gives non-persistent buffers their values (on the CPU)."""
+    nan = {dtype: torch.full((1,), float("nan")).to(dtype) for dtype in set(dtypes.values())}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        placeholder = nn.Parameter(nan[dtypes[name]].expand(parameter.shape), requires_grad=False)
+        placeholder._is_hf_initialized = True
+        _owner(model, name)._parameters[name.rpartition(".")[2]] = placeholder
+    persistent = set(model.state_dict())
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        value = torch.empty_like(buffer, device="cpu")
+        value._is_hf_initialized = name in persistent
+        _owner(model, name)._buffers[name.rpartition(".")[2]] = value
+    model.initialize_weights()
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
