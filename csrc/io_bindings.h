@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// Adds the submodule `io`: the engine behind offload/io.py.
+void register_io(nanobind::module_& m);
