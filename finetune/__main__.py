@@ -1,0 +1,7 @@
+"""`python -m finetune`, the same as the `finetune` command."""
+
+from __future__ import annotations
+
+from finetune.cli import main
+
+main()

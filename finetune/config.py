@@ -1,0 +1,468 @@
+"""The configuration of a run: a YAML file or preset, flags or Python arguments, checked once with all errors together.
+
+Relative paths inside a configuration file are relative to the current directory, not to the file.
+Imports neither torch nor Transformers: a mistake is reported before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from finetune.presets import find_preset, preset_names
+from memory.errors import UserError
+from memory.units import parse_bytes
+
+SAMPLES = Path(__file__).parent / "samples"
+
+# Everyday keys that may stand at the top level, as they do on the command line.
+SHORTHANDS = {
+    "max_steps": "training",
+    "epochs": "training",
+    "batch_size": "training",
+    "micro_batch_size": "training",
+    "learning_rate": "training",
+    "seed": "training",
+    "sequence_length": "dataset",
+}
+
+# What other tools call our keys: named in the message about an unknown key.
+_OTHER_NAMES = {
+    "lr": "training.learning_rate",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "max_length": "dataset.sequence_length",
+    "max_seq_length": "dataset.sequence_length",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "output_dir": "output",
+    "model_name_or_path": "model",
+}
+
+
+class ConfigError(UserError):
+    """A configuration that is not valid: `problems` has one line a key."""
+
+    def __init__(self, problems: Sequence[str], origin: str = "the configuration") -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{count} in {origin}:", *problems]))
+
+
+def _check_amount(amount: Any) -> Any:
+    if amount is not None:
+        parse_bytes(amount, total_bytes=1 << 60)  # the form only; the machine's totals are the planner's matter
+    return amount
+
+
+def _expand_path(path: Any) -> Any:
+    return os.path.expanduser(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else path
+
+
+def _check_data(data: Any) -> Any:
+    if data is None or isinstance(data, (str, os.PathLike)):
+        data = _expand_path(data)
+        return _sample_path(data.removeprefix("sample:")) if data and data.startswith("sample:") else data
+    if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ValueError(f"expected a path, a hub id or a sequence of rows, found {_show(data)}")
+    return data
+
+
+def _sample_path(name: str) -> str:
+    names = sorted(path.stem for path in SAMPLES.glob("*.jsonl"))
+    if name not in names:
+        raise ValueError(f"expected one of the samples shipped here ({', '.join(names)}), found {name!r}")
+    return str(SAMPLES / f"{name}.jsonl")
+
+
+Switch = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[str | int | None, BeforeValidator(_check_amount)]
+ModelName = Annotated[str, BeforeValidator(_expand_path), Field(min_length=1)]
+Data = Annotated[Any, BeforeValidator(_check_data)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TrainingOptions(_Section):
+    """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
+
+    max_steps: Count | None = None
+    """Stops after this many steps; None: after `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Count = 8
+    micro_batch_size: Count = 1
+    learning_rate: NonNegative = 2e-4
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    """A name of `transformers.SchedulerType`; those that need an evaluation result every step are left out."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`."""
+    warmup_steps: CountOrZero = 0
+    warmup_ratio: Share = 0.0
+    """Share of all steps; an alternative to `warmup_steps`."""
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: NonNegative | None = 1.0
+    """0 or None: gradients are not clipped."""
+    seed: CountOrZero = 42
+    eval_steps: Count | None = None
+    """Evaluates every so many steps; None: only at the end."""
+    save_steps: Count = 50
+    """How often the state is committed from which `resume` goes on; Ctrl-C commits too."""
+    report_to: list[Literal["tensorboard"]] = []
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainingOptions:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"expected warmup_steps or warmup_ratio, found both ({self.warmup_steps} and {self.warmup_ratio})"
+            )
+        return self
+
+
+class DatasetOptions(_Section):
+    """How rows become tokens."""
+
+    form: Literal["auto", "messages", "prompt_completion", "alpaca", "text", "input_ids"] = "auto"
+    sequence_length: Count = 1024
+    """Tokens a row at most."""
+    packing: Switch = False
+    """Fill rows with several examples; attention stays within each example."""
+    completion_only: Switch = True
+    """Loss on completions and assistant turns only."""
+    append_eos: Switch | None = None
+    """None: as is usual for the form."""
+    chat_template: str | None = None
+    """A path or the template itself; None: the tokenizer's own."""
+
+
+class LoraOptions(_Section):
+    """`peft.LoraConfig` under shorter names; what is not named here goes into `extra` as it is."""
+
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Share = 0.0
+    target_modules: str | list[str] = "all-linear"
+    """"all-linear", a regular expression of module names, or a list of their endings."""
+    use_rslora: Switch = False
+    use_dora: Switch = False
+    init_lora_weights: Annotated[bool, Strict()] | str = True
+    extra: dict[str, Any] = {}
+
+    @field_validator("extra")
+    @classmethod
+    def _check_extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        named = {"lora_alpha": "alpha", "lora_dropout": "dropout"} | {key: key for key in cls.model_fields}
+        for key in extra:
+            if key in named:
+                raise ValueError(
+                    f"expected only arguments that have no key of their own, found {key!r}: use lora.{named[key]}"
+                )
+        return extra
+
+    def peft_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `peft.LoraConfig`."""
+        renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+        own = {renamed.get(key, key): value for key, value in self if key != "extra"}
+        return own | self.extra
+
+
+class EngineOptions(_Section):
+    """How the model is streamed. The planner chooses what is None or auto.
+
+    No choice changes results, except `dtype` and the tiles of the loss, which round differently.
+    """
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: the checkpoint's own."""
+    io_backend: Literal["auto", "io_uring", "threads"] = "auto"
+    resident_blocks: CountOrZero | None = None
+    """Blocks that stay in memory for the whole run."""
+    lookahead: CountOrZero | None = None
+    """Blocks fetched ahead of the one that computes."""
+    activations: Literal["auto", "host", "disk"] = "auto"
+    """Where block inputs wait for the backward pass."""
+    loss_tile_tokens: Count | None = None
+    loss_tile_vocab: Count | None = None
+    queue_depth: Count | None = None
+    """Disk requests in flight."""
+    num_threads: Count | None = None
+    """Compute threads; None: PyTorch's choice."""
+    simulated_copy_gbps: Annotated[float, Field(gt=0)] | None = None
+    """Bandwidth of a copy on the simulated device, in units of 10^9 bytes/s; None: unlimited."""
+    simulated_delay_ms: NonNegative = 0.0
+
+
+class Config(_Section):
+    """What to train, on what, within which limits. Frozen; every key is checked when it is made.
+
+    The everyday keys of `SHORTHANDS` are also taken at the top level: `Config(model=..., max_steps=10)`.
+    Byte amounts are words of `memory.units.parse_bytes`.
+
+    Raises ConfigError, with all problems in one message.
+    """
+
+    model: ModelName
+    """A directory with config.json and safetensors files, or a hub id."""
+    data: Data = None
+    """A path, a hub id, `sample:NAME` for a file shipped here, or (in Python) a sequence of rows."""
+    eval_data: Data = None
+    method: Literal["lora"] = "lora"
+    output: Annotated[Path, BeforeValidator(_expand_path)] = Path("out")
+    host_memory: Amount = None
+    """Limit of the whole process, a promise; None: what the machine or the memory cgroup has."""
+    device_memory: Amount = None
+    disk: Amount = None
+    """Limit of everything written under `output`."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps", "simulated"] = "auto"
+    resume: Switch = False
+    """Go on from the state in `output`."""
+    trust_remote_code: Switch = False
+    training: TrainingOptions = TrainingOptions()
+    dataset: DatasetOptions = DatasetOptions()
+    lora: LoraOptions = LoraOptions()
+    engine: EngineOptions = EngineOptions()
+
+    def __init__(self, **values: Any) -> None:
+        values = _expand_shorthands(values)
+        conflicts = []
+        for key in SHORTHANDS.keys() & values.keys():
+            value = values.pop(key)
+            full = f"{SHORTHANDS[key]}.{key}"
+            other = values[SHORTHANDS[key]]
+            other = other[key] if isinstance(other, Mapping) else other
+            conflicts.append(f"{key}: found {_show(value)}, but {full} is {_show(other)}: give one of them")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(sorted(conflicts) + _explain(error)) from None
+        if conflicts:
+            raise ConfigError(sorted(conflicts))
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        settings: Sequence[str] = (),
+    ) -> Config:
+        """The configuration in a YAML file or preset, with changes on top.
+
+        `source`: a path, or a preset's name where no such file exists. `overrides`: keys to values; a key may be dotted
+        (`training.max_steps`) or a shorthand. `settings`: "key=value" words, the value in YAML; they come last.
+
+        Raises ConfigError.
+        """
+        values, origin = {}, "the configuration"
+        if source is not None:
+            path = _find_source(os.fspath(source))
+            values, origin = _expand_shorthands(_read_yaml(path)), str(path)
+        changes: dict[str, Any] = {}
+        for key, value in (overrides or {}).items():
+            _assign(changes, key, value)
+        for setting in settings:
+            _assign(changes, *_parse_setting(setting))
+        try:
+            return cls(**_merge(values, _expand_shorthands(changes)))
+        except ConfigError as error:
+            raise ConfigError(error.problems, origin) from None
+
+    def to_yaml(self) -> str:
+        """All keys with their values, such that `load` gives an equal configuration back.
+
+        Data given as a Python object has no place in a file: its key is null, and a comment says so.
+        """
+        values = self.model_dump() | {"output": str(self.output)}
+        comments = ""
+        for key in ("data", "eval_data"):
+            if not isinstance(values[key], (str, type(None))):
+                comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"
+                values[key] = None
+        return comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "training": TrainingOptions,
+    "dataset": DatasetOptions,
+    "lora": LoraOptions,
+    "engine": EngineOptions,
+}
+_KEYS = [key for key in Config.model_fields if key not in _SECTIONS]
+_KEYS += [f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields]
+
+
+def _find_source(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    preset = find_preset(source)
+    if preset is None:
+        near = difflib.get_close_matches(source, preset_names(), n=1)
+        raise ConfigError(
+            [
+                f"expected a YAML file or one of the presets {', '.join(preset_names())}; found neither"
+                + (f"; did you mean {near[0]}?" if near else "")
+            ],
+            origin=repr(source),
+        )
+    return preset
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"expected YAML, found: {' '.join(str(error).split())}"], str(path)) from None
+    except OSError as error:
+        raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"expected keys and values, found {_show(values)}"], str(path))
+    return {str(key): value for key, value in values.items()}
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError([f"expected key=value, such as training.max_steps=50, found {setting!r}"], "--set")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            [f"{key}: expected a YAML value, found {text!r}: quote it, as in {key}='\"...\"'"], "--set"
+        ) from None
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *folders, leaf = dotted.split(".")
+    for folder in folders:
+        if not isinstance(tree.get(folder), dict):
+            tree[folder] = {}
+        tree = tree[folder]
+    tree[leaf] = value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _expand_shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves each shorthand into its section; one that contradicts its section stays, for `Config` to report."""
+    values = dict(values)
+    for key, section in SHORTHANDS.items():
+        if key not in values:
+            continue
+        inner = values.get(section)
+        if isinstance(inner, _Section):
+            inner = inner.model_dump(exclude_unset=True)
+        if inner is None:
+            inner = {}
+        if isinstance(inner, Mapping) and inner.get(key, values[key]) == values[key]:
+            values[section] = {**inner, key: values.pop(key)}
+    return values
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a key: what was expected and what was found."""
+    expectations: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            key = ".".join(location)
+            expectations[key] = [f"unknown key{_nearest(location)}"]
+            found[key] = _show(problem["input"])
+            continue
+        # Behind the key stand tags of a union's members and indices: `lora.target_modules.list[str].0`.
+        key = location[0] if location[0] not in _SECTIONS else ".".join(location[:2])
+        if problem["type"] == "missing":
+            expectations[key] = [_MISSING.get(key, "missing")]
+        elif problem["type"] == "value_error":  # our own checks say what they expected and found
+            expectations[key] = [str(problem["ctx"]["error"])]
+        else:
+            expected = _expected(problem["type"], problem["msg"], location)
+            lines = expectations.setdefault(key, [])
+            if expected not in lines:
+                lines.append(expected)
+            found.setdefault(key, _show(problem["input"]))
+    return [_problem_line(key, lines, found.get(key)) for key, lines in expectations.items()]
+
+
+_MISSING = {"model": "missing; name a model directory or hub id (--model, or `model:` in the file)"}
+
+
+def _expected(kind: str, message: str, location: Sequence[str]) -> str:
+    if kind == "model_type":
+        return "a mapping of keys to values"
+    if "list[str]" in location:
+        return "a list of strings"
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0].split(", got a number")[0]
+    return f"a number {expected}" if expected.startswith(("greater", "less")) else expected
+
+
+def _problem_line(key: str, lines: list[str], found: str | None) -> str:
+    if found is None:
+        return f"{key}: {lines[0]}"
+    if lines[0].startswith("unknown key"):
+        return f"{key}: {lines[0]} (value {found})"
+    return f"{key}: expected {' or '.join(lines)}, found {found}"
+
+
+def _nearest(location: Sequence[str]) -> str:
+    *sections, leaf = location
+    leaves = {key.rpartition(".")[2]: key for key in _KEYS} | {section: section for section in _SECTIONS}
+    key = leaves.get(leaf) or _OTHER_NAMES.get(leaf)
+    same_section = {name: key for name, key in leaves.items() if key == ".".join([*sections, name])}
+    for names in (same_section, leaves):
+        near = difflib.get_close_matches(leaf, names, n=1)
+        if key is None and near:
+            key = names[near[0]]
+    return f"; nearest: {key}" if key else ""
+
+
+def _show(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool, list, dict, type(None))) else type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."
