@@ -1,0 +1,78 @@
+// A bounded, recycled home for torch's CPU tensors.
+//
+// torch takes tensor memory from posix_memalign and gives it back through free. `install` redirects these two symbols, in
+// torch's own libraries only, to one region of fixed size. What is freed is reused at once by the next tensor, so the
+// memory of the process neither grows step by step nor has to be zeroed again by the kernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+
+namespace arena {
+
+// All blocks start and end on a page, so free ranges can be handed back exactly and a foreign pointer is told at a glance.
+inline constexpr std::size_t kPageBytes = 4096;
+inline constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+
+// One contiguous mapping, cut into blocks. First fit in address order: temporaries from the low end, long-lived blocks
+// from the high end; neighbours merge the moment they are free. Not thread-safe; the caller holds the lock.
+class Region {
+public:
+    explicit Region(std::size_t capacity_bytes);  // throws std::bad_alloc
+    ~Region();
+    Region(const Region&) = delete;
+    Region& operator=(const Region&) = delete;
+
+    void* allocate(std::size_t bytes, bool high_end);  // nullptr when no free range is large enough
+    std::size_t release(void* block);                  // bytes of the block; 0 when it is no block of this region
+    std::size_t trim();                                // hands the pages of free ranges to the kernel; bytes in them
+    void discard(void* block, std::size_t bytes);      // hands these pages to the kernel
+    void prefault(std::size_t bytes);
+
+    bool contains(const void* p) const;
+    std::uintptr_t begin() const { return reinterpret_cast<std::uintptr_t>(base_); }
+    std::uintptr_t end() const { return begin() + capacity_bytes_; }
+    std::size_t capacity_bytes() const { return capacity_bytes_; }
+    std::size_t used_bytes() const { return used_bytes_; }
+    std::size_t extent_bytes() const { return low_mark_ + (capacity_bytes_ - high_mark_); }
+    std::size_t blocks() const { return used_.size(); }
+    std::size_t largest_free_bytes() const;
+
+private:
+    char* base_ = nullptr;
+    std::size_t capacity_bytes_ = 0;
+    std::size_t used_bytes_ = 0;
+    std::size_t low_mark_ = 0;   // end of the highest block ever taken from the low end
+    std::size_t high_mark_ = 0;  // start of the lowest block ever taken from the high end
+    std::map<std::size_t, std::size_t> free_;            // offset -> bytes, never two neighbours
+    std::unordered_map<std::size_t, std::size_t> used_;  // offset -> bytes
+};
+
+struct Stats {
+    std::size_t capacity_bytes = 0;
+    std::size_t used_bytes = 0;
+    std::size_t peak_bytes = 0;
+    std::size_t extent_bytes = 0;
+    std::size_t largest_free_bytes = 0;
+    std::size_t blocks = 0;
+    std::size_t overflow_bytes = 0;
+    std::size_t overflow_peak_bytes = 0;
+};
+
+// Throws std::runtime_error naming what is missing when torch's allocator cannot be redirected on this system.
+void install(std::size_t capacity_bytes, std::size_t min_block_bytes);
+Stats stats();
+void reset_peak();
+void prefault(std::size_t bytes);
+std::size_t trim();
+bool set_long_lived(bool on);  // of the calling thread; returns what it was
+
+}  // namespace arena
+
+void register_arena(nanobind::module_& m);
