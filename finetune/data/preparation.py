@@ -1,0 +1,231 @@
+"""Data to token cache: finds the cache that fits, or has another process make it.
+
+This module runs in the trainer and imports no tokenizer and no torch. Call it before anything heavy is imported
+where memory is short: the preparing process needs its own 70 to 150 MiB while it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import finetune
+from finetune.data.cache import FORMAT_VERSION, TokenDataset
+from finetune.data.errors import DataError
+from finetune.data.forms import FORMS
+from finetune.data.sources import COLUMNS, File, HubSplit, resolve
+
+# What a tokenizer is made of; config.json says the size of the vocabulary.
+_TOKENIZER_FILES = (
+    "tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "config.json", "tokenization_*.py",
+)  # fmt: skip
+
+
+def prepare(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    model: str | Path,
+    cache_dir: str | Path,
+    sequence_length: int,
+    form: str = "auto",
+    completion_only: bool = True,
+    append_eos: bool | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    choices: bool = False,
+) -> TokenDataset:
+    """Return the token cache of `source`, made now or earlier.
+
+    source            path of a .jsonl, .json, .parquet or .txt file, a folder or glob of them, "hubid", "hubid:split",
+                      "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
+    model             folder or hub id of the tokenizer
+    sequence_length   tokens an example may have; longer ones are cut at the end and counted in meta["truncated"], plain
+                      text is cut into consecutive examples; one without any trained token left is counted in
+                      meta["dropped"]
+    form              "auto": found from each file's first row; else see `finetune.data.forms`
+    completion_only   train on the assistant's turns and completions only; else on every token
+    append_eos        None: after completions and documents, not after chats (their template ends them)
+    chat_template     Jinja text, or the path of a file with it, in place of the tokenizer's own
+    choices           prompt + completion rows become one example for each different completion in the data, so that
+                      their likelihoods can be compared: see TokenDataset.num_choices and .answers
+
+    A cache is made in a separate process, under a temporary name, and renamed when whole. It is used again while the
+    files (path, size, time of change), the tokenizer's files, these options and the tokenizer libraries are the same.
+    Raises DataError for data, tokenizer or template that cannot be used, and when the process dies.
+    """
+    if form != "auto" and form not in FORMS:
+        raise DataError(f"form: expected one of auto, {', '.join(FORMS)}, found {form!r}")
+    if sequence_length < 2:
+        raise DataError(f"sequence_length: expected at least 2 tokens, found {sequence_length}")
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tokenizer = _tokenizer_folder(str(model))
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache_dir) as scratch:
+        if isinstance(source, str | Path):
+            sources = resolve(source)
+        else:
+            sources = [_write_rows(source, Path(scratch) / "rows.jsonl")]
+        fingerprint = _fingerprint(tokenizer)
+        options = {
+            "sequence_length": sequence_length,
+            "form": form,
+            "completion_only": completion_only,
+            "append_eos": append_eos,
+            "chat_template": _template_text(chat_template),
+            "trust_remote_code": trust_remote_code,
+            "choices": choices,
+            "fingerprint": fingerprint,
+        }
+        key = _key(sources, options)
+        try:
+            return TokenDataset.open(cache_dir / key)
+        except DataError:
+            shutil.rmtree(cache_dir / key, ignore_errors=True)  # absent, or damaged
+        folder = Path(scratch) / key
+        folder.mkdir(mode=0o700)
+        job = {
+            "folder": str(folder),
+            "sources": [asdict(one) for one in sources],
+            "tokenizer": str(tokenizer),
+            "model": str(model),
+            **options,
+        }
+        _run_worker(job, Path(scratch) / "stderr.txt")
+        try:
+            folder.rename(cache_dir / key)
+        except OSError:
+            # Another run made the same cache meanwhile; if it is not whole, opening it says so.
+            pass
+        return TokenDataset.open(cache_dir / key)
+
+
+def _tokenizer_folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise DataError(f"{model} is not a folder, and huggingface_hub, to download it, is not installed") from None
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_TOKENIZER_FILES)))
+    except Exception as error:  # network, hub, and naming errors have no common root
+        raise DataError(
+            f"model {model!r} is neither a folder here nor could its tokenizer be had from the hub: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _key(sources: list[File | HubSplit], options: dict[str, Any]) -> str:
+    libraries = {}
+    for name in ("transformers", "tokenizers"):
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            raise DataError(f"preparing data needs {name}, which is not installed: pip install {name}") from None
+    what = [FORMAT_VERSION, libraries, [source.identity() for source in sources], options]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _template_text(template: str | None) -> str | None:
+    if template is None or "{" in template or "\n" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"chat_template: expected Jinja text or a file, found {template!r}: {error}") from error
+
+
+def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> File:
+    """Rows in memory as JSON lines: tokens are made in another process, which needs them on disk."""
+    digest = hashlib.sha256()
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+        for index, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise DataError(f"data[{index}]: expected a dict, found {type(row).__name__}")
+            # Other columns may hold anything; their names alone are kept, for messages about missing ones.
+            known = {key: value if key in COLUMNS else None for key, value in row.items()}
+            try:
+                line = json.dumps(known, default=_plain).encode() + b"\n"
+            except (TypeError, ValueError) as error:
+                raise DataError(f"data[{index}]: expected strings, numbers, lists and dicts: {error}") from error
+            digest.update(line)
+            stream.write(line)
+    stat = path.stat()
+    return File(str(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest())
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # arrays and tensors of token ids
+        return value.tolist()
+    raise TypeError(f"found {type(value).__name__}")
+
+
+def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
+    """Run the preparing process to its end. Raises DataError with its message, or with how it died."""
+    # -P: a file in the user's folder named like a library must not be imported in its stead.
+    command = [sys.executable, "-P", "-m", "finetune.data.worker"]
+    home = str(Path(finetune.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    error, line_open = None, False
+    with (
+        open(stderr_path, "wb") as stderr,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "PYTHONPATH": path},
+            encoding="utf-8",
+        ) as process,
+    ):
+        try:
+            try:
+                json.dump(job, process.stdin)
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it is dead: the exit code says more
+            for line in process.stdout:
+                message = json.loads(line)
+                error = message.get("error", error)
+                if "rows" in message and sys.stderr.isatty():
+                    line_open = True
+                    counts = f"{message['rows']:,} rows, {message['tokens']:,} tokens"
+                    print(f"\rpreparing data: {counts}", end="", file=sys.stderr, flush=True)
+            code = process.wait()
+        finally:
+            process.kill()  # Ctrl-C here must not leave it running; does nothing once it has ended
+            if line_open:
+                print(file=sys.stderr)
+    if error is not None:
+        raise DataError(error)
+    if code == 0:
+        return
+    words = stderr_path.read_text(errors="replace").strip()[-2000:]
+    tail = f"; its last words:\n{words}" if words else ""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often the kernel's answer to a lack of memory)" if -code == signal.SIGKILL else ""
+        raise DataError(f"the process that prepares the data was killed by {name}{hint}{tail}")
+    raise DataError(f"the process that prepares the data crashed with exit code {code}{tail}")

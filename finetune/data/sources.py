@@ -1,0 +1,261 @@
+"""Where rows come from: files, folders, globs and hub datasets, read as a stream.
+
+A row's place is "file:line" for text formats and "file:row" (from 1) for Parquet and hub data.
+Memory does not grow with a file's size: JSONL is read by line, JSON arrays by element, Parquet by row group, and
+a .txt file, which is one document, in pieces cut at line ends.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+# Every column that some form reads; others are not even loaded from Parquet.
+COLUMNS = frozenset(
+    "messages conversations system tools prompt completion instruction input output text input_ids labels "
+    "attention_mask".split()
+)
+TEXT_PIECE_CHARS = 1 << 20
+JSON_BUFFER_CHARS = 1 << 16
+_HUB = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<first>[\w.+-]+))?(:(?P<second>[^:]+))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """A consecutive part of one plain-text document."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A local file, with what tells one version of it from another."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str | None = None  # set for rows handed over in memory, whose temporary file has no lasting identity
+
+    @property
+    def name(self) -> str:
+        return "data" if self.sha256 else Path(self.path).name
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": self.sha256} if self.sha256 else asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSplit:
+    """One split of a dataset on the hub."""
+
+    id: str
+    config: str | None
+    split: str
+    commit: str | None  # None when the hub could not be asked
+
+    @property
+    def name(self) -> str:
+        return f"{self.id}:{self.split}"
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve(source: str | Path) -> list[File | HubSplit]:
+    """Files in name order behind a path, folder or glob, or the split behind "hubid", "hubid:split" or
+    "hubid:config:split" (split: "train" unless given).
+
+    Raises DataError when there is nothing there.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
+        if (path / "state.json").exists() and (path / "dataset_info.json").exists():
+            raise DataError(
+                f"{text} was written by datasets' save_to_disk, which is not read here: write it with to_parquet() or "
+                "to_json(), or hand the Dataset object itself over from Python"
+            )
+        if not found:
+            raise DataError(f"no data file in the folder {text}: expected files ending in {', '.join(SUFFIXES)}")
+        return [_file(p) for p in found]
+    if path.exists():
+        return [_file(path)]
+    if glob.has_magic(text):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        if not found:
+            raise DataError(f"no file matches {text}")
+        return [_file(p) for p in found if p.is_file()]
+    match = _HUB.match(text)
+    if path.suffix in SUFFIXES or isinstance(source, Path) or not match:
+        raise DataError(f"data file not found: {text}")
+    first, second = match["first"], match["second"]
+    config, split = (first, second) if second else (None, first or "train")
+    return [HubSplit(match["id"], config, split, _hub_commit(match["id"]))]
+
+
+def read_rows(source: File | HubSplit) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) in order. A row that cannot be read is a DataError in the row's stead, so that a caller can
+    count further ones; a source that cannot be read at all raises it."""
+    if isinstance(source, HubSplit):
+        yield from _hub_rows(source)
+        return
+    reader = {".txt": _text_pieces, ".parquet": _parquet_rows}.get(Path(source.path).suffix, _json_rows)
+    try:
+        yield from reader(source)
+    except OSError as error:
+        raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
+
+
+def _file(path: Path) -> File:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
+    stat = path.stat()
+    return File(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+def _json_rows(file: File) -> Iterator[tuple[str, Any]]:
+    with open(file.path, "rb") as stream:
+        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    # A .json file may hold an array or, as often, JSON lines.
+    yield from _array_elements(file) if head[:1] == b"[" and not file.path.endswith(".jsonl") else _lines(file)
+
+
+def _lines(file: File) -> Iterator[tuple[str, Any]]:
+    with open(file.path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            # Rows handed over in memory are named as Python does: data[0] is the first.
+            place = f"data[{number - 1}]" if file.sha256 else f"{file.name}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                yield place, json.loads(line)
+            except UnicodeDecodeError as error:
+                yield place, DataError(f"{place}: not UTF-8 (byte {error.start + 1} of the line): save it as UTF-8")
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield place, DataError(f"{place}: expected one JSON object, found what is not JSON: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return "nested too deeply"
+
+
+def _array_elements(file: File) -> Iterator[tuple[str, Any]]:
+    """Elements of one JSON array of objects, parsed as the file is read."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+    buffer, line, opened, want = "", 1, False, JSON_BUFFER_CHARS
+    with open(file.path, encoding="utf-8-sig") as stream:
+        while True:
+            try:
+                more = stream.read(want)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file.name}: not UTF-8 after line {line}: save the file as UTF-8") from error
+            buffer += more
+            position = 0
+            while True:
+                start = space.match(buffer, position).end()
+                if buffer[start : start + 1] == ("," if opened else "["):
+                    start, opened = space.match(buffer, start + 1).end(), True
+                line += buffer.count("\n", position, start)
+                position = start
+                place = f"{file.name}:{line}"
+                if buffer[start : start + 1] == "]":
+                    return
+                if start < len(buffer) and buffer[start] not in ",{":
+                    raise DataError(f"{place}: expected an object in the array, found {buffer[start : start + 20]!r}")
+                try:
+                    row, position = decoder.raw_decode(buffer, start)
+                except json.JSONDecodeError as error:
+                    if not more:
+                        raise DataError(f"{place}: the array's element is not JSON: {error.msg}") from error
+                    break
+                line += buffer.count("\n", start, position)
+                yield place, row
+            # An element longer than the buffer: read in growing steps, so that parsing it again stays cheap.
+            want = JSON_BUFFER_CHARS if position else 2 * want
+            buffer = buffer[position:]
+
+
+def _text_pieces(file: File) -> Iterator[tuple[str, Any]]:
+    with open(file.path, encoding="utf-8-sig", newline="") as stream:
+        line, first, held = 1, True, ""
+        while True:
+            try:
+                more = stream.read(TEXT_PIECE_CHARS)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file.name}: not UTF-8 after line {line}: save the file as UTF-8") from error
+            place = f"{file.name}:{line}"
+            if not more:
+                if held or not first:
+                    yield place, TextPiece(held, first, True)
+                return
+            held += more
+            cut = held.rfind("\n") + 1 or len(held)
+            yield place, TextPiece(held[:cut], first, False)
+            line += held.count("\n", 0, cut)
+            held, first = held[cut:], False
+
+
+def _parquet_rows(file: File) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"reading {file.name} needs pyarrow, which is not installed: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            names = table.schema_arrow.names
+            known = [name for name in names if name in COLUMNS]
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=known or names):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file.name}: cannot be read as Parquet: {error}") from error
+
+
+def _hub_commit(dataset_id: str) -> str | None:
+    try:
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(dataset_id, timeout=10).sha
+    except Exception:  # offline, private or absent: loading it says which
+        return None
+
+
+def _hub_rows(source: HubSplit) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{source.id} is not a file here, and loading it from the hub needs the package datasets, which is not "
+            "installed: pip install datasets, or give a path to a file"
+        ) from None
+    try:
+        rows = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.commit)
+    except Exception as error:  # the library raises its own, the hub's, the network's and built-in errors
+        raise DataError(
+            f"{source.id} is neither a file here nor could it be loaded from the hub (split {source.split!r}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    known = [name for name in rows.column_names if name in COLUMNS]
+    if known:
+        rows = rows.select_columns(known)
+    for number, row in enumerate(rows, 1):
+        yield f"{source.name}:{number}", row
