@@ -197,6 +197,22 @@ def test_slot_is_written_back_and_refilled_without_the_host_waiting(make_simulat
     assert torch.equal(slot, new)
 
 
+def test_pending_write_back_still_sees_a_fetch_that_is_waited_for_after_the_slot_was_refilled(make_simulated):
+    device = make_simulated(bytes_per_second=1e6, delay_seconds=0.05)
+    slot = device.allocate_slab(10)
+    home = torch.zeros(10, dtype=torch.uint8)
+    device.copy_async(torch.empty(300_000, dtype=torch.uint8), random_bytes(300_000), D2H)  # holds the write-back up
+    fetched = device.copy_async(slot, random_bytes(10, 1), H2D)
+    written = device.copy_async(home, slot, D2H, after=fetched)
+    refilled = device.copy_async(slot, random_bytes(10, 2), H2D, after=written)
+    device.wait(fetched)
+    assert torch.equal(slot, poison(10))
+    device.synchronize(written)
+    assert torch.equal(home, random_bytes(10, 1))
+    device.wait(refilled)
+    assert torch.equal(slot, random_bytes(10, 2))
+
+
 def test_copies_never_waited_for_do_not_pile_up(make_simulated):
     device = make_simulated()
     slot = device.allocate_slab(64)
@@ -315,7 +331,7 @@ def test_slot_refilled_without_naming_the_write_back_poisons_the_write_back(make
 
 
 def test_late_wait_for_a_superseded_copy_does_not_bring_it_back(make_simulated):
-    device = make_simulated(bytes_per_second=1e5)
+    device = make_simulated(bytes_per_second=1e5, delay_seconds=0.05)  # `old` is pending when `newer` comes
     slab = device.allocate_slab(2_000_010)
     slot = slab[:10]
     old = device.copy_async(slot, random_bytes(10, 1), H2D)
