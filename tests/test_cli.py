@@ -1,0 +1,275 @@
+"""The `finetune` command through its real entry point: flags, messages, exit codes, nothing heavy imported early.
+
+The trainer and the others behind the commands are replaced: what is tested is what the command does itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from finetune.cli import app
+from finetune.config import Config
+from finetune.presets import read_presets
+from memory.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def finetune(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+class Recorder:
+    """Stands for the trainer: keeps the configuration, and raises what it is told to."""
+
+    config: Config | None = None
+    error: BaseException | None = None
+
+    def __init__(self, config: Config) -> None:
+        type(self).config = config
+
+    def train(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def plan(self) -> types.SimpleNamespace:
+        self.train()
+        return types.SimpleNamespace(describe=lambda: "a plan [/bold]")
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    recorder = type("Recorder", (Recorder,), {})
+    replace_module(monkeypatch, "finetune.trainer", Trainer=recorder)
+    monkeypatch.delenv("FINETUNE_DEBUG", raising=False)
+    return recorder
+
+
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def invoke(*words: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(app, [*words], input=text)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from finetune.cli import main\n"
+        "sys.argv = ['finetune', '--help']\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'pydantic', 'yaml', 'datasets', 'pyarrow'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "heavy: []" in result.stdout
+    for command in ("run", "plan", "eval", "generate", "presets", "version"):
+        assert f" {command} " in result.stdout
+
+
+def test_version_and_presets() -> None:
+    import finetune as package
+
+    assert finetune("version").stdout.startswith(f"finetune {package.__version__}\npython 3.")
+    lines = finetune("presets").stdout.splitlines()
+    goals = {preset.name: preset.goal for preset in read_presets()}
+    assert dict(line.split(maxsplit=1) for line in lines) == goals
+    assert len({line.index(goals[line.split()[0]]) for line in lines}) == 1
+
+
+EVERYDAY = [
+    "--model", "m", "--data", "d", "--eval-data", "e", "--method", "lora", "--output", "o", "--host-memory", "-2GB",
+    "--device-memory", "50%", "--disk", "7GB", "--device", "cpu", "--max-steps", "5", "--epochs", "0.5",
+    "--batch-size", "6", "--micro-batch-size", "2", "--sequence-length", "99", "--learning-rate", "1e-3", "--seed", "0",
+    "--resume", "--trust-remote-code", "--set", "lora.r=3", "--set", "training.save_steps=7",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_flags_reach_the_trainer(trainer: type[Recorder], command: str) -> None:
+    result = invoke(command, *EVERYDAY)
+    assert result.exit_code == 0, result.output
+    assert trainer.config == Config(
+        model="m", data="d", eval_data="e", method="lora", output="o", host_memory="-2GB", device_memory="50%",
+        disk="7GB", device="cpu", resume=True, trust_remote_code=True, max_steps=5, epochs=0.5, batch_size=6,
+        micro_batch_size=2, sequence_length=99, learning_rate=1e-3, seed=0, lora={"r": 3}, training={"save_steps": 7},
+    )  # fmt: skip
+    assert result.output == ("a plan [/bold]\n" if command == "plan" else "")
+
+
+def test_flags_win_over_the_file(trainer: type[Recorder], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\nresume: true\ntraining: {max_steps: 9, seed: 3}\n")
+    assert invoke("run", str(file), "--max-steps", "2", "--no-resume").exit_code == 0
+    assert (trainer.config.training.max_steps, trainer.config.training.seed, trainer.config.resume) == (2, 3, False)
+    assert invoke("run", str(file)).exit_code == 0
+    assert (trainer.config.training.max_steps, trainer.config.resume) == (9, True)
+
+
+def test_preset_by_name(trainer: type[Recorder]) -> None:
+    assert invoke("run", "laptop-8gb", "--model", "m", "--data", "d").exit_code == 0
+    assert trainer.config == Config.load("laptop-8gb", {"model": "m", "data": "d"})
+
+
+def test_configuration_errors_come_as_one_message() -> None:
+    result = finetune("run", "--data", "d", "--host-memory", "5XB", "--set", "lora.rank=[8]")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == "error: 3 problems in the configuration:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["model", "host_memory", "lora.rank"]
+    assert lines[3].endswith("nearest: lora.r (value [8])")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--model", "m"], "error: expected data to train on, found none: give --data FILE\n"),
+        (["eval", "--model", "m"], "error: expected data to evaluate on, found none: give --data FILE\n"),
+        (["generate", "--model", "m"], "error: expected a prompt, found none: give --prompt TEXT, or text on standard"),
+        (["run", "nowhere.yaml"], "error: 1 problem in 'nowhere.yaml':\n  expected a YAML file or one of the presets"),
+    ],
+)
+def test_what_is_missing_is_named(words: list[str], message: str) -> None:
+    result = finetune(*words)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+
+
+@pytest.mark.parametrize("words", [["run", "--modl", "m"], ["run", "--max-steps", "many"], ["fly"]])
+def test_wrong_usage(words: list[str]) -> None:
+    assert invoke(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("budget of [1 GiB] is\ntoo small [/red]"), "error: budget of [1 GiB] is\ntoo small [/red]\n"),
+        (
+            RuntimeError("shapes [2]\n  differ"),
+            "error: RuntimeError: shapes [2] differ (run with FINETUNE_DEBUG=1 for the traceback)\n",
+        ),
+        (MemoryError(), "error: MemoryError (run with FINETUNE_DEBUG=1 for the traceback)\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_errors_end_in_one_message(trainer: type[Recorder], command: str, error: Exception, message: str) -> None:
+    trainer.error = error
+    result = invoke(command, "--model", "m", "--data", "d")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_debug_shows_the_traceback(trainer: type[Recorder], monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    trainer.error = UserError("no")
+    if way == "environment":
+        monkeypatch.setenv("FINETUNE_DEBUG", "1")
+    result = invoke("run", "--model", "m", "--data", "d", *(["--debug"] if way == "flag" else []))
+    assert result.exception is trainer.error
+
+
+INTERRUPTED = """
+import sys, time, types
+module = types.ModuleType("finetune.trainer")
+class Trainer:
+    def __init__(self, config): pass
+    def train(self):
+        print("ready", flush=True)
+        time.sleep(60)
+module.Trainer = Trainer
+sys.modules["finetune.trainer"] = module
+from finetune.cli import main
+sys.argv[0] = "finetune"
+main()
+"""
+
+
+@pytest.mark.parametrize("resume", ["--resume", "--no-resume", "--max-steps=5"])
+def test_ctrl_c_says_how_to_go_on(resume: str) -> None:
+    words = ["run", "--model", "a model", "--data", "d", resume]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    given = " --max-steps=5" if resume.startswith("--max") else ""
+    assert message == (
+        "\nInterrupted. Go on from the last committed step with:\n"
+        f"  finetune run --model 'a model' --data d{given} --resume\n"
+    )
+
+
+def test_ctrl_c_elsewhere(trainer: type[Recorder]) -> None:
+    trainer.error = KeyboardInterrupt()
+    result = invoke("plan", "--model", "m")
+    assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")
+
+
+def test_eval_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Config, str | None]] = []
+
+    def evaluate(config: Config, adapter: str | None) -> dict[str, Any]:
+        calls.append((config, adapter))
+        return {"loss": float("nan") if adapter is None else 0.25, "accuracy": 0.87651, "rows": 872}
+
+    replace_module(monkeypatch, "finetune.evaluate", evaluate=evaluate)
+    words = ["eval", "--model", "m", "--data", "d", "--host-memory", "1GiB", "--micro-batch-size", "3"]
+    assert invoke(*words, "--adapter", "out/adapter").stdout == "loss: 0.2500\naccuracy: 0.8765\nrows: 872\n"
+    assert calls == [(Config(model="m", eval_data="d", host_memory="1GiB", micro_batch_size=3), "out/adapter")]
+    assert json.loads(invoke(*words, "--json").stdout) == {"loss": None, "accuracy": 0.87651, "rows": 872}
+
+
+def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def generate(*args: Any, **options: Any) -> Iterator[str]:
+        calls.append((args, options))
+        yield from ("[a]", " b\n", "c")
+
+    replace_module(monkeypatch, "finetune.generate", generate=generate)
+    flags = ["--max-new-tokens", "9", "--temperature", "0.5", "--top-p", "0.9", "--seed", "0", "--no-chat"]
+    result = invoke("generate", "--model", "m", "--adapter", "x", "-p", "Say [b]", *flags)
+    assert (result.exit_code, result.stdout) == (0, "[a] b\nc\n")
+    options = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 0, "chat": False}
+    assert calls.pop() == ((Config(model="m"), "x", ["Say [b]"]), options)
+    assert invoke("generate", "--model", "m", text="from\nstdin\n").exit_code == 0
+    defaults = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 42, "chat": None}
+    assert calls.pop() == ((Config(model="m"), None, ["from\nstdin\n"]), defaults)
+
+
+def test_generate_needs_a_prompt_with_text() -> None:
+    result = invoke("generate", "--model", "m", "-p", " \n")
+    assert result.exit_code == 1 and "expected a prompt" in result.stderr

@@ -1,0 +1,270 @@
+"""Configuration: every source of keys, all errors in one message, a faithful round trip, presets that load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import finetune.config
+from finetune.config import SHORTHANDS, Config, ConfigError, DatasetOptions, LoraOptions, TrainingOptions
+from finetune.presets import find_preset, preset_names, read_presets
+
+
+def problems(**values: object) -> dict[str, str]:
+    with pytest.raises(ConfigError) as error:
+        Config(**values)
+    return dict(line.split(": ", 1) for line in error.value.problems)
+
+
+def test_shorthands_land_in_their_sections() -> None:
+    config = Config(
+        model="m", data="d", max_steps=3, epochs=2, batch_size=6, micro_batch_size=2, learning_rate=1e-3, seed=0,
+        sequence_length=77, training={"weight_decay": 0.1},
+    )  # fmt: skip
+    expected = TrainingOptions(
+        max_steps=3, epochs=2, batch_size=6, micro_batch_size=2, learning_rate=1e-3, seed=0, weight_decay=0.1
+    )
+    assert config.training == expected
+    assert config.dataset == DatasetOptions(sequence_length=77)
+
+
+def test_every_shorthand_names_a_key_of_its_section() -> None:
+    for key, section in SHORTHANDS.items():
+        assert key in type(Config(model="m").__getattribute__(section)).model_fields
+
+
+def test_shorthand_beside_a_section_object() -> None:
+    config = Config(model="m", training=TrainingOptions(weight_decay=0.5), max_steps=4)
+    assert (config.training.weight_decay, config.training.max_steps) == (0.5, 4)
+
+
+def test_shorthand_that_contradicts_its_section() -> None:
+    assert Config(model="m", max_steps=5, training={"max_steps": 5}).training.max_steps == 5
+    found = problems(model="m", max_steps=5, training={"max_steps": 6})
+    assert found == {"max_steps": "found 5, but training.max_steps is 6: give one of them"}
+
+
+def test_all_problems_come_together() -> None:
+    found = problems(
+        batch_size=0,
+        seed=1.5,
+        sequence_length=True,
+        method="full",
+        host_memory="5XB",
+        data={"a": 1},
+        resume="yes",
+        dataset=[1],
+        engine={"dtype": "bf16"},
+        lora={"target_modules": [1], "extra": {"lora_alpha": 3}},
+        training={"learning_rate": float("nan"), "lr_scheduler_kwargs": 3},
+    )
+    assert found.keys() == {
+        "model", "training.batch_size", "training.seed", "method", "host_memory", "data", "resume", "dataset",
+        "engine.dtype", "lora.target_modules", "lora.extra", "training.learning_rate", "training.lr_scheduler_kwargs",
+        "sequence_length",
+    }  # fmt: skip
+    assert found["training.batch_size"] == "expected a number greater than or equal to 1, found 0"
+    assert found["training.seed"] == "expected a valid integer, found 1.5"
+    assert found["dataset"] == "expected a mapping of keys to values, found [1]"
+    assert found["engine.dtype"] == "expected 'auto', 'bfloat16', 'float16' or 'float32', found 'bf16'"
+    assert found["lora.target_modules"] == "expected a valid string or a list of strings, found [1]"
+    assert "use lora.alpha" in found["lora.extra"]
+    assert "unknown unit 'XB'" in found["host_memory"]
+    assert "--model" in found["model"]
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "nearest"),
+    [
+        ({"modle": "x"}, "modle", "model"),
+        ({"batchsize": 4}, "batchsize", "training.batch_size"),
+        ({"training": {"batchsize": 4}}, "training.batchsize", "training.batch_size"),
+        ({"lora": {"learning_rate": 1}}, "lora.learning_rate", "training.learning_rate"),
+        ({"lora": {"rank": 8}}, "lora.rank", "lora.r"),
+        ({"trainig": {}}, "trainig", "training"),
+        ({"lr": 1e-4}, "lr", "training.learning_rate"),
+        ({"engine": {"look_ahead": 2}}, "engine.look_ahead", "engine.lookahead"),
+    ],
+)
+def test_unknown_key_names_the_nearest(values: dict, key: str, nearest: str) -> None:
+    found = problems(model="m", **values)
+    assert found.keys() == {key}
+    assert f"unknown key; nearest: {nearest} " in found[key]
+
+
+def test_unknown_key_like_no_other() -> None:
+    assert problems(model="m", qqqq=[1])["qqqq"] == "unknown key (value [1])"
+
+
+def test_every_other_name_points_at_a_key() -> None:
+    assert set(finetune.config._OTHER_NAMES.values()) <= set(finetune.config._KEYS)
+
+
+@pytest.mark.parametrize("amount", ["1GiB", "50%", "-2GB", 2**30, None])
+def test_byte_amounts_are_kept_as_written(amount: object) -> None:
+    assert Config(model="m", host_memory=amount, device_memory=amount, disk=amount).host_memory == amount
+
+
+@pytest.mark.parametrize("amount", ["0", "1.5", "much", True, 1.5, "120%"])
+def test_byte_amounts_that_are_none(amount: object) -> None:
+    assert problems(model="m", disk=amount).keys() == {"disk"}
+
+
+def test_warmup_is_given_once() -> None:
+    found = problems(model="m", training={"warmup_steps": 3, "warmup_ratio": 0.1})
+    assert found["training"] == "expected warmup_steps or warmup_ratio, found both (3 and 0.1)"
+
+
+def test_paths_and_data_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config(model=Path("~/m"), data="~/d.jsonl", eval_data=Path("e.jsonl"), output="~/o")
+    assert config.model == str(tmp_path / "m")
+    assert config.data == str(tmp_path / "d.jsonl")
+    assert config.eval_data == "e.jsonl"
+    assert config.output == tmp_path / "o"
+    rows = [{"text": "a"}]
+    config = Config(model="m", data=rows)
+    assert config.data is rows
+    text = config.to_yaml()
+    assert text.startswith("# data was a Python object (list)\n")
+    assert yaml.safe_load(text)["data"] is None
+
+
+def test_samples_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(finetune.config, "SAMPLES", tmp_path)
+    (tmp_path / "reviews.jsonl").touch()
+    assert Config(model="m", data="sample:reviews").data == str(tmp_path / "reviews.jsonl")
+    assert "(reviews), found 'review'" in problems(model="m", data="sample:review")["data"]
+
+
+def test_configuration_is_frozen() -> None:
+    config = Config(model="m")
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 3
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_puts_flags_and_settings_on_top(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.yaml", "model: m\nmax_steps: 9\ntraining: {seed: 7, save_steps: 3}\nlora: {extra: {bias: all}}\n"
+    )
+    config = Config.load(
+        file,
+        {"max_steps": 4, "training.seed": 0},
+        ["training.learning_rate=1e-4", "lora.target_modules=[q_proj, v_proj]", "lora.extra.bias=none",
+         "lora.extra.rank_pattern={up_proj: 4}", "training.max_grad_norm=null", "data=a=b.jsonl"],
+    )  # fmt: skip
+    assert config.training == TrainingOptions(max_steps=4, seed=0, save_steps=3, learning_rate=1e-4, max_grad_norm=None)
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.lora.extra == {"bias": "none", "rank_pattern": {"up_proj": 4}}
+    assert config.data == "a=b.jsonl"
+
+
+def test_flag_and_setting_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="found 4, but training.max_steps is 5"):
+        Config.load(None, {"model": "m", "max_steps": 4}, ["training.max_steps=5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "expected YAML, found: while parsing"),
+        ("- model", "expected keys and values, found ['model']"),
+        ("model: m\nmax_steps: 1\ntraining: {max_steps: 2}", "max_steps: found 1, but training.max_steps is 2"),
+        ("7: 8\nmodel: m", "7: unknown key"),
+        ("", "model: missing"),
+        ("model: !!python/object/apply:os.getcwd []", "expected YAML"),
+    ],
+)
+def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    file = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError) as error:
+        Config.load(file)
+    assert str(error.value).startswith(f"1 problem in {file}:\n  ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["training.seed", "=3", "model=[", "model=*x"])
+def test_setting_that_is_wrong(setting: str) -> None:
+    with pytest.raises(ConfigError, match="in --set"):
+        Config.load(None, {"model": "m"}, [setting])
+
+
+def test_setting_below_a_value_is_reported_at_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"training.seed: expected a valid integer, found \{'x': 1\}"):
+        Config.load(None, {"model": "m"}, ["training.seed.x=1"])
+
+
+def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)'laptop-16g'.*did you mean laptop-16gb\?"):
+        Config.load("laptop-16g")
+    with pytest.raises(ConfigError, match="found neither"):
+        Config.load(tmp_path)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = Config(
+        model="m", data="ä.jsonl", output="o/p", host_memory="-2GB",
+        training={"learning_rate": 1e-5, "report_to": ["tensorboard"]},
+        lora={"target_modules": ["a", "b"], "extra": {"rank_pattern": {"x.y": 3}}, "init_lora_weights": "pissa"},
+        engine={"simulated_copy_gbps": 0.5},
+    )  # fmt: skip
+    assert Config.load(write(tmp_path / "saved.yaml", config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_is_valid_and_says_its_goal(name: str) -> None:
+    config = Config.load(name, {"model": "m", "data": "d", "eval_data": None})
+    assert config.host_memory is not None
+    assert Config.load(find_preset(name), {"model": "m", "data": "d", "eval_data": None}) == config
+    preset = next(preset for preset in read_presets() if preset.name == name)
+    assert preset.goal.endswith(".") and 20 < len(preset.goal) <= 100
+    assert preset.path.read_text().startswith(f"# {preset.goal}\n#\n#   finetune run {name}")
+
+
+def test_the_presets_are_those_promised() -> None:
+    promised = {"tiny-cpu", "laptop-16gb", "laptop-8gb", "8gb-gpu-70b-lora", "24gb-gpu-70b-lora", "cpu-server"}
+    assert promised <= set(preset_names())
+
+
+def test_lora_keys_are_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    lora = LoraOptions(r=4, alpha=8, dropout=0.1, use_rslora=True, extra={"bias": "all"})
+    config = peft.LoraConfig(**lora.peft_arguments())
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 8, 0.1, "all")
+    assert (config.use_rslora, config.use_dora, config.init_lora_weights) == (True, False, True)
+    assert config.target_modules == "all-linear"
+
+
+def test_schedulers_are_those_of_transformers() -> None:
+    from transformers.trainer_utils import SchedulerType
+
+    known = set(TrainingOptions.model_fields["lr_scheduler"].annotation.__args__)
+    assert known == {member.value for member in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+
+
+def test_forms_are_those_of_the_data_package() -> None:
+    source = Path(finetune.config.__file__).parent / "data" / "forms.py"
+    assigned = {
+        node.targets[0].id: node.value
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert {"auto", *ast.literal_eval(assigned["FORMS"])} == set(
+        DatasetOptions.model_fields["form"].annotation.__args__
+    )
+
+
+def test_configuration_imports_nothing_heavy() -> None:
+    code = "import sys, finetune.config; print({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

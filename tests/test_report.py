@@ -1,0 +1,227 @@
+"""metrics.jsonl, report.json, the summary and the live line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import finetune.progress
+from finetune.progress import Progress
+from finetune.report import METRIC_KEYS, MetricsError, MetricsWriter, read_metrics, summary_table, to_json, write_report
+
+
+def row(step: int, **values: object) -> dict[str, object]:
+    return {key: 0 for key in METRIC_KEYS} | {"step": step, "loss": step / 4, "seconds": 2.0} | values
+
+
+def write_steps(path: Path, first: int, last: int, resume_step: int = 0) -> None:
+    with MetricsWriter(path, resume_step) as writer:
+        for step in range(first, last + 1):
+            writer.write(row(step))
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_each_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        assert path.read_bytes() == b""
+        writer.write(row(1, note="ä"))
+        assert json.loads(path.read_text()) == row(1, note="ä")
+        writer.write(row(3))
+        assert steps(path) == [1, 3]
+    assert path.stat().st_mode & 0o777 == 0o600
+    writer.close()
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, []), (1, [1]), (4, [1, 2, 3, 4]), (9, [1, 2, 3, 4, 5])])
+def test_resume_drops_what_came_after(tmp_path: Path, resume_step: int, kept: list[int]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 5)
+    before = path.read_text().splitlines()
+    write_steps(path, resume_step + 1, resume_step + 2, resume_step)
+    assert steps(path) == [*kept, resume_step + 1, resume_step + 2]
+    assert path.read_text().splitlines()[: len(kept)] == before[: len(kept)]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\0\0", b"\xff\xfe\n", b"[]\n"])
+def test_torn_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 2)
+    with path.open("ab") as file:
+        file.write(torn)
+    assert [kept["step"] for kept in read_metrics(path)] == [1, 2]
+    write_steps(path, 3, 3, resume_step=2)
+    assert steps(path) == [1, 2, 3]
+
+
+def test_damage_in_the_middle_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 1)
+    with path.open("a") as file:
+        file.write("garbage\n" + to_json(row(2)) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(MetricsError, match=r"metrics.jsonl:2: expected a row of metrics, found b'garbage"):
+        MetricsWriter(path, 2)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rows_that_are_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 4)
+    with MetricsWriter(path, 4) as writer:
+        with pytest.raises(ValueError, match="step 4 after step 4"):
+            writer.write(row(4))
+        incomplete = row(5)
+        del incomplete["tokens"], incomplete["loss"]
+        with pytest.raises(ValueError, match="lacks loss, tokens"):
+            writer.write(incomplete)
+    assert steps(path) == [1, 2, 3, 4]
+
+
+def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_report(path, {"loss": float("nan"), "all": [1.5, float("-inf"), {"x": float("inf")}], "at": Path("a/b")})
+    expected = {"loss": None, "all": [1.5, None, {"x": None}], "at": "a/b"}
+    assert json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name)) == expected
+
+
+def test_report_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    path.chmod(0o644)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_report(path, {"bad": object()})
+    assert path.read_text() == "old"
+    write_report(path, {"good": 1})
+    assert json.loads(path.read_text()) == {"good": 1}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_summary_lines_up_plan_and_outcome() -> None:
+    report = {
+        "predicted": {"host_peak_bytes": 900 * 2**20, "step_seconds": 2},
+        "measured": {"host_peak_bytes": 851 * 2**20, "step_seconds": 2.345, "stall_seconds": 0.1},
+        "budget": {"host_peak_bytes": 2**30, "device_peak_bytes": None},
+    }
+    assert summary_table(report).splitlines() == [
+        "                        predicted   measured   budget",
+        "host memory peak        900.0 MiB  851.0 MiB  1.0 GiB",
+        "seconds a step               2.00       2.35",
+        "stalled seconds a step                  0.10",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(finetune.progress, "monotonic", lambda: now[0])
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    return now
+
+
+MEASURED = {
+    "loss": 1.23456,
+    "tokens_per_s": 833.3,
+    "disk_read_bytes": 2_000_000_000,
+    "disk_write_bytes": 400_000_000,
+    "stall_seconds": 0.5,
+    "host_peak_bytes": 2**29,
+    "device_peak_bytes": 3 * 2**30,
+}
+
+
+def test_line_of_a_step(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(1000, host_budget_bytes=2**30, device_budget_bytes=2**32, first_step=10, stream=stream)
+    progress.step(row(11, **MEASURED))
+    assert stream.getvalue() == (
+        "step 11/1000  loss 1.2346  833 tok/s  disk 1.20 GB/s  stall 25%  host 0.50/1.00 GiB  "
+        "device 3.00/4.00 GiB  ETA 32:58\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.5, "0:04"), (100, "13:20"), (1000, "2:13:20"), (30000.0, "2d 18:40:00")]
+)
+def test_time_left_is_the_mean_of_recent_steps(clock: list[float], seconds: float, expected: str) -> None:
+    stream = io.StringIO()
+    progress = Progress(20, host_budget_bytes=2**30, stream=stream)
+    progress.step(row(1, seconds=1e9))  # falls out of the ten that count
+    for step in range(2, 13):
+        clock[0] += 20
+        progress.step(row(step, seconds=seconds))
+    assert stream.getvalue().splitlines()[-1].endswith(f"ETA {expected}")
+
+
+def test_log_has_a_line_now_and_then(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress(30, host_budget_bytes=2**30, stream=stream) as progress:
+        for step in range(1, 31):
+            progress.step(row(step))
+            clock[0] += 4
+            progress.inside("forward", 1, 9)
+        progress.message("done [/dim]")
+    lines = stream.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines[:-1]] == [1, *range(4, 31, 3), 30]
+    assert lines[-1] == "done [/dim]"
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_log_shows_the_inside_of_a_long_step(clock: list[float]) -> None:
+    stream = io.StringIO()
+    progress = Progress(2, host_budget_bytes=2**30, stream=stream)
+    for visit in range(61):
+        progress.inside("backward", visit, 61, waiting_for="disk" if visit == 30 else None)
+        clock[0] += 1
+    assert stream.getvalue().splitlines() == [
+        "step 0/2  | backward 30/61, waiting for disk",
+        "step 0/2  | backward 60/61",
+    ]
+
+
+def test_live_line_is_rewritten_at_most_five_times_a_second(clock: list[float]) -> None:
+    stream = Terminal()
+    progress = Progress(2, host_budget_bytes=2**30, stream=stream)
+    progress.step(row(1))
+    for visit in range(100):
+        clock[0] += 1 / 16
+        progress.inside("forward", visit, 100)
+    frames = stream.getvalue().split("\r\x1b[K")
+    assert len(frames) == 1 + 1 + 25  # 100/16 s; the first tick after 0.2 s is the fourth
+    assert "\n" not in stream.getvalue()
+    assert frames[-1].startswith("step 1/2  ") and "| forward " in frames[-1]
+    progress.message("saved")
+    progress.close()
+    progress.close()
+    assert "\r\x1b[Ksaved\n\r\x1b[Kstep 1/2" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 2 and stream.getvalue().endswith("\n")
+
+
+def test_live_line_fits_a_narrow_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    Progress(2, host_budget_bytes=2**30, stream=stream).step(row(1))
+    assert stream.getvalue() == "\r\x1b[Kstep 1/2  loss 0.25"
+
+
+def test_dumb_terminal_gets_plain_lines(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    Progress(2, host_budget_bytes=2**30, stream=stream).step(row(1))
+    assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue()
