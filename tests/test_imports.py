@@ -1,0 +1,84 @@
+"""The house's one-way imports and its ban on formats that run code when read, held by the source itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_NOT_IMPORT = {"memory": {"offload", "finetune"}, "offload": {"finetune"}, "finetune": set()}
+NATIVE_IMPORTERS = {"offload/io.py", "memory/arena.py", "memory/kernels.py"}
+SOURCES = sorted(path for package in MAY_NOT_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def imported_roots(source: str) -> set[str]:
+    """First names of everything that `source` imports: by statement anywhere in it, or by `import_module("name")`."""
+    roots = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                roots.add(node.args[0].value.split(".")[0])
+    return roots
+
+
+def torch_loads(source: str) -> list[int]:
+    """Lines that call `torch.load`, under whatever name torch or load were imported."""
+    tree = ast.parse(source)
+    modules, functions = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name for alias in node.names if alias.name == "torch"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            functions |= {alias.asname or alias.name for alias in node.names if alias.name == "load"}
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (
+            (
+                isinstance(node.func, ast.Attribute)
+                and node.func.attr == "load"
+                and ast.unparse(node.func.value) in modules
+            )
+            or (isinstance(node.func, ast.Name) and node.func.id in functions)
+        )
+    ]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_package_has_sources():
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(MAY_NOT_IMPORT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_imports_go_one_way_and_nothing_unpickles(path):
+    source = path.read_text()
+    roots = imported_roots(source)
+    assert not roots & MAY_NOT_IMPORT[path.relative_to(ROOT).parts[0]]
+    assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+    assert torch_loads(source) == []
+    if "finetune_native" in roots:
+        assert named(path) in NATIVE_IMPORTERS
+
+
+def test_the_walk_finds_each_way_to_break_the_rules():
+    assert imported_roots("def f():\n    import offload.io as o\n    from finetune.cli import main") == {
+        "offload",
+        "finetune",
+    }
+    assert imported_roots("import importlib\nimportlib.import_module('finetune.cli')") == {"importlib", "finetune"}
+    assert imported_roots("__import__('pickle')") == {"pickle"}
+    assert imported_roots("from . import base") == set()
+    assert torch_loads("import torch as t\nt.load('x')") == [2]
+    assert torch_loads("from torch import load as read\n\nread('x')") == [3]
+    assert torch_loads("import json\njson.load(f)") == []
