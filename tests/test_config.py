@@ -268,3 +268,9 @@ def test_configuration_imports_nothing_heavy() -> None:
     code = "import sys, finetune.config; print({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_tiny_preset_needs_nothing_more() -> None:
+    config = Config.load("tiny-cpu")
+    assert Path(config.data).is_file() and Path(config.eval_data).is_file()
+    assert config.data != config.eval_data
