@@ -28,8 +28,8 @@ def imported_roots(source: str) -> set[str]:
     return roots
 
 
-def torch_loads(source: str) -> list[int]:
-    """Lines that call `torch.load`, under whatever name torch or load were imported."""
+def unpickling_calls(source: str) -> list[int]:
+    """Lines that call `torch.load`, under whatever name torch or load were imported, or pass `allow_pickle` not False."""
     tree = ast.parse(source)
     modules, functions = set(), set()
     for node in ast.walk(tree):
@@ -48,6 +48,7 @@ def torch_loads(source: str) -> list[int]:
                 and ast.unparse(node.func.value) in modules
             )
             or (isinstance(node.func, ast.Name) and node.func.id in functions)
+            or any(word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords)
         )
     ]
 
@@ -66,7 +67,7 @@ def test_imports_go_one_way_and_nothing_unpickles(path):
     roots = imported_roots(source)
     assert not roots & MAY_NOT_IMPORT[path.relative_to(ROOT).parts[0]]
     assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
-    assert torch_loads(source) == []
+    assert unpickling_calls(source) == []
     if "finetune_native" in roots:
         assert named(path) in NATIVE_IMPORTERS
 
@@ -79,6 +80,7 @@ def test_the_walk_finds_each_way_to_break_the_rules():
     assert imported_roots("import importlib\nimportlib.import_module('finetune.cli')") == {"importlib", "finetune"}
     assert imported_roots("__import__('pickle')") == {"pickle"}
     assert imported_roots("from . import base") == set()
-    assert torch_loads("import torch as t\nt.load('x')") == [2]
-    assert torch_loads("from torch import load as read\n\nread('x')") == [3]
-    assert torch_loads("import json\njson.load(f)") == []
+    assert unpickling_calls("import torch as t\nt.load('x')") == [2]
+    assert unpickling_calls("from torch import load as read\n\nread('x')") == [3]
+    assert unpickling_calls("np.load('x', allow_pickle=True)\nnp.load('x', allow_pickle=False)") == [1]
+    assert unpickling_calls("import json\njson.load(f)") == []

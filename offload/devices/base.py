@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import mmap
 from abc import ABC, abstractmethod
@@ -83,7 +82,7 @@ class Device(ABC):
         """Returns when `event` is done: the host may then read what was copied and refill what was copied from."""
 
     def release(self, slot: torch.Tensor) -> None:  # noqa: B027  most devices have nothing to do
-        """Declares the contents of a device slot dead, now: no copy or compute still needs them."""
+        """Declares the contents of a device slot dead: no pending copy needs them, and no compute given from now on."""
 
     def check_readable(self, slot: torch.Tensor) -> None:  # noqa: B027  most devices cannot tell
         """Raises RaceError if compute would read bytes of `slot`, part of a device slab, that are not there yet."""
@@ -119,9 +118,6 @@ def map_host_bytes(num_bytes: int) -> torch.Tensor:
         raise UserError(
             f"the host did not grant {num_bytes} bytes for its slots ({error.strerror}): lower --host-memory"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel may be built without huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
