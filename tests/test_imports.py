@@ -29,7 +29,7 @@ def imported_roots(source: str) -> set[str]:
 
 
 def unpickling_calls(source: str) -> list[int]:
-    """Lines that call `torch.load`, under whatever name torch or load were imported, or pass `allow_pickle` not False."""
+    """Lines that call `torch.load`, under whatever name, or pass an `allow_pickle` that is not False."""
     tree = ast.parse(source)
     modules, functions = set(), set()
     for node in ast.walk(tree):
