@@ -238,7 +238,7 @@ def _unsqueeze(tensor: PlacementTensor, dim: int) -> PlacementTensor:
 def _squeeze(tensor: PlacementTensor, dim: int) -> PlacementTensor:
     dim = _dim(tensor, dim)
     if tensor.shape[dim] != 1:
-        return tensor
+        return _same(tensor)
     return PlacementTensor(_with(tensor.shape, dim), _each_dim(tensor.boxes, lambda values: _with(values, dim)))
 
 
@@ -275,7 +275,7 @@ def _view(tensor: PlacementTensor, shape: Sequence[int]) -> PlacementTensor:
         shape = [tensor.numel() // known if size == -1 else size for size in shape]
     if prod(shape) != tensor.numel() or not tensor.numel():
         raise ValueError(f"view of {tuple(tensor.shape)} as {tuple(shape)}")
-    dim, new_dim, result = 0, 0, tensor
+    dim, new_dim, result = 0, 0, _same(tensor)
     while dim < result.dim() or new_dim < len(shape):
         if new_dim == len(shape):
             result = _squeeze(result, dim)  # only sizes of 1 are left
