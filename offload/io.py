@@ -42,7 +42,7 @@ class IOEngine:
     for what is not aligned. The caller keeps the memory of a ticket valid, and does not touch it, until `wait` returned
     or raised, or `close` returned: nothing is written to it after that. All methods may be called from any thread.
 
-    `backend`: "io_uring", "threads" (a pool that calls pread and pwrite), or "auto": io_uring where the kernel permits it.
+    `backend`: "io_uring", "threads" (a pool that calls pread and pwrite), or "auto": io_uring where the kernel permits.
     Results are the same. Raises UserError when io_uring is demanded and cannot be had. `inject` is for tests.
 
     Attributes: `backend` is what is used, `backend_reason` why it is not io_uring ("" if it is).
