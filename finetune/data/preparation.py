@@ -196,7 +196,7 @@ def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env={**os.environ, "PYTHONPATH": path},
+            env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, "PYTHONPATH": path},
             encoding="utf-8",
         ) as process,
     ):

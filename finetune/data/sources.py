@@ -23,9 +23,9 @@ COLUMNS = frozenset(
     "messages conversations system tools prompt completion instruction input output text input_ids labels "
     "attention_mask".split()
 )
-TEXT_PIECE_CHARS = 1 << 20
+TEXT_PIECE_CHARS = 1 << 18
 JSON_BUFFER_CHARS = 1 << 16
-_HUB = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<first>[\w.+-]+))?(:(?P<second>[^:]+))?$")
+_HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(?P<part>:((?P<config>[\w.-]+):)?(?P<split>.+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +91,18 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
         return [_file(p) for p in found]
     if path.exists():
         return [_file(path)]
-    if glob.has_magic(text):
+    hub = None if isinstance(source, Path) else _HUB.fullmatch(text)
+    if hub and Path(hub["id"]).suffix in SUFFIXES:
+        hub = None
+    # "hubid:train[:100]" has the brackets of a glob too; the colon tells.
+    if glob.has_magic(text) and not (hub and hub["part"]):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         if not found:
             raise DataError(f"no file matches {text}")
         return [_file(p) for p in found if p.is_file()]
-    match = _HUB.match(text)
-    if path.suffix in SUFFIXES or isinstance(source, Path) or not match:
+    if not hub:
         raise DataError(f"data file not found: {text}")
-    first, second = match["first"], match["second"]
-    config, split = (first, second) if second else (None, first or "train")
-    return [HubSplit(match["id"], config, split, _hub_commit(match["id"]))]
+    return [HubSplit(hub["id"], hub["config"], hub["split"] or "train", _hub_commit(hub["id"]))]
 
 
 def read_rows(source: File | HubSplit) -> Iterator[tuple[str, Any]]:

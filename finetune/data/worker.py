@@ -18,12 +18,12 @@ from typing import Any
 
 from finetune.data.cache import CacheWriter, trained_tokens
 from finetune.data.errors import DataError
-from finetune.data.forms import Pair, Parsed, TextPiece, detect_form, parse
+from finetune.data.forms import Chat, Pair, Parsed, TextPiece, Tokens, detect_form, parse
 from finetune.data.sources import File, HubSplit, read_rows
 
 MAX_CHOICES = 16
 BATCH_ROWS = 256
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 1 << 18
 ROWS_SEARCHED_FOR_MORE_ERRORS = 100_000
 
 
@@ -144,7 +144,7 @@ class _Rows:
         """How many of the rows that follow a bad one are bad too, in words."""
         bad = 0
         if form is not None:
-            for searched, (place, row) in enumerate(rows):
+            for searched, (place, row) in enumerate(_until_unreadable(rows)):
                 if searched == ROWS_SEARCHED_FOR_MORE_ERRORS:
                     return f" (and at least {bad} more bad rows)"
                 try:
@@ -154,6 +154,13 @@ class _Rows:
                 except DataError:
                     bad += 1
         return f" (and {bad} more bad row{'s' if bad > 1 else ''})" if bad else ""
+
+
+def _until_unreadable(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from rows
+    except DataError as error:
+        yield "", error
 
 
 def _find_choices(rows: _Rows) -> list[str]:
@@ -180,8 +187,10 @@ def _batches(rows: _Rows) -> Iterator[list[tuple[str, Parsed]]]:
                 size += len(row.text)
             case Pair():
                 size += len(row.prompt) + len(row.completion)
-            case _:
-                size += BATCH_CHARS // BATCH_ROWS
+            case Chat():
+                size += sum(len(message.get("content") or "") for message in row.messages)
+            case Tokens():
+                size += len(row.input_ids)
         if len(batch) >= BATCH_ROWS or size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0

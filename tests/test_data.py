@@ -1,0 +1,276 @@
+"""Rows of every form to tokens: what is tokenised, what is trained, what is cut."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data_tools import CHAT, CHATML, LINES, make, texts, write_jsonl, write_tokenizer
+from pyarrow import parquet
+from tokenizers import Tokenizer
+
+from finetune.data import DataError, preparation, sources, worker
+
+GENERATION = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3 has it: a last turn carries an empty thought that an earlier one does not.
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+UPPER = (
+    "{% for message in messages %}{{ message.content | upper if loop.last else message.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> str:
+    return write_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory) -> str:
+    return write_tokenizer(tmp_path_factory.mktemp("chatml"), CHATML)
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Prepare in this process: the same code, without the seconds that a new process takes to start."""
+
+    def run(job, stderr_path):
+        # With remote code allowed, torch is left importable, which the other tests of this process need.
+        worker.run(worker.Job(**{**job, "trust_remote_code": True}), lambda rows, tokens: None)
+
+    monkeypatch.setattr(preparation, "_run_worker", run)
+
+
+CHAT_TEXT = (
+    "<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\nthe cat<|im_end|>\n"
+    "<|im_start|>user\nwhat is it<|im_end|>\n<|im_start|>assistant\nthe mat<|im_end|>\n"
+)
+
+
+@pytest.mark.parametrize("template", [None, GENERATION, "file"])
+@pytest.mark.parametrize("form", ["messages", "conversations", "sharegpt"])
+def test_messages_train_the_assistants_turns(chatml, tmp_path, here, form, template):
+    names = {"user": "human", "assistant": "gpt"}
+    row = {
+        "messages": {"messages": CHAT},
+        "conversations": {"conversations": CHAT, "system": None},
+        "sharegpt": {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]},
+    }[form]
+    if template == "file":
+        (tmp_path / "template.jinja").write_text(GENERATION)
+        template = str(tmp_path / "template.jinja")
+    data = make(write_jsonl(tmp_path / "a.jsonl", [row]), chatml, tmp_path, chat_template=template)
+    assert texts(chatml, data) == [(CHAT_TEXT, ["the cat<|im_end|>", "the mat<|im_end|>"])]
+    assert data.meta["form"] == "messages"
+    from transformers import AutoTokenizer
+
+    wanted = AutoTokenizer.from_pretrained(chatml).apply_chat_template(CHAT, return_dict=False)
+    assert data[0].input_ids.tolist() == wanted
+
+
+def test_messages_of_several_kinds(chatml, tmp_path, here):
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": " there"}]
+    rows = [
+        {"conversations": [{"from": "human", "value": "it"}, {"from": "gpt", "value": "cat"}], "system": "about"},
+        {"conversations": [{"role": "user", "content": parts}, {"role": "assistant", "content": "the\n"}]},
+    ]
+    data = make(rows, chatml, tmp_path)
+    assert texts(chatml, data) == [
+        (
+            "<|im_start|>system\nabout<|im_end|>\n<|im_start|>user\nit<|im_end|>\n"
+            "<|im_start|>assistant\ncat<|im_end|>\n",
+            ["cat<|im_end|>"],
+        ),
+        ("<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\nthe\n<|im_end|>\n", ["the\n<|im_end|>"]),
+    ]
+    everything = make(rows, chatml, tmp_path, completion_only=False)
+    assert [[text] for text, _ in texts(chatml, data)] == [trained for _, trained in texts(chatml, everything)]
+    ended = make(rows, chatml, tmp_path, append_eos=True)
+    assert [trained for _, trained in texts(chatml, ended)] == [["cat<|im_end|>", "</s>"], ["the\n<|im_end|>", "</s>"]]
+
+
+def test_a_template_that_writes_the_last_turn_otherwise(chatml, tmp_path, here):
+    data = make([{"messages": CHAT}], chatml, tmp_path, chat_template=THINKING)
+    assert texts(chatml, data)[0][1] == ["the cat<|im_end|>", "<think></think>the mat<|im_end|>"]
+    with pytest.raises(DataError, match=r"data\[0\]: the chat template writes .* give a chat_template with"):
+        make([{"messages": CHAT}], chatml, tmp_path, chat_template=UPPER)
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_prompt_and_completion_as_messages_train_the_completion_only(chatml, tmp_path, here, template):
+    row = {"prompt": CHAT[:3], "completion": CHAT[3:]}
+    data = make([row], chatml, tmp_path, chat_template=template)
+    assert texts(chatml, data) == [(CHAT_TEXT, ["the mat<|im_end|>"])]
+    assert data.meta["form"] == "prompt_completion"
+
+
+def test_prompt_completion(plain, tmp_path, here):
+    rows = [
+        {"prompt": "the cat It was", "completion": " great"},
+        {"prompt": "the mat It was gre", "completion": "at"},  # the whole text has one token across the boundary
+        {"prompt": "", "completion": "hello world"},
+    ]
+    data = make(rows, plain, tmp_path)
+    assert texts(plain, data) == [
+        ("<s>the cat It was great</s>", [" great</s>"]),
+        ("<s>the mat It was great</s>", ["at</s>"]),
+        ("<s>hello world</s>", ["hello world</s>"]),
+    ]
+    assert data.pad_token_id == 2 and data.meta["eos_token_id"] == 1
+    bare = make(rows, plain, tmp_path, append_eos=False, completion_only=False)
+    assert [trained for _, trained in texts(plain, bare)][0] == ["<s>the cat It was great"]
+    # The prompt's tokens are those of the prompt alone, so that generation continues from the same ones.
+    tokenizer = Tokenizer.from_file(str(Path(plain) / "tokenizer.json"))
+    for index, row in enumerate(rows):
+        prompt = tokenizer.encode(row["prompt"]).ids
+        assert data[index].input_ids[: len(prompt)].tolist() == prompt
+        assert (data[index].labels != -100).tolist() == [i >= len(prompt) for i in range(data.lengths[index])]
+
+
+def test_alpaca(plain, chatml, tmp_path, here):
+    rows = [
+        {"instruction": "what is it", "input": "the cat", "output": "hello"},
+        {"instruction": "what is it", "input": "", "output": "hello"},
+        {"instruction": "what is it", "input": None, "output": "hello"},
+    ]
+    path = write_jsonl(tmp_path / "alpaca.jsonl", rows)
+    templated = texts(plain, make(path, plain, tmp_path))
+    assert [trained for _, trained in templated] == [["hello</s>"]] * 3
+    assert "context. Write" in templated[0][0] and "### Input:\nthe cat\n\n### Response:\nhello</s>" in templated[0][0]
+    assert templated[1][0].endswith("the request.\n\n### Instruction:\nwhat is it\n\n### Response:\nhello</s>")
+    assert templated[1] == templated[2]
+    chats = texts(chatml, make(path, chatml, tmp_path))
+    assert chats[0][0] == "<|im_start|>user\nwhat is it\n\nthe cat<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+    assert [trained for _, trained in chats] == [["hello<|im_end|>"]] * 3
+
+
+def test_text_is_cut_into_consecutive_chunks(plain, tmp_path, here, monkeypatch):
+    # Pieces of the file much smaller than it, and cut in many places.
+    monkeypatch.setattr(sources, "TEXT_PIECE_CHARS", 50)
+    text = "\n".join(LINES * 7) + "\r\nlast éü line"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    data = make(tmp_path / "a.txt", plain, tmp_path, sequence_length=16)
+    tokens = np.concatenate([data[index].input_ids for index in range(len(data))])
+    assert np.array_equal(tokens, np.concatenate([data[index].labels for index in range(len(data))]))
+    tokenizer = Tokenizer.from_file(str(Path(plain) / "tokenizer.json"))
+    assert tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == f"<s>{text}</s>"
+    assert set(data.lengths[:-1]) == {16} and data.meta["rows"] == 1 and data.meta["truncated"] == 0
+    rows = [{"text": "the cat"}, {"text": "hello there " * 9}]
+    found = [text for text, _ in texts(plain, make(rows, plain, tmp_path, sequence_length=16, append_eos=False))]
+    assert found[0] == "<s>the cat" and len(found) > 2 and "".join(found[1:]) == "<s>" + "hello there " * 9
+
+
+def test_pretokenised_rows(plain, tmp_path, here):
+    rows = [
+        {"input_ids": [5, 6, 7]},
+        {"input_ids": np.array([5, 6, 7, 2]), "labels": [-100, 6, 9, -100], "attention_mask": [1, 1, 1, 0]},
+    ]
+    data = make(rows, plain, tmp_path)
+    assert [data[i].input_ids.tolist() for i in range(2)] == [[5, 6, 7], [5, 6, 7]]
+    assert [data[i].labels.tolist() for i in range(2)] == [[5, 6, 7], [-100, 6, 9]]
+    assert data.meta["label_tokens"] == 4  # nothing predicts a first token
+    with pytest.raises(DataError, match=r"data\[0\]: expected input_ids\[1\] between 0 and \d+, found 70000: was"):
+        make([{"input_ids": [5, 70000]}], plain, tmp_path)
+    (config := Path(plain) / "config.json").write_text('{"vocab_size": 70001}')
+    assert len(make([{"input_ids": [5, 70000]}], plain, tmp_path)) == 1
+    config.unlink()
+
+
+def test_truncated_and_dropped_are_counted(plain, tmp_path, here):
+    rows = [
+        {"prompt": "the cat", "completion": " sat" * 40},
+        {"prompt": "the cat" * 40, "completion": " sat"},
+        {"prompt": "the cat", "completion": " sat"},
+    ]
+    data = make(rows, plain, tmp_path, sequence_length=20)
+    assert len(data) == 2 and data.lengths.max() == 20
+    assert [data.meta[key] for key in ("rows", "truncated", "dropped")] == [3, 1, 1]
+    with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token in its first 20"):
+        make(rows[1:2], plain, tmp_path, sequence_length=20)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json array", ".parquet", ".parquet groups"])
+def test_file_formats_give_the_same_tokens(plain, tmp_path, here, monkeypatch, suffix):
+    monkeypatch.setattr(sources, "JSON_BUFFER_CHARS", 37)
+    rows = [{"prompt": f"the cat {i} [" + "é,]}" * (i % 8), "completion": ' "hello"', "id": i} for i in range(45)]
+    path = tmp_path / f"rows{suffix.split()[0]}"
+    if suffix == ".json array":
+        path.write_text("\ufeff" + json.dumps(rows, indent=2, ensure_ascii=False))
+    elif suffix.startswith(".parquet"):
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7 if "groups" in suffix else None)
+    else:
+        path.write_text("\ufeff" + "".join(json.dumps(row) + "\r\n\n" for row in rows))
+    data, wanted = make(path, plain, tmp_path), make(rows, plain, tmp_path)
+    assert texts(plain, data) == texts(plain, wanted) and len(data) == 45
+    assert texts(plain, data)[3][1] == [' "hello"</s>']
+
+
+def test_folders_globs_and_datasets(plain, tmp_path, here):
+    import datasets
+
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "b.jsonl", [{"prompt": "b", "completion": "c"}])
+    (folder / "a.txt").write_text("the cat")
+    (folder / "README.md").write_text("not data")
+    for source in (folder, str(folder / "*.[jt]*")):
+        data = make(source, plain, tmp_path)
+        assert [text for text, _ in texts(plain, data)] == ["<s>the cat</s>", "<s>bc</s>"]
+        assert data.meta["form"] == "prompt_completion+text" and data.meta["sources"] == ["a.txt", "b.jsonl"]
+    dataset = datasets.Dataset.from_list([{"text": "the cat", "n": 1}, {"text": "hello", "n": 2}])
+    assert [text for text, _ in texts(plain, make(dataset, plain, tmp_path))] == ["<s>the cat</s>", "<s>hello</s>"]
+
+
+def test_choices(plain, tmp_path, here):
+    rows = [{"prompt": f"{i} It was", "completion": [" terrible", " great"][i % 2]} for i in range(5)]
+    rows.insert(2, {"prompt": "cat " * 300, "completion": " great"})
+    data = make(rows, plain, tmp_path, choices=True)
+    assert data.num_choices == 2 and data.meta["choices"] == [" great", " terrible"] and data.meta["dropped"] == 1
+    assert data.answers.tolist() == [1, 0, 1, 0, 1]
+    wanted = [(f"<s>{i} It was{choice}", [choice]) for i in range(5) for choice in (" great", " terrible")]
+    assert texts(plain, data) == wanted
+    assert make(rows, plain, tmp_path).num_choices is None
+    many = [{"prompt": "the", "completion": f" {i}"} for i in range(17)]
+    with pytest.raises(DataError, match=r"data\[16\]: .* at most 16 different completions .* brings the 17th"):
+        make(many, plain, tmp_path, choices=True)
+    with pytest.raises(DataError, match='needs rows with "prompt" and "completion" as strings'):
+        make([{"text": "the cat"}], plain, tmp_path, choices=True)
+
+
+def test_hub_names(plain, tmp_path, here, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, *, split, revision):
+        asked.append((name, config, split, revision))
+        if split == "missing":
+            raise ValueError("Unknown split")
+        return datasets.Dataset.from_list([{"text": "the cat", "other": 1}])
+
+    monkeypatch.setattr(sources, "_hub_commit", lambda name: "c0ffee")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("some/set", "some/set:test", "some/set:main:test[:10]"):
+        assert texts(plain, make(name, plain, tmp_path))[0][0] == "<s>the cat</s>"
+    assert asked == [
+        ("some/set", None, "train", "c0ffee"),
+        ("some/set", None, "test", "c0ffee"),
+        ("some/set", "main", "test[:10]", "c0ffee"),
+    ]
+    with pytest.raises(DataError, match="some/set is neither a file here nor .*split 'missing'.*Unknown split"):
+        make("some/set:missing", plain, tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="needs the package datasets, which is not installed: pip install datasets"):
+        make("some/other", plain, tmp_path)

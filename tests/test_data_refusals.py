@@ -1,0 +1,222 @@
+"""What data is refused with which words, when a cache is used again, and how the preparing process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from data_tools import CHAT, CHATML, make, write_jsonl, write_tokenizer
+from pyarrow import parquet
+
+from finetune.data import DataError, TokenDataset, preparation, worker
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> str:
+    return write_tokenizer(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory) -> str:
+    return write_tokenizer(tmp_path_factory.mktemp("chatml"), CHATML)
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Prepare in this process: the same code, without the seconds that a new process takes to start."""
+
+    def run(job, stderr_path):
+        # With remote code allowed, torch is left importable, which the other tests of this process need.
+        worker.run(worker.Job(**{**job, "trust_remote_code": True}), lambda rows, tokens: None)
+
+    monkeypatch.setattr(preparation, "_run_worker", run)
+
+
+GOOD = '{"prompt": "the", "completion": " cat"}'
+BAD_ROWS = [
+    ('{"prompt": "the", "completion": ["x"]}', 'expected "completion" to be a string, found a list'),
+    ('{"prompt": "the"}', 'expected "completion", found "prompt"'),
+    ('{"prompt": "the", "completion": null}', 'expected "completion", found "prompt"'),
+    ('{"prompt": "the", "completion": ""}', '"completion" is empty'),
+    ('{"prompt": 3, "completion": "x"}', 'expected "prompt" to be a string, found a number'),
+    ('{"prompt": "\\ud800", "completion": "x"}', '"prompt" holds half of a surrogate pair at character 1'),
+    ('{"prompt": "the", ', "expected one JSON object, found what is not JSON"),
+    ('["the"]', "expected one JSON object, found a list"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_ROWS)
+def test_bad_row_is_named_by_file_and_line(plain, tmp_path, here, line, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n{line}\n")
+    with pytest.raises(DataError) as caught:
+        make(path, plain, tmp_path)
+    assert str(caught.value).startswith(f"train.jsonl:3: {message}")
+    assert str(caught.value).endswith("(and 1 more bad row)")
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == []
+
+
+BAD_MESSAGES = [
+    ({"messages": "hello"}, 'expected "messages" to be a list, found a string'),
+    ({"messages": []}, '"messages" is an empty list'),
+    ({"messages": CHAT[:1]}, '"messages" has no message of the assistant'),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: expected one of system, developer, user"),
+    ({"messages": ["hello"]}, 'expected messages[0] to be an object with "role" and "content", found a string'),
+    ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "messages[1]: the assistant's message is empty"),
+    ({"messages": [*CHAT[:1], {"role": "assistant"}]}, "expected messages[1].content to be a string, found null"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content: expected parts of type"),
+    ({"conversations": [{"from": "me", "value": "x"}]}, "conversations[0].from: expected one of human"),
+    ({"messages": CHAT[1:]}, "the conversation begins with the assistant"),
+    ({"messages": CHAT, "tools": "{"}, '"tools" is a string that is not JSON'),
+    ({"prompt": CHAT[:1], "completion": CHAT[2:3]}, '"completion" has no message of the assistant'),
+    ({"instruction": "it", "output": ""}, '"output" is empty'),
+    ({"text": ""}, '"text" is empty'),
+    ({"input_ids": [1, 2.5]}, "expected input_ids[1] to be an integer, found a number"),
+    ({"input_ids": []}, '"input_ids" is an empty list'),
+    ({"input_ids": [1, 2], "labels": [1]}, 'expected "labels" as long as "input_ids" (2), found 1'),
+    ({"input_ids": [1, 2], "labels": [1, -7]}, "expected labels[1] between 0 and"),
+    ({"input_ids": [1, 2], "attention_mask": [1, 3]}, 'expected "attention_mask" of 0 and 1, found 3'),
+    ({"question": "x", "answer": "y"}, 'expected a row with "messages", "conversations", "prompt" and "completion"'),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_MESSAGES)
+def test_bad_rows_of_every_form(chatml, tmp_path, here, row, message):
+    with pytest.raises(DataError) as caught:
+        make(write_jsonl(tmp_path / "rows.jsonl", [row]), chatml, tmp_path)
+    assert str(caught.value).startswith(f"rows.jsonl:1: {message}")
+
+
+def test_bad_files(plain, chatml, tmp_path, here):
+    def message(source, model=plain, **options) -> str:
+        with pytest.raises(DataError) as caught:
+            make(source, model, tmp_path, **options)
+        return str(caught.value)
+
+    (array := tmp_path / "a.json").write_text('[\n{"text": "the"},\n{"text": 3},\n{"text": "cat"\n]')
+    assert message(array) == 'a.json:3: expected "text" to be a string, found a number (and 1 more bad row)'
+    array.write_text('[{"text": "the"},\n 7]')
+    assert message(array) == "a.json:2: expected an object in the array, found '7]'"
+    array.write_text('[{"text": "the"},\n {"text": "cat"')
+    assert message(array).startswith("a.json:2: the array's element is not JSON")
+    (tmp_path / "l.jsonl").write_bytes((GOOD + '\n{"prompt": "é", "completion": "x"}\n').encode("latin-1"))
+    assert message(tmp_path / "l.jsonl").startswith("l.jsonl:2: not UTF-8 (byte 13 of the line)")
+    (tmp_path / "l.txt").write_bytes("the\né".encode("latin-1"))
+    assert message(tmp_path / "l.txt").startswith("l.txt: not UTF-8 after line 1")
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 this is not one")
+    assert message(tmp_path / "p.parquet").startswith("p.parquet: cannot be read as Parquet")
+    parquet.write_table(pa.table({"text": ["the", None]}), tmp_path / "p.parquet")
+    assert message(tmp_path / "p.parquet") == 'p.parquet:2: expected "text", found no keys'
+    (tmp_path / "e.jsonl").write_text("\n")
+    assert message(tmp_path / "e.jsonl") == "e.jsonl: no example is left of 0 rows: the data is empty"
+    (tmp_path / "x.csv").write_text("a,b")
+    assert "expected a file ending in .jsonl, .json, .parquet, .txt, found '.csv'" in message(tmp_path / "x.csv")
+    assert message(str(tmp_path / "no.jsonl")) == f"data file not found: {tmp_path / 'no.jsonl'}"
+    assert message(str(tmp_path / "no*.jsonl")) == f"no file matches {tmp_path / 'no*.jsonl'}"
+    (tmp_path / "empty").mkdir()
+    assert message(tmp_path / "empty").startswith(f"no data file in the folder {tmp_path / 'empty'}")
+    assert message([{"messages": CHAT}]).startswith("data[0]: the row is a conversation, but the model's tokenizer")
+    assert message(["the cat"]) == "data[0]: expected a dict, found str"
+    assert message([{"text": b"the"}]).startswith("data[0]: expected strings, numbers, lists and dicts: found bytes")
+    assert message([{"text": "the"}], form="chat").startswith("form: expected one of auto, messages")
+    assert message([{"text": "the"}], form="alpaca") == 'data[0]: expected "instruction", found "text"'
+    assert message([{"text": "the"}], sequence_length=1).startswith("sequence_length: expected at least 2")
+    assert "expected Jinja text or a file, found 'no" in message([{"text": "the"}], chat_template="no.jinja")
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    refused = message([{"messages": CHAT}], chatml, chat_template=refusing)
+    assert refused == "data[0]: the chat template refuses the conversation: roles must alternate"
+    assert message([{"text": "the"}], str(tmp_path / "empty")).startswith("the tokenizer of ")
+
+
+def test_cache_is_used_again_until_something_changes(chatml, tmp_path, here, monkeypatch):
+    made = []
+    run = preparation._run_worker
+    monkeypatch.setattr(preparation, "_run_worker", lambda job, path: (made.append(1), run(job, path)))
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(chatml).iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the cat"}])
+
+    def runs(source=path, **options) -> int:
+        before = len(made)
+        data = make(source, str(model), tmp_path, **options)
+        assert data.meta["rows"] == 1
+        return len(made) - before
+
+    assert [runs(), runs()] == [1, 0]
+    os.utime(path, ns=(1, 1))
+    assert [runs(), runs()] == [1, 0]
+    assert [runs(sequence_length=9), runs(append_eos=False), runs(completion_only=False)] == [1, 1, 1]
+    (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + "\n")
+    assert [runs(), runs()] == [1, 0]
+    assert [runs([{"text": "the"}]), runs([{"text": "the"}]), runs([{"text": "cat"}])] == [1, 0, 1]
+    folder = make(path, str(model), tmp_path).path
+    with open(folder / "tokens.int32", "ab") as stream:
+        stream.write(b"torn")
+    with pytest.raises(DataError, match="tokens.int32: expected 16 bytes, found 20"):
+        TokenDataset.open(folder)
+    assert [runs(), runs()] == [1, 0]
+    (folder / "meta.json").unlink()
+    with pytest.raises(DataError, match="is not a token cache"):
+        TokenDataset.open(folder)
+    assert [runs(), runs()] == [1, 0]
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_real_process_leaves_the_trainer_light(chatml, tmp_path):
+    """The one test through everything: rows in memory, another process, the cache; and what that imports here."""
+    write_jsonl(tmp_path / "train.jsonl", [{"messages": CHAT}] * 3)
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit('a file of the user, not the library')")
+    code = f"""
+import sys
+from finetune.data import prepare, TokenDataset, BatchPlan
+data = prepare("train.jsonl", model={chatml!r}, cache_dir="cache", sequence_length=64)
+assert len(TokenDataset.open(data.path)) == len(data) == 3
+assert BatchPlan(3, 2, 1, 0, data.lengths, epochs=1).step(0)
+heavy = {{"torch", "transformers", "tokenizers", "datasets", "pyarrow"}}
+print(data[2].input_ids.tolist(), sorted(heavy & {{*sys.modules}}))
+"""
+    home = str(Path(preparation.__file__).parents[2])
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    result = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": home}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    from transformers import AutoTokenizer
+
+    wanted = AutoTokenizer.from_pretrained(chatml).apply_chat_template(CHAT, return_dict=False)
+    assert result.stdout.strip() == f"{wanted} []"
+
+
+def test_errors_come_back_from_the_process(plain, tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "the cat"}, {"text": ["é"]}])
+    with pytest.raises(DataError) as caught:
+        make(path, plain, tmp_path)
+    assert str(caught.value) == 'train.jsonl:2: expected "text" to be a string, found a list'
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "killed by SIGKILL .*lack of memory"),
+        ("raise SystemError('out of order')", "crashed with exit code 1; its last words:\n(.|\n)*out of order"),
+        ("import os; print('printed', flush=True); os._exit(7)", "crashed with exit code 7; its last words:\nprinted"),
+    ],
+)
+def test_a_process_that_dies_is_reported(plain, tmp_path, monkeypatch, program, message):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "transformers.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    with pytest.raises(DataError, match=message):
+        make([{"text": "the cat"}], plain, tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
