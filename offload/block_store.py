@@ -60,7 +60,8 @@ class ParameterMap(dict[str, Source]):
     """Every parameter and persistent buffer of a model by fully qualified name; tied ones share one Source.
 
     tied: name -> the name whose bytes it uses, for every tie that holds in this checkpoint (see `map_parameters`).
-    absent: names that Transformers lets a checkpoint leave out and that this one does; they have no Source.
+    absent: names that Transformers lets a checkpoint leave out and that this one does; they have no Source, the model's
+        own initialisation gives their values.
     unused: checkpoint tensors that no parameter takes, less those Transformers knows to ignore. Worth a warning.
     """
 
@@ -120,8 +121,9 @@ def _assign(
         if name not in tensors:
             unexpected[name] = key
         elif pattern is not None:
-            converter = collected.setdefault(name, deepcopy(by_pattern[pattern]))
-            converter.add_tensor(name, key, pattern, PlacementTensor.of(entry))
+            if name not in collected:
+                collected[name] = deepcopy(by_pattern[pattern])
+            collected[name].add_tensor(name, key, pattern, PlacementTensor.of(entry))
         elif name in direct:
             unexpected[key] = key
         else:
