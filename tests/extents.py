@@ -1,0 +1,30 @@
+"""The slow reference reader of sources that several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from offload.block_store import Source
+
+
+def read_source(source: Source) -> torch.Tensor:
+    """The reference reader: byte by byte where the extents say, nothing twice."""
+    target = torch.full((source.num_bytes,), 0xAA, dtype=torch.uint8)
+    written = np.zeros(source.num_bytes, np.int8)
+    for path, offset, num_bytes, start in source.pieces:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            target[start : start + num_bytes] = torch.frombuffer(bytearray(file.read(num_bytes)), dtype=torch.uint8)
+            written[start : start + num_bytes] += 1
+    assert (written == 1).all()
+    return target.view(source.dtype).reshape(source.shape)
+
+
+def equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    first, second = first.contiguous(), second.contiguous()
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and first.flatten().view(torch.uint8).equal(second.flatten().view(torch.uint8))
+    )
