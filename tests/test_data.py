@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -241,8 +243,10 @@ def test_choices(plain, tmp_path, here):
     assert data.answers.tolist() == [1, 0, 1, 0, 1]
     wanted = [(f"<s>{i} It was{choice}", [choice]) for i in range(5) for choice in (" great", " terrible")]
     assert texts(plain, data) == wanted
-    assert make(rows, plain, tmp_path).num_choices is None
+    unexpanded = make(rows, plain, tmp_path)
+    assert unexpanded.num_choices is None and unexpanded.meta["different_completions"] == 2
     many = [{"prompt": "the", "completion": f" {i}"} for i in range(17)]
+    assert make(many, plain, tmp_path).meta["different_completions"] is None
     with pytest.raises(DataError, match=r"data\[16\]: .* at most 16 different completions .* brings the 17th"):
         make(many, plain, tmp_path, choices=True)
     with pytest.raises(DataError, match='needs rows with "prompt" and "completion" as strings'):
@@ -274,3 +278,53 @@ def test_hub_names(plain, tmp_path, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets, which is not installed: pip install datasets"):
         make("some/other", plain, tmp_path)
+
+
+def test_hub_out_of_reach_or_refusing(plain, tmp_path, here, monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def answer(error):
+        def dataset_info(self, name, timeout):
+            raise error
+
+        monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    response = SimpleNamespace(headers={}, request=None)
+    answer(RepositoryNotFoundError("404\nRepository not found", response=response))
+    with pytest.raises(DataError, match="some/set is not a file here, and the hub does not give it: .*not found"):
+        make("some/set", plain, tmp_path)
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    # Out of reach, what was downloaded before serves.
+    answer(ConnectionError("no network"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: datasets.Dataset.from_list([{"text": "the cat"}]))
+    assert len(make("some/set", plain, tmp_path)) == 1
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("template", "trained"),
+    [
+        (  # as Mistral: no generation prompt, eos after the assistant
+            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+            " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+            [" the cat</s>", " the mat</s>"],
+        ),
+        (  # as Gemma: another name for the assistant, content trimmed, a line end after the turn
+            "{{ bos_token }}{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+            "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+            ["the cat<|im_end|>", "the mat<|im_end|>"],
+        ),
+        (  # no token ends the turn: its line end does
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            [" the cat\n", " the mat\n"],
+        ),
+    ],
+)
+def test_templates_of_other_families(chatml, tmp_path, here, template, trained):
+    data = make([{"messages": CHAT}], chatml, tmp_path, chat_template=template)
+    assert texts(chatml, data)[0][1] == trained

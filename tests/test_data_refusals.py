@@ -121,6 +121,11 @@ def test_bad_files(plain, chatml, tmp_path, here):
     (tmp_path / "empty").mkdir()
     assert message(tmp_path / "empty").startswith(f"no data file in the folder {tmp_path / 'empty'}")
     assert message([{"messages": CHAT}]).startswith("data[0]: the row is a conversation, but the model's tokenizer")
+    assert message({"train": [], "test": []}).startswith("data: expected rows, found a mapping with train, test: hand")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").write_text("")
+    assert message([]) == f"the folder for token caches, {tmp_path / 'cache'}, cannot be made: File exists"
+    (tmp_path / "cache").unlink()
     assert message(["the cat"]) == "data[0]: expected a dict, found str"
     assert message([{"text": b"the"}]).startswith("data[0]: expected strings, numbers, lists and dicts: found bytes")
     assert message([{"text": "the"}], form="chat").startswith("form: expected one of auto, messages")

@@ -39,7 +39,8 @@ class TokenDataset:
     """Examples of a token cache, read from the memory map when they are asked for.
 
     `meta` holds, among others: form, rows (of the source), examples, tokens, label_tokens, truncated, dropped,
-    sequence_length, tokenizer (fingerprint), eos_token_id, choices (texts of the candidates, or null).
+    sequence_length, tokenizer (fingerprint), eos_token_id, choices (texts of the candidates, or null),
+    different_completions (of prompt + completion rows; null when there are more than choices can compare, or none).
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:

@@ -70,7 +70,10 @@ def prepare(
     if sequence_length < 2:
         raise DataError(f"sequence_length: expected at least 2 tokens, found {sequence_length}")
     cache_dir = Path(cache_dir)
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder for token caches, {cache_dir}, cannot be made: {error.strerror}") from error
     tokenizer = _tokenizer_folder(str(model))
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache_dir) as scratch:
         if isinstance(source, str | Path):
@@ -159,6 +162,8 @@ def _template_text(template: str | None) -> str | None:
 
 def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> File:
     """Rows in memory as JSON lines: tokens are made in another process, which needs them on disk."""
+    if isinstance(rows, Mapping):  # a datasets.DatasetDict
+        raise DataError(f"data: expected rows, found a mapping with {', '.join(map(str, rows))}: hand over one of them")
     digest = hashlib.sha256()
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
         for index, row in enumerate(rows):

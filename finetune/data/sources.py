@@ -234,9 +234,15 @@ def _parquet_rows(file: File) -> Iterator[tuple[str, Any]]:
 def _hub_commit(dataset_id: str) -> str | None:
     try:
         from huggingface_hub import HfApi
-
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        return None  # reading the rows says what is missing
+    try:
         return HfApi().dataset_info(dataset_id, timeout=10).sha
-    except Exception:  # offline, private or absent: loading it says which
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(f"{dataset_id} is not a file here, and the hub does not give it: {reason}") from error
+    except Exception:  # no network, in the many forms that takes: an earlier download may serve
         return None
 
 

@@ -7,6 +7,7 @@ print goes to standard error. Its memory does not grow with the data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -47,8 +48,11 @@ class Job:
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:
     """Write the cache of `job`. `report(rows, tokens)` is called after each batch. Raises DataError."""
-    tokenizer = _load_tokenizer(job)
     sources = [File(**source) if "path" in source else HubSplit(**source) for source in job.sources]
+    if any(isinstance(source, HubSplit) and source.commit is None for source in sources):
+        # The hub was just found out of reach: take what was downloaded before, without minutes of trying again.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    tokenizer = _load_tokenizer(job)
     rows = _Rows(sources, job.form, chat=bool(tokenizer.chat_template))
     choices = _find_choices(rows) if job.choices else None
 
@@ -104,6 +108,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "pad_token_id": pad,
             "eos_token_id": tokenizer.eos_token_id,
             "choices": choices,
+            "different_completions": len(rows.completions) if 0 < len(rows.completions) <= MAX_CHOICES else None,
         }
     )
 
@@ -117,6 +122,7 @@ class _Rows:
         self._chat = chat
         self.count = 0
         self.forms: set[str] = set()
+        self.completions: set[str] = set()  # no more than one above MAX_CHOICES are kept
 
     def __iter__(self) -> Iterator[tuple[str, Parsed]]:
         self.count = 0
@@ -137,6 +143,8 @@ class _Rows:
             except DataError as error:
                 raise DataError(f"{error}{self._more(rows, form)}") from error
             # The pieces of a text file are one row.
+            if isinstance(parsed, Pair) and len(self.completions) <= MAX_CHOICES:
+                self.completions.add(parsed.completion)
             self.count += not isinstance(parsed, TextPiece) or parsed.first
             yield place, parsed
 
@@ -164,17 +172,15 @@ def _until_unreadable(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, An
 
 
 def _find_choices(rows: _Rows) -> list[str]:
-    choices: set[str] = set()
     for place, row in rows:
         if not isinstance(row, Pair):
             raise DataError(f'{place}: comparing choices needs rows with "prompt" and "completion" as strings')
-        choices.add(row.completion)
-        if len(choices) > MAX_CHOICES:
+        if len(rows.completions) > MAX_CHOICES:
             raise DataError(
                 f"{place}: comparing choices needs at most {MAX_CHOICES} different completions in the data, and this "
                 f"row brings the {MAX_CHOICES + 1}th: for free text measure the loss instead"
             )
-    return sorted(choices)
+    return sorted(rows.completions)
 
 
 def _batches(rows: _Rows) -> Iterator[list[tuple[str, Parsed]]]:
@@ -200,10 +206,13 @@ def _batches(rows: _Rows) -> Iterator[list[tuple[str, Parsed]]]:
 
 def _load_tokenizer(job: Job) -> Any:
     if not job.trust_remote_code:
-        # Transformers' tokenizers work without torch, which would more than triple this process' memory.
+        # Transformers' tokenizers work without torch, which would more than triple this process' memory. It looks for
+        # torch once, while it is imported.
         sys.modules["torch"] = None
     from transformers import AutoTokenizer
 
+    if not job.trust_remote_code:
+        del sys.modules["torch"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.tokenizer, trust_remote_code=job.trust_remote_code)
     except Exception as error:  # Transformers raises whatever its parts do
@@ -239,9 +248,15 @@ def main() -> int:
     try:
         run(job, report)
     except DataError as error:
-        print(json.dumps({"error": str(error)}), file=channel, flush=True)
-        return 1
-    return 0
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"no room for the token cache in {Path(job.folder).parents[1]}: {error.strerror}"
+    else:
+        return 0
+    print(json.dumps({"error": message}), file=channel, flush=True)
+    return 1
 
 
 if __name__ == "__main__":
