@@ -11,7 +11,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc finetune offload memo
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
-	sh .ci/headers
+	PYTHON=$(PYTHON) sh .ci/headers
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install '.[test,demo]'
