@@ -80,14 +80,13 @@ class Binding:
         for _, owner in self._lazy:
             owner.forward.stored = None
 
-    def materialise(self, views: Mapping[str, torch.Tensor]) -> None:
-        """Binds with every weight converted: for code that reads `weight` itself (DoRA's norm)."""
-        for _, owner in self._lazy:
+    def convert_at_bind(self) -> None:
+        """From now on every weight is converted when it is bound: for code that reads `weight` itself (DoRA's norm)."""
+        for name, owner in self._lazy:
             owner.__dict__.pop("forward", None)
-        self._targets += [(name, owner, "weight", owner.weight.dtype) for name, owner in self._lazy]
-        self._empty += [(owner._parameters, "weight", owner.weight) for _, owner in self._lazy]
+            self._targets.append((name, owner, "weight", owner.weight.dtype))
+            self._empty.append((owner._parameters, "weight", owner.weight))
         self._lazy = []
-        self.bind(views)
 
 
 class _LazyForward:

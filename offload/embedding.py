@@ -33,6 +33,10 @@ class RowsOnDemand:
         module.padding_idx = None  # matters for gradients only, and need not be a row of the compact table
         module.forward = self
 
+    def serves(self, module: nn.Module) -> bool:
+        """Whether `module` is this table, or an adapter around it."""
+        return any(part is self._module for part in module.modules())
+
     def read(self, ids: torch.Tensor) -> None:
         """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
         ids = torch.unique(ids.cpu())

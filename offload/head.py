@@ -26,12 +26,12 @@ from torch import nn
 from torch.nn import functional
 
 IGNORE_INDEX = -100
-LOGITS_TILE_BYTES = 32 * 2**20  # fp32 logits of one tile
-HEAD_CHUNK_BYTES = 64 * 2**20  # stored bytes of one chunk of the head
+LOGITS_TILE_BYTES = 8 * 2**20  # fp32 logits of one tile
+HEAD_CHUNK_BYTES = 32 * 2**20  # one chunk of the head, in the dtype that computes
 
 
 def default_tiles(vocab_size: int, row_bytes: int) -> tuple[int, int]:
-    """(tile_tokens, tile_vocab) for a head of `vocab_size` rows of `row_bytes` stored bytes each."""
+    """(tile_tokens, tile_vocab) for a head of `vocab_size` rows of `row_bytes` bytes each, in the dtype that computes."""
     tile_vocab = vocab_size
     if vocab_size * row_bytes > HEAD_CHUNK_BYTES:
         chunks = -(-vocab_size * row_bytes // HEAD_CHUNK_BYTES)
@@ -92,7 +92,10 @@ _ELEMENTWISE = {torch.tanh, torch.mul, torch.div, torch.true_divide, torch.add, 
 
 @dataclass(slots=True)
 class HeadChunk:
-    """Rows [start, start + weight.shape[0]) of the head, while acquired. weight: [rows, hidden]; bias: [rows] or None."""
+    """Rows [start, start + weight.shape[0]) of the head, while acquired, in the dtype that computes.
+
+    weight: [rows, hidden]; bias: [rows] or None. A head of one chunk is bound to its module.
+    """
 
     start: int
     weight: torch.Tensor
@@ -162,8 +165,10 @@ class TiledHead:
         with torch.no_grad():
             for index in range(self._num_chunks):
                 chunk = self._chunks.acquire(index)
-                part = self._forward(hidden) if self._num_chunks == 1 else functional.linear(
-                    hidden, chunk.weight.to(hidden.dtype), None if chunk.bias is None else chunk.bias.to(hidden.dtype)
+                part = (
+                    self._forward(hidden)
+                    if self._num_chunks == 1
+                    else functional.linear(hidden, chunk.weight, chunk.bias)
                 )
                 parts.append(_apply(logits.operations, part).float())
                 self._chunks.release(index)
@@ -229,11 +234,8 @@ class _Rows:
         end = chunk.start + chunk.weight.shape[0]
         for tile in self._tiles:
             hidden, labels = self._hidden[tile], self._labels[tile]
-            weight = chunk.weight.to(hidden.dtype)
-            if forward is not None:
-                z = forward(hidden)
-            else:
-                z = functional.linear(hidden, weight, None if chunk.bias is None else chunk.bias.to(hidden.dtype))
+            weight = chunk.weight
+            z = functional.linear(hidden, weight, chunk.bias) if forward is None else forward(hidden)
             slope = None
             if self._operations and self._backward:
                 z.requires_grad_()

@@ -8,6 +8,7 @@ Both follow memory.fetch_policy: resident blocks keep their slots, the others sh
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from memory.errors import UserError
 from memory.fetch_policy import next_fetch, victim
 from memory.slab import Lease, SlotPool
 from offload.block_store import BlockLayout
@@ -77,13 +79,12 @@ class Tier:
         self._fetch_ahead()
 
     def close(self) -> None:
-        """Waits for what is under way and gives every slot back."""
+        """Waits for what is under way; nothing is written to the slots afterwards. Also after a failed step."""
         self._upcoming.clear()
         for block, state in enumerate(self._states):
             if state is State.FETCHING:
-                self._arrive(block)
-            if self._states[block] is not State.AWAY:
-                self._evict(block)
+                with contextlib.suppress(UserError):  # the failure that matters was raised before
+                    self._arrive(block)
 
     def ready(self, block: int) -> bool:
         """Whether `acquire` would not wait."""
@@ -172,6 +173,7 @@ class HostTier(Tier):
         lookahead: int,
     ) -> None:
         super().__init__(len(layouts), pool, resident, lookahead)
+        self.block_bytes = [layout.num_bytes for layout in layouts]
         self._io = io
         self._tickets: dict[int, int] = {}
         files: dict[Any, int] = {}
@@ -199,7 +201,7 @@ class DeviceTier(Tier):
     """Host slots to device slots. Drives the host tier; a host slot is held until the copy out of it is done."""
 
     def __init__(self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int) -> None:
-        super().__init__(len(host._states), pool, resident, lookahead)
+        super().__init__(len(host.block_bytes), pool, resident, lookahead)
         self._host = host
         self._device = device
         self._copies: dict[int, Event] = {}  # block -> its copy, until compute waits for it
@@ -211,9 +213,14 @@ class DeviceTier(Tier):
         self._host.begin([b for b in order if b not in self.resident or self._states[b] is State.AWAY])
         super().begin(order)
 
+    @property
+    def host_stall_seconds(self) -> float:
+        return self._host.stall_seconds
+
     def close(self) -> None:
         super().close()
-        self._free_host_slots(keep=0)
+        for event in self._host_held.values():
+            self._device.synchronize(event)
         self._host.close()
 
     def _fetch_ahead(self) -> None:
@@ -226,7 +233,7 @@ class DeviceTier(Tier):
     def _start(self, block: int, lease: Lease) -> None:
         self._free_host_slots(keep=self._host.lookahead)
         source = self._host.acquire(block)
-        size = min(source.numel(), lease.buffer.numel())
+        size = self._host.block_bytes[block]
         event = self._device.copy_async(
             lease.buffer[:size], source[:size], Direction.H2D, after=self._last_use.pop(lease.index, None)
         )
@@ -237,6 +244,7 @@ class DeviceTier(Tier):
 
     def _finish(self, block: int) -> None:
         self._device.wait(self._copies.pop(block))
+        self._device.check_readable(self._leases[block].buffer[: self._host.block_bytes[block]])
 
     def _leave(self, block: int) -> None:
         lease = self._leases[block]

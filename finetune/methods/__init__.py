@@ -1,0 +1,1 @@
+"""Update rules: what is trainable, and what happens to its gradients."""

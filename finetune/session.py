@@ -1,0 +1,270 @@
+"""From a configuration to an open streamed model: device, dtype, adapter, budget, plan. Shared by train, eval, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.config import Config
+from finetune.methods import lora
+from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
+from memory.checkpoint import resolve_model
+from memory.errors import UserError
+from memory.meter import host_bytes
+from memory.plan import Demand, Limits, Plan, PlanRefused, Wishes, make_plan
+from memory.simulator import StepTime, simulate_step
+from memory.units import available_host_bytes, format_bytes, parse_bytes
+from offload.devices import Device, choose_device
+from offload.dry_run import VisitSize, measure_visit
+from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
+from offload.streamed_model import StreamedModel
+
+OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
+HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """The largest micro-batch as the model's keyword arguments, and how many a step has.
+
+    train: whether gradients and optimizer state exist.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    micro_batches: int
+    train: bool
+
+    @classmethod
+    def of_text(cls, micro_batch_size: int, sequence_length: int, micro_batches: int, train: bool) -> BatchShape:
+        ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
+        return cls({"input_ids": ids, "use_cache": False}, micro_batches, train)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a text micro-batch, samples of another."""
+        first = next(iter(self.inputs.values()))
+        return first.numel() if "input_ids" in self.inputs else first.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A plan with what it was made from; `describe` is what `finetune plan` prints."""
+
+    plan: Plan
+    demand: Demand
+    visit: VisitSize
+    parts: ModelParts
+    shape: BatchShape
+    device_kind: str
+
+    def describe(self) -> str:
+        plan, parts = self.plan, self.parts
+        read_bytes = 2 * sum(
+            layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident
+        ) + self.demand.head_chunks * self.demand.head_chunk_bytes
+        lines = [
+            f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
+            f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
+            f"on {self.device_kind}",
+            f"a step: {self.shape.micro_batches} micro-batches of at most "
+            + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape)),
+            f"blocks: {len(plan.host_resident)} of {len(parts.blocks)} resident, lookahead {plan.host_lookahead}; block inputs "
+            + ("on disk" if plan.activation_slots else "in memory")
+            + f"; disk read a step at most {format_bytes(read_bytes)}",
+            f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed",
+        ]
+        lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.host_parts.items()]
+        if plan.device_budget_bytes is not None:
+            lines.append(
+                f"device memory: {format_bytes(plan.device_peak_bytes)} predicted, "
+                f"{format_bytes(plan.device_budget_bytes)} allowed"
+            )
+            lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
+        return "\n".join(lines)
+
+    def predict_step(self, read_bytes_per_second: float, flops_per_second: float) -> StepTime:
+        """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps."""
+        rows = self.shape.micro_batches
+        blocks = len(self.parts.blocks)
+        forward = self.visit.flops * rows / flops_per_second
+        head = self.parts.head
+        head_flops = 4 * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
+        return simulate_step(
+            blocks,
+            self.demand.block_bytes,
+            [forward] * blocks,
+            [2 * forward] * blocks,  # recomputation, and the product with the weights again
+            head_flops / flops_per_second,
+            read_bytes_per_second,
+            self.plan.host_resident,
+            self.plan.host_lookahead,
+        )
+
+
+class Session:
+    """Everything before the first step. `open` may be called once; `close` frees the streamed model."""
+
+    def __init__(self, config: Config, adapter: Path | None = None, train: bool = True) -> None:
+        """Builds the skeleton with its adapter; reads configuration and headers only.
+
+        adapter: a saved adapter to start from; None: a fresh one when training, the bare model otherwise.
+        Raises UserError for whatever is wrong with model, adapter or device.
+        """
+        self.config = config
+        self.train = train
+        if config.engine.num_threads:
+            torch.set_num_threads(config.engine.num_threads)
+        self.device = choose_device(
+            config.device,
+            simulated_bytes_per_second=(config.engine.simulated_copy_gbps or float("inf")) * 1e9,
+            simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
+        )
+        directory = resolve_model(config.model)
+        self.parts = cut(
+            directory,
+            partial(_compute_dtype, config.engine.dtype, self.device),
+            trust_remote_code=config.trust_remote_code,
+            tile_tokens=config.engine.loss_tile_tokens,
+            tile_vocab=config.engine.loss_tile_vocab,
+        )
+        self.model: nn.Module = self.parts.model
+        streamed = {id(m) for block in self.parts.blocks for m in block.modules()}
+        streamed |= {id(module) for _, module, _ in self.parts.embeddings}
+        if self.parts.head is not None:
+            streamed.add(id(self.parts.head.module))
+        if adapter is not None:
+            self.model = lora.load(self.model, adapter, trainable=train)
+        elif train:
+            self.model = lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
+        lora.check_streamable(self.model, lambda module: id(module) in streamed)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._is_fresh = adapter is None
+        if lora.needs_first_visit(self.model):
+            for binding in self.parts.bindings:
+                binding.convert_at_bind()
+        self.model.train(train)
+        for module in self.model.modules():
+            if hasattr(module, "_cache_clear"):
+                module.training = True  # DoRA layers cache matrices of the weight's size in eval mode
+        self.arena: Arena | None = None
+        self.streamed: StreamedModel | None = None
+
+    def plan(self, shape: BatchShape) -> PlannedRun:
+        """Raises PlanRefused when the budgets are too small for `shape`."""
+        demand, visit = self._demand(shape)
+        engine = self.config.engine
+        plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, engine.activations))
+        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind)
+
+    def open(
+        self, planned: PlannedRun, scratch: Path, progress: Callable[[str, int, int], None] = lambda *_: None
+    ) -> StreamedModel:
+        """Allocates what the plan names and opens the model; adapters move into the arena or onto the device."""
+        plan = planned.plan
+        if plan.arena_bytes:
+            self.arena = install_arena(plan.arena_bytes) or None
+            if self.arena is None:
+                tune_malloc()
+        target = self.device.torch_device
+        for module in self.model.modules():
+            for tensor in [p for p in module._parameters.values() if p is not None and p.requires_grad]:
+                tensor.data = tensor.data.to(target, copy=True)
+            if not self.device.shares_host_memory:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(target)
+        trim_malloc()
+        engine = self.config.engine
+        self.streamed = StreamedModel(
+            self.parts,
+            plan,
+            self.device,
+            scratch,
+            model=self.model,
+            io_backend=engine.io_backend,
+            queue_depth=engine.queue_depth,
+            progress=progress,
+        )
+        if self._is_fresh and lora.needs_first_visit(self.model):
+            self.streamed.visit_blocks(lora.first_visit)
+        return self.streamed
+
+    def close(self) -> None:
+        if self.streamed is not None:
+            self.streamed.close()
+            self.streamed = None
+        self.device.close()
+
+    def _limits(self) -> Limits:
+        total = available_host_bytes()
+        if self.config.host_memory is None:
+            host = int(total * (1 - HOST_RESERVE_SHARE))
+        else:
+            host = _amount("host_memory", self.config.host_memory, total)
+        device = None
+        if not self.device.shares_host_memory:
+            total = self.device.total_bytes()
+            device = int(total * 0.9)
+            if self.config.device_memory is not None:
+                device = _amount("device_memory", self.config.device_memory, total)
+        return Limits(host, device)
+
+    def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:
+        parts, lanes = self.parts, shape.micro_batches
+        visit = measure_visit(parts, self.model, shape.inputs, shape.train)
+        itemsize = parts.dtype.itemsize
+        adapter_bytes = sum(p.nbytes for p in self.trainable)
+        state = adapter_bytes
+        if shape.train:
+            state += adapter_bytes + OPTIMIZER_BYTES_PER_PARAMETER * sum(p.numel() for p in self.trainable)
+        head = parts.head
+        loss_bytes = step = 0
+        if head is not None:
+            hidden_size = head.module.weight.shape[1]
+            tile = min(head.tile_tokens, shape.rows)
+            # logits in the model's dtype, in fp32, their softmax and its gradient; a converted weight where dtypes differ
+            loss_bytes = tile * head.tile_vocab * (3 * 4 + (itemsize if itemsize < 4 else 0))
+            if head.layouts[0].views["weight"].dtype != parts.dtype:
+                loss_bytes += head.tile_vocab * hidden_size * itemsize
+            # hidden states of every lane before the head and their gradients; a head in chunks keeps sums in fp32
+            per_row = hidden_size * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64
+            step += lanes * shape.rows * per_row
+        for _, _, source in parts.embeddings:
+            row_bytes = source.num_bytes // source.shape[0] + prod(source.shape[1:]) * itemsize
+            step += min(lanes * shape.rows, source.shape[0]) * row_bytes
+        demand = Demand(
+            block_bytes=tuple(layout.num_bytes for layout in parts.layouts),
+            head_chunk_bytes=max((layout.num_bytes for layout in head.layouts), default=0) if head else 0,
+            head_chunks=len(head.layouts) if head else 0,
+            state_bytes=state,
+            edge_bytes=parts.edge_bytes,
+            temporaries_bytes=max(visit.peak_bytes, loss_bytes),
+            step_bytes=step,
+            boundary_bytes=visit.boundary_bytes,
+            boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks) if shape.train else visit.boundary_bytes * lanes,
+            baseline_bytes=max(0, host_bytes() - adapter_bytes),
+        )
+        return demand, visit
+
+
+def _amount(key: str, amount: Any, total: int) -> int:
+    try:
+        return parse_bytes(amount, total)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def _compute_dtype(word: str, device: Device, stored: torch.dtype) -> torch.dtype:
+    """`auto`: as stored, but fp32 where this CPU has no hardware for the stored dtype."""
+    if word != "auto":
+        return getattr(torch, word)
+    if device.torch_device.type == "cpu" and not computes_natively(stored):
+        return torch.float32
+    return stored

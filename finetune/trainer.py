@@ -1,0 +1,453 @@
+"""The training loop: steps of the streamed model, optimizer, schedule, metrics, state, report.
+
+[Note: the reference loop]
+For every step, in plain PyTorch with everything resident, the same bits come from:
+    for index, batch in enumerate(micro_batches):
+        torch.manual_seed(lane_seed(seed, step, index))
+        loss = cross_entropy(model(batch), reduction="sum") / labelled_tokens_of_the_step
+        loss.backward()
+    clip_grad_norm_(trainable, max_grad_norm); optimizer.step(); scheduler.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.config import Config
+from finetune.data import BatchPlan, collate, prepare
+from finetune.progress import Progress
+from finetune.report import MetricsWriter, summary_table, write_report
+from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from finetune.state import load_state, save_state
+from finetune.tensor_rows import TensorRows
+from memory.errors import UserError
+from memory.meter import MemoryMeter
+from offload.calibration import Rates, measure_rates
+
+
+def lane_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The random seed of micro-batch `micro_batch` of step `step` (both from 0): a 63-bit hash of the three numbers."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """global_step: updates done in all. training_loss: mean of this call's step losses. report: what report.json holds."""
+
+    global_step: int
+    training_loss: float
+    report: dict[str, Any]
+
+
+class Trainer:
+    """Fine-tunes the model that `config` names, within its budgets.
+
+    callbacks: Transformers `TrainerCallback` objects. `config.data` and `config.eval_data` may be paths, hub ids, rows, or
+    sequences of dicts of tensors for models that do not read text.
+    """
+
+    def __init__(self, config: Config, callbacks: Sequence[Any] = ()) -> None:
+        self.config = config
+        self.callbacks = list(callbacks)
+        self._session: Session | None = None
+        self._stop_requested = False
+
+    def plan(self) -> PlannedRun:
+        """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
+        config = self.config
+        session = Session(config)
+        try:
+            return session.plan(self._shape(config.dataset.sequence_length))
+        finally:
+            session.close()
+
+    def train(self) -> TrainResult:
+        """Runs to the end of the schedule, from the saved state where `resume` is set.
+
+        Ctrl-C (and SIGTERM) end the step at its next block, save the state and raise KeyboardInterrupt.
+        Raises UserError for bad input and PlanRefused for budgets that are too small; nothing is written then but a token
+        cache.
+        """
+        config = self.config
+        if config.data is None:
+            raise UserError("no training data: give --data (a path, a hub id, or rows)")
+        self._session = session = Session(config)
+        try:
+            data, lengths = self._prepare(config.data, session)
+            return self._train(session, data, lengths)
+        finally:
+            session.close()
+
+    def evaluate(self, data: Any = None) -> dict[str, float]:
+        """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
+        from finetune.evaluate import evaluate
+
+        config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
+        return evaluate(config, config.output / "adapter")
+
+    def save_model(self, directory: str | Path | None = None) -> Path:
+        """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`."""
+        import shutil
+
+        source = self.config.output / "adapter"
+        if not source.is_dir():
+            raise UserError(f"there is no trained adapter in {source} yet: call train() first")
+        if directory is None:
+            return source
+        return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
+
+    def _shape(self, sequence_length: int) -> BatchShape:
+        training = self.config.training
+        rows = min(training.micro_batch_size, training.batch_size)
+        return BatchShape.of_text(rows, sequence_length, -(-training.batch_size // rows), train=True)
+
+    def _prepare(self, source: Any, session: Session) -> tuple[Any, np.ndarray]:
+        """The rows and their lengths in tokens. Refuses before tokenising what no data could make fit."""
+        config = self.config
+        if TensorRows.fits(source):
+            rows = TensorRows(source)
+            return rows, rows.lengths
+        session.plan(self._shape(min(16, config.dataset.sequence_length)))
+        options = config.dataset
+        data = prepare(
+            source,
+            model=session.parts.directory,
+            cache_dir=config.output / "tokens",
+            sequence_length=options.sequence_length,
+            form=options.form,
+            completion_only=options.completion_only,
+            append_eos=options.append_eos,
+            chat_template=options.chat_template,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return data, np.asarray(data.lengths)
+
+    def _train(self, session: Session, data: Any, lengths: np.ndarray) -> TrainResult:
+        config, options = self.config, self.config.training
+        packing = config.dataset.sequence_length if config.dataset.packing else None
+        batches = BatchPlan(
+            len(data), options.batch_size, options.micro_batch_size, options.seed, lengths,
+            epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
+        )  # fmt: skip
+        if isinstance(data, TensorRows):
+            rows = min(options.micro_batch_size, options.batch_size)
+            inputs = {k: v for k, v in data.collate(range(min(rows, len(data)))).items() if k != "labels"}
+            shape = BatchShape(inputs, -(-options.batch_size // rows), train=True)
+        else:
+            shape = self._shape(packing or int(lengths.max()))
+        planned = session.plan(shape)
+
+        output = config.output
+        output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        meter = MemoryMeter().start()
+        progress = Progress(
+            batches.num_steps,
+            host_budget_bytes=planned.plan.host_budget_bytes,
+            device_budget_bytes=planned.plan.device_budget_bytes,
+        )
+        progress.message(planned.describe())
+        try:
+            return self._run(session, planned, data, batches, meter, progress)
+        finally:
+            progress.close()
+            meter.stop()
+
+    def _run(
+        self, session: Session, planned: PlannedRun, data: Any, batches: BatchPlan, meter: MemoryMeter, progress: Progress
+    ) -> TrainResult:
+        config, options, output = self.config, self.config.training, self.config.output
+
+        def inside(phase: str, done: int, total: int) -> None:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            progress.inside(phase, done, total)
+
+        streamed = session.open(planned, output / "scratch", inside)
+        for note in streamed.notes:
+            progress.message(note)
+        rates = measure_rates(session.parts, session.device)
+        trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
+        parameters = list(trainable.values())
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+        )
+        about = _about(config, data)
+        first_step = load_state(output / "state", trainable, optimizer, about) if config.resume else 0
+        scheduler = _scheduler(options, optimizer, batches.num_steps, first_step)
+        if first_step:
+            progress.message(f"resumed after step {first_step}")
+        callbacks = _Callbacks(self.callbacks, config, session.model, optimizer, scheduler, batches)
+        callbacks.call("on_train_begin")
+        losses: list[float] = []
+        step_seconds: list[float] = []
+        saved_step = first_step
+        started = time.perf_counter()
+        traffic = first_traffic = streamed.traffic()
+        step = first_step
+        with MetricsWriter(output / "metrics.jsonl", first_step) as metrics, self._interruptible():
+            try:
+                while step < batches.num_steps and not callbacks.should_stop:
+                    callbacks.call("on_step_begin", step)
+                    step_started = time.perf_counter()
+                    inputs, labels, tokens = _micro_batches(data, batches.step(step), session)
+                    seeds = [lane_seed(options.seed, step, i) for i in range(len(inputs))]
+                    loss = float(streamed.train_step(inputs, labels, seeds))
+                    max_norm = options.max_grad_norm or float("inf")
+                    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+                    learning_rate = optimizer.param_groups[0]["lr"]
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    step += 1
+                    seconds = time.perf_counter() - step_started
+                    before, traffic = traffic, streamed.traffic()
+                    meter.sample()
+                    row = {
+                        "step": step,
+                        "epoch": batches.epoch(step),
+                        "loss": loss,
+                        "learning_rate": learning_rate,
+                        "grad_norm": grad_norm,
+                        "tokens": tokens,
+                        "seconds": seconds,
+                        "tokens_per_s": tokens / seconds,
+                        "disk_read_bytes": traffic.read_bytes - before.read_bytes,
+                        "disk_write_bytes": traffic.write_bytes - before.write_bytes,
+                        "stall_seconds": traffic.stall_seconds - before.stall_seconds,
+                        "host_peak_bytes": meter.peak_bytes,
+                        "device_peak_bytes": session.device.peak_bytes(),
+                    }
+                    metrics.write(row)
+                    progress.step(row)
+                    losses.append(loss)
+                    step_seconds.append(seconds)
+                    callbacks.logs(row, step)
+                    if options.eval_steps and step % options.eval_steps == 0 and config.eval_data is not None:
+                        self._evaluate_inside(session, planned, progress, step)
+                    if step % options.save_steps == 0 or callbacks.should_save:
+                        save_state(output / "state", step, trainable, optimizer, about)
+                        saved_step = step
+                        callbacks.call("on_save", step)
+            except KeyboardInterrupt:
+                if step > saved_step:
+                    save_state(output / "state", step, trainable, optimizer, about)
+                session.model.save_pretrained(output / "adapter")
+                progress.message(f"stopped; the state after step {step} is saved in {output / 'state'}")
+                raise
+        if step > saved_step:
+            save_state(output / "state", step, trainable, optimizer, about)
+        session.model.save_pretrained(output / "adapter")
+        callbacks.call("on_train_end", step)
+        report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
+        report["measured"] |= _per_step(first_traffic, traffic, len(losses))
+        write_report(output / "report.json", report)
+        progress.close()
+        print(summary_table(report))
+        return TrainResult(step, float(np.mean(losses)) if losses else float("nan"), report)
+
+    def _evaluate_inside(self, session: Session, planned: PlannedRun, progress: Progress, step: int) -> None:
+        from finetune.evaluate import evaluate_open
+
+        results = evaluate_open(session, self.config, planned.shape)
+        session.model.train()
+        progress.message(f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items()))
+
+    def _report(
+        self, planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, losses: list[float],
+        step_seconds: list[float], first_step: int, step: int, started: float,
+    ) -> dict[str, Any]:  # fmt: skip
+        predicted = planned.predict_step(rates.read_bytes_per_second, rates.flops_per_second)
+        plan = planned.plan
+        return {
+            "model": str(self.config.model),
+            "steps": step,
+            "first_step": first_step,
+            "training_loss": float(np.mean(losses)) if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "seconds": time.perf_counter() - started,
+            "budget": {"host_peak_bytes": plan.host_budget_bytes, "device_peak_bytes": plan.device_budget_bytes},
+            "predicted": {
+                "host_peak_bytes": plan.host_peak_bytes,
+                "device_peak_bytes": plan.device_peak_bytes,
+                "step_seconds": predicted.seconds,
+                "stall_seconds": predicted.stall_seconds,
+                "disk_read_bytes": predicted.read_bytes,
+            },
+            "measured": {
+                "host_peak_bytes": meter.stop(),
+                "device_peak_bytes": session.device.peak_bytes(),
+                "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
+            },
+            "plan": {
+                "resident_blocks": len(plan.host_resident),
+                "blocks": len(session.parts.blocks),
+                "lookahead": plan.host_lookahead,
+                "block_inputs": "disk" if plan.activation_slots else "host",
+                "dtype": str(session.parts.dtype).removeprefix("torch."),
+                "host_parts": dict(plan.host_parts),
+                "device_parts": dict(plan.device_parts),
+            },
+            "arena": None if session.arena is None else _arena_report(session),
+        }
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks for a stop at the next block, the second stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            self._stop_requested = True
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._stop_requested = False
+
+
+def _micro_batches(data: Any, micro_batches: list[list[tuple[int, ...]]], session: Session):
+    """Model inputs and labels per micro-batch, on the device, and the tokens of the step without padding."""
+    inputs, labels, tokens = [], [], 0
+    device = session.device.torch_device
+    for rows in micro_batches:
+        if isinstance(data, TensorRows):
+            batch = data.collate([index for row in rows for index in row])
+            tokens += len(rows)
+        else:
+            examples = [[data[index] for index in row] for row in rows]
+            tokens += sum(len(example.input_ids) for row in examples for example in row)
+            batch = {**collate(examples, data.pad_token_id), "use_cache": False}
+        labels.append(batch.pop("labels").to(device))
+        inputs.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+    return inputs, labels, tokens
+
+
+def _scheduler(options: Any, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int):
+    from transformers.optimization import get_scheduler
+
+    warmup = options.warmup_steps or int(options.warmup_ratio * num_steps)
+    scheduler = get_scheduler(
+        options.lr_scheduler, optimizer, warmup, num_steps, scheduler_specific_kwargs=dict(options.lr_scheduler_kwargs) or None
+    )
+    # The schedule is a function of the step alone: go to its place.
+    state = scheduler.state_dict() | {"last_epoch": first_step}
+    if first_step:
+        scheduler.load_state_dict(state)
+        for group, base, rate in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * rate(first_step)
+    return scheduler
+
+
+def _about(config: Config, data: Any) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the run that was interrupted."""
+    options = config.training
+    return {
+        "model": Path(config.model).name,
+        "method": config.method,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "micro_batch_size": options.micro_batch_size,
+        "learning_rate": options.learning_rate,
+        "packing": config.dataset.packing,
+        "examples": len(data),
+        "lora": json.loads(json.dumps(config.lora.peft_arguments(), default=str)),
+    }
+
+
+def _per_step(first: Any, last: Any, steps: int) -> dict[str, float]:
+    steps = max(steps, 1)
+    return {
+        "disk_read_bytes": (last.read_bytes - first.read_bytes) / steps,
+        "disk_write_bytes": (last.write_bytes - first.write_bytes) / steps,
+        "stall_seconds": (last.stall_seconds - first.stall_seconds) / steps,
+    }
+
+
+def _arena_report(session: Session) -> dict[str, int]:
+    stats = session.arena.stats()
+    return {
+        "capacity_bytes": stats.capacity_bytes,
+        "peak_bytes": stats.peak_bytes,
+        "extent_bytes": stats.extent_bytes,
+        "overflow_peak_bytes": stats.overflow_peak_bytes,
+    }
+
+
+class _Callbacks:
+    """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none."""
+
+    def __init__(self, callbacks, config, model, optimizer, scheduler, batches) -> None:
+        self._handler = None
+        callbacks = list(callbacks)
+        if not callbacks and not config.training.report_to:
+            return
+        from types import SimpleNamespace
+
+        from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+
+        if "tensorboard" in config.training.report_to:
+            from transformers.integrations import TensorBoardCallback
+
+            callbacks.append(TensorBoardCallback())
+        self._args = SimpleNamespace(
+            output_dir=str(config.output),
+            logging_dir=str(config.output / "tensorboard"),
+            max_steps=batches.num_steps,
+            num_train_epochs=config.training.epochs,
+            learning_rate=config.training.learning_rate,
+            seed=config.training.seed,
+            to_json_string=lambda: json.dumps(config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str),
+        )
+        self._control = TrainerControl()
+        self._state = TrainerState(max_steps=batches.num_steps, is_world_process_zero=True, is_local_process_zero=True)
+        self._handler = CallbackHandler(callbacks, model, None, optimizer, scheduler)
+
+    @property
+    def should_stop(self) -> bool:
+        return self._handler is not None and self._control.should_training_stop
+
+    @property
+    def should_save(self) -> bool:
+        return self._handler is not None and self._control.should_save
+
+    def call(self, event: str, step: int | None = None) -> None:
+        if self._handler is None:
+            return
+        if step is not None:
+            self._state.global_step = step
+        self._control = getattr(self._handler, event)(self._args, self._state, self._control)
+
+    def logs(self, row: dict[str, Any], step: int) -> None:
+        if self._handler is None:
+            return
+        self._state.epoch = row["epoch"]
+        self.call("on_step_end", step)
+        logs = {key: row[key] for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "stall_seconds")}
+        self._state.log_history.append({**logs, "step": step})
+        self._control = self._handler.on_log(self._args, self._state, self._control, logs)
+
+
+__all__ = ["PlanRefused", "TrainResult", "Trainer", "lane_seed"]

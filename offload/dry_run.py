@@ -1,0 +1,185 @@
+"""How much one block visit allocates, found by running it on the meta device: shapes move, numbers do not.
+
+The same code that will run for real (the model's block, its adapters, the wrapped linear layers) runs under a counter of
+live storage bytes. What kernels allocate inside themselves is not seen; the planner's factor covers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from offload.model_parts import ModelParts
+
+
+@dataclass(frozen=True, slots=True)
+class VisitSize:
+    """bytes that are live at most while a visit runs: its recomputed graph, gradients and temporaries."""
+
+    peak_bytes: int
+    flops: int  # of one forward
+    boundary_bytes: int = 0  # of the block's input
+
+
+def measure_visit(parts: ModelParts, model: nn.Module, inputs: dict[str, Any], train: bool) -> VisitSize:
+    """Largest memory of one block visit when `model` (adapters included) is called with `inputs`.
+
+    The model runs up to its first block on placeholders, which gives the block's real arguments; the largest block of that
+    kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
+    """
+    first, args, kwargs = _first_call(parts, model, inputs)
+    same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
+    index = max(same, key=lambda i: parts.layouts[i].num_bytes)
+    hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    try:
+        size = _run_on_meta(parts, index, args, kwargs, train)
+    except (NotImplementedError, RuntimeError, TypeError):
+        size = _estimate(parts, index, hidden)
+    return replace(size, boundary_bytes=hidden.nbytes)
+
+
+class _Captured(Exception):
+    pass
+
+
+def _first_call(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, tuple, dict[str, Any]]:
+    calls: list[tuple[int, tuple, dict[str, Any]]] = []
+
+    def capture(index: int, *args: Any, **kwargs: Any):
+        calls.append((index, args, kwargs))
+        raise _Captured
+
+    forwards = [block.__dict__.get("forward") for block in parts.blocks]
+    try:
+        for index, block in enumerate(parts.blocks):
+            block.forward = partial(capture, index)
+        with torch.no_grad(), contextlib.suppress(_Captured):
+            model(**inputs)
+    finally:
+        for block, forward in zip(parts.blocks, forwards, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+    return calls[0]
+
+
+def _run_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool) -> VisitSize:
+    block, binding = parts.blocks[index], parts.bindings[index]
+    views = {
+        name: torch.empty(view.shape, dtype=view.dtype, device="meta")
+        for name, view in parts.layouts[index].views.items()
+    }
+    adapters = [(m, n, p) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad]
+    buffers = [(m, n, b) for m in block.modules() for n, b in m._buffers.items() if b is not None]
+    counter = _LiveBytes()
+    try:
+        for module, name, parameter in adapters:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+        for module, name, buffer in buffers:
+            module._buffers[name] = torch.empty_like(buffer, device="meta")
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+        for tensor in tree_leaves((args, kwargs, views, [m._parameters[n] for m, n, _ in adapters])):
+            counter.ignore(tensor)
+        with counter, _MetaAttention():
+            binding.bind(views)
+            with torch.no_grad():
+                block(*args, **kwargs)
+            flops = counter.flops
+            if train:
+                next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
+                output = block(*args, **kwargs)
+                tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+                torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+                del output, tensors
+    finally:
+        binding.unbind()
+        for module, name, parameter in adapters:
+            module._parameters[name] = parameter
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+    return VisitSize(counter.peak_bytes, flops)
+
+
+def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
+    """Every matrix's output kept three times over (value, gradient, activation), and the largest weight converted."""
+    rows = hidden.numel() // hidden.shape[-1]
+    views = [view for view in parts.layouts[index].views.values() if len(view.shape) >= 2]
+    outputs = sum(view.shape[-2] for view in views)
+    converted = max((prod(v.shape) for v in views if v.dtype != parts.dtype), default=0) * parts.dtype.itemsize
+    flops = 2 * rows * sum(prod(view.shape) for view in views)
+    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * converted, flops)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages between their first appearance in a result and their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = self.flops = 0
+        self._live_bytes = 0
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            self._known[tensor.untyped_storage()._cdata] = tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            a, b = args[-2:]
+            self.flops += 2 * a.numel() * b.shape[-1]
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
+        self._live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        if self._known.pop(key, None) is not None:
+            self._live_bytes -= num_bytes
+
+
+class _FlashShapes(torch.autograd.Function):
+    """What the CPU and GPU flash kernels keep and return: the output and one log-sum-exp per row."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="meta")
+        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="meta")
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _MetaAttention(TorchFunctionMode):
+    """The meta device has no flash attention and would count the quadratic scores of the fallback."""
+
+    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
+            return _FlashShapes.apply(*args[:3]) if len(args) >= 3 else function(*args, **kwargs)
+        return function(*args, **kwargs)

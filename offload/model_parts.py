@@ -1,0 +1,214 @@
+"""A model cut into what is streamed and what stays: blocks, head, embedding tables, edges.
+
+Built from config.json and safetensors headers; no weight is read here. Built before adapters are put in, because it
+holds the modules whose weights are streamed, and adapters wrap those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memory.checkpoint import Checkpoint, read_checkpoint
+from memory.errors import UserError
+from offload.binding import Binding
+from offload.block_store import BlockLayout, Extent, Source, layout_block, map_parameters
+from offload.head import default_tiles
+from offload.skeleton import build_on_meta, dtype_plan, find_blocks, set_placeholders
+
+ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeTensor:
+    """A parameter or buffer outside of blocks, embeddings and head: loaded once, resident."""
+
+    owner: nn.Module
+    attribute: str
+    source: Source
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.source.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPart:
+    """The language-model head in chunks of vocabulary rows. `starts[i]`: first row of chunk i; views "weight", "bias"."""
+
+    module: nn.Linear
+    layouts: tuple[BlockLayout, ...]
+    starts: tuple[int, ...]
+    binding: Binding
+    tile_tokens: int
+    tile_vocab: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """model: the skeleton, parameters are placeholders. blocks, layouts and bindings run in parallel, in module order."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    model: nn.Module
+    dtype: torch.dtype
+    block_names: tuple[str, ...]
+    blocks: tuple[nn.Module, ...]
+    layouts: tuple[BlockLayout, ...]
+    bindings: tuple[Binding, ...]
+    head: HeadPart | None
+    embeddings: tuple[tuple[str, nn.Embedding, Source], ...]
+    edges: tuple[EdgeTensor, ...]
+
+    @property
+    def edge_bytes(self) -> int:
+        return sum(edge.num_bytes for edge in self.edges)
+
+    @property
+    def max_block_bytes(self) -> int:
+        return max(layout.num_bytes for layout in self.layouts)
+
+
+def cut(
+    directory: Path,
+    choose_dtype: Callable[[torch.dtype], torch.dtype] = lambda stored: stored,
+    *,
+    trust_remote_code: bool = False,
+    tile_tokens: int | None = None,
+    tile_vocab: int | None = None,
+) -> ModelParts:
+    """choose_dtype: given the dtype that most bytes of the checkpoint have, the one to compute in.
+
+    Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint.
+    """
+    checkpoint = read_checkpoint(directory)
+    dtype = choose_dtype(stored_dtype(checkpoint))
+    model = build_on_meta(directory, dtype, trust_remote_code)
+    sources = map_parameters(model, checkpoint)
+    if sources.absent:
+        raise UserError(
+            f"{directory}: the checkpoint lacks {len(sources.absent)} tensors that {type(model).__name__} would start at "
+            f"random ({', '.join(sources.absent[:3])}...). Fine-tune a checkpoint that has them, or name another class in "
+            "config.json's architectures"
+        )
+    dtypes = dtype_plan(model, dtype)
+    blocks = find_blocks(model)
+    head_module = _head_module(model)
+    set_placeholders(model, dtypes)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        dtypes[name] = buffer.dtype
+
+    layouts, bindings, taken = [], [], set()
+    for prefix, block in blocks.items():
+        local = {name[len(prefix) + 1 :]: source for name, source in sources.items() if name.startswith(f"{prefix}.")}
+        taken |= {f"{prefix}.{name}" for name in local}
+        layouts.append(layout_block(local))
+        bindings.append(
+            Binding(block, {n: dtypes[f"{prefix}.{n}"] for n in local}, {n: s.dtype for n, s in local.items()})
+        )
+
+    names = {module: name for name, module in model.named_modules()}
+    head = None
+    if head_module is not None:
+        prefix = names[head_module]
+        local = {n: sources[f"{prefix}.{n}"] for n, _ in head_module.named_parameters()}
+        taken |= {f"{prefix}.{n}" for n in local}
+        head = _cut_head(head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab)
+
+    embeddings = []
+    for module, name in names.items():
+        weight = f"{name}.weight"
+        if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
+            if sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES:
+                embeddings.append((name, module, sources[weight]))
+                taken.add(weight)
+
+    edges = []
+    for name, source in sources.items():
+        if name not in taken:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            edges.append(EdgeTensor(owner, name.rpartition(".")[2], source, dtypes[name]))
+    return ModelParts(
+        directory, checkpoint, model, dtype, tuple(blocks), tuple(blocks.values()), tuple(layouts), tuple(bindings),
+        head, tuple(embeddings), tuple(edges),
+    )  # fmt: skip
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most of the checkpoint's bytes have."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    names = [name for name in sizes if name in known]
+    if not names:
+        raise UserError(
+            f"{checkpoint.directory}: expected weights in BF16, F16 or F32, found {', '.join(sorted(sizes))}: "
+            "convert the checkpoint first"
+        )
+    return known[max(names, key=lambda name: sizes[name])]
+
+
+def computes_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` in hardware. Without that, bf16 products are 5 to 300 times slower
+    than fp32 ones, and the backward product is the slowest."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
+    return True
+
+
+def _head_module(model: nn.Module) -> nn.Linear | None:
+    """The head of a causal language model, whose loss is tiled; None for models that bring their own loss."""
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return None
+    module = model.get_output_embeddings()
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _cut_head(
+    module: nn.Linear,
+    sources: dict[str, Source],
+    dtypes: dict[str, torch.dtype],
+    tile_tokens: int | None,
+    tile_vocab: int | None,
+) -> HeadPart:
+    weight = sources["weight"]
+    row_bytes = prod(weight.shape[1:]) * dtypes["weight"].itemsize
+    default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes)
+    tile_vocab = min(tile_vocab or default_vocab, weight.shape[0])
+    starts = tuple(range(0, weight.shape[0], tile_vocab))
+    layouts = tuple(
+        layout_block({n: _slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
+        for start in starts
+    )
+    binding = Binding(module, dtypes, {n: s.dtype for n, s in sources.items()})
+    binding.convert_at_bind()  # once a step, not once a tile
+    return HeadPart(module, layouts, starts, binding, tile_tokens or default_tokens, tile_vocab)
+
+
+def _slice_rows(source: Source, start: int, stop: int) -> Source:
+    row_bytes = source.num_bytes // source.shape[0]
+    low, high = start * row_bytes, stop * row_bytes
+    pieces = []
+    for piece in source.pieces:
+        first, last = max(piece.target_offset, low), min(piece.target_offset + piece.num_bytes, high)
+        if first < last:
+            shift = first - piece.target_offset
+            pieces.append(Extent(piece.path, piece.file_offset + shift, last - first, first - low))
+    return Source(source.dtype, (stop - start, *source.shape[1:]), tuple(pieces))
+
+
+def describe_blocks(blocks: Sequence[nn.Module]) -> str:
+    """Class names with counts, for messages: "22 x LlamaDecoderLayer"."""
+    counts: dict[str, int] = {}
+    for block in blocks:
+        counts[type(block).__name__] = counts.get(type(block).__name__, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())

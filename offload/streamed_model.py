@@ -1,0 +1,260 @@
+"""A model that runs by streaming: the parts of `ModelParts` with slots, I/O and engine under them.
+
+Ownership: the streamed model allocates the slabs and the I/O engine and frees them in `close`. Adapters are the model's own
+parameters and belong to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memory.plan import Plan
+from memory.slab import Slab
+from offload.activations import Activations, SpillingActivations
+from offload.block_store import bind_views
+from offload.devices import Device
+from offload.embedding import RowsOnDemand
+from offload.engine import Engine
+from offload.head import DeferredLogits, HeadChunk, TiledHead
+from offload.io import IOEngine
+from offload.model_parts import HeadPart, ModelParts
+from offload.streamer import DeviceTier, HostTier, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What has gone over the disk, and how long the step waited for it, since the model was opened."""
+
+    read_bytes: int
+    write_bytes: int
+    stall_seconds: float
+
+
+class StreamedModel:
+    """Opens a planned model: allocates everything that the plan names, reads the edges, takes over the forwards.
+
+    model: what to call, where adapters wrap `parts.model`. scratch: directory for spilled activations. progress: progress(phase, done, total) after every block visit.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        plan: Plan,
+        device: Device,
+        scratch: Path,
+        *,
+        model: nn.Module | None = None,
+        io_backend: str = "auto",
+        queue_depth: int | None = None,
+        progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    ) -> None:
+        self.parts = parts
+        self.model = parts.model if model is None else model
+        self.device = device
+        self.io = IOEngine(io_backend, queue_depth or plan.queue_depth, plan.request_bytes, plan.staging_bytes)
+        try:
+            self._open(plan, scratch, progress)
+        except BaseException:
+            self.io.close()
+            raise
+
+    def _open(self, plan: Plan, scratch: Path, progress: Callable[[str, int, int], None]) -> None:
+        parts, device = self.parts, self.device
+        host = Slab(device.allocate_host_slab(plan.host_slab_bytes))
+        self.io.register_buffer(host.buffer.data_ptr(), host.buffer.numel())
+        block_pool = host.carve("host blocks", plan.block_slot_bytes, plan.host_block_slots)
+        head_pool = host.carve("host head", plan.head_slot_bytes, plan.head_slots) if plan.head_slots else None
+        if plan.activation_slots:
+            pool = host.carve("activations", plan.activation_slot_bytes, plan.activation_slots)
+            self.activations: Activations = SpillingActivations(self.io, pool, plan.activation_host_bytes, scratch)
+        else:
+            self.activations = Activations()
+
+        host_tier = HostTier(parts.layouts, self.io, block_pool, plan.host_resident, plan.host_lookahead)
+        head_tier: Tier | None = None
+        if parts.head is not None:
+            head_tier = HostTier(parts.head.layouts, self.io, head_pool, frozenset(), plan.head_slots - 1)
+        self.tier: Tier = host_tier
+        if not device.shares_host_memory:
+            slab = Slab(device.allocate_slab(plan.device_slab_bytes))
+            pool = slab.carve("device blocks", plan.block_slot_bytes, plan.device_block_slots)
+            self.tier = DeviceTier(host_tier, device, pool, plan.device_resident, plan.device_lookahead)
+            if head_tier is not None:
+                pool = slab.carve("device head", plan.head_slot_bytes, plan.device_head_slots)
+                head_tier = DeviceTier(head_tier, device, pool, frozenset(), plan.device_head_slots - 1)
+        self.head_tier = head_tier
+
+        self._load_edges()
+        self.embeddings = [
+            RowsOnDemand(module, source, parts.dtype, self.io, device.torch_device)
+            for _, module, source in parts.embeddings
+        ]
+        self.head: TiledHead | None = None
+        if parts.head is not None:
+            module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
+            chunks = _Chunks(parts.head, head_tier, parts.dtype)
+            self.head = TiledHead(module, chunks, len(parts.head.layouts), parts.head.tile_tokens)
+        self._weights = _BlockWeights(parts, self.tier)
+        self.engine = Engine(self.model, parts.blocks, self._weights, self.activations, progress)
+
+    def train_step(
+        self,
+        inputs: Sequence[dict[str, Any]],
+        labels: Sequence[torch.Tensor],
+        seeds: Sequence[int],
+    ) -> torch.Tensor:
+        """Forward and backward of one step; the loss, fp32 []. Gradients are left in `.grad`.
+
+        inputs: keyword arguments of the model's forward per micro-batch. labels: int64 per micro-batch.
+        With a tiled head the loss is the mean over all labelled tokens of the step; without one, the mean of the
+        micro-batches' own losses.
+        """
+        self._prepare(inputs)
+        if self.head is None:
+            inputs = [{**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]
+            return self.engine.train_step(inputs, seeds, _mean_of_own_losses)
+        num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
+        head = self.head
+        return self.engine.train_step(
+            inputs, seeds, lambda outputs: head.loss_and_backward([o.logits for o in outputs], labels, num_items)
+        )
+
+    def forward(self, inputs: Sequence[dict[str, Any]]) -> list[Any]:
+        """Model outputs without gradients; `logits` are deferred where the head is tiled."""
+        self._prepare(inputs)
+        return self.engine.forward(inputs)
+
+    def token_losses(self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Cross entropy per position, fp32 [B, T] per micro-batch; position t holds the loss of token t + 1."""
+        if self.head is None:
+            raise TypeError(f"{type(self.model).__name__} has no language-model head")
+        outputs = self.forward(inputs)
+        return self.head.token_losses([output.logits for output in outputs], labels)
+
+    def last_logits(self, output: Any) -> torch.Tensor:
+        """Logits of the last position, fp32 [B, V]."""
+        logits = output.logits
+        if not isinstance(logits, DeferredLogits):
+            return logits[:, -1].float()
+        self.head_tier.begin(range(len(self.parts.head.layouts)))
+        return self.head.last_logits(logits)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about how the disk is read."""
+        notes = list(self.io.notes)
+        if self.io.backend_reason:
+            notes.append(f"disk I/O through {self.io.backend}: {self.io.backend_reason}")
+        return notes
+
+    def traffic(self) -> Traffic:
+        stall = self.tier.stall_seconds + self.activations.stall_seconds
+        stall += sum(embedding.stall_seconds for embedding in self.embeddings)
+        if isinstance(self.tier, DeviceTier):
+            stall += self.tier.host_stall_seconds
+        if self.head_tier is not None:
+            stall += self.head_tier.stall_seconds
+            if isinstance(self.head_tier, DeviceTier):
+                stall += self.head_tier.host_stall_seconds
+        return Traffic(self.io.read_bytes, self.io.write_bytes, stall)
+
+    def visit_blocks(self, visit: Callable[[nn.Module], None]) -> None:
+        """Calls `visit(block)` for every block, in order, with its weights bound."""
+        self._weights.begin(range(len(self.parts.blocks)))
+        for index, block in enumerate(self.parts.blocks):
+            self._weights.acquire(index)
+            visit(block)
+            self._weights.release(index)
+
+    def close(self) -> None:
+        """Waits for all I/O, frees the slots. The model keeps its adapters and can be opened again."""
+        self.engine.close()
+        self.activations.close()
+        self.tier.close()
+        if self.head_tier is not None:
+            self.head_tier.close()
+        self.io.close()
+
+    def _prepare(self, inputs: Sequence[dict[str, Any]]) -> None:
+        if self.head_tier is not None:
+            self.head_tier.begin(range(len(self.parts.head.layouts)))
+        ids = [kwargs["input_ids"].reshape(-1) for kwargs in inputs if "input_ids" in kwargs]
+        input_embedding = self.model.get_input_embeddings() if ids else None
+        for embedding in self.embeddings:
+            if ids and embedding.serves(input_embedding):
+                embedding.read(torch.cat(ids))
+
+    def _load_edges(self) -> None:
+        files: dict[Path, int] = {}
+        for edge in self.parts.edges:
+            tensor = torch.empty(edge.source.shape, dtype=edge.source.dtype)
+            reads = []
+            for piece in edge.source.pieces:
+                if piece.path not in files:
+                    files[piece.path] = self.io.open(piece.path)
+                reads.append(
+                    (files[piece.path], piece.file_offset, piece.num_bytes, tensor.data_ptr() + piece.target_offset)
+                )
+            if reads:
+                self.io.wait(self.io.submit_reads(reads))
+            value = tensor.to(self.device.torch_device, edge.dtype)
+            home = edge.owner._parameters if edge.attribute in edge.owner._parameters else edge.owner._buffers
+            home[edge.attribute] = nn.Parameter(value, requires_grad=False) if home is edge.owner._parameters else value
+        for file in files.values():
+            self.io.close_file(file)
+
+
+class _BlockWeights:
+    """The engine's view of the blocks' tier: acquire binds, release unbinds."""
+
+    def __init__(self, parts: ModelParts, tier: Tier) -> None:
+        self._parts = parts
+        self._tier = tier
+
+    def begin(self, order: Sequence[int]) -> None:
+        self._tier.begin(order)
+
+    def acquire(self, index: int) -> None:
+        slot = self._tier.acquire(index)
+        self._parts.bindings[index].bind(bind_views(slot, self._parts.layouts[index]))
+
+    def release(self, index: int) -> None:
+        self._parts.bindings[index].unbind()
+        self._tier.release(index)
+
+
+class _Chunks:
+    """The tiled head's view of its tier; a head of one chunk is bound to its module, others are converted here."""
+
+    def __init__(self, head: HeadPart, tier: Tier, dtype: torch.dtype) -> None:
+        self._head = head
+        self._tier = tier
+        self._dtype = dtype
+
+    def acquire(self, index: int) -> HeadChunk:
+        views = bind_views(self._tier.acquire(index), self._head.layouts[index])
+        if len(self._head.layouts) == 1:
+            self._head.binding.bind(views)
+            return HeadChunk(0, self._head.module.weight, self._head.module.bias)
+        bias = views["bias"].to(self._dtype) if "bias" in views else None
+        return HeadChunk(self._head.starts[index], views["weight"].to(self._dtype), bias)
+
+    def release(self, index: int) -> None:
+        if len(self._head.layouts) == 1:
+            self._head.binding.unbind()
+        self._tier.release(index)
+
+
+def _mean_of_own_losses(outputs: list[Any]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float32)
+    for output in outputs:
+        loss = output.loss / len(outputs)
+        loss.backward()
+        total = total + loss.detach().float().cpu()
+    return total
