@@ -1,0 +1,128 @@
+"""Imports Transformers and PEFT without torch's compiler, symbolic shapes and distributed tensors, unused in a streamed run.
+
+They cost some 75 MB of anonymous memory and half of the import time (torch 2.13, Transformers 5.23), for decorators that do
+nothing unless something is compiled, checks of sizes that are plain numbers, and a class of which there are no instances.
+
+- `torch.distributed.is_available` answers False while the block lasts. Transformers and PEFT then take the path they have
+  for builds of torch without it, and keep that answer.
+- `torch._dynamo` and `torch.fx.experimental.symbolic_shapes` become stand-ins that answer what eager code asks of them and
+  turn into the real modules when anything else is asked, so `torch.compile` still works afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_DYNAMO = "torch._dynamo"
+_SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+# Transformers' masking takes one class from here; the module itself needs nothing of the compiler.
+_INDEPENDENT_SUBMODULE = "torch._dynamo._trace_wrapped_higher_order_op"
+
+
+@contextlib.contextmanager
+def lean_imports() -> Iterator[None]:
+    """Inside, `import transformers` and `import peft` cost less memory and time.
+
+    Has effect only on what was not imported before. What is imported inside is without distributed training for the life
+    of the process; `torch.compile` works, but functions that were marked for the compiler inside (`disable`,
+    `allow_in_graph`) are ordinary ones to it.
+    """
+    import torch
+
+    if _DYNAMO not in sys.modules and _SYMBOLIC_SHAPES not in sys.modules:
+        _stand_in(_SYMBOLIC_SHAPES, _symbolic_answers)
+        _stand_in(_DYNAMO, _dynamo_answers)
+        _import_without_package(_INDEPENDENT_SUBMODULE, Path(torch.__file__).parent.parent)
+    was_available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = was_available
+
+
+class _StandIn(types.ModuleType):
+    """A module of torch until something asks for more than the few functions put here."""
+
+    def __getattr__(self, name: str) -> object:
+        # The import system asks a package for __path__ when it imports a submodule: the real package must come first then.
+        if name.startswith("__") and not (name == "__path__" and self.__name__ == _DYNAMO):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(_real(self), name)
+
+
+def _stand_in(name: str, answers: Callable[[_StandIn], dict[str, Callable]]) -> None:
+    module = _StandIn(name)
+    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
+    vars(module).update(answers(module))
+    _put(name, module)
+
+
+def _real(stand_in: _StandIn) -> types.ModuleType:
+    name = stand_in.__name__
+    if sys.modules.get(name) is stand_in:
+        del sys.modules[name]
+        try:
+            importlib.import_module(name)  # also sets the parent's attribute
+        except BaseException:
+            _put(name, stand_in)
+            raise
+    return sys.modules[name]
+
+
+def _put(name: str, module: types.ModuleType) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(importlib.import_module(parent), child, module)
+    sys.modules[name] = module
+
+
+def _dynamo_answers(_: _StandIn) -> dict[str, Callable]:
+    """The compiler's markers, as they are to code that is not being compiled."""
+
+    def disable(fn: Callable | None = None, recursive: bool = True, **options: object) -> Callable:
+        return fn if fn is not None else lambda decorated: decorated
+
+    def mark(fn: Callable) -> Callable:
+        return fn
+
+    def graph_break(msg: str = "") -> None:
+        pass
+
+    return {"disable": disable, "assume_constant_result": mark, "allow_in_graph": mark, "graph_break": graph_break}
+
+
+def _symbolic_answers(module: _StandIn) -> dict[str, Callable]:
+    """Guards on plain booleans and comparison of plain sizes; anything symbolic goes to the real function."""
+
+    def guard(name: str) -> Callable:
+        def plain(condition: object, *args: object, **options: object) -> object:
+            return condition if type(condition) is bool else getattr(_real(module), name)(condition, *args, **options)
+
+        return plain
+
+    def sym_eq(x: object, y: object) -> object:
+        plain = all(isinstance(size, (tuple, list)) and all(type(n) is int for n in size) for size in (x, y))
+        return tuple(x) == tuple(y) if plain else _real(module).sym_eq(x, y)
+
+    guards = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious")
+    return {name: guard(name) for name in guards} | {"sym_eq": sym_eq}
+
+
+def _import_without_package(name: str, folder: Path) -> None:
+    path = folder.joinpath(*name.split(".")).with_suffix(".py")
+    if not path.exists():  # another version of torch: whoever asks for it gets the real package
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
