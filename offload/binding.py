@@ -2,8 +2,8 @@
 
 [Note: stored and compute dtype]
 Weights stay in the checkpoint's dtype in slots. Where the model computes in another dtype (fp32 on a CPU that multiplies
-bf16 slowly), linear layers convert their weight at each use, so that one converted weight exists at a time; other
-parameters (norms, biases, stacked experts) are converted when they are bound. bf16 and fp16 to fp32 is exact: the
+bf16 slowly), linear layers convert their weight at each use, strip by strip, so that no converted weight ever exists
+whole; other parameters (norms, biases, stacked experts) are converted when they are bound. bf16 and fp16 to fp32 is exact: the
 result is that of a model loaded in fp32.
 """
 
@@ -16,22 +16,48 @@ from torch import nn
 from torch.nn import functional
 
 LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
+STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache
 
 
 class _CastLinear(torch.autograd.Function):
-    """y = x W^T + b with W converted to x's dtype for the product only. W is frozen: it gets no gradient.
+    """y = x W^T + b with W converted to x's dtype, a strip at a time. W is frozen: it gets no gradient.
 
+    Strips cut the result's columns, never the sum over the inner dimension, so every element is the same dot product as in
+    one large product: the same bits (held by tests), and the strip is still in cache when it is multiplied.
     The stored weight is a view of the visit's slot and outlives the graph by the engine's order, so nothing is saved.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
-        return functional.linear(x, stored.to(x.dtype), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_empty(rows.shape[0], stored.shape[0])
+        for strip in _strips(stored.shape[0]):
+            weight = stored[strip].to(x.dtype).t()
+            if bias is None:
+                torch.mm(rows, weight, out=y[:, strip])
+            else:
+                torch.addmm(bias[strip], rows, weight, out=y[:, strip])
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad @ ctx.stored.to(grad.dtype), None, None
+        stored = ctx.stored
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = rows.new_empty(rows.shape[0], stored.shape[1])
+        for strip in _strips(stored.shape[1]):
+            torch.mm(rows, stored[:, strip].to(grad.dtype), out=dx[:, strip])
+        return dx.view(*grad.shape[:-1], -1), None, None
+
+
+def _strips(size: int) -> list[slice]:
+    """Nearly equal strips in whole vectors; sizes that are not go in one piece, for a ragged last strip of few rows is
+    multiplied by another kernel, with other rounding."""
+    if size % 64:
+        return [slice(0, size)]
+    count = -(-size // STRIP)
+    step = -(-size // (64 * count)) * 64
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 class Binding:
