@@ -2,7 +2,7 @@
 
 A Llama block of the 1.17B shape with LoRA rank 16 on its seven projections: forward without a graph, recomputation with
 one, backward; one sequence of 512 tokens, fp32. Each allocator runs in processes of its own, interleaved, so that the
-machine's drift touches all alike. Memory is anonymous memory above what the process held before the first iteration.
+machine's drift touches all alike; processor time is given beside the clock's for a machine that is busy. Memory is anonymous memory above what the process held before the first iteration.
 
     python benchmarks/bench_allocator.py [--iterations 30] [--rounds 2] [--mimalloc PATH]
 """
@@ -26,7 +26,8 @@ MIMALLOC = Path(sysconfig.get_path("purelib"), "cmeel.prefix/lib/libmimalloc.so"
 
 
 def measure(allocator: str, iterations: int) -> dict:
-    """One process's figures: seconds an iteration (all but the first), bytes, and the checksum of the last gradients."""
+    """One process's figures: seconds an iteration (all but the first), bytes, and the checksum of the last
+    gradients."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig
@@ -36,9 +37,11 @@ def measure(allocator: str, iterations: int) -> dict:
     from memory.meter import MemoryMeter, host_bytes
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, **heads)
     config._attn_implementation = "sdpa"
-    block = inject_adapter_in_model(LoraConfig(r=RANK, target_modules="all-linear"), LlamaDecoderLayer(config, 0)).train()
+    lora = LoraConfig(r=RANK, target_modules="all-linear")
+    block = inject_adapter_in_model(lora, LlamaDecoderLayer(config, 0)).train()
     x = torch.randn(1, SEQUENCE, HIDDEN)
     cos_sin = LlamaRotaryEmbedding(config)(x, torch.arange(SEQUENCE)[None])
     arena = None
@@ -48,19 +51,20 @@ def measure(allocator: str, iterations: int) -> dict:
         arena = install_arena(CAPACITY_BYTES)
         if not arena:
             sys.exit(arena.reason)
-    seconds = []
+    seconds, cpu_seconds = [], []
     before_bytes = host_bytes()
     with MemoryMeter(interval_seconds=0.005) as meter:
         for _ in range(iterations):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             with torch.no_grad():
                 block(x, position_embeddings=cos_sin)
             inputs = x.clone().requires_grad_()
             block(inputs, position_embeddings=cos_sin).square().mean().backward()
             seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
             checksum = sum(p.grad.double().sum().item() for p in block.parameters() if p.grad is not None)
             block.zero_grad(set_to_none=True)
-    figures = {"seconds": seconds[1:], "peak_bytes": meter.peak_bytes - before_bytes,
+    figures = {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "peak_bytes": meter.peak_bytes - before_bytes,
                "end_bytes": host_bytes() - before_bytes, "checksum": checksum}
     if arena:
         stats = arena.stats()
@@ -72,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--mimalloc", type=Path, default=MIMALLOC, help="libmimalloc.so to preload (wheel cmeel-mimalloc)")
+    parser.add_argument("--mimalloc", type=Path, default=MIMALLOC, help="libmimalloc.so (wheel cmeel-mimalloc)")
     parser.add_argument("--measure", choices=ALLOCATORS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -93,12 +97,13 @@ def main() -> None:
     if len(checksums) != 1:
         sys.exit(f"the allocators' gradients differ: {checksums}")
     base = statistics.median(s for run in runs["glibc"] for s in run["seconds"])
-    print(f"{'allocator':12s} {'s/iteration':>11s} {'x glibc':>8s} {'peak MiB':>9s} {'at end MiB':>10s} {'live peak MiB':>13s}")
+    print("allocator    s/iteration  x glibc     cpu s  peak MiB at end MiB live peak MiB")
     for allocator, of_one in runs.items():
         median = statistics.median(s for run in of_one for s in run["seconds"])
+        cpu = statistics.median(s for run in of_one for s in run["cpu_seconds"])
         peak, end, live = (max(run.get(key, 0) for run in of_one) >> 20
                            for key in ("peak_bytes", "end_bytes", "live_peak_bytes"))
-        print(f"{allocator:12s} {median:11.3f} {median / base:8.2f} {peak:9d} {end:10d} {live or '':>13}")
+        print(f"{allocator:12s} {median:11.3f} {median / base:8.2f} {cpu:9.2f} {peak:9d} {end:10d} {live or '':>13}")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ bool is_torch_library(const char* path, bool& is_c10) {
     const char* slash = std::strrchr(path, '/');
     const char* name = slash == nullptr ? path : slash + 1;
     is_c10 = std::strncmp(name, "libc10.so", 9) == 0;
-    return is_c10 || std::strncmp(name, "libtorch_cpu.so", 15) == 0 || std::strncmp(name, "libtorch_python.so", 18) == 0;
+    return is_c10 || std::strncmp(name, "libtorch_cpu.so", 15) == 0
+        || std::strncmp(name, "libtorch_python.so", 18) == 0;
 }
 
 int collect_slots(dl_phdr_info* info, std::size_t, void* data) {
@@ -312,7 +313,8 @@ int collect_slots(dl_phdr_info* info, std::size_t, void* data) {
             const bool is_free = std::strcmp(name, "free") == 0;
             if (!is_free && std::strcmp(name, "posix_memalign") != 0) continue;
             const std::uintptr_t at = info->dlpi_addr + relocation[i].r_offset;
-            slots.push_back({reinterpret_cast<std::uintptr_t*>(at), is_free, is_c10, at >= sealed_begin && at < sealed_end});
+            const bool sealed = at >= sealed_begin && at < sealed_end;
+            slots.push_back({reinterpret_cast<std::uintptr_t*>(at), is_free, is_c10, sealed});
         }
     }
     return 0;
@@ -332,7 +334,9 @@ void redirect_torch() {
     const auto in_c10 = [&](bool is_free) {
         return std::any_of(slots.begin(), slots.end(), [=](const Slot& s) { return s.is_c10 && s.is_free == is_free; });
     };
-    if (slots.empty()) throw std::runtime_error("torch's library libc10.so is not loaded or has no relocations of a known kind");
+    if (slots.empty()) {
+        throw std::runtime_error("torch's library libc10.so is not loaded or has no relocations of a known kind");
+    }
     if (!in_c10(false) || !in_c10(true)) {
         throw std::runtime_error("this build of torch does not take tensor memory from posix_memalign and free");
     }
@@ -359,7 +363,8 @@ void install(std::size_t capacity_bytes, std::size_t min_block_bytes) {
         try {
             region = std::make_unique<Region>(capacity_bytes);
         } catch (const std::bad_alloc&) {
-            throw std::runtime_error("the system refuses to reserve " + std::to_string(capacity_bytes) + " bytes of address space");
+            throw std::runtime_error("the system refuses to reserve " + std::to_string(capacity_bytes)
+                                     + " bytes of address space");
         }
         const std::lock_guard guard(p.lock);
         p.retired.reserve(p.retired.size() + 1);

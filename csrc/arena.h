@@ -1,7 +1,7 @@
 // A bounded, recycled home for torch's CPU tensors.
 //
-// torch takes tensor memory from posix_memalign and gives it back through free. `install` redirects these two symbols, in
-// torch's own libraries only, to one region of fixed size. What is freed is reused at once by the next tensor, so the
+// torch takes tensor memory from posix_memalign and gives it back through free. `install` redirects these two symbols,
+// in torch's own libraries only, to one region of fixed size. What is freed is reused at once by the next tensor, so the
 // memory of the process neither grows step by step nor has to be zeroed again by the kernel.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace arena {
 
-// All blocks start and end on a page, so free ranges can be handed back exactly and a foreign pointer is told at a glance.
+// All blocks start and end on a page: free ranges can be handed back exactly, and a foreign pointer is told at a glance.
 inline constexpr std::size_t kPageBytes = 4096;
 inline constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 

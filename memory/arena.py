@@ -1,8 +1,8 @@
 """Torch's CPU tensors in one bounded, recycled region, and the C library's allocator kept small where that can't be.
 
-glibc keeps freed tensors it cannot reuse (2.0 GiB where 0.8 are needed), and returning them at each free makes the kernel
-zero every page again, which doubles a step. The arena keeps freed memory, reuses it at once and never exceeds its capacity
-without saying so.
+glibc keeps freed tensors it cannot reuse (2.0 GiB where 0.8 are needed), and returning them at each free makes the
+kernel zero every page again, which doubles a step. The arena keeps freed memory, reuses it at once and never exceeds
+its capacity without saying so.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _M_ARENA_MAX = -8
 class ArenaStats:
     """State of the arena in bytes. `peak_bytes` and `overflow_peak_bytes` are since the last `reset_peak`.
 
-    `extent_bytes` is what the arena has ever handed out, from its low and high ends together: its share of the process's
-    resident memory, up to one huge page at each end. `overflow_bytes` live outside, mapped one by one, because the arena
-    had no room: results stay right, but the memory is over what was planned.
+    `extent_bytes` is what the arena has ever handed out, from its low and high ends together: its share of the
+    process's resident memory, up to one huge page at each end. `overflow_bytes` live outside, mapped one by one,
+    because the arena had no room: results stay right, but the memory is over what was planned.
     """
 
     capacity_bytes: int
@@ -86,9 +86,9 @@ class ArenaUnavailable:
 def install_arena(capacity_bytes: int, min_block_bytes: int = MIN_BLOCK_BYTES) -> Arena | ArenaUnavailable:
     """From now on torch's CPU tensors of at least `min_block_bytes` live in one region of `capacity_bytes`.
 
-    Reserves address space only; pages become resident when first used. Tensors that exist already stay where they are. A
-    second call with another capacity replaces the region; the old one goes when its last tensor does. Smaller tensors and
-    everything that is not torch's stay with the C library.
+    Reserves address space only; pages become resident when first used. Tensors that exist already stay where they are.
+    A second call with another capacity replaces the region; the old one goes when its last tensor does. Smaller
+    tensors and everything that is not torch's stay with the C library.
     """
     if capacity_bytes <= 0 or min_block_bytes <= 0:
         raise ValueError(f"arena sizes must be positive, got {capacity_bytes=} and {min_block_bytes=}")
@@ -115,18 +115,19 @@ def install_arena(capacity_bytes: int, min_block_bytes: int = MIN_BLOCK_BYTES) -
 
 
 def tune_malloc(mmap_threshold_bytes: int = 1 << 20, arenas: int = 1) -> bool:
-    """Has glibc return blocks of `mmap_threshold_bytes` and more to the system when they are freed, and keep the number of
-    heaps at `arenas`. Bounds memory at the price of zeroed pages; for the process's other allocations, and for tensors where
-    there is no arena. False where the C library has no mallopt (macOS, musl)."""
+    """Has glibc return blocks of `mmap_threshold_bytes` and more to the system when they are freed, and keep the
+    number of heaps at `arenas`. Bounds memory at the price of zeroed pages; for the process's other allocations, and
+    for tensors where there is no arena. False where the C library has no mallopt (macOS, musl)."""
     mallopt = _glibc("mallopt")
     if mallopt is None:
         return False
-    settings = ((_M_MMAP_THRESHOLD, mmap_threshold_bytes), (_M_TRIM_THRESHOLD, mmap_threshold_bytes), (_M_ARENA_MAX, arenas))
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    settings = {_M_MMAP_THRESHOLD: mmap_threshold_bytes, _M_TRIM_THRESHOLD: mmap_threshold_bytes, _M_ARENA_MAX: arenas}
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
 
 
 def trim_malloc() -> bool:
-    """Returns what the C library holds free to the system; for the end of start-up. False where it returned nothing or can't."""
+    """Returns what the C library holds free to the system; for the end of start-up. False where it returned nothing or
+    can't."""
     malloc_trim = _glibc("malloc_trim")
     return malloc_trim is not None and malloc_trim(ctypes.c_size_t(0)) == 1
 

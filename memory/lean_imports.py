@@ -1,19 +1,24 @@
-"""Imports Transformers and PEFT without torch's compiler, symbolic shapes and distributed tensors, unused in a streamed run.
+"""Imports Transformers and PEFT without torch's compiler, symbolic shapes and distributed tensors, unused in a
+streamed run.
 
-They cost some 75 MB of anonymous memory and half of the import time (torch 2.13, Transformers 5.23), for decorators that do
-nothing unless something is compiled, checks of sizes that are plain numbers, and a class of which there are no instances.
+They cost some 75 MB of anonymous memory and half of the import time (torch 2.13, Transformers 5.23), for decorators
+that do nothing unless something is compiled, checks of sizes that are plain numbers, and a class of which there are no
+instances.
 
-- `torch.distributed.is_available` answers False while the block lasts. Transformers and PEFT then take the path they have
-  for builds of torch without it, and keep that answer.
-- `torch._dynamo` and `torch.fx.experimental.symbolic_shapes` become stand-ins that answer what eager code asks of them and
-  turn into the real modules when anything else is asked, so `torch.compile` still works afterwards.
+- `torch.distributed.is_available` answers False while the block lasts. Transformers and PEFT then take the path they
+  have for builds of torch without it, and keep that answer.
+- `torch._dynamo`, `torch.fx.experimental.symbolic_shapes` and `sympy` become stand-ins that answer what eager code and
+  meta tensors ask of them and turn into the real modules when anything else is asked, so `torch.compile` still works
+  afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +26,7 @@ from pathlib import Path
 
 _DYNAMO = "torch._dynamo"
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+_SYMPY = "sympy"
 # Transformers' masking takes one class from here; the module itself needs nothing of the compiler.
 _INDEPENDENT_SUBMODULE = "torch._dynamo._trace_wrapped_higher_order_op"
 
@@ -29,13 +35,14 @@ _INDEPENDENT_SUBMODULE = "torch._dynamo._trace_wrapped_higher_order_op"
 def lean_imports() -> Iterator[None]:
     """Inside, `import transformers` and `import peft` cost less memory and time.
 
-    Has effect only on what was not imported before. What is imported inside is without distributed training for the life
-    of the process; `torch.compile` works, but functions that were marked for the compiler inside (`disable`,
+    Has effect only on what was not imported before. What is imported inside is without distributed training for the
+    life of the process; `torch.compile` works, but functions that were marked for the compiler inside (`disable`,
     `allow_in_graph`) are ordinary ones to it.
     """
     import torch
 
-    if _DYNAMO not in sys.modules and _SYMBOLIC_SHAPES not in sys.modules:
+    if not {_DYNAMO, _SYMBOLIC_SHAPES, _SYMPY} & sys.modules.keys():
+        _stand_in(_SYMPY, _sympy_answers)
         _stand_in(_SYMBOLIC_SHAPES, _symbolic_answers)
         _stand_in(_DYNAMO, _dynamo_answers)
         _import_without_package(_INDEPENDENT_SUBMODULE, Path(torch.__file__).parent.parent)
@@ -51,16 +58,18 @@ class _StandIn(types.ModuleType):
     """A module of torch until something asks for more than the few functions put here."""
 
     def __getattr__(self, name: str) -> object:
-        # The import system asks a package for __path__ when it imports a submodule: the real package must come first then.
-        if name.startswith("__") and not (name == "__path__" and self.__name__ == _DYNAMO):
+        # The import system asks a package for __path__ when it imports a submodule: the real package must come first
+        # then.
+        if name.startswith("__") and not (name == "__path__" and self.__name__ != _SYMBOLIC_SHAPES):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return getattr(_real(self), name)
 
 
-def _stand_in(name: str, answers: Callable[[_StandIn], dict[str, Callable]]) -> None:
+def _stand_in(name: str, answers: Callable[[_StandIn], dict[str, Callable | type]]) -> None:
     module = _StandIn(name)
-    module.__spec__ = importlib.util.spec_from_loader(name, loader=None)
-    vars(module).update(answers(module))
+    module.__spec__ = importlib.util.find_spec(name)
+    module.answers = answers(module)
+    vars(module).update(module.answers)
     _put(name, module)
 
 
@@ -73,12 +82,15 @@ def _real(stand_in: _StandIn) -> types.ModuleType:
         except BaseException:
             _put(name, stand_in)
             raise
+        for answer in stand_in.answers:  # who still holds the stand-in gets the real thing from now on
+            delattr(stand_in, answer)
     return sys.modules[name]
 
 
 def _put(name: str, module: types.ModuleType) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(importlib.import_module(parent), child, module)
+    if parent:
+        setattr(importlib.import_module(parent), child, module)
     sys.modules[name] = module
 
 
@@ -98,20 +110,33 @@ def _dynamo_answers(_: _StandIn) -> dict[str, Callable]:
 
 
 def _symbolic_answers(module: _StandIn) -> dict[str, Callable]:
-    """Guards on plain booleans and comparison of plain sizes; anything symbolic goes to the real function."""
+    """What these functions answer for plain booleans and sizes; anything symbolic goes to the real function."""
 
-    def guard(name: str) -> Callable:
-        def plain(condition: object, *args: object, **options: object) -> object:
-            return condition if type(condition) is bool else getattr(_real(module), name)(condition, *args, **options)
+    def plainly(name: str, answer: Callable) -> Callable:
+        def of_plain(*values: object, **options: object) -> object:
+            if all(type(value) in (bool, int) for value in values):
+                return answer(*values)
+            return getattr(_real(module), name)(*values, **options)
 
-        return plain
+        return of_plain
 
     def sym_eq(x: object, y: object) -> object:
         plain = all(isinstance(size, (tuple, list)) and all(type(n) is int for n in size) for size in (x, y))
         return tuple(x) == tuple(y) if plain else _real(module).sym_eq(x, y)
 
-    guards = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious")
-    return {name: guard(name) for name in guards} | {"sym_eq": sym_eq}
+    itself = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "guarding_hint_or_throw",
+              "statically_known_true")
+    answers = {name: plainly(name, lambda value, *_: value) for name in itself}
+    answers["is_nested_int"] = plainly("is_nested_int", lambda value: False)
+    answers["has_guarding_hint"] = plainly("has_guarding_hint", lambda value: True)
+    answers["sym_or"] = plainly("sym_or", lambda *values: functools.reduce(operator.or_, values))
+    answers["sym_and"] = plainly("sym_and", lambda *values: functools.reduce(operator.and_, values))
+    return answers | {"sym_eq": sym_eq}
+
+
+def _sympy_answers(_: _StandIn) -> dict[str, type]:
+    """`isinstance(x, sympy.Basic)`, what meta tensors ask: no instance can exist before the real sympy does."""
+    return {"Basic": type("Basic", (), {"__slots__": ()})}
 
 
 def _import_without_package(name: str, folder: Path) -> None:

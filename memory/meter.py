@@ -1,7 +1,8 @@
 """Measured memory of this process: what the kernel counts, not what we believe.
 
-`host_bytes` is anonymous plus shared memory, the part that cannot be dropped and that a budget must hold. Pages of mapped
-files (weights read through the page cache, libraries' code) are `file_bytes`: the kernel takes them back when it needs to.
+`host_bytes` is anonymous plus shared memory, the part that cannot be dropped and that a budget must hold. Pages of
+mapped files (weights read through the page cache, libraries' code) are `file_bytes`: the kernel takes them back when
+it needs to.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _STATUS = Path("/proc/self/status")
 
 
 def host_bytes() -> int:
-    """Resident anonymous and shared memory of this process now. Exact on Linux to what the kernel counts per thread batch
-    (some hundred KiB); elsewhere the unique or resident set, file pages included, an upper estimate."""
+    """Resident anonymous and shared memory of this process now. Exact on Linux to what the kernel counts per thread
+    batch (some hundred KiB); elsewhere the unique or resident set, file pages included, an upper estimate."""
     if sys.platform.startswith("linux"):
         rss = _resident()
         return rss["RssAnon"] + rss["RssShmem"]
@@ -32,8 +33,8 @@ def file_bytes() -> int:
 
 
 def cgroup_current_bytes() -> int | None:
-    """Bytes charged now to the control group that holds this process: all its processes, page cache included. None without
-    a memory group. What the group may hold is `memory.units.available_host_bytes`."""
+    """Bytes charged now to the control group that holds this process: all its processes, page cache included. None
+    without a memory group. What the group may hold is `memory.units.available_host_bytes`."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -56,9 +57,9 @@ def cgroup_current_bytes() -> int | None:
 class MemoryMeter:
     """Peak of `host_bytes` over a time.
 
-    The kernel keeps a peak for the whole resident set only (VmHWM, file pages included), so this one is sampled: exact at
-    every `sample` call and every `interval_seconds` between, blind to a peak that comes and goes within one interval. Sample
-    where memory is known to be highest. One reading costs about 30 microseconds.
+    The kernel keeps a peak for the whole resident set only (VmHWM, file pages included), so this one is sampled: exact
+    at every `sample` call and every `interval_seconds` between, blind to a peak that comes and goes within one
+    interval. Sample where memory is known to be highest. One reading costs about 30 microseconds.
     """
 
     def __init__(self, interval_seconds: float = 0.02) -> None:

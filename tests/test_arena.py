@@ -245,7 +245,7 @@ def test_residency_follows_use_prefault_and_trim() -> None:
 
 def test_a_training_step_repeats_in_the_same_memory_with_the_same_bits() -> None:
     output = run("""
-    import sys
+    torch.set_num_threads(1)
     def train(steps):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(384, 777), torch.nn.GELU(), torch.nn.Linear(777, 384))
