@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -249,9 +250,16 @@ class Session:
             step_bytes=step,
             boundary_bytes=visit.boundary_bytes,
             boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks) if shape.train else visit.boundary_bytes * lanes,
-            baseline_bytes=max(0, host_bytes() - adapter_bytes),
+            baseline_bytes=_baseline_bytes(adapter_bytes),
         )
         return demand, visit
+
+
+def _baseline_bytes(adapter_bytes: int) -> int:
+    """The process as it is, less the adapters, which move into the arena."""
+    gc.collect()
+    trim_malloc()
+    return max(0, host_bytes() - adapter_bytes)
 
 
 def _amount(key: str, amount: Any, total: int) -> int:
