@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models, also where this folder is run alone
+
+import pytest
+import torch
+from tiny_models import image_rows, save_tiny, token_data
+
+import finetune.trainer
+import offload.activations
+from finetune.data import TokenDataset
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """Folder of the tiny checkpoint of a name and stored dtype, made once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = save_tiny(name, tmp_path_factory.mktemp(name), dtype)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory) -> TokenDataset:
+    return token_data(tmp_path_factory.mktemp("tokens") / "cache")
+
+
+@pytest.fixture(scope="session")
+def images() -> list[dict[str, torch.Tensor]]:
+    return image_rows()
+
+
+@pytest.fixture(autouse=True)
+def quick_data(monkeypatch) -> None:
+    """A TokenDataset given as data is used as it is: making one takes a process, and other tests hold that."""
+    prepare = finetune.trainer.prepare
+    monkeypatch.setattr(
+        finetune.trainer,
+        "prepare",
+        lambda source, **options: source if isinstance(source, TokenDataset) else prepare(source, **options),
+    )
+
+
+@pytest.fixture
+def spill_everything(monkeypatch) -> None:
+    """The tiny models' block inputs are below what is worth a disk request."""
+    monkeypatch.setattr(offload.activations, "SPILL_MIN_BYTES", 1)

@@ -1,0 +1,160 @@
+"""Architectures, dtypes and adapters: the streamed run against the plain loop, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import (
+    CONFIGS,
+    assert_same_bits,
+    load_plain,
+    make_config,
+    plain_batches,
+    reference_run,
+    streamed_run,
+    token_loss,
+)
+
+import offload.binding
+import offload.model_parts
+from finetune.trainer import Trainer
+from memory.errors import UserError
+
+LORA = {
+    "opt-layerdrop": {"target_modules": r".*layers\.\d+\..*(k_proj|fc1)"},
+    "mixtral": {"dropout": 0.0},  # PEFT has no dropout for adapters of stacked experts
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path):
+    model = checkpoint(name, getattr(torch, dtype))
+    data = images if name == "vit" else tokens
+    config = make_config(model, data, tmp_path / "out", engine={"dtype": dtype}, lora=LORA.get(name, {}))
+    expected = reference_run(config)
+    assert len(set(expected.losses)) == 4
+    assert_same_bits(streamed_run(config), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_twenty_steps(dtype, checkpoint, tokens, tmp_path):
+    config = make_config(
+        checkpoint("llama", getattr(torch, dtype)), tokens, tmp_path / "out",
+        engine={"dtype": dtype, "resident_blocks": 1}, training={"max_steps": 20, "micro_batch_size": 3},
+    )  # fmt: skip
+    expected = reference_run(config)
+    assert_same_bits(streamed_run(config), expected)
+    assert expected.losses[-1] < expected.losses[0]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt", "mixtral", "vit"])
+def test_stored_bf16_computed_in_fp32(name, checkpoint, tokens, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.binding, "LAZY_MIN_BYTES", 1)
+    data = images if name == "vit" else tokens
+    config = make_config(checkpoint(name, torch.bfloat16), data, tmp_path / "out", lora=LORA.get(name, {}))
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+def test_stored_fp32_computed_in_bf16(checkpoint, tokens, tmp_path):
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", engine={"dtype": "bfloat16"})
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt"])
+def test_embedding_rows_on_demand(name, checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    config = make_config(checkpoint(name), tokens, tmp_path / "out")
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+VARIANTS = {
+    "rank-stabilised": ("llama", {"use_rslora": True}),
+    "dora": ("llama-tied", {"use_dora": True, "dropout": 0.0}),
+    "dora with dropout": ("llama", {"use_dora": True}),
+    "dora of Conv1D": ("gpt2", {"use_dora": True}),
+    "regular expression": ("qwen3", {"target_modules": r".*\.layers\.[02]\..*(q|down)_proj"}),
+    "endings": ("llama", {"target_modules": ["v_proj", "up_proj"]}),
+    "head": ("llama", {"target_modules": ["v_proj", "lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["v_proj", "embed_tokens"]}),
+    "bias of the adapter": ("llama", {"extra": {"lora_bias": True}}),
+    "ranks by name": ("llama", {"extra": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 2}}}),
+    "some layers": ("llama", {"target_modules": ["q_proj"], "extra": {"layers_to_transform": [1, 3]}}),
+    "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
+    "a trained norm": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["model.norm"]}}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapter_variants(variant, checkpoint, tokens, tmp_path):
+    name, lora = VARIANTS[variant]
+    config = make_config(checkpoint(name), tokens, tmp_path / "out", lora=lora)
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+def test_dora_over_converted_weights(checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.binding, "LAZY_MIN_BYTES", 1)
+    config = make_config(checkpoint("llama", torch.bfloat16), tokens, tmp_path / "out", lora={"use_dora": True})
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+def test_embedding_adapter_over_rows_on_demand(checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    lora = {"target_modules": ["v_proj", "embed_tokens"]}
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", lora=lora)
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+REFUSED = {
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "olora": ("llama", {"init_lora_weights": "olora"}),
+    "trained head": ("llama", {"extra": {"modules_to_save": ["lm_head"]}}),
+    "trained layer": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
+    "biases of the base": ("llama-tied", {"target_modules": ["q_proj"], "extra": {"bias": "all"}}),
+    "biases beside adapters": ("llama-tied", {"target_modules": ["q_proj"], "extra": {"bias": "lora_only"}}),
+    "replicated layers": ("llama", {"target_modules": ["q_proj"], "extra": {"layer_replication": [[0, 2], [1, 4]]}}),
+    "named rows": ("llama", {"extra": {"trainable_token_indices": [3, 5]}}),
+    "dropout of experts": ("mixtral", {"dropout": 0.1}),
+    "no such module": ("llama", {"target_modules": ["no_such_proj"]}),
+}
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_what_cannot_be_streamed_is_refused(variant, checkpoint, tokens, tmp_path):
+    name, lora = REFUSED[variant]
+    with pytest.raises(UserError):
+        Trainer(make_config(checkpoint(name), tokens, tmp_path / "out", lora=lora)).train()
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_packed_rows(checkpoint, tokens, tmp_path):
+    packed = make_config(
+        checkpoint("llama"), tokens, tmp_path / "out", dataset={"packing": True, "sequence_length": 47},
+        training={"batch_size": 3, "max_steps": 3},
+    )  # fmt: skip
+    assert any(len(row) > 1 for batch in plain_batches(packed)[0] for row in batch.get("position_ids", torch.zeros(1, 1)))
+    assert_same_bits(streamed_run(packed), reference_run(packed))
+
+
+def test_packing_gives_the_losses_of_separate_rows(checkpoint, tokens, tmp_path):
+    """All examples in one step: the loss is over the same tokens, only the shapes differ."""
+    training = {"batch_size": 13, "max_steps": 3, "warmup_steps": 0}
+    runs = [
+        streamed_run(
+            make_config(
+                checkpoint("llama"), tokens, tmp_path / str(packing), lora={"dropout": 0.0}, training=training,
+                dataset={"packing": packing, "sequence_length": 64},
+            )  # fmt: skip
+        )
+        for packing in (False, True)
+    ]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=2e-6)
+
+
+def test_the_reference_loss_is_transformers_own(checkpoint, tokens, tmp_path):
+    config = make_config(checkpoint("gemma2"), tokens, tmp_path / "out", lora={"dropout": 0.0})
+    model = load_plain(config)
+    for batch in plain_batches(config)[0]:
+        labels = batch.pop("labels")
+        own = model(**batch, labels=labels, num_items_in_batch=torch.tensor(17)).loss
+        assert own.equal(token_loss(model(**batch).logits, labels) / 17)

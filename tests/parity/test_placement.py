@@ -1,0 +1,112 @@
+"""Where things lie, when they are fetched and through what: never a matter for the result."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
+
+from finetune.trainer import Trainer
+from memory.plan import PlanRefused
+from offload.devices import RaceError
+from offload.devices.simulated import SimulatedDevice
+from offload.io import IOEngine
+from offload.streamer import DeviceTier
+
+SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}
+CPU = [
+    {"resident_blocks": 0, "lookahead": 0},
+    {"resident_blocks": 0, "lookahead": 1},
+    {"resident_blocks": 0, "lookahead": 3},
+    {"resident_blocks": 1, "lookahead": 0},
+    {"resident_blocks": 3, "lookahead": 1},
+    {"resident_blocks": 5},
+    {"resident_blocks": 0, "lookahead": 0, "activations": "disk"},
+    {"resident_blocks": 0, "lookahead": 1, "activations": "disk", "io_backend": "threads"},
+    {"resident_blocks": 2, "activations": "host", "io_backend": "threads", "queue_depth": 1},
+    {"loss_tile_vocab": 101, "loss_tile_tokens": 64},
+]
+SIMULATED = [
+    {"resident_blocks": 0, "lookahead": 0, **SLOW_LINK},
+    {"resident_blocks": 0, "lookahead": 1, **SLOW_LINK},
+    {"resident_blocks": 0, "lookahead": 3, "io_backend": "threads", **SLOW_LINK},
+    {"resident_blocks": 1, "lookahead": 1, "activations": "disk", **SLOW_LINK},
+    {"resident_blocks": 3, "lookahead": 0, "simulated_delay_ms": 2.0},
+    {"resident_blocks": 5, **SLOW_LINK},
+]
+
+
+@pytest.fixture(scope="module")
+def golden(checkpoint, tokens, tmp_path_factory) -> Run:
+    return reference_run(make_config(checkpoint("llama"), tokens, tmp_path_factory.mktemp("golden")))
+
+
+def skip_without_uring(engine: dict) -> None:
+    if engine["io_backend"] == "io_uring":
+        with IOEngine("auto") as io:
+            if io.backend != "io_uring":
+                pytest.skip(io.backend_reason)
+
+
+@pytest.mark.parametrize("engine", CPU, ids=str)
+def test_cpu(engine, golden, checkpoint, tokens, tmp_path, spill_everything):
+    engine = {"io_backend": "io_uring", **engine}
+    skip_without_uring(engine)
+    run = streamed_run(make_config(checkpoint("llama"), tokens, tmp_path / "out", engine=engine))
+    assert_same_bits(run, golden)
+
+
+@pytest.mark.parametrize("engine", SIMULATED, ids=str)
+def test_simulated_device(engine, golden, checkpoint, tokens, tmp_path, spill_everything):
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", device="simulated", engine=engine)
+    assert_same_bits(streamed_run(config), golden)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_model_specific_paths_with_nothing_resident(device, checkpoint, tokens, tmp_path, spill_everything):
+    """Tied weights, rotary tables shared by the blocks and two kinds of masks, spilled and streamed."""
+    engine = {"resident_blocks": 0, "lookahead": 1, "activations": "disk"}
+    config = make_config(checkpoint("gemma2"), tokens, tmp_path / "out", device=device, engine=engine)
+    assert_same_bits(streamed_run(config), reference_run(config))
+
+
+def test_smallest_device_budget(golden, checkpoint, tokens, tmp_path):
+    """Room for one slot: every visit evicts the block before."""
+    changes = {"device": "simulated", "engine": SLOW_LINK}
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", device_memory="1KiB", **changes)
+    with pytest.raises(PlanRefused, match="--device-memory") as refused:
+        Trainer(config).train()
+    smallest = refused.value.smallest_bytes
+    with pytest.raises(PlanRefused):
+        Trainer(config.model_copy(update={"device_memory": smallest - 1})).train()
+    config = config.model_copy(update={"device_memory": smallest})
+    assert_same_bits(streamed_run(config), golden)
+
+
+class TestMissingWait:
+    """An engine that does not wait for its copies must be noticed."""
+
+    @pytest.fixture
+    def config(self, checkpoint, tokens, tmp_path):
+        engine = {"resident_blocks": 0, "lookahead": 1, "simulated_delay_ms": 5.0}
+        return make_config(checkpoint("llama"), tokens, tmp_path / "out", device="simulated", engine=engine)
+
+    @pytest.fixture(autouse=True)
+    def broken_wait(self, monkeypatch):
+        monkeypatch.setattr(SimulatedDevice, "wait", lambda self, event: None)
+
+    def test_by_the_check(self, config):
+        with pytest.raises(RaceError, match="not waited for"):
+            streamed_run(config)
+
+    def test_by_the_result(self, config, monkeypatch):
+        monkeypatch.setattr(DeviceTier, "_finish", lambda self, block: self._copies.pop(block))
+        assert any(math.isnan(loss) for loss in streamed_run(config).losses)
+
+
+@pytest.mark.parametrize("tiles", [{"loss_tile_tokens": 5}, {"loss_tile_vocab": 33}, {"loss_tile_vocab": 1}])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_tiles_round_differently_but_mean_the_same(name, tiles, checkpoint, tokens, tmp_path):
+    config = make_config(checkpoint(name), tokens, tmp_path / "out", engine=tiles)
+    assert streamed_run(config).losses == pytest.approx(reference_run(config).losses, rel=3e-6)
