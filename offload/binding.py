@@ -92,7 +92,9 @@ class Binding:
     def bind(self, views: Mapping[str, torch.Tensor]) -> None:
         """views: local name -> tensor over the slot's bytes, stored dtype."""
         for name, owner, attribute, dtype in self._targets:
-            tensor = views[name].to(dtype)
+            # Slots are views of one slab and would share its version counter: without `data`, code that touches one
+            # parameter (PEFT parametrises experts) spoils what autograd has saved of the others.
+            tensor = views[name].data.to(dtype)
             if attribute in owner._parameters:
                 owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
             else:
