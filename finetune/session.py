@@ -19,7 +19,7 @@ from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
 from memory.meter import host_bytes
-from memory.plan import Demand, Limits, Plan, PlanRefused, Wishes, make_plan
+from memory.plan import Demand, Limits, Plan, Wishes, make_plan
 from memory.simulator import StepTime, simulate_step
 from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.devices import Device, choose_device
@@ -64,12 +64,14 @@ class PlannedRun:
     parts: ModelParts
     shape: BatchShape
     device_kind: str
+    trainable: tuple[nn.Parameter, ...]
 
     def describe(self) -> str:
         plan, parts = self.plan, self.parts
-        read_bytes = 2 * sum(
-            layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident
-        ) + self.demand.head_chunks * self.demand.head_chunk_bytes
+        read_bytes = (
+            2 * sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident)
+            + self.demand.head_chunks * self.demand.head_chunk_bytes
+        )
         lines = [
             f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
             f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
@@ -162,7 +164,7 @@ class Session:
         demand, visit = self._demand(shape)
         engine = self.config.engine
         plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, engine.activations))
-        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind)
+        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind, tuple(self.trainable))
 
     def open(
         self, planned: PlannedRun, scratch: Path, progress: Callable[[str, int, int], None] = lambda *_: None
@@ -249,7 +251,9 @@ class Session:
             temporaries_bytes=max(visit.peak_bytes, loss_bytes),
             step_bytes=step,
             boundary_bytes=visit.boundary_bytes,
-            boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks) if shape.train else visit.boundary_bytes * lanes,
+            boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks)
+            if shape.train
+            else visit.boundary_bytes * lanes,
             baseline_bytes=_baseline_bytes(adapter_bytes),
         )
         return demand, visit

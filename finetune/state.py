@@ -23,7 +23,11 @@ _PREFIX = "step-"
 
 
 def save_state(
-    folder: Path, step: int, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, about: dict[str, Any]
+    folder: Path,
+    step: int,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
 ) -> Path:
     """Commits the state after `step` updates. about: JSON values that must match at resume. Raises UserError: disk full."""
     from safetensors.torch import save_file
@@ -38,7 +42,9 @@ def save_state(
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach()
         _write(temporary / "state.json", json.dumps({"step": step, **about}, indent=2).encode())
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors"
+        )
         _sync(temporary / "tensors.safetensors")
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -90,7 +96,9 @@ def load_state(
             names = set(file.keys())
             expected = {f"parameter.{name}" for name in trainable}
             if missing := expected - names:
-                raise UserError(f"cannot resume from {state}: it lacks {sorted(missing)[0]} and {len(missing) - 1} more")
+                raise UserError(
+                    f"cannot resume from {state}: it lacks {sorted(missing)[0]} and {len(missing) - 1} more"
+                )
             for name, parameter in trainable.items():
                 parameter.copy_(file.get_tensor(f"parameter.{name}"))
                 moments = {
@@ -100,7 +108,9 @@ def load_state(
                     value = file.get_tensor(full_name)
                     optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device, copy=True)
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"the saved state {state} is damaged ({error}); remove it to go on from the one before") from error
+        raise UserError(
+            f"the saved state {state} is damaged ({error}); remove it to go on from the one before"
+        ) from error
     return step
 
 

@@ -21,8 +21,10 @@ class TensorRows:
         if isinstance(source, (str, bytes)) or not hasattr(source, "__getitem__") or not len(source):
             return False
         row = source[0]
-        return isinstance(row, Mapping) and "input_ids" not in row and any(
-            isinstance(value, (torch.Tensor, np.ndarray)) for value in row.values()
+        return (
+            isinstance(row, Mapping)
+            and "input_ids" not in row
+            and any(isinstance(value, (torch.Tensor, np.ndarray)) for value in row.values())
         )
 
     @property

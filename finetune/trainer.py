@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ from finetune.state import load_state, save_state
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
+from memory.units import format_bytes, parse_bytes
 from offload.calibration import Rates, measure_rates
 
 
@@ -100,8 +102,6 @@ class Trainer:
 
     def save_model(self, directory: str | Path | None = None) -> Path:
         """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`."""
-        import shutil
-
         source = self.config.output / "adapter"
         if not source.is_dir():
             raise UserError(f"there is no trained adapter in {source} yet: call train() first")
@@ -152,6 +152,7 @@ class Trainer:
 
         output = config.output
         output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_disk(config, planned)
         meter = MemoryMeter().start()
         progress = Progress(
             batches.num_steps,
@@ -166,7 +167,13 @@ class Trainer:
             meter.stop()
 
     def _run(
-        self, session: Session, planned: PlannedRun, data: Any, batches: BatchPlan, meter: MemoryMeter, progress: Progress
+        self,
+        session: Session,
+        planned: PlannedRun,
+        data: Any,
+        batches: BatchPlan,
+        meter: MemoryMeter,
+        progress: Progress,
     ) -> TrainResult:
         config, options, output = self.config, self.config.training, self.config.output
 
@@ -345,12 +352,37 @@ def _micro_batches(data: Any, micro_batches: list[list[tuple[int, ...]]], sessio
     return inputs, labels, tokens
 
 
+def _check_disk(config: Config, planned: PlannedRun) -> None:
+    """Raises UserError unless what the run will write fits `--disk` and the file system."""
+    adapter_bytes = sum(p.nbytes for p in planned.trainable)
+    parts = {
+        "resumable states": 3 * 3 * adapter_bytes,  # two kept and one being written, each with AdamW's two moments
+        "adapter": adapter_bytes,
+        "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
+        "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
+    }
+    need = sum(parts.values())
+    free = shutil.disk_usage(config.output).free
+    allowed = free if config.disk is None else min(free, parse_bytes(config.disk, free))
+    if need > allowed:
+        raise UserError(
+            f"the run writes up to {format_bytes(need)} under {config.output} ("
+            + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+            + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}: "
+            "make room, name another --output, or raise --disk"
+        )
+
+
 def _scheduler(options: Any, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int):
     from transformers.optimization import get_scheduler
 
     warmup = options.warmup_steps or int(options.warmup_ratio * num_steps)
     scheduler = get_scheduler(
-        options.lr_scheduler, optimizer, warmup, num_steps, scheduler_specific_kwargs=dict(options.lr_scheduler_kwargs) or None
+        options.lr_scheduler,
+        optimizer,
+        warmup,
+        num_steps,
+        scheduler_specific_kwargs=dict(options.lr_scheduler_kwargs) or None,
     )
     # The schedule is a function of the step alone: go to its place.
     state = scheduler.state_dict() | {"last_epoch": first_step}
@@ -419,7 +451,9 @@ class _Callbacks:
             num_train_epochs=config.training.epochs,
             learning_rate=config.training.learning_rate,
             seed=config.training.seed,
-            to_json_string=lambda: json.dumps(config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str),
+            to_json_string=lambda: json.dumps(
+                config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str
+            ),
         )
         self._control = TrainerControl()
         self._state = TrainerState(max_steps=batches.num_steps, is_world_process_zero=True, is_local_process_zero=True)
@@ -445,7 +479,9 @@ class _Callbacks:
             return
         self._state.epoch = row["epoch"]
         self.call("on_step_end", step)
-        logs = {key: row[key] for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "stall_seconds")}
+        logs = {
+            key: row[key] for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "stall_seconds")
+        }
         self._state.log_history.append({**logs, "step": step})
         self._control = self._handler.on_log(self._args, self._state, self._control, logs)
 

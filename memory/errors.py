@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user or a limit of the machine. The message names the thing, what was expected, found, and what to do."""
+    """A mistake of the user or a limit of the machine; the message names the thing, expected, found, and what to do."""

@@ -155,7 +155,9 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
     num_blocks = len(demand.block_bytes)
     on_device = limits.device_bytes is not None
 
-    def slots(plan: Plan, lookahead: int | None = None, resident: int | None = None, on_device_resident: int | None = None):
+    def slots(
+        plan: Plan, lookahead: int | None = None, resident: int | None = None, on_device_resident: int | None = None
+    ):
         return _with_slots(
             plan, demand,
             plan.host_lookahead if lookahead is None else lookahead,
@@ -166,9 +168,7 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
     if wishes.lookahead is None:
         yield lambda plan: slots(plan, lookahead=1)
     if demand.head_chunks > 1:
-        yield lambda plan: _with_parts(
-            replace(plan, head_slots=2, device_head_slots=2 if on_device else 0), demand
-        )
+        yield lambda plan: _with_parts(replace(plan, head_slots=2, device_head_slots=2 if on_device else 0), demand)
     if wishes.activations == "auto":
         yield lambda plan: _with_parts(
             replace(plan, activation_slots=0, activation_host_bytes=demand.boundary_total_bytes), demand
@@ -221,7 +221,8 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         f"block slots ({plan.host_block_slots} x {format_bytes(plan.block_slot_bytes)})": (
             plan.host_block_slots * plan.block_slot_bytes
         ),
-        f"head slots ({plan.head_slots} x {format_bytes(plan.head_slot_bytes)})": plan.head_slots * plan.head_slot_bytes,
+        f"head slots ({plan.head_slots} x {format_bytes(plan.head_slot_bytes)})": plan.head_slots
+        * plan.head_slot_bytes,
         f"slots for block inputs on their way to disk ({plan.activation_slots})": (
             plan.activation_slots * plan.activation_slot_bytes
         ),

@@ -79,14 +79,15 @@ class SpillingActivations(Activations):
     """Spills to disk; see [Note: spilling].
 
     io: an offload.io.IOEngine. pool: page-aligned slots, each at least as large as the largest block input.
-    host_bytes: how much may wait in memory. directory: where the scratch file is made (it must have room for all block
-    inputs of a step).
+    host_bytes: how much may wait in memory. device: where restored tensors go.
+    directory: where the scratch file is made (it must have room for all block inputs of a step).
     """
 
-    def __init__(self, io: Any, pool: SlotPool, host_bytes: int, directory: Path) -> None:
+    def __init__(self, io: Any, pool: SlotPool, host_bytes: int, device: torch.device, directory: Path) -> None:
         self._io = io
         self._pool = pool
         self._host_bytes = host_bytes
+        self._device = device
         self._held: deque[SavedTensor] = deque()  # in memory as they came, oldest first
         self._held_bytes = 0
         self._writing: deque[SavedTensor] = deque()
@@ -101,7 +102,11 @@ class SpillingActivations(Activations):
 
     def save(self, tensor: torch.Tensor) -> SavedTensor:
         saved = SavedTensor(self, tensor.detach())
-        if tensor.requires_grad and tensor.is_contiguous() and SPILL_MIN_BYTES <= tensor.nbytes <= self._pool.slot_bytes:
+        if (
+            tensor.requires_grad
+            and tensor.is_contiguous()
+            and SPILL_MIN_BYTES <= tensor.nbytes <= self._pool.slot_bytes
+        ):
             self._held.append(saved)
             self._held_bytes += saved.num_bytes
             while self._held_bytes > self._host_bytes:
@@ -174,7 +179,8 @@ class SpillingActivations(Activations):
         if saved._read >= 0:
             self.stall_seconds += self._io.wait(saved._read)
         dtype, shape, num_bytes = saved._meta
-        saved._tensor = saved._lease.buffer[:num_bytes].view(dtype).view(shape)
+        # On the CPU a view of the slot; on an accelerator a copy, which the stream orders before its use.
+        saved._tensor = saved._lease.buffer[:num_bytes].view(dtype).view(shape).to(self._device)
 
     def _free(self, saved: SavedTensor) -> None:
         if saved._write is not None:

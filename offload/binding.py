@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
 STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache

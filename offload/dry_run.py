@@ -82,7 +82,9 @@ def _run_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, A
         name: torch.empty(view.shape, dtype=view.dtype, device="meta")
         for name, view in parts.layouts[index].views.items()
     }
-    adapters = [(m, n, p) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad]
+    adapters = [
+        (m, n, p) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
+    ]
     buffers = [(m, n, b) for m in block.modules() for n, b in m._buffers.items() if b is not None]
     counter = _LiveBytes()
     try:

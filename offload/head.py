@@ -209,9 +209,10 @@ class _Rows:
             hidden = self._hidden[tile].detach().requires_grad_(self._outer.requires_grad)
             with torch.enable_grad():
                 logits = _apply(self._operations, forward(hidden)).float()
-                loss = functional.cross_entropy(
-                    logits, self._labels[tile], ignore_index=IGNORE_INDEX, reduction="sum"
-                ) / num_items
+                loss = (
+                    functional.cross_entropy(logits, self._labels[tile], ignore_index=IGNORE_INDEX, reduction="sum")
+                    / num_items
+                )
             del logits
             if loss.requires_grad:
                 loss.backward()
@@ -277,7 +278,9 @@ class _Rows:
             return
         grad = self._grad
         if self._picked is not None:
-            grad = grad.new_zeros(self._shape.numel() // self._shape[-1], self._shape[-1]).index_copy_(0, self._picked, grad)
+            grad = grad.new_zeros(self._shape.numel() // self._shape[-1], self._shape[-1]).index_copy_(
+                0, self._picked, grad
+            )
         self._outer.backward(grad.view(self._shape))
         self._grad = None
 

@@ -56,7 +56,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             blocks[name] = module
     if blocks:
         return blocks
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists:
         raise UserError(
             f"{type(model).__name__} has no repeated layers to stream: expected layers in an nn.ModuleList, found none"

@@ -39,7 +39,8 @@ class Traffic:
 class StreamedModel:
     """Opens a planned model: allocates everything that the plan names, reads the edges, takes over the forwards.
 
-    model: what to call, where adapters wrap `parts.model`. scratch: directory for spilled activations. progress: progress(phase, done, total) after every block visit.
+    model: what to call, where adapters wrap `parts.model`. scratch: directory for spilled activations.
+    progress: progress(phase, done, total) after every block visit.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class StreamedModel:
         head_pool = host.carve("host head", plan.head_slot_bytes, plan.head_slots) if plan.head_slots else None
         if plan.activation_slots:
             pool = host.carve("activations", plan.activation_slot_bytes, plan.activation_slots)
-            self.activations: Activations = SpillingActivations(self.io, pool, plan.activation_host_bytes, scratch)
+            self.activations: Activations = SpillingActivations(
+                self.io, pool, plan.activation_host_bytes, device.torch_device, scratch
+            )
         else:
             self.activations = Activations()
 

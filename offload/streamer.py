@@ -113,7 +113,9 @@ class Tier:
             if not candidates:
                 return False
         elif not candidates:
-            stale = next((b for b, s in enumerate(self._states) if s is State.FETCHING and b not in self.resident), None)
+            stale = next(
+                (b for b, s in enumerate(self._states) if s is State.FETCHING and b not in self.resident), None
+            )
             if stale is None:
                 raise RuntimeError(f"block {block} needs a slot of pool {self.pool.name!r}, all are in use")
             self._arrive(stale)
@@ -187,7 +189,10 @@ class HostTier(Tier):
     def _start(self, block: int, lease: Lease) -> None:
         address = lease.address
         self._tickets[block] = self._io.submit_reads(
-            [(file, offset, num_bytes, address + slot_offset) for file, offset, num_bytes, slot_offset in self._reads[block]]
+            [
+                (file, offset, num_bytes, address + slot_offset)
+                for file, offset, num_bytes, slot_offset in self._reads[block]
+            ]
         )
 
     def _arrived(self, block: int) -> bool:
@@ -200,7 +205,9 @@ class HostTier(Tier):
 class DeviceTier(Tier):
     """Host slots to device slots. Drives the host tier; a host slot is held until the copy out of it is done."""
 
-    def __init__(self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int) -> None:
+    def __init__(
+        self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int
+    ) -> None:
         super().__init__(len(host.block_bytes), pool, resident, lookahead)
         self._host = host
         self._device = device
