@@ -1,0 +1,343 @@
+"""Loss on held-out data, and accuracy where rows choose among a few completions, on the streamed model.
+
+[Note: what is asked of a sequence]
+Everything measured is the cross entropy of some token at some position: an `_Asked` row is a sequence and such pairs.
+The loss asks for every trained token. A candidate completion asks for its own tokens; where another sequence begins with
+all that predicts them, that sequence is asked: with completions of one token, a row is computed once however many
+candidates there are.
+
+Candidates are compared by the sum of their tokens' log-probabilities, which is the likelihood of the completion given
+the prompt; the end-of-text token after it does not count. (MeZO divides the sum by the number of tokens; for completions
+of one token that is the same.)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from finetune.config import Config
+from finetune.data import Example, TokenDataset, collate, prepare
+from finetune.progress import Progress
+from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from finetune.tensor_rows import TensorRows
+from memory.errors import UserError
+from offload.head import IGNORE_INDEX, DeferredLogits
+from offload.streamed_model import StreamedModel
+
+MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
+PASS_TOKENS = 1 << 15  # one pass over the weights serves at most so many: beyond, reading is hidden on any machine
+
+
+def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, float]:
+    """Measures the model, with `adapter` where one is given, on `config.eval_data` (else on `config.data`).
+
+    Returns loss (mean cross entropy of the trained tokens, in nats), perplexity, tokens (that the loss is over),
+    examples and seconds; accuracy too, where rows are a prompt with one of at most 16 completions. Samples of tensors
+    give loss, examples, seconds, and accuracy where the labels are classes.
+    Raises UserError for bad input and PlanRefused for budgets that are too small.
+    """
+    started = time.perf_counter()
+    # Nothing waits for a backward pass: the hidden states of all micro-batches stay in memory.
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
+    session = Session(config, None if adapter is None else Path(adapter), train=False)
+    try:
+        rows = _open_rows(session, config, config.dataset.sequence_length)
+        planned = _plan(session, rows, config.training.micro_batch_size)
+        with Progress(1, host_budget_bytes=planned.plan.host_budget_bytes) as progress:
+            streamed = session.open(planned, config.output / "scratch")
+            result = _measure(
+                streamed, rows, planned.shape, lambda done, total: progress.inside("evaluate", done, total)
+            )
+    finally:
+        session.close()
+    return result | {"seconds": time.perf_counter() - started}
+
+
+def evaluate_open(session: Session, config: Config, shape: BatchShape) -> dict[str, float]:
+    """The same in the middle of a training run: within the plan made for `shape`, on the model that is open.
+
+    Rows that are longer than what a micro-batch of `shape` holds are cut as training rows are. The model is left in
+    eval mode.
+    """
+    started = time.perf_counter()
+    session.model.eval()
+    for module in session.model.modules():
+        if hasattr(module, "_cache_clear"):
+            module.training = True  # DoRA layers cache matrices of the weight's size in eval mode
+    rows = _open_rows(session, config, min(config.dataset.sequence_length, shape.rows))
+    return _measure(session.streamed, rows, shape) | {"seconds": time.perf_counter() - started}
+
+
+def prepare_rows(config: Config, directory: Path, sequence_length: int) -> TokenDataset:
+    """The token cache of the evaluation data, made now where there is none; with choices where completions are few.
+
+    directory: of the model. Making it takes a process of its own: call this before the model is opened.
+    """
+    source = config.eval_data
+    if source is None:
+        source = config.data
+        if source is None:
+            raise UserError("no data to evaluate on: give --data (a path, a hub id, or rows)")
+        print("note: there is no eval_data; measuring on the training data", file=sys.stderr)
+    options = config.dataset
+
+    def tokens(append_eos: bool | None, choices: bool) -> TokenDataset:
+        return prepare(
+            source,
+            model=directory,
+            cache_dir=config.output / "tokens",
+            sequence_length=sequence_length,
+            form=options.form,
+            completion_only=options.completion_only,
+            append_eos=append_eos,
+            chat_template=options.chat_template,
+            trust_remote_code=config.trust_remote_code,
+            choices=choices,
+        )
+
+    data = tokens(options.append_eos, choices=False)
+    if (data.meta["different_completions"] or 0) < 2:
+        return data
+    # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
+    append_eos = data.meta["eos_token_id"] is not None and options.append_eos is not False
+    data = tokens(append_eos, choices=True)
+    if data.meta["dropped"]:
+        print(
+            f"note: {data.meta['dropped']} of {data.meta['rows']} rows are longer than dataset.sequence_length "
+            f"({sequence_length}) and are left out",
+            file=sys.stderr,
+        )
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A sequence, int32 [tokens], and what is asked of it: `targets[i]` as the token after `positions[i]`.
+
+    accounts[i] says what the cross entropy counts for: 0 the loss, 1 + r * K + k candidate k of row r.
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    accounts: np.ndarray
+
+
+class _TextRows:
+    """The rows of a token cache as `_Asked` sequences, longest row first."""
+
+    def __init__(self, data: TokenDataset) -> None:
+        self._data = data
+        self._choices = data.num_choices or 1
+        lengths = np.asarray(data.lengths).reshape(-1, self._choices)
+        self._order = np.argsort(-lengths.max(axis=1), kind="stable")
+        answers = np.zeros(len(lengths), np.int64) if data.answers is None else data.answers
+        self.max_length = int(lengths.max())
+        self.tokens = int(lengths[np.arange(len(lengths)), answers].sum())  # where every row is computed once
+        self.pad_token_id = data.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[_Asked]]:
+        for row in self._order:
+            yield self._of_choices(int(row)) if self._data.num_choices else self._of_example(self._data[int(row)])
+
+    def _of_example(self, example: Example) -> list[_Asked]:
+        trained = np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
+        return [_Asked(example.input_ids, trained, example.labels[1:][trained], np.zeros(len(trained), np.int64))]
+
+    def _of_choices(self, row: int) -> list[_Asked]:
+        """The right candidate's sequence first, which the loss is over; then those that cannot be read off another."""
+        examples = [self._data[row * self._choices + k] for k in range(self._choices)]
+        answer = int(self._data.answers[row])
+        asked = self._of_example(examples[answer])
+        compared = [self._without_eos(example.input_ids) for example in examples]
+        start = _common_prefix(compared)  # what all candidates share decides nothing
+        for k, ids in enumerate(compared):
+            positions = np.arange(start - 1, len(ids) - 1)
+            needed = ids[:-1]
+            share = next((i for i, a in enumerate(asked) if np.array_equal(a.input_ids[: len(needed)], needed)), None)
+            accounts = np.full(len(positions), 1 + row * self._choices + k)
+            added = _Asked(ids, positions, ids[positions + 1], accounts)
+            if share is None:
+                asked.append(added)
+            else:
+                asked[share] = _join(asked[share], added)
+        return [one for one in asked if len(one.positions)]
+
+    def _without_eos(self, ids: np.ndarray) -> np.ndarray:
+        eos = self._data.meta["eos_token_id"]
+        return ids[:-1] if eos is not None and ids[-1] == eos else ids
+
+    def result(self, totals: dict[int, float], tokens: int) -> dict[str, float]:
+        loss = totals.pop(0, 0.0) / max(tokens, 1)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        result = {"loss": loss, "perplexity": perplexity, "tokens": tokens, "examples": len(self)}
+        if self._data.num_choices:
+            scores = np.zeros((len(self), self._choices))
+            for account, total in totals.items():
+                scores.flat[account - 1] = total
+            result["accuracy"] = float((scores.argmin(axis=1) == self._data.answers).mean())
+        return result
+
+
+def _join(a: _Asked, b: _Asked) -> _Asked:
+    fields = ("positions", "targets", "accounts")
+    return _Asked(a.input_ids, *(np.concatenate([getattr(a, name), getattr(b, name)]) for name in fields))
+
+
+def _common_prefix(sequences: list[np.ndarray]) -> int:
+    length = min(map(len, sequences))
+    table = np.stack([ids[:length] for ids in sequences])
+    different = (table != table[0]).any(axis=0)
+    return int(different.argmax()) if different.any() else length
+
+
+def _open_rows(session: Session, config: Config, sequence_length: int) -> _TextRows | TensorRows:
+    source = config.data if config.eval_data is None else config.eval_data
+    if TensorRows.fits(source):
+        return TensorRows(source)
+    return _TextRows(prepare_rows(config, session.parts.directory, sequence_length))
+
+
+def _plan(session: Session, rows: _TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:
+    """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
+    if isinstance(rows, TensorRows):
+        sample = rows.collate(range(min(micro_batch_size, len(rows))))
+        shape = BatchShape({k: v for k, v in sample.items() if k != "labels"}, 1, train=False)
+        return _least_reading(session, shape, -(-len(rows) // micro_batch_size), PASS_TOKENS)
+    together = min(max(micro_batch_size, MICRO_BATCH_TOKENS // rows.max_length), len(rows))
+    try:
+        return _plan_text(session, rows, together)
+    except PlanRefused:
+        if together <= micro_batch_size:
+            raise
+        return _plan_text(session, rows, micro_batch_size)
+
+
+def _plan_text(session: Session, rows: _TextRows, micro_batch_size: int) -> PlannedRun:
+    capacity = micro_batch_size * rows.max_length
+    shape = BatchShape.of_text(micro_batch_size, rows.max_length, 1, train=False)
+    return _least_reading(session, shape, -(-rows.tokens // capacity), PASS_TOKENS // capacity)
+
+
+def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limit: int) -> PlannedRun:
+    best, least, lanes = session.plan(shape), math.inf, 1
+    limit = min(micro_batches, limit)
+    planned = best
+    while True:
+        parts, plan = planned.parts, planned.plan
+        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident)
+        if parts.head is not None and len(parts.head.layouts) > plan.head_slots:
+            streamed += sum(layout.num_bytes for layout in parts.head.layouts)
+        reading = streamed * -(-micro_batches // lanes)
+        if reading < least:
+            best, least = planned, reading
+        if lanes >= limit or not reading:
+            return best
+        lanes = min(2 * lanes, limit)
+        try:
+            planned = session.plan(BatchShape(shape.inputs, lanes, train=False))
+        except PlanRefused:
+            return best
+
+
+def _measure(
+    streamed: StreamedModel,
+    rows: _TextRows | TensorRows,
+    shape: BatchShape,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    if isinstance(rows, TensorRows):
+        return _measure_tensors(streamed, rows, shape, progress)
+    totals: dict[int, float] = {}
+    tokens = done = 0
+    micro_batches = _micro_batches(rows, shape.rows)
+    while lanes := list(islice(micro_batches, shape.micro_batches)):
+        for losses, lane in zip(_cross_entropies(streamed, lanes, rows.pad_token_id), lanes, strict=True):
+            accounts = np.concatenate([one.accounts for one in lane])
+            for account, loss in zip(accounts.tolist(), losses.tolist(), strict=True):
+                totals[account] = totals.get(account, 0.0) + loss
+            tokens += int((accounts == 0).sum())
+            done += sum(bool((one.accounts == 0).any()) for one in lane)
+        progress(done, len(rows))
+    return rows.result(totals, tokens)
+
+
+def _micro_batches(rows: _TextRows, capacity: int) -> Iterator[list[_Asked]]:
+    """Sequences together as long as, padded to the longest, they are at most `capacity` tokens."""
+    batch: list[_Asked] = []
+    longest = 0
+    for one in (one for row in rows for one in row):
+        longer = max(longest, len(one.input_ids))
+        if batch and (len(batch) + 1) * longer > capacity:
+            yield batch
+            batch, longer = [], len(one.input_ids)
+        batch.append(one)
+        longest = longer
+    if batch:
+        yield batch
+
+
+def _cross_entropies(streamed: StreamedModel, lanes: list[list[_Asked]], pad_token_id: int) -> list[np.ndarray]:
+    """What every lane's sequences are asked for, in order, fp32 [pairs] a lane, from one pass over the weights."""
+    device = streamed.device.torch_device
+    inputs = []
+    for lane in lanes:
+        batch = collate([[Example(one.input_ids, one.input_ids)] for one in lane], pad_token_id)
+        del batch["labels"]
+        inputs.append({key: value.to(device) for key, value in batch.items()} | {"use_cache": False})
+    outputs = streamed.forward(inputs)
+    logits, labels, results = [], [], []
+    for lane, output in zip(lanes, outputs, strict=True):
+        row = np.repeat(np.arange(len(lane)), [len(one.positions) for one in lane])
+        position = np.concatenate([one.positions for one in lane])
+        target = torch.from_numpy(np.concatenate([one.targets for one in lane]).astype(np.int64)).to(device)
+        if streamed.head is None:
+            losses = functional.cross_entropy(output.logits[row, position].float(), target, reduction="none")
+            results.append(losses.cpu().numpy())
+            continue
+        # The head shifts labels by one, as a model's own loss does: a label in front and a hidden state at the end that
+        # nobody asks for.
+        hidden = output.logits.hidden[np.append(row, row[-1]), np.append(position, position[-1])]
+        logits.append(DeferredLogits(hidden[None], output.logits.operations))
+        labels.append(functional.pad(target, (1, 0), value=IGNORE_INDEX)[None])
+    del outputs
+    if streamed.head is not None:
+        results = [losses[0, :-1].cpu().numpy() for losses in streamed.head.token_losses(logits, labels)]
+    return results
+
+
+def _measure_tensors(
+    streamed: StreamedModel, rows: TensorRows, shape: BatchShape, progress: Callable[[int, int], None]
+) -> dict[str, float]:
+    """Samples of tensors: the model's own loss, and accuracy where labels are the classes of logits [B, classes]."""
+    device = streamed.device.torch_device
+    size = next(iter(shape.inputs.values())).shape[0]
+    starts = iter(range(0, len(rows), size))
+    total, right, classified = 0.0, 0, 0
+    while group := list(islice(starts, shape.micro_batches)):
+        batches = [rows.collate(range(start, min(start + size, len(rows)))) for start in group]
+        batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+        for batch, output in zip(batches, streamed.forward(batches), strict=True):
+            count = len(next(iter(batch.values())))
+            total += float(output.loss) * count
+            labels, logits = batch.get("labels"), getattr(output, "logits", None)
+            if logits is not None and logits.ndim == 2 and not labels.is_floating_point() and labels.ndim == 1:
+                right += int((logits.argmax(dim=1) == labels).sum())
+                classified += count
+        progress(min(group[-1] + size, len(rows)), len(rows))
+    result: dict[str, Any] = {"loss": total / len(rows), "examples": len(rows)}
+    return result | ({"accuracy": right / classified} if classified else {})

@@ -1,0 +1,272 @@
+"""Text from the streamed model, piece by piece. A token costs one pass over the weights, shared by all prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from memory.errors import UserError
+from memory.plan import Limits, Wishes, make_plan
+from offload.streamed_model import StreamedModel
+
+
+def generate(
+    config: Config,
+    adapter: Path | str | None,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 42,
+    chat: bool | None = None,
+) -> Iterator[str]:
+    """Yields what the model says after each prompt, in pieces of whole characters; with several prompts the texts come
+    one after the other with an empty line between.
+
+    temperature: 0 takes the likeliest token. top_p: samples among the likeliest tokens that together have this
+    probability (Holtzman et al. 2020, nucleus sampling). seed: of the sampling; prompt i uses seed + i.
+    chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template.
+    A text ends at a token that generation_config.json (else config.json) or the tokenizer calls the end, after
+    `max_new_tokens`, or where the model's positions end.
+    Raises UserError for bad input and PlanRefused for budgets that are too small.
+    """
+    # Nothing waits for a backward pass.
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
+    session = Session(config, None if adapter is None else Path(adapter), train=False)
+    try:
+        if session.parts.head is None:
+            found = type(session.parts.model).__name__
+            raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
+        tokenizer = _load_tokenizer(session.parts.directory, config)
+        ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
+        max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)
+        planned = _plan(session, ids, max_new_tokens)
+        streamed = session.open(planned, config.output / "scratch")
+        ends = end_tokens(session.parts.directory, tokenizer.eos_token_id)
+        together = planned.shape.micro_batches
+        for first in range(0, len(ids), together):
+            group = ids[first : first + together]
+            choosers = [chooser(temperature, top_p, seed + first + i) for i in range(len(group))]
+            texts = [TextPieces(tokenizer, one) for one in group]
+            later: list[list[str]] = [[] for _ in group]
+            if first:
+                yield "\n\n"
+            for tokens in decode(streamed, group, choosers, ends, max_new_tokens):
+                for i, token in tokens:
+                    if token in ends:
+                        continue
+                    if i == 0:
+                        yield from filter(None, [texts[0].add(token)])
+                    else:
+                        later[i].append(texts[i].add(token))
+            yield texts[0].rest()
+            for text, pieces in zip(texts[1:], later[1:], strict=True):
+                yield "\n\n" + "".join(pieces) + text.rest()
+    finally:
+        session.close()
+
+
+def decode(
+    streamed: StreamedModel,
+    prompts: Sequence[Sequence[int]],
+    choosers: Sequence[Callable[[torch.Tensor], int]],
+    ends: frozenset[int],
+    max_new_tokens: int,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields, pass by pass, (prompt, token) for every prompt that goes on; the end token is the last of a prompt's.
+
+    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token.
+    """
+    device = streamed.device.torch_device
+    caches = [_cache(streamed, len(prompt) + max_new_tokens) for prompt in prompts]
+    news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
+    going = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        outputs = streamed.forward(
+            [{"input_ids": news[i], "past_key_values": caches[i], "use_cache": True} for i in going]
+        )
+        tokens = []
+        for i, output in zip(going, outputs, strict=True):
+            token = choosers[i](streamed.last_logits(output)[0].cpu())
+            news[i] = torch.tensor([[token]], device=device)
+            tokens.append((i, token))
+        del outputs
+        yield tokens
+        for i, token in tokens:
+            if token in ends:
+                going.remove(i)
+                caches[i] = None
+        if not going:
+            return
+
+
+def chooser(temperature: float, top_p: float, seed: int) -> Callable[[torch.Tensor], int]:
+    """A function from logits, fp32 [vocabulary], to the next token; see `generate` for the arguments."""
+    if temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: torch.Tensor) -> int:
+        probabilities, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        before[0] = -1.0  # the likeliest is always among them
+        probabilities[before >= top_p] = 0
+        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+    return choose
+
+
+class TextPieces:
+    """Tokens to text as they come: pieces are whole characters, and together they are the decoded whole.
+
+    A character may be several tokens (byte-level BPE), and a decoder may drop a space at the start of what it is given:
+    each piece is what the last tokens add to the text of those before them.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._context = list(prompt[-8:])  # tokens whose text is out
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes, or an empty string."""
+        self._pending.append(token)
+        piece = self._piece()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return piece
+
+    def rest(self) -> str:
+        """At the end: what is left, an incomplete character as U+FFFD."""
+        return self._piece() if self._pending else ""
+
+    def _piece(self) -> str:
+        return self._text(self._context + self._pending)[len(self._text(self._context)) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's own."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if not found and path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            value = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found if tokenizer_eos is None else found | {tokenizer_eos})
+
+
+def _load_tokenizer(directory: Path, config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # Transformers raises whatever its parts do
+        raise UserError(f"the tokenizer of {config.model} cannot be loaded: {type(error).__name__}: {error}") from error
+    template = config.dataset.chat_template
+    if template is not None:
+        is_text = "{" in template or "\n" in template
+        tokenizer.chat_template = template if is_text else Path(template).expanduser().read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool | None, config: Config) -> list[int]:
+    if chat and not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {config.model} has no chat template: leave --chat out, or set dataset.chat_template"
+        )
+    if chat or (chat is None and tokenizer.chat_template):
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError("expected a prompt, found one without any token: give --prompt TEXT")
+    return ids
+
+
+def _room(session: Session, prompt_tokens: int, max_new_tokens: int) -> int:
+    """New tokens that the model has positions for. Raises UserError when the prompt takes them all."""
+    positions = getattr(session.parts.model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions or prompt_tokens + max_new_tokens <= positions:
+        return max_new_tokens
+    if prompt_tokens >= positions:
+        raise UserError(f"the prompt has {prompt_tokens} tokens, the model {positions} positions: shorten the prompt")
+    return positions - prompt_tokens
+
+
+def _plan(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> PlannedRun:
+    """A plan that holds the key-value caches too, for as many prompts at once as fit."""
+    together = len(prompts)
+    while True:
+        try:
+            return _plan_for(session, max(map(len, prompts)), max_new_tokens, together)
+        except PlanRefused:
+            if together == 1:
+                raise
+            together = -(-together // 2)
+
+
+def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
+    from transformers import DynamicCache
+
+    # The dry run of the visit fills one layer of this cache on the meta device: so large is a layer's.
+    probe = DynamicCache(config=session.parts.model.config)
+    shape = BatchShape.of_text(1, prompt_tokens, together, train=False)
+    planned = session.plan(replace(shape, inputs=shape.inputs | {"past_key_values": probe, "use_cache": True}))
+    text_config = session.parts.model.config.get_text_config(decoder=True)
+    filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
+    sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    prompt_bytes = max(sizes, default=2 * prompt_tokens * text_config.hidden_size * session.parts.dtype.itemsize)
+    layer_bytes = -(-prompt_bytes * (prompt_tokens + max_new_tokens) // prompt_tokens)
+    # While a block attends, keys and values of a group of heads may be repeated for each.
+    heads = getattr(text_config, "num_attention_heads", 1)
+    repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
+    kept = layer_bytes * (len(session.parts.blocks) * together + repeated)
+    demand = replace(planned.demand, step_bytes=planned.demand.step_bytes + kept)
+    plan, engine = planned.plan, session.config.engine
+    limits = Limits(plan.host_budget_bytes, plan.device_budget_bytes)
+    wishes = Wishes(engine.resident_blocks, engine.lookahead, engine.activations)
+    return replace(planned, plan=make_plan(demand, limits, wishes), demand=demand)
+
+
+def _cache(streamed: StreamedModel, max_tokens: int) -> Any:
+    """A key-value cache whose full-attention layers have room for `max_tokens` from the start.
+
+    Transformers' own grow by a copy a token: twice the memory at that moment, and holes of every size left behind.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+            super().lazy_initialization(key_states, value_states)
+            both = (key_states, value_states)
+            self._room = [states.new_empty(*states.shape[:-2], max_tokens, states.shape[-1]) for states in both]
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+            start = self.get_seq_length()
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            end = start + key_states.shape[-2]
+            for room, states in zip(self._room, (key_states, value_states), strict=True):
+                room[..., start:end, :] = states
+            self.keys, self.values = (room[..., :end, :] for room in self._room)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=streamed.parts.model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,0 +1,188 @@
+"""Generation on the streamed model against Transformers' own `generate` with everything in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from data_tools import CHATML
+from text_models import make_config, plain_model, write_adapter, write_model
+from transformers import AutoTokenizer
+
+from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
+from finetune.generate import _plan as plan_prompts
+from finetune.session import BatchShape, PlanRefused, Session
+from memory.errors import UserError
+
+PROMPTS = ["the cat sat on the mat", "hello", "what is it about the user and the great world"]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind: str, tmp_path_factory) -> Path:
+    return write_model(kind, tmp_path_factory.mktemp(kind) / "model")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("llama") / "model", template=CHATML)
+
+
+def expected_ids(model: Path, prompt: list[int], count: int, adapter: Path | None = None) -> list[int]:
+    plain = plain_model(model, adapter)
+    out = plain.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=2,
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+def generated_ids(config, prompts: list[list[int]], count: int, adapter: Path | None = None) -> list[list[int]]:
+    session = Session(config, adapter, train=False)
+    try:
+        planned = session.plan(BatchShape.of_text(1, max(map(len, prompts)), len(prompts), train=False))
+        streamed = session.open(planned, config.output / "scratch")
+        ends = end_tokens(session.parts.directory, None)
+        texts: list[list[int]] = [[] for _ in prompts]
+        for tokens in decode(streamed, prompts, [chooser(0, 1, 0)] * len(prompts), ends, count):
+            for i, token in tokens:
+                texts[i].append(token)
+        return texts
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("tile_vocab", [None, 77])
+def test_greedy_tokens_are_those_of_transformers(kind, model, tmp_path, adapted, tile_vocab):
+    adapter = write_adapter(model, kind, tmp_path / "adapter") if adapted else None
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    config = make_config(model, tmp_path / "out", engine={"loss_tile_vocab": tile_vocab, "resident_blocks": 0})
+    found = generated_ids(config, prompts, 20, adapter)
+    assert found == [expected_ids(model, prompt, 20, adapter) for prompt in prompts]
+    assert len({tuple(one) for one in found}) == len(prompts)  # the model says something else to each
+
+
+def test_text_is_the_decoded_whole_and_comes_in_whole_characters(llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompt = tokenizer(PROMPTS[0])["input_ids"]
+    pieces = list(generate(make_config(llama, tmp_path), None, [PROMPTS[0]], max_new_tokens=30, chat=False))
+    ids = expected_ids(llama, prompt, 30)
+    whole = tokenizer.decode(prompt + ids, skip_special_tokens=True)
+    assert tokenizer.decode(prompt, skip_special_tokens=True) + "".join(pieces) == whole
+    assert len(pieces) > 5
+
+
+def test_several_prompts_are_answered_as_each_alone(llama, tmp_path):
+    config = make_config(llama, tmp_path)
+    options = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.9, "chat": False}
+    together = "".join(generate(config, None, PROMPTS, seed=3, **options))
+    alone = ["".join(generate(config, None, [p], seed=3 + i, **options)) for i, p in enumerate(PROMPTS)]
+    assert together == "\n\n".join(alone)
+    assert together == "".join(generate(config, None, PROMPTS, seed=3, **options))
+    assert together != "".join(generate(config, None, PROMPTS, seed=4, **options))
+
+
+def test_the_chat_template_is_used_where_there_is_one(llama, tmp_path):
+    config, tokenizer = make_config(llama, tmp_path), AutoTokenizer.from_pretrained(llama)
+    text = f"<|im_start|>user\n{PROMPTS[1]}<|im_end|>\n<|im_start|>assistant\n"
+    ids = expected_ids(llama, tokenizer(text, add_special_tokens=False)["input_ids"], 10)
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(generate(config, None, [PROMPTS[1]], max_new_tokens=10)) == expected
+    assert "".join(generate(config, None, [PROMPTS[1]], max_new_tokens=10, chat=False)) != expected
+
+
+def test_chat_without_a_template_is_refused(tmp_path):
+    model = write_model("llama", tmp_path / "model")
+    with pytest.raises(UserError, match="has no chat template"):
+        list(generate(make_config(model, tmp_path), None, ["hello"], max_new_tokens=1, chat=True))
+
+
+def test_generation_stops_at_any_end_token(llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompt = tokenizer(PROMPTS[0])["input_ids"]
+    ids = expected_ids(llama, prompt, 10)
+    end = ids[4]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in llama.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [344, end]}))
+    assert end_tokens(folder, 1) == {1, 344, end}
+    first = ids.index(end)
+    assert generated_ids(make_config(folder, tmp_path), [prompt], 10) == [ids[: first + 1]]
+    text = "".join(generate(make_config(folder, tmp_path), None, [PROMPTS[0]], max_new_tokens=10, chat=False))
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    assert before + text == tokenizer.decode(prompt + ids[:first], skip_special_tokens=True)
+
+
+def test_end_tokens_come_from_the_config_where_there_is_no_generation_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
+    assert end_tokens(tmp_path, None) == {7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    assert end_tokens(tmp_path, 3) == {3, 8, 9}
+
+
+def test_pieces_hold_back_half_a_character(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    text = "naïve 猫 ok 🐈"
+    prompt, ids = tokenizer("hello")["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = TextPieces(tokenizer, prompt)
+    out = [pieces.add(token) for token in ids]
+    assert "".join(out) == text and pieces.rest() == ""
+    assert not any("\ufffd" in piece for piece in out)
+    assert "猫" in out and "🐈" in out  # three and four tokens, one piece
+    cut = TextPieces(tokenizer, prompt)
+    out = [cut.add(token) for token in ids[:-2]]
+    assert "".join(out) == text[:-1] and cut.rest() == "\ufffd"
+
+
+def test_sampling_keeps_to_the_nucleus():
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
+    drawn = lambda top_p, temperature=1.0: [chooser(temperature, top_p, seed)(logits) for seed in range(300)]  # noqa: E731
+    assert set(drawn(0.0)) == {1}
+    assert set(drawn(0.5)) == {1}
+    assert set(drawn(0.6)) == {1, 3}
+    assert set(drawn(0.8)) == {1, 3, 2}
+    assert set(drawn(1.0)) == {0, 1, 2, 3}
+    assert abs(drawn(0.6).count(1) / 300 - 2 / 3) < 0.1
+    assert drawn(1.0, 0.05).count(1) > 295 and chooser(0, 1, 0)(logits) == 1
+
+
+def test_the_cache_is_part_of_the_plan(llama, tmp_path):
+    session = Session(make_config(llama, tmp_path), None, train=False)
+    try:
+        step_bytes = {
+            (prompts, new): plan_prompts(session, [[3] * 7] * prompts, new).demand.step_bytes
+            for prompts, new in ((1, 10), (1, 200), (2, 10), (2, 200))
+        }
+    finally:
+        session.close()
+    layer = 2 * 2 * 12 * 4  # keys and values, 2 heads of 12 numbers, fp32: bytes a token
+    # Three layers a prompt, and one in which the 2 heads are repeated for 4.
+    assert step_bytes[1, 200] - step_bytes[1, 10] == 190 * layer * (3 + 2)
+    assert step_bytes[2, 200] - step_bytes[2, 10] == 190 * layer * (6 + 2)
+    with pytest.raises(PlanRefused):
+        list(generate(make_config(llama, tmp_path, host_memory="1MiB"), None, ["hello"], max_new_tokens=1))
+
+
+def test_no_more_tokens_than_positions(tmp_path):
+    model = write_model("gpt2", tmp_path / "model")  # 64 positions
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = "the cat sat on the mat " * 8
+    ids = tokenizer(prompt)["input_ids"]
+    assert 40 < len(ids) < 64
+    text = "".join(generate(make_config(model, tmp_path), None, [prompt], max_new_tokens=500))
+    expected = expected_ids(model, ids, 64 - len(ids))
+    whole = tokenizer.decode(ids + expected, skip_special_tokens=True)
+    assert tokenizer.decode(ids, skip_special_tokens=True) + text == whole
+    with pytest.raises(UserError, match="64 positions"):
+        list(generate(make_config(model, tmp_path), None, [prompt * 3], max_new_tokens=5))
