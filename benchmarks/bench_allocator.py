@@ -2,7 +2,8 @@
 
 A Llama block of the 1.17B shape with LoRA rank 16 on its seven projections: forward without a graph, recomputation with
 one, backward; one sequence of 512 tokens, fp32. Each allocator runs in processes of its own, interleaved, so that the
-machine's drift touches all alike; processor time is given beside the clock's for a machine that is busy. Memory is anonymous memory above what the process held before the first iteration.
+machine's drift touches all alike; processor time is given beside the clock's for a machine that is busy. Memory is
+anonymous memory above what the process held before the first iteration.
 
     python benchmarks/bench_allocator.py [--iterations 30] [--rounds 2] [--mimalloc PATH]
 """
