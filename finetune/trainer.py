@@ -30,11 +30,12 @@ from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
-from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from finetune.session import BatchShape, PlannedRun, Session
 from finetune.state import load_state, save_state
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
+from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
 from offload.calibration import Rates, measure_rates
 
