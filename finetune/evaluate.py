@@ -29,9 +29,10 @@ from torch.nn import functional
 from finetune.config import Config
 from finetune.data import Example, TokenDataset, collate, prepare
 from finetune.progress import Progress
-from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from finetune.session import BatchShape, PlannedRun, Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
+from memory.plan import PlanRefused
 from offload.head import IGNORE_INDEX, DeferredLogits
 from offload.streamed_model import StreamedModel
 

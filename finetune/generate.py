@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from finetune.config import Config
-from finetune.session import BatchShape, PlannedRun, PlanRefused, Session
+from finetune.session import BatchShape, PlannedRun, Session
 from memory.errors import UserError
-from memory.plan import Limits, Wishes, make_plan
+from memory.plan import Limits, PlanRefused, Wishes, make_plan
 from offload.streamed_model import StreamedModel
 
 

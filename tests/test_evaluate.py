@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 import finetune.evaluate
 from finetune.data import preparation, worker
 from finetune.evaluate import evaluate, evaluate_open
-from finetune.session import BatchShape, PlanRefused, Session
+from finetune.session import BatchShape, Session
 from memory.errors import UserError
+from memory.plan import PlanRefused
 
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()
 ONE_TOKEN = [" great", " terrible"]

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
 from finetune.generate import _plan as plan_prompts
-from finetune.session import BatchShape, PlanRefused, Session
+from finetune.session import BatchShape, Session
 from memory.errors import UserError
+from memory.plan import PlanRefused
 
 PROMPTS = ["the cat sat on the mat", "hello", "what is it about the user and the great world"]
 
