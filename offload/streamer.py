@@ -199,7 +199,8 @@ class HostTier(Tier):
         return self._io.done(self._tickets[block])
 
     def _finish(self, block: int) -> None:
-        self.stall_seconds += self._io.wait(self._tickets.pop(block))
+        self.stall_seconds += self._io.wait(self._tickets[block])
+        del self._tickets[block]  # not before: after a failure `close` waits again
 
 
 class DeviceTier(Tier):
@@ -250,8 +251,9 @@ class DeviceTier(Tier):
         return self._copies[block].query()
 
     def _finish(self, block: int) -> None:
-        self._device.wait(self._copies.pop(block))
+        self._device.wait(self._copies[block])
         self._device.check_readable(self._leases[block].buffer[: self._host.block_bytes[block]])
+        del self._copies[block]
 
     def _leave(self, block: int) -> None:
         lease = self._leases[block]
