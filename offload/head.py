@@ -41,14 +41,18 @@ def default_tiles(vocab_size: int, row_bytes: int) -> tuple[int, int]:
 
 
 class DeferredLogits:
-    """Stands for `head(hidden)` in the model's forward; remembers the elementwise operations applied to it."""
+    """Stands for `head(hidden)` in the model's forward; remembers the random state there (an adapter of the head may have
+    dropout) and the elementwise operations applied to it."""
 
-    def __init__(self, hidden: torch.Tensor, operations: tuple[Callable, ...] = ()) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, operations: tuple[Callable, ...] = (), random_state: torch.Tensor | None = None
+    ) -> None:
         self.hidden = hidden
         self.operations = operations
+        self.random_state = torch.get_rng_state() if random_state is None else random_state
 
     def then(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> DeferredLogits:
-        return DeferredLogits(self.hidden, (*self.operations, operation))
+        return DeferredLogits(self.hidden, (*self.operations, operation), self.random_state)
 
     def __mul__(self, other):
         return self.then(lambda x: x * other)
@@ -187,6 +191,7 @@ class _Rows:
     def __init__(self, logits: DeferredLogits, labels: torch.Tensor, tile_tokens: int, backward: bool = True) -> None:
         self._outer = logits.hidden
         self._operations = logits.operations
+        self._random_state = logits.random_state
         hidden = logits.hidden.detach()
         self._shape = hidden.shape
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -205,6 +210,7 @@ class _Rows:
     def plain_loss(self, forward: Callable, num_items: int) -> None:
         if self._grad is None:
             self._grad = torch.empty_like(self._hidden)
+        torch.set_rng_state(self._random_state)
         for tile in self._tiles:
             hidden = self._hidden[tile].detach().requires_grad_(self._outer.requires_grad)
             with torch.enable_grad():
