@@ -138,15 +138,11 @@ class Session:
             tile_vocab=config.engine.loss_tile_vocab,
         )
         self.model: nn.Module = self.parts.model
-        streamed = {id(m) for block in self.parts.blocks for m in block.modules()}
-        streamed |= {id(module) for _, module, _ in self.parts.embeddings}
-        if self.parts.head is not None:
-            streamed.add(id(self.parts.head.module))
         if adapter is not None:
             self.model = lora.load(self.model, adapter, trainable=train)
         elif train:
             self.model = lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
-        lora.check_streamable(self.model, lambda module: id(module) in streamed)
+        lora.check_streamable(self.model)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._is_fresh = adapter is None
         if lora.needs_first_visit(self.model):

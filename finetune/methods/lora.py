@@ -6,7 +6,6 @@ Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (Do
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def attach(model: nn.Module, arguments: dict[str, Any], seed: int) -> nn.Module:
         raise UserError(
             f"lora.init_lora_weights={init!r} needs all base weights in memory: use true, false, gaussian or orthogonal"
         )
-    unsupported = [key for key in ("target_parameters", "trainable_token_indices") if arguments.get(key)]
+    unsupported = [key for key in ("layer_replication", "target_parameters", "trainable_token_indices") if arguments.get(key)]
     if unsupported:
         raise UserError(f"lora.extra.{unsupported[0]} cannot be combined with streamed weights: leave it out")
     arguments = {"task_type": _task_type(model), **arguments}
@@ -75,15 +74,15 @@ def first_visit(block: nn.Module) -> None:
             )
 
 
-def check_streamable(model: nn.Module, streamed: Callable[[nn.Module], bool]) -> None:
-    """Raises UserError when a full copy of a streamed module is to be trained (`modules_to_save`)."""
-    for name, module in model.named_modules():
-        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            if streamed(module.original_module):
-                raise UserError(
-                    f"lora.extra.modules_to_save names {name}, whose weights are streamed: name only modules outside of the "
-                    "blocks, the embedding and the head, or target it with an adapter"
-                )
+def check_streamable(model: nn.Module) -> None:
+    """Raises UserError when weights of the base are to be trained (`modules_to_save`, `bias`): they are not in memory."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            raise UserError(
+                f"the lora options would train {name}, which is a weight of the model itself: only adapters can be trained "
+                "while the model is streamed. Leave lora.extra.modules_to_save and lora.extra.bias out, or target the "
+                "module with an adapter"
+            )
 
 
 def _task_type(model: nn.Module) -> str | None:
