@@ -256,12 +256,12 @@ class Trainer:
             except KeyboardInterrupt:
                 if step > saved_step:
                     save_state(output / "state", step, trainable, optimizer, about)
-                session.model.save_pretrained(output / "adapter")
+                session.model.save_pretrained(output / "adapter", save_embedding_layers=False)
                 progress.message(f"stopped; the state after step {step} is saved in {output / 'state'}")
                 raise
         if step > saved_step:
             save_state(output / "state", step, trainable, optimizer, about)
-        session.model.save_pretrained(output / "adapter")
+        session.model.save_pretrained(output / "adapter", save_embedding_layers=False)
         callbacks.call("on_train_end", step)
         report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
         report["measured"] |= _per_step(first_traffic, traffic, len(losses))
