@@ -125,7 +125,9 @@ def cut(
     for module, name in names.items():
         weight = f"{name}.weight"
         if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
-            if sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES:
+            # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
+            takes_ids = type(module) is nn.Embedding or module is model.get_input_embeddings()
+            if takes_ids and sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES:
                 embeddings.append((name, module, sources[weight]))
                 taken.add(weight)
 
