@@ -130,7 +130,8 @@ def streamed_run(config: Config, **options: Any) -> Run:
     """What the Trainer leaves behind."""
     Trainer(config, **options).train()
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    return Run([row["loss"] for row in rows], load_file(config.output / "adapter" / "adapter_model.safetensors"))
+    losses = [float("nan") if row["loss"] is None else row["loss"] for row in rows]
+    return Run(losses, load_file(config.output / "adapter" / "adapter_model.safetensors"))
 
 
 def load_plain(config: Config) -> Any:
@@ -203,5 +204,6 @@ def reference_run(config: Config) -> Run:
         scheduler.step()
         optimizer.zero_grad()
         losses.append(total.item())
-    adapter = {name: value.detach().clone().contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapter = {name: value.detach().clone().contiguous() for name, value in state.items()}
     return Run(losses, adapter)

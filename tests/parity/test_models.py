@@ -81,7 +81,6 @@ VARIANTS = {
     "ranks by name": ("llama", {"extra": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 2}}}),
     "some layers": ("llama", {"target_modules": ["q_proj"], "extra": {"layers_to_transform": [1, 3]}}),
     "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
-    "a trained norm": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["model.norm"]}}),
 }
 
 
@@ -110,6 +109,7 @@ REFUSED = {
     "olora": ("llama", {"init_lora_weights": "olora"}),
     "trained head": ("llama", {"extra": {"modules_to_save": ["lm_head"]}}),
     "trained layer": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
+    "trained norm": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["model.norm"]}}),
     "biases of the base": ("llama-tied", {"target_modules": ["q_proj"], "extra": {"bias": "all"}}),
     "biases beside adapters": ("llama-tied", {"target_modules": ["q_proj"], "extra": {"bias": "lora_only"}}),
     "replicated layers": ("llama", {"target_modules": ["q_proj"], "extra": {"layer_replication": [[0, 2], [1, 4]]}}),

@@ -7,6 +7,7 @@ import math
 import pytest
 from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
 
+from finetune.config import Config
 from finetune.trainer import Trainer
 from memory.plan import PlanRefused
 from offload.devices import RaceError
@@ -74,14 +75,17 @@ def test_model_specific_paths_with_nothing_resident(device, checkpoint, tokens, 
 def test_smallest_device_budget(golden, checkpoint, tokens, tmp_path):
     """Room for one slot: every visit evicts the block before."""
     changes = {"device": "simulated", "engine": SLOW_LINK}
-    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", device_memory="1KiB", **changes)
-    with pytest.raises(PlanRefused, match="--device-memory") as refused:
-        Trainer(config).train()
-    smallest = refused.value.smallest_bytes
-    with pytest.raises(PlanRefused):
-        Trainer(config.model_copy(update={"device_memory": smallest - 1})).train()
-    config = config.model_copy(update={"device_memory": smallest})
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", **changes)
+    config = smallest_device(smallest_device(config))  # before the data is seen, and when its longest row is known
     assert_same_bits(streamed_run(config), golden)
+
+
+def smallest_device(config: Config) -> Config:
+    """`config` with the budget that the refusal names."""
+    budget = config.device_memory or 1024
+    with pytest.raises(PlanRefused, match="--device-memory") as refused:
+        Trainer(config.model_copy(update={"device_memory": budget})).train()
+    return config.model_copy(update={"device_memory": refused.value.smallest_bytes})
 
 
 class TestMissingWait:
