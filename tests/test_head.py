@@ -1,0 +1,169 @@
+"""The tiled loss against plain cross entropy, and its error against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from offload.head import DeferredLogits, HeadChunk, TiledHead, default_tiles
+
+VOCAB, HIDDEN = 101, 24
+SHAPES = [(2, 11), (1, 7), (3, 5)]
+
+
+class Chunks:
+    """Pieces of a head in memory; `held` counts acquires without release."""
+
+    def __init__(self, head: nn.Linear, tile_vocab: int) -> None:
+        self.starts = list(range(0, head.weight.shape[0], tile_vocab))
+        self.head, self.tile_vocab, self.held, self.visits = head, tile_vocab, 0, []
+
+    def acquire(self, index: int) -> HeadChunk:
+        rows = slice(self.starts[index], self.starts[index] + self.tile_vocab)
+        self.held += 1
+        self.visits.append(index)
+        bias = None if self.head.bias is None else self.head.bias.detach()[rows]
+        return HeadChunk(self.starts[index], self.head.weight.detach()[rows], bias)
+
+    def release(self, index: int) -> None:
+        self.held -= 1
+
+
+def soft_cap(x):
+    return torch.tanh(x / 2.0) * 2.0
+
+
+def identity(x):
+    return x
+
+
+class Case:
+    """Hidden states of three lanes, labels (the last lane has none), and a head."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, bias: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=bias).requires_grad_(False)
+        for parameter in self.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.head.to(dtype)
+        self.hidden = [torch.randn(*shape, HIDDEN, generator=generator).to(dtype) for shape in SHAPES]
+        self.labels = [torch.randint(0, VOCAB, shape, generator=generator) for shape in SHAPES]
+        self.labels[0][:, :4] = -100
+        self.labels[2][:] = -100
+        self.num_items = sum(int((y[:, 1:] != -100).sum()) for y in self.labels)
+
+    def plain(self, operation=identity, dtype: torch.dtype | None = None):
+        """Loss of the step and gradients of the hidden states, whole logits; in `dtype` throughout if given."""
+        total, grads = torch.zeros((), dtype=dtype or torch.float32), []
+        weight = self.head.weight if dtype is None else self.head.weight.to(dtype)
+        bias = self.head.bias if dtype is None or self.head.bias is None else self.head.bias.to(dtype)
+        for hidden, labels in zip(self.hidden, self.labels, strict=True):
+            hidden = (hidden if dtype is None else hidden.to(dtype)).clone().requires_grad_()
+            logits = operation(functional.linear(hidden, weight, bias))
+            logits = logits.float() if dtype is None else logits
+            shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum") / self.num_items
+            loss.backward()
+            grads.append(hidden.grad)
+            total = total + loss.detach()
+        return total, grads
+
+    def tiled(self, tile_tokens: int, tile_vocab: int, operation=identity):
+        chunks = Chunks(self.head, tile_vocab)
+        outer = [hidden.clone().requires_grad_() for hidden in self.hidden]
+        tiled = TiledHead(self.head, chunks, len(chunks.starts), tile_tokens)
+        try:
+            loss = tiled.loss_and_backward([operation(self.head(h)) for h in outer], self.labels, self.num_items)
+        finally:
+            del self.head.forward
+        assert chunks.held == 0
+        return loss, [h.grad for h in outer], chunks
+
+
+def worst(found, exact) -> float:
+    return max(float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", [identity, soft_cap])
+def test_one_tile_is_plain_bit_for_bit(dtype, bias, operation):
+    case = Case(dtype, bias)
+    loss, grads, _ = case.tiled(64, VOCAB, operation)
+    expected, expected_grads = case.plain(operation)
+    assert loss.equal(expected)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == dtype and grad.equal(wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", [identity, soft_cap])
+@pytest.mark.parametrize("tile_tokens, tile_vocab", [(5, VOCAB), (64, 40), (5, 33), (1, 1), (64, 100)])
+def test_tiles_err_no_more_than_plain(tile_tokens, tile_vocab, dtype, bias, operation):
+    case = Case(dtype, bias)
+    exact, exact_grads = case.plain(operation, torch.float64)
+    plain, plain_grads = case.plain(operation)
+    loss, grads, chunks = case.tiled(tile_tokens, tile_vocab, operation)
+    assert chunks.visits == list(range(-(-VOCAB // tile_vocab)))
+    # A chunk's part of the gradient is rounded to the head's dtype once more than in the whole product.
+    floor = torch.finfo(torch.float32).eps
+    assert abs(float(loss) - float(exact)) <= 3 * abs(float(plain) - float(exact)) + 8 * floor * float(exact)
+    scale = max(float(g.abs().max()) for g in exact_grads)
+    assert worst(grads, exact_grads) <= 3 * worst(plain_grads, exact_grads) + 8 * floor * scale
+    assert float(grads[2].abs().max()) == 0
+
+
+def test_large_logits_do_not_overflow():
+    case = Case()
+    case.hidden = [hidden * 300 for hidden in case.hidden]
+    exact, exact_grads = case.plain(dtype=torch.float64)
+    loss, grads, _ = case.tiled(64, 7)
+    assert float(loss) == pytest.approx(float(exact), rel=1e-5)
+    assert worst(grads, exact_grads) < 1e-5
+
+
+def test_nothing_labelled_at_all():
+    case = Case()
+    case.labels = [torch.full_like(y, -100) for y in case.labels]
+    case.num_items = 1
+    for tile_tokens, tile_vocab in [(64, VOCAB), (3, VOCAB), (64, 30), (3, 30)]:
+        loss, grads, _ = case.tiled(tile_tokens, tile_vocab)
+        assert float(loss) == 0
+        assert all(float(g.abs().max()) == 0 for g in grads)
+
+
+@pytest.mark.parametrize("tile_tokens, tile_vocab", [(64, VOCAB), (4, VOCAB), (64, 17), (4, 17)])
+@pytest.mark.parametrize("operation", [identity, soft_cap])
+def test_token_losses_and_last_logits(tile_tokens, tile_vocab, operation):
+    case = Case(bias=True)
+    chunks = Chunks(case.head, tile_vocab)
+    with torch.no_grad():
+        whole = [operation(case.head(hidden)) for hidden in case.hidden]
+        tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
+        deferred = [operation(case.head(hidden)) for hidden in case.hidden]
+        losses = tiled.token_losses(deferred, case.labels)
+    for found, logits, labels in zip(losses, whole, case.labels, strict=True):
+        expected = torch.zeros(labels.shape)
+        shifted = labels[:, 1:]
+        expected[:, :-1] = functional.cross_entropy(logits[:, :-1].transpose(1, 2), shifted, reduction="none")
+        assert found.shape == labels.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert (found[labels.roll(-1, 1) == -100] == 0).all()
+    for lane, logits in zip(deferred, whole, strict=True):
+        torch.testing.assert_close(tiled.last_logits(lane), logits[:, -1], rtol=1e-5, atol=1e-5)
+    assert chunks.held == 0
+
+
+def test_other_operations_on_logits_are_refused():
+    with pytest.raises(NotImplementedError, match="softmax"):
+        torch.softmax(DeferredLogits(torch.zeros(1, 2, 3)), dim=-1)
+
+
+@pytest.mark.parametrize("vocab, row_bytes", [(101, 64), (49152, 1152), (128_256, 8192), (262_144, 4 * 5376)])
+def test_default_tiles_are_bounded_and_cover(vocab, row_bytes):
+    tokens, rows = default_tiles(vocab, row_bytes)
+    assert 1 <= rows <= vocab and (rows - 1) * row_bytes < 32 << 20
+    assert tokens >= 16 and (tokens == 16 or tokens * rows * 4 <= 8 << 20)
