@@ -160,6 +160,17 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path):
     assert {**inside, "loss": 0, "perplexity": 0, "seconds": 0} == {**alone, "loss": 0, "perplexity": 0, "seconds": 0}
 
 
+def test_where_the_model_lives_changes_nothing(kind, model, tmp_path):
+    adapter = write_adapter(model, kind, tmp_path / "adapter")
+    options = {"eval_data": pairs(UNLIKE), "micro_batch_size": 3}
+    on_cpu = evaluate(make_config(model, tmp_path / "cpu", **options), adapter)
+    simulated = make_config(
+        model, tmp_path / "simulated", engine={"resident_blocks": 1, "simulated_delay_ms": 1},
+        **options | {"device": "simulated", "device_memory": "16MiB"},
+    )  # fmt: skip
+    assert {**evaluate(simulated, adapter), "seconds": 0} == {**on_cpu, "seconds": 0}
+
+
 def test_training_data_is_measured_where_there_is_no_other(model, tmp_path, capsys):
     rows = pairs(ONE_TOKEN, 5)
     found = evaluate(make_config(model, tmp_path, data=rows))

@@ -71,6 +71,16 @@ def test_greedy_tokens_are_those_of_transformers(kind, model, tmp_path, adapted,
     assert len({tuple(one) for one in found}) == len(prompts)  # the model says something else to each
 
 
+def test_tokens_are_the_same_on_another_device(model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    config = make_config(
+        model, tmp_path / "out", device="simulated", device_memory="16MiB",
+        engine={"resident_blocks": 1, "simulated_delay_ms": 0.2},
+    )  # fmt: skip
+    assert generated_ids(config, prompts, 8) == [expected_ids(model, prompt, 8) for prompt in prompts]
+
+
 def test_text_is_the_decoded_whole_and_comes_in_whole_characters(llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     prompt = tokenizer(PROMPTS[0])["input_ids"]

@@ -120,6 +120,17 @@ def test_resuming_a_finished_run_changes_nothing(models, data, tmp_path):
     assert_same(Left.by(config), before)
 
 
+def test_evaluating_in_the_middle_changes_nothing(models, data, tmp_path, capsys):
+    plain = run_config(models["float32"], data, tmp_path / "plain", 4)
+    Trainer(plain).train()
+    capsys.readouterr()
+    config = run_config(models["float32"], data, tmp_path / "evaluated", 4, eval_steps=2)
+    Trainer(config.model_copy(update={"eval_data": data})).train()
+    assert_same(Left.by(config), Left.by(plain))
+    said = capsys.readouterr().err
+    assert "step 2: eval loss " in said and "step 4: eval loss " in said
+
+
 def test_resume_with_nothing_saved_starts_afresh(models, data, tmp_path):
     afresh = run_config(models["float32"], data, tmp_path / "afresh", 2)
     Trainer(afresh).train()
