@@ -7,12 +7,16 @@ import math
 import pytest
 from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
 
+import finetune.trainer
 from finetune.config import Config
 from finetune.trainer import Trainer
+from memory.checkpoint import read_checkpoint
 from memory.plan import PlanRefused
+from offload.calibration import Rates
 from offload.devices import RaceError
 from offload.devices.simulated import SimulatedDevice
 from offload.io import IOEngine
+from offload.model_parts import cut
 from offload.streamer import DeviceTier
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}
@@ -86,6 +90,33 @@ def smallest_device(config: Config) -> Config:
     with pytest.raises(PlanRefused, match="--device-memory") as refused:
         Trainer(config.model_copy(update={"device_memory": budget})).train()
     return config.model_copy(update={"device_memory": refused.value.smallest_bytes})
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_disk_bytes_do_not_depend_on_the_number_of_micro_batches(resident, checkpoint, tokens, tmp_path, monkeypatch):
+    """At most 2 x (model - resident) a step, and what is read once: edges and resident blocks."""
+    model = checkpoint("llama")
+    wanted: list[int] = []
+    submit = IOEngine.submit_reads
+    monkeypatch.setattr(
+        IOEngine, "submit_reads", lambda io, extents: (wanted.extend(e[2] for e in extents), submit(io, extents))[1]
+    )
+    monkeypatch.setattr(finetune.trainer, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    totals = []
+    for size in (1, 2, 5):
+        wanted.clear()
+        streamed_run(
+            make_config(
+                model, tokens, tmp_path / str(size), training={"micro_batch_size": size},
+                engine={"resident_blocks": resident, "lookahead": 1},
+            )  # fmt: skip
+        )
+        totals.append(sum(wanted))
+    checkpoint_bytes = read_checkpoint(model).num_bytes
+    block_bytes = sum(layout.num_bytes for layout in cut(model).layouts) // 5
+    assert totals[0] == totals[1] == totals[2]
+    # The last step has fetched what the next one starts with.
+    assert totals[0] <= checkpoint_bytes + 4 * 2 * (checkpoint_bytes - resident * block_bytes) + 2 * block_bytes
 
 
 class TestMissingWait:
