@@ -80,7 +80,7 @@ def run_steps(tier, layouts, contents, steps: int) -> None:
             tier.release(block)
 
 
-@pytest.mark.parametrize("resident, lookahead", itertools.product([0, 1, 3, 6], [0, 1, 3]))
+@pytest.mark.parametrize("resident, lookahead", list(itertools.product([0, 1, 3, 6], [0, 1, 3])))
 def test_every_streamed_block_is_read_at_most_twice_a_step(resident, lookahead, blocks):
     layouts, contents = blocks
     held = spread_evenly(NUM_BLOCKS, resident) if resident else frozenset()
@@ -97,7 +97,7 @@ def test_every_streamed_block_is_read_at_most_twice_a_step(resident, lookahead, 
         tier.close()
 
 
-@pytest.mark.parametrize("resident, lookahead", itertools.product([0, 2, 6], [0, 1, 3]))
+@pytest.mark.parametrize("resident, lookahead", list(itertools.product([0, 2, 6], [0, 1, 3])))
 def test_the_simulator_reads_what_the_streamer_reads(resident, lookahead, blocks):
     layouts, contents = blocks
     held = spread_evenly(NUM_BLOCKS, resident) if resident else frozenset()
