@@ -6,6 +6,8 @@
 
 NB_MODULE(finetune_native, m) {
     m.doc() = "Native parts of finetune: disk I/O and memory.";
+    // After Ctrl-C the traceback keeps an engine alive until the interpreter ends: nothing a user should read about.
+    nanobind::set_leak_warnings(false);
     register_io(m);
     register_arena(m);
 }

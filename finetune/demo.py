@@ -28,7 +28,9 @@ def main() -> int:
     output = FOLDER / "out"
     model = find_model(FOLDER / "SmolLM2-135M-Instruct")
     common = ("--model", str(model), "--host-memory", HOST_MEMORY, "--output", str(output))
-    print(f"A language model of 135 million parameters judges film reviews, each step in at most {HOST_MEMORY} of memory.")
+    print(
+        f"A language model of 135 million parameters judges film reviews, each step in at most {HOST_MEMORY} of memory."
+    )
     print("Before training:", flush=True)
     before = _finetune("eval", "--data", "sample:sst2-dev-small", *common)
     print("\nTraining a LoRA adapter:", flush=True)
@@ -36,7 +38,9 @@ def main() -> int:
     print("\nAfter training:", flush=True)
     after = _finetune("eval", "--data", "sample:sst2-dev-small", "--adapter", str(output / "adapter"), *common)
     print(f"\nAccuracy on 200 reviews that were not trained on: {before:.3f} before, {after:.3f} after.")
-    print(f"The adapter is in {output / 'adapter'}, in PEFT's own format. The log of the run: {output / 'metrics.jsonl'}")
+    print(
+        f"The adapter is in {output / 'adapter'}, in PEFT's own format. The log of the run: {output / 'metrics.jsonl'}"
+    )
     return 0
 
 

@@ -72,10 +72,7 @@ def evaluate_open(session: Session, config: Config, shape: BatchShape) -> dict[s
     eval mode.
     """
     started = time.perf_counter()
-    session.model.eval()
-    for module in session.model.modules():
-        if hasattr(module, "_cache_clear"):
-            module.training = True  # DoRA layers cache matrices of the weight's size in eval mode
+    session.set_training(False)
     rows = _open_rows(session, config, min(config.dataset.sequence_length, shape.rows))
     return _measure(session.streamed, rows, shape) | {"seconds": time.perf_counter() - started}
 

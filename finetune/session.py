@@ -25,6 +25,7 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
+from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
@@ -148,12 +149,16 @@ class Session:
         if lora.needs_first_visit(self.model):
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
-        self.model.train(train)
-        for module in self.model.modules():
-            if hasattr(module, "_cache_clear"):
-                module.training = True  # DoRA layers cache matrices of the weight's size in eval mode
+        self.set_training(train)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
+
+    def set_training(self, training: bool) -> None:
+        """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size."""
+        self.model.train(training)
+        for module in self.model.modules():
+            if hasattr(module, "_cache_clear"):
+                module.training = True
 
     def plan(self, shape: BatchShape) -> PlannedRun:
         """Raises PlanRefused when the budgets are too small for `shape`."""
@@ -173,8 +178,9 @@ class Session:
                 tune_malloc()
         target = self.device.torch_device
         for module in self.model.modules():
-            for tensor in [p for p in module._parameters.values() if p is not None and p.requires_grad]:
-                tensor.data = tensor.data.to(target, copy=True)
+            for parameter in module._parameters.values():
+                if parameter is not None and not is_placeholder(parameter):
+                    parameter.data = parameter.data.to(target, copy=True)
             if not self.device.shares_host_memory:
                 for name, buffer in module._buffers.items():
                     if buffer is not None:

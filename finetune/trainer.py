@@ -26,8 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.callbacks import Callbacks
 from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
+from finetune.evaluate import evaluate, evaluate_open, prepare_rows
+from finetune.methods import lora
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
 from finetune.session import BatchShape, PlannedRun, Session
@@ -96,8 +99,6 @@ class Trainer:
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
-        from finetune.evaluate import evaluate
-
         config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
         return evaluate(config, config.output / "adapter")
 
@@ -121,7 +122,12 @@ class Trainer:
         if TensorRows.fits(source):
             rows = TensorRows(source)
             return rows, rows.lengths
-        session.plan(self._shape(min(16, config.dataset.sequence_length)))
+        longest = config.dataset.sequence_length
+        try:
+            session.plan(self._shape(min(16, longest)))
+        except PlanRefused:
+            session.plan(self._shape(longest))  # refuses too, and names the budget that full rows need
+            raise
         options = config.dataset
         data = prepare(
             source,
@@ -150,6 +156,9 @@ class Trainer:
         else:
             shape = self._shape(packing or int(lengths.max()))
         planned = session.plan(shape)
+        if config.eval_data is not None and not TensorRows.fits(config.eval_data):
+            # Tokenised now: in mid-run its process would come on top of the plan.
+            prepare_rows(config, session.parts.directory, min(config.dataset.sequence_length, shape.rows))
 
         output = config.output
         output.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -201,7 +210,7 @@ class Trainer:
         scheduler = _scheduler(options, optimizer, batches.num_steps, first_step)
         if first_step:
             progress.message(f"resumed after step {first_step}")
-        callbacks = _Callbacks(self.callbacks, config, session.model, optimizer, scheduler, batches)
+        callbacks = Callbacks(self.callbacks, config, session.model, optimizer, scheduler, batches.num_steps)
         callbacks.call("on_train_begin")
         losses: list[float] = []
         step_seconds: list[float] = []
@@ -249,6 +258,7 @@ class Trainer:
                     callbacks.logs(row, step)
                     if options.eval_steps and step % options.eval_steps == 0 and config.eval_data is not None:
                         self._evaluate_inside(session, planned, progress, step)
+                        traffic = streamed.traffic()
                     if step % options.save_steps == 0 or callbacks.should_save:
                         save_state(output / "state", step, trainable, optimizer, about)
                         saved_step = step
@@ -256,26 +266,31 @@ class Trainer:
             except KeyboardInterrupt:
                 if step > saved_step:
                     save_state(output / "state", step, trainable, optimizer, about)
-                session.model.save_pretrained(output / "adapter", save_embedding_layers=False)
+                lora.save(session.model, output / "adapter")
                 progress.message(f"stopped; the state after step {step} is saved in {output / 'state'}")
                 raise
         if step > saved_step:
             save_state(output / "state", step, trainable, optimizer, about)
-        session.model.save_pretrained(output / "adapter", save_embedding_layers=False)
+        lora.save(session.model, output / "adapter")
+        evaluation = None
+        if config.eval_data is not None:
+            evaluation = self._evaluate_inside(session, planned, progress, step)
         callbacks.call("on_train_end", step)
         report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
+        report["evaluation"] = evaluation
         report["measured"] |= _per_step(first_traffic, traffic, len(losses))
         write_report(output / "report.json", report)
         progress.close()
         print(summary_table(report))
         return TrainResult(step, float(np.mean(losses)) if losses else float("nan"), report)
 
-    def _evaluate_inside(self, session: Session, planned: PlannedRun, progress: Progress, step: int) -> None:
-        from finetune.evaluate import evaluate_open
-
+    def _evaluate_inside(
+        self, session: Session, planned: PlannedRun, progress: Progress, step: int
+    ) -> dict[str, float]:
         results = evaluate_open(session, self.config, planned.shape)
-        session.model.train()
+        session.set_training(True)
         progress.message(f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items()))
+        return results
 
     def _report(
         self, planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, losses: list[float],
@@ -427,64 +442,3 @@ def _arena_report(session: Session) -> dict[str, int]:
         "extent_bytes": stats.extent_bytes,
         "overflow_peak_bytes": stats.overflow_peak_bytes,
     }
-
-
-class _Callbacks:
-    """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none."""
-
-    def __init__(self, callbacks, config, model, optimizer, scheduler, batches) -> None:
-        self._handler = None
-        callbacks = list(callbacks)
-        if not callbacks and not config.training.report_to:
-            return
-        from types import SimpleNamespace
-
-        from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-
-        if "tensorboard" in config.training.report_to:
-            from transformers.integrations import TensorBoardCallback
-
-            callbacks.append(TensorBoardCallback())
-        self._args = SimpleNamespace(
-            output_dir=str(config.output),
-            logging_dir=str(config.output / "tensorboard"),
-            max_steps=batches.num_steps,
-            num_train_epochs=config.training.epochs,
-            learning_rate=config.training.learning_rate,
-            seed=config.training.seed,
-            to_json_string=lambda: json.dumps(
-                config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str
-            ),
-        )
-        self._control = TrainerControl()
-        self._state = TrainerState(max_steps=batches.num_steps, is_world_process_zero=True, is_local_process_zero=True)
-        self._handler = CallbackHandler(callbacks, model, None, optimizer, scheduler)
-
-    @property
-    def should_stop(self) -> bool:
-        return self._handler is not None and self._control.should_training_stop
-
-    @property
-    def should_save(self) -> bool:
-        return self._handler is not None and self._control.should_save
-
-    def call(self, event: str, step: int | None = None) -> None:
-        if self._handler is None:
-            return
-        if step is not None:
-            self._state.global_step = step
-        self._control = getattr(self._handler, event)(self._args, self._state, self._control)
-
-    def logs(self, row: dict[str, Any], step: int) -> None:
-        if self._handler is None:
-            return
-        self._state.epoch = row["epoch"]
-        self.call("on_step_end", step)
-        logs = {
-            key: row[key] for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "stall_seconds")
-        }
-        self._state.log_history.append({**logs, "step": step})
-        self._control = self._handler.on_log(self._args, self._state, self._control, logs)
-
-
-__all__ = ["PlanRefused", "TrainResult", "Trainer", "lane_seed"]

@@ -124,8 +124,14 @@ def _symbolic_answers(module: _StandIn) -> dict[str, Callable]:
         plain = all(isinstance(size, (tuple, list)) and all(type(n) is int for n in size) for size in (x, y))
         return tuple(x) == tuple(y) if plain else _real(module).sym_eq(x, y)
 
-    itself = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "guarding_hint_or_throw",
-              "statically_known_true")
+    itself = (
+        "expect_true",
+        "guard_or_false",
+        "guard_or_true",
+        "guard_size_oblivious",
+        "guarding_hint_or_throw",
+        "statically_known_true",
+    )
     answers = {name: plainly(name, lambda value, *_: value) for name in itself}
     answers["is_nested_int"] = plainly("is_nested_int", lambda value: False)
     answers["has_guarding_hint"] = plainly("has_guarding_hint", lambda value: True)

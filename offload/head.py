@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from offload.random_state import RandomState, get_random_state, set_random_state
+
 IGNORE_INDEX = -100
 LOGITS_TILE_BYTES = 8 * 2**20  # fp32 logits of one tile
 HEAD_CHUNK_BYTES = 32 * 2**20  # one chunk of the head, in the dtype that computes
@@ -45,11 +47,11 @@ class DeferredLogits:
     dropout) and the elementwise operations applied to it."""
 
     def __init__(
-        self, hidden: torch.Tensor, operations: tuple[Callable, ...] = (), random_state: torch.Tensor | None = None
+        self, hidden: torch.Tensor, operations: tuple[Callable, ...] = (), random_state: RandomState | None = None
     ) -> None:
         self.hidden = hidden
         self.operations = operations
-        self.random_state = torch.get_rng_state() if random_state is None else random_state
+        self.random_state = get_random_state() if random_state is None else random_state
 
     def then(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> DeferredLogits:
         return DeferredLogits(self.hidden, (*self.operations, operation), self.random_state)
@@ -210,7 +212,7 @@ class _Rows:
     def plain_loss(self, forward: Callable, num_items: int) -> None:
         if self._grad is None:
             self._grad = torch.empty_like(self._hidden)
-        torch.set_rng_state(self._random_state)
+        set_random_state(self._random_state)
         for tile in self._tiles:
             hidden = self._hidden[tile].detach().requires_grad_(self._outer.requires_grad)
             with torch.enable_grad():

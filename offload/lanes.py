@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload.activations import Activations, SavedTensor
+from offload.random_state import RandomState, get_random_state, set_random_state
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Record:
     spec: TreeSpec
     leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
     edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
-    random_state: torch.Tensor
+    random_state: RandomState
     output_grads: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -73,7 +74,7 @@ class Lane:
         self._greenlet = greenlet(run)
         self._greenlet.lane = self
         self._seed = seed
-        self._random_state: torch.Tensor | None = None
+        self._random_state: RandomState | None = None
         self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._token = torch.empty(0, requires_grad=True)
 
@@ -107,12 +108,12 @@ class Lane:
 
     def enter_random_state(self) -> None:
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+            set_random_state(self._random_state)
         elif self._seed is not None:
             torch.manual_seed(self._seed)
 
     def leave_random_state(self) -> None:
-        self._random_state = torch.get_rng_state()
+        self._random_state = get_random_state()
 
     def record(self, call: BlockCall, activations: Activations) -> Record:
         """Keeps the inputs of `call` for its recomputation; a tensor given to several blocks is kept once."""
@@ -131,7 +132,7 @@ class Lane:
                 value = saved
             leaves.append(value)
             edges.append(edge)
-        return Record(self, spec, leaves, edges, torch.get_rng_state())
+        return Record(self, spec, leaves, edges, get_random_state())
 
     def anchored(self, output: Any, record: Record) -> Any:
         """`output` with every floating-point tensor in it anchored to `record`."""
@@ -156,7 +157,7 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any]) -> None:
             leaf = leaf.restore().detach().requires_grad_(edge is not None)
         inputs.append(leaf)
     args, kwargs = tree_unflatten(inputs, record.spec)
-    torch.set_rng_state(record.random_state)
+    set_random_state(record.random_state)
     with torch.enable_grad():
         flat, _ = tree_flatten(forward(*args, **kwargs))
     pairs = [(flat[i], grad) for i, grad in sorted(record.output_grads.items()) if flat[i].requires_grad]

@@ -92,5 +92,10 @@ def set_placeholders(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     model.initialize_weights()
 
 
+def is_placeholder(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has a shape and no memory behind it."""
+    return parameter.numel() > 1 and parameter.untyped_storage().nbytes() < parameter.nbytes
+
+
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])

@@ -6,6 +6,7 @@ parameters and belong to the caller.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,13 +177,14 @@ class StreamedModel:
             self._weights.release(index)
 
     def close(self) -> None:
-        """Waits for all I/O, frees the slots. The model keeps its adapters and can be opened again."""
-        self.engine.close()
-        self.activations.close()
-        self.tier.close()
-        if self.head_tier is not None:
-            self.head_tier.close()
-        self.io.close()
+        """Waits for all I/O, frees the slots; every part is closed even if one fails. The model keeps its adapters."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.io.close)
+            if self.head_tier is not None:
+                parts.callback(self.head_tier.close)
+            parts.callback(self.tier.close)
+            parts.callback(self.activations.close)
+            parts.callback(self.engine.close)
 
     def _prepare(self, inputs: Sequence[dict[str, Any]]) -> None:
         if self.head_tier is not None:

@@ -1,11 +1,11 @@
 """What a row may look like, checked and brought to one of four shapes: Chat, Pair, TextPiece, Tokens.
 
-    form               columns
-    messages           messages: [{role, content}, ...], or conversations: [{from, value}, ...]; tools
-    prompt_completion  prompt, completion: both strings, or both lists of messages
-    alpaca             instruction, output, and input where there is one
-    text               text
-    input_ids          input_ids; where there are any, labels (-100: not trained) and attention_mask (0: removed)
+form               columns
+messages           messages: [{role, content}, ...], or conversations: [{from, value}, ...]; tools
+prompt_completion  prompt, completion: both strings, or both lists of messages
+alpaca             instruction, output, and input where there is one
+text               text
+input_ids          input_ids; where there are any, labels (-100: not trained) and attention_mask (0: removed)
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _message(message: Any, key: str, place: str) -> dict[str, Any]:
         speaker = message.pop("from")
         role = _SHAREGPT_ROLES.get(speaker if isinstance(speaker, str) else None)
         if role is None:
-            raise DataError(f'{place}: {key}.from: expected one of {", ".join(_SHAREGPT_ROLES)}, found {speaker!r}')
+            raise DataError(f"{place}: {key}.from: expected one of {', '.join(_SHAREGPT_ROLES)}, found {speaker!r}")
         message = {"role": role, "content": message.pop("value", None), **message}
     role = message.get("role")
     if role not in ROLES:
@@ -169,7 +169,7 @@ def _message(message: Any, key: str, place: str) -> dict[str, Any]:
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
-        raise DataError(f'{place}: expected {key}.content to be a string, found {_kind(content)}')
+        raise DataError(f"{place}: expected {key}.content to be a string, found {_kind(content)}")
     if role == "assistant" and not content and not message.get("tool_calls"):
         raise DataError(f"{place}: {key}: the assistant's message is empty: remove the row or fill it")
     _text(content, f"{key}.content", place)

@@ -20,9 +20,7 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) ->
     return [part.tolist() for part in np.split(members, offsets[1:-1])] if len(members) else []
 
 
-def pack_flat(
-    lengths: np.ndarray, capacity: int, order: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def pack_flat(lengths: np.ndarray, capacity: int, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """As `pack`, in two arrays: row r is members[offsets[r]:offsets[r + 1]]. int64 each.
 
     Equal lengths are placed together: the fullest row with room for one example of length L takes room // L of them, as

@@ -5,6 +5,7 @@ Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (Do
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def attach(model: nn.Module, arguments: dict[str, Any], seed: int) -> nn.Module:
         raise UserError(
             f"lora.init_lora_weights={init!r} needs all base weights in memory: use true, false, gaussian or orthogonal"
         )
-    unsupported = [key for key in ("layer_replication", "target_parameters", "trainable_token_indices") if arguments.get(key)]
+    unsupported = [
+        key for key in ("layer_replication", "target_parameters", "trainable_token_indices") if arguments.get(key)
+    ]
     if unsupported:
         raise UserError(f"lora.extra.{unsupported[0]} cannot be combined with streamed weights: leave it out")
     arguments = {"task_type": _task_type(model), **arguments}
@@ -55,6 +58,26 @@ def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
             return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise UserError(f"the adapter in {directory} does not fit this model: {error}") from error
+
+
+def save(model: nn.Module, directory: Path) -> None:
+    """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+        # Embedding and head are placeholders here: PEFT must not take them along.
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        for path in temporary.iterdir():
+            path.chmod(0o600)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "
+            "go on with --resume: the training state is saved"
+        ) from error
 
 
 def needs_first_visit(model: nn.Module) -> bool:
