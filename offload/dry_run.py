@@ -125,6 +125,13 @@ def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
     return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * converted, flops)
 
 
+_PRODUCTS = {
+    overload
+    for product in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    for overload in (product.default, product.out)
+}
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages between their first appearance in a result and their end."""
 
@@ -143,7 +150,7 @@ class _LiveBytes(TorchDispatchMode):
             result = args[0].new_empty(args[1])  # its own shape function would load sympy, 30 MiB that stay
         else:
             result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+        if function in _PRODUCTS:
             a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
         for tensor in tree_leaves(result):
