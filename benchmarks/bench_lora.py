@@ -3,7 +3,8 @@
     python benchmarks/bench_lora.py --model DIR --data FILE --host-memory 1GiB --sequence-length 512 --batch-size 1
 
 Each round runs the resident loop and then `finetune run`, each in a process of its own; the first step of each is not
-counted. `--limit-command "CMD"` is put before our command, to run it under a kernel memory limit. The losses of both are
+counted. `--limit-command "CMD"` is put before our command, to run it under a kernel memory limit, and
+`--resident-command "CMD"` before the resident one: what watches one should watch both. The losses of both are
 compared before any time is: they must agree to 1e-3. Printed: median seconds a step, their ratio, peaks.
 """
 
@@ -59,7 +60,8 @@ def run_resident(arguments: argparse.Namespace, cache: str) -> list[dict]:
         arguments.model, arguments.data, cache, arguments.sequence_length, arguments.batch_size,
         arguments.micro_batch_size, arguments.steps, arguments.resident_dtype, 42,
     ])  # fmt: skip
-    output = subprocess.run([sys.executable, "-c", RESIDENT, job], check=True, capture_output=True, text=True).stdout
+    command = [*shlex.split(arguments.resident_command), sys.executable, "-c", RESIDENT, job]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--resident-dtype", default="float32", help="what the resident loop computes in")
     parser.add_argument("--limit-command", default="")
+    parser.add_argument("--resident-command", default="")
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     resident, ours = [], []
