@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from finetune.callbacks import Callbacks
-from finetune.config import Config
+from finetune.config import Config, TrainingOptions
 from finetune.data import BatchPlan, collate, prepare
 from finetune.evaluate import evaluate, evaluate_open, prepare_rows
 from finetune.methods import lora
@@ -41,6 +41,7 @@ from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
 from offload.calibration import Rates, measure_rates
+from offload.streamed_model import Traffic
 
 
 def lane_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -198,13 +199,7 @@ class Trainer:
         rates = measure_rates(session.parts, session.device)
         trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
         parameters = list(trainable.values())
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            weight_decay=options.weight_decay,
-        )
+        optimizer = _optimizer(options, parameters)
         about = _about(config, data)
         first_step = load_state(output / "state", trainable, optimizer, about) if config.resume else 0
         scheduler = _scheduler(options, optimizer, batches.num_steps, first_step)
@@ -245,9 +240,7 @@ class Trainer:
                         "tokens": tokens,
                         "seconds": seconds,
                         "tokens_per_s": tokens / seconds,
-                        "disk_read_bytes": traffic.read_bytes - before.read_bytes,
-                        "disk_write_bytes": traffic.write_bytes - before.write_bytes,
-                        "stall_seconds": traffic.stall_seconds - before.stall_seconds,
+                        **_difference(before, traffic),
                         "host_peak_bytes": meter.peak_bytes,
                         "device_peak_bytes": session.device.peak_bytes(),
                     }
@@ -278,7 +271,7 @@ class Trainer:
         callbacks.call("on_train_end", step)
         report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
         report["evaluation"] = evaluation
-        report["measured"] |= _per_step(first_traffic, traffic, len(losses))
+        report["measured"] |= _difference(first_traffic, traffic, max(1, len(losses)))
         write_report(output / "report.json", report)
         progress.close()
         print(summary_table(report))
@@ -389,7 +382,17 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
         )
 
 
-def _scheduler(options: Any, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int):
+def _optimizer(options: TrainingOptions, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )
+
+
+def _scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int):
     from transformers.optimization import get_scheduler
 
     warmup = options.warmup_steps or int(options.warmup_ratio * num_steps)
@@ -425,11 +428,11 @@ def _about(config: Config, data: Any) -> dict[str, Any]:
     }
 
 
-def _per_step(first: Any, last: Any, steps: int) -> dict[str, float]:
-    steps = max(steps, 1)
+def _difference(first: Traffic, last: Traffic, steps: int = 1) -> dict[str, float]:
+    """Bytes moved and seconds stalled between two readings, per step, under the names of the metrics."""
     return {
-        "disk_read_bytes": (last.read_bytes - first.read_bytes) / steps,
-        "disk_write_bytes": (last.write_bytes - first.write_bytes) / steps,
+        "disk_read_bytes": (last.read_bytes - first.read_bytes) // steps,
+        "disk_write_bytes": (last.write_bytes - first.write_bytes) // steps,
         "stall_seconds": (last.stall_seconds - first.stall_seconds) / steps,
     }
 

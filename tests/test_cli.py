@@ -192,7 +192,8 @@ def test_debug_shows_the_traceback(trainer: type[Recorder], monkeypatch: pytest.
 
 
 INTERRUPTED = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 module = types.ModuleType("finetune.trainer")
 class Trainer:
     def __init__(self, config): pass

@@ -418,6 +418,7 @@ def test_ctrl_c_interrupts_a_wait(tmp_path, backend):
     code = f"""
 import ctypes, os, signal, threading
 from offload.io import FaultPlan, IOEngine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 # Every transfer is put off for ever: the wait cannot end by itself within the five seconds that EAGAIN is endured.
 engine = IOEngine({backend!r}, inject=FaultPlan(eagain_every=1))
 file_id = engine.open({str(tmp_path / "data")!r})
