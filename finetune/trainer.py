@@ -69,7 +69,6 @@ class Trainer:
     def __init__(self, config: Config, callbacks: Sequence[Any] = ()) -> None:
         self.config = config
         self.callbacks = list(callbacks)
-        self._session: Session | None = None
         self._stop_requested = False
 
     def plan(self) -> PlannedRun:
@@ -91,7 +90,7 @@ class Trainer:
         config = self.config
         if config.data is None:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
-        self._session = session = Session(config)
+        session = Session(config)
         try:
             data, lengths = self._prepare(config.data, session)
             return self._train(session, data, lengths)

@@ -18,7 +18,6 @@ MIB = 1 << 20
 QUEUE_DEPTH = 32
 REQUEST_BYTES = 4 * MIB
 STAGING_BYTES = 8 * MIB
-MAX_LOOKAHEAD = 3
 ACTIVATION_SLOTS = 4
 MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 TEMPORARIES_FACTOR = 1.15  # fragmentation, and what kernels allocate inside

@@ -58,7 +58,6 @@ class ModelParts:
     checkpoint: Checkpoint
     model: nn.Module
     dtype: torch.dtype
-    block_names: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     layouts: tuple[BlockLayout, ...]
     bindings: tuple[Binding, ...]
@@ -69,10 +68,6 @@ class ModelParts:
     @property
     def edge_bytes(self) -> int:
         return sum(edge.num_bytes for edge in self.edges)
-
-    @property
-    def max_block_bytes(self) -> int:
-        return max(layout.num_bytes for layout in self.layouts)
 
 
 def cut(
@@ -137,7 +132,7 @@ def cut(
             owner = model.get_submodule(name.rpartition(".")[0])
             edges.append(EdgeTensor(owner, name.rpartition(".")[2], source, dtypes[name]))
     return ModelParts(
-        directory, checkpoint, model, dtype, tuple(blocks), tuple(blocks.values()), tuple(layouts), tuple(bindings),
+        directory, checkpoint, model, dtype, tuple(blocks.values()), tuple(layouts), tuple(bindings),
         head, tuple(embeddings), tuple(edges),
     )  # fmt: skip
 
