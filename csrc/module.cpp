@@ -3,11 +3,13 @@
 
 #include "arena.h"
 #include "io_bindings.h"
+#include "noise_bindings.h"
 
 NB_MODULE(finetune_native, m) {
-    m.doc() = "Native parts of finetune: disk I/O and memory.";
+    m.doc() = "Native parts of finetune: disk I/O, memory and noise.";
     // After Ctrl-C the traceback keeps an engine alive until the interpreter ends: nothing a user should read about.
     nanobind::set_leak_warnings(false);
     register_io(m);
     register_arena(m);
+    register_noise(m);
 }

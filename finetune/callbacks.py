@@ -41,7 +41,7 @@ class Callbacks:
             logging_dir=str(config.output / "tensorboard"),
             max_steps=num_steps,
             num_train_epochs=config.training.epochs,
-            learning_rate=config.training.learning_rate,
+            learning_rate=config.learning_rate,
             seed=config.training.seed,
             to_json_string=lambda: json.dumps(
                 config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str

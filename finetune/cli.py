@@ -31,7 +31,7 @@ ConfigArgument = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A 
 ModelFlag = Annotated[str | None, typer.Option("--model", help="Model directory or hub id.")]
 DataFlag = Annotated[str | None, typer.Option("--data", help="Data file, directory or hub id.")]
 EvalDataFlag = Annotated[str | None, typer.Option("--eval-data", help="Data to evaluate on.")]
-MethodFlag = Annotated[str | None, typer.Option("--method", help="What is trained: lora.")]
+MethodFlag = Annotated[str | None, typer.Option("--method", help="How: lora, or zo (forward passes only).")]
 OutputFlag = Annotated[str | None, typer.Option("--output", help="Directory for everything that is written.")]
 AdapterFlag = Annotated[
     str | None, typer.Option("--adapter", help="Directory of a PEFT adapter; none: the model alone.")
@@ -128,7 +128,7 @@ def _load_config(context: typer.Context, settings: list[str] | None, **renamed: 
 
 _NOT_KEYS = {
     "config", "settings", "debug", "adapter", "as_json",
-    "prompt", "max_new_tokens", "temperature", "top_p", "sampling_seed", "chat",
+    "prompt", "max_new_tokens", "temperature", "top_p", "sampling_seed", "chat", "to", "at_step",
 }  # fmt: skip
 
 
@@ -272,6 +272,31 @@ def generate(
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+@app.command()
+@_reported
+def export(
+    context: typer.Context,
+    config: ConfigArgument = None,
+    model: ModelFlag = None,
+    output: Annotated[str | None, typer.Option("--output", help="Directory of the run.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
+    at_step: Annotated[int | None, typer.Option("--at-step", help="The model as of this step; none: the last.")] = None,
+    trust_remote_code: TrustFlag = None,
+    settings: SetFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Write the model that method zo has tuned, as a checkpoint like the original."""
+    loaded = _load_config(context, settings)
+    _require(to, "a directory to write to", "--to DIRECTORY")
+    from pathlib import Path
+
+    from finetune.export import export as export_model
+
+    target = Path(to).expanduser()
+    steps = export_model(loaded, target, at_step)
+    typer.echo(f"{target}: the model after {steps} steps")
 
 
 @app.command()

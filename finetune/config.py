@@ -116,7 +116,8 @@ class TrainingOptions(_Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     batch_size: Count = 8
     micro_batch_size: Count = 1
-    learning_rate: NonNegative = 2e-4
+    learning_rate: NonNegative | None = None
+    """None: what suits the method, see `Config.learning_rate`."""
     lr_scheduler: Literal[
         "linear",
         "cosine",
@@ -204,6 +205,46 @@ class LoraOptions(_Section):
         return own | self.extra
 
 
+class ZerothOrderOptions(_Section):
+    """Zeroth-order tuning; formulas and sources are in `finetune.methods.zeroth_order`."""
+
+    parameters: Literal["all", "lora"] = "all"
+    """What is perturbed: all weights of the model, or a LoRA adapter."""
+    estimator: Literal["spsa", "fzoo"] = "spsa"
+    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    """Signs cost a quarter of normals; MeZO uses normals."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    perturbations: Count = 1
+    """Per step; all are computed from one fetch of the weights."""
+    update: Literal["sgd", "sign"] = "sgd"
+    momentum: Share = 0.0
+    momentum_window: Count = 10
+    """Steps that momentum looks back on."""
+    clip_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Projected gradients are clipped to this quantile of the last hundred."""
+    fold_steps: Count | None = None
+    """Steps that are summed before they are rounded into the weights; None: 32 with rademacher noise, 8 with gaussian."""
+    rounding: Literal["exact", "nearest", "stochastic"] = "exact"
+    """How a sum goes into weights stored in 16 bits: exact keeps fp32 weights on disk. MeZO: nearest with fold_steps 1."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ZerothOrderOptions:
+        if self.estimator == "fzoo" and self.perturbations < 2:
+            raise ValueError(
+                f"expected perturbations of at least 2 for fzoo, which takes their spread, found {self.perturbations}"
+            )
+        return self
+
+    @property
+    def group_steps(self) -> int:
+        return self.fold_steps or (32 if self.noise == "rademacher" else 8)
+
+    @property
+    def variants(self) -> int:
+        """Versions of the weights that a step computes."""
+        return self.perturbations + 1 if self.estimator == "fzoo" else 2 * self.perturbations
+
+
 class EngineOptions(_Section):
     """How the model is streamed. The planner chooses what is None or auto.
 
@@ -244,7 +285,8 @@ class Config(_Section):
     data: Data = None
     """A path, a hub id, `sample:NAME` for a file shipped here, or (in Python) a sequence of rows."""
     eval_data: Data = None
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "zo"] = "lora"
+    """lora: gradients for a LoRA adapter. zo: forward passes only, see `zo`."""
     output: Annotated[Path, BeforeValidator(_expand_path)] = Path("out")
     host_memory: Amount = None
     """Limit of the whole process, a promise; None: what the machine or the memory cgroup has."""
@@ -258,6 +300,7 @@ class Config(_Section):
     training: TrainingOptions = TrainingOptions()
     dataset: DatasetOptions = DatasetOptions()
     lora: LoraOptions = LoraOptions()
+    zo: ZerothOrderOptions = ZerothOrderOptions()
     engine: EngineOptions = EngineOptions()
 
     def __init__(self, **values: Any) -> None:
@@ -275,6 +318,25 @@ class Config(_Section):
             raise ConfigError(sorted(conflicts) + _explain(error)) from None
         if conflicts:
             raise ConfigError(sorted(conflicts))
+
+    @property
+    def learning_rate(self) -> float:
+        """`training.learning_rate`, or what suits the method."""
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        if self.method == "lora":
+            return 2e-4
+        return 1e-4 if self.zo.parameters == "lora" else 1e-6
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained, rather than the model's own weights."""
+        return self.method == "lora" or self.zo.parameters == "lora"
+
+    @property
+    def variants(self) -> int:
+        """Versions of the weights that one step computes."""
+        return self.zo.variants if self.method == "zo" else 1
 
     @classmethod
     def load(
@@ -322,6 +384,7 @@ _SECTIONS: dict[str, type[_Section]] = {
     "training": TrainingOptions,
     "dataset": DatasetOptions,
     "lora": LoraOptions,
+    "zo": ZerothOrderOptions,
     "engine": EngineOptions,
 }
 _KEYS = [key for key in Config.model_fields if key not in _SECTIONS]

@@ -49,8 +49,6 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
     started = time.perf_counter()
-    # Nothing waits for a backward pass: the hidden states of all micro-batches stay in memory.
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
     session = Session(config, None if adapter is None else Path(adapter), train=False)
     try:
         rows = _open_rows(session, config, config.dataset.sequence_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,6 +25,9 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
+from offload.perturbed import folded_bytes, variant_layout
+from offload.perturbed_model import PerturbedModel
+from offload.replay import BUFFER_BYTES
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 
@@ -66,11 +69,13 @@ class PlannedRun:
     shape: BatchShape
     device_kind: str
     trainable: tuple[nn.Parameter, ...]
+    folded_bytes: int  # of the moved weights that are written while the run goes on
 
     def describe(self) -> str:
         plan, parts = self.plan, self.parts
+        passes = 2 if self.shape.train else 1
         read_bytes = (
-            2 * sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident)
+            passes * sum(size for i, size in enumerate(self.demand.block_bytes) if i not in plan.host_resident)
             + self.demand.head_chunks * self.demand.head_chunk_bytes
         )
         lines = [
@@ -99,12 +104,18 @@ class PlannedRun:
         blocks = len(self.parts.blocks)
         forward = self.visit.flops * rows / flops_per_second
         head = self.parts.head
-        head_flops = 4 * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
+        head_flops = (
+            (4 if self.shape.train else 2) * prod(head.module.weight.shape) * rows * self.shape.rows
+            if head is not None
+            else 0
+        )
         return simulate_step(
             blocks,
             self.demand.block_bytes,
             [forward] * blocks,
-            [2 * forward] * blocks,  # recomputation, and the product with the weights again
+            [2 * forward] * blocks
+            if self.shape.train
+            else None,  # recomputation, and the product with the weights again
             head_flops / flops_per_second,
             read_bytes_per_second,
             self.plan.host_resident,
@@ -141,7 +152,7 @@ class Session:
         self.model: nn.Module = self.parts.model
         if adapter is not None:
             self.model = lora.load(self.model, adapter, trainable=train)
-        elif train:
+        elif train and config.has_adapter:
             self.model = lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
         lora.check_streamable(self.model)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -150,12 +161,17 @@ class Session:
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(train)
+        self.folds = True  # whether moved weights are written while the run goes on
+        self.perturbs_all = train and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
 
     def set_training(self, training: bool) -> None:
-        """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size."""
-        self.model.train(training)
+        """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.
+
+        Zeroth-order tuning is always in eval mode: the losses of a step must differ by the perturbation alone.
+        """
+        self.model.train(training and self.config.method == "lora")
         for module in self.model.modules():
             if hasattr(module, "_cache_clear"):
                 module.training = True
@@ -164,8 +180,16 @@ class Session:
         """Raises PlanRefused when the budgets are too small for `shape`."""
         demand, visit = self._demand(shape)
         engine = self.config.engine
-        plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, engine.activations))
-        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind, tuple(self.trainable))
+        activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
+        plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, activations))
+        folded = 0
+        if self.perturbs_all and self.folds:
+            exact = self.config.zo.rounding == "exact"
+            folded = sum(
+                max(entry.num_bytes, 4 * prod(entry.shape) if exact else 0)
+                for entry in self.parts.checkpoint.tensors.values()
+            )
+        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind, tuple(self.trainable), folded)
 
     def open(
         self, planned: PlannedRun, scratch: Path, progress: Callable[[str, int, int], None] = lambda *_: None
@@ -187,19 +211,25 @@ class Session:
                         module._buffers[name] = buffer.to(target)
         trim_malloc()
         engine = self.config.engine
-        self.streamed = StreamedModel(
-            self.parts,
-            plan,
-            self.device,
-            scratch,
-            model=self.model,
-            io_backend=engine.io_backend,
-            queue_depth=engine.queue_depth,
-            progress=progress,
-        )
+        options = {
+            "model": self.model,
+            "io_backend": engine.io_backend,
+            "queue_depth": engine.queue_depth,
+            "progress": progress,
+        }
+        if self.train and self.config.method == "zo":
+            adapters = None if self.perturbs_all else dict(self._named_trainable())
+            self.streamed = PerturbedModel(
+                self.parts, plan, self.device, scratch, kind=self.config.zo.noise, adapters=adapters, **options
+            )
+        else:
+            self.streamed = StreamedModel(self.parts, plan, self.device, scratch, **options)
         if self._is_fresh and lora.needs_first_visit(self.model):
             self.streamed.visit_blocks(lora.first_visit)
         return self.streamed
+
+    def _named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def close(self) -> None:
         if self.streamed is not None:
@@ -229,6 +259,8 @@ class Session:
         state = adapter_bytes
         if shape.train:
             state += adapter_bytes + OPTIMIZER_BYTES_PER_PARAMETER * sum(p.numel() for p in self.trainable)
+        elif self.train:
+            state += sum(4 * p.numel() + self.config.variants * p.nbytes for p in self.trainable)
         head = parts.head
         loss_bytes = step = 0
         if head is not None:
@@ -244,12 +276,29 @@ class Session:
         for _, _, source in parts.embeddings:
             row_bytes = source.num_bytes // source.shape[0] + prod(source.shape[1:]) * itemsize
             step += min(lanes * shape.rows, source.shape[0]) * row_bytes
+        edge_bytes = parts.edge_bytes
+        block_bytes = [layout.num_bytes for layout in parts.layouts]
+        head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
+        variant_bytes = head_variant_bytes = folding_bytes = 0
+        if self.perturbs_all:
+            edge_bytes *= 2 + self.config.variants  # clean values in up to twice their size, and every variant
+            variant_bytes = max(
+                variant_layout(layout, binding.dtypes).num_bytes
+                for layout, binding in zip(parts.layouts, parts.bindings, strict=True)
+            )
+            if head is not None:
+                head_variant_bytes = max(variant_layout(x, head.binding.dtypes).num_bytes for x in head.layouts)
+            if self.folds:
+                folding_bytes = BUFFER_BYTES
+            if self.folds and self.config.zo.rounding == "exact":
+                block_bytes = [folded_bytes(layout) for layout in parts.layouts]
+                head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
         demand = Demand(
-            block_bytes=tuple(layout.num_bytes for layout in parts.layouts),
-            head_chunk_bytes=max((layout.num_bytes for layout in head.layouts), default=0) if head else 0,
+            block_bytes=tuple(block_bytes),
+            head_chunk_bytes=head_chunk_bytes,
             head_chunks=len(head.layouts) if head else 0,
             state_bytes=state,
-            edge_bytes=parts.edge_bytes,
+            edge_bytes=edge_bytes,
             temporaries_bytes=max(visit.peak_bytes, loss_bytes),
             step_bytes=step,
             boundary_bytes=visit.boundary_bytes,
@@ -257,6 +306,9 @@ class Session:
             if shape.train
             else visit.boundary_bytes * lanes,
             baseline_bytes=_baseline_bytes(adapter_bytes),
+            variant_bytes=variant_bytes,
+            head_variant_bytes=head_variant_bytes,
+            folding_bytes=folding_bytes,
         )
         return demand, visit
 

@@ -11,7 +11,6 @@ For every step, in plain PyTorch with everything resident, the same bits come fr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -19,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ import numpy as np
 import torch
 
 from finetune.callbacks import Callbacks
-from finetune.config import Config, TrainingOptions
+from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
 from finetune.evaluate import evaluate, evaluate_open, prepare_rows
-from finetune.methods import lora
+from finetune.methods import Method
+from finetune.methods.first_order import FirstOrder
+from finetune.methods.zeroth_order import ZerothOrder
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
 from finetune.session import BatchShape, PlannedRun, Session
-from finetune.state import load_state, save_state
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
@@ -42,12 +42,6 @@ from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
 from offload.calibration import Rates, measure_rates
 from offload.streamed_model import Traffic
-
-
-def lane_seed(seed: int, step: int, micro_batch: int) -> int:
-    """The random seed of micro-batch `micro_batch` of step `step` (both from 0): a 63-bit hash of the three numbers."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +108,8 @@ class Trainer:
     def _shape(self, sequence_length: int) -> BatchShape:
         training = self.config.training
         rows = min(training.micro_batch_size, training.batch_size)
-        return BatchShape.of_text(rows, sequence_length, -(-training.batch_size // rows), train=True)
+        lanes = -(-training.batch_size // rows) * self.config.variants
+        return BatchShape.of_text(rows, sequence_length, lanes, train=self.config.method == "lora")
 
     def _prepare(self, source: Any, session: Session) -> tuple[Any, np.ndarray]:
         """The rows and their lengths in tokens. Refuses before tokenising what no data could make fit."""
@@ -152,9 +147,11 @@ class Trainer:
         if isinstance(data, TensorRows):
             rows = min(options.micro_batch_size, options.batch_size)
             inputs = {k: v for k, v in data.collate(range(min(rows, len(data)))).items() if k != "labels"}
-            shape = BatchShape(inputs, -(-options.batch_size // rows), train=True)
+            lanes = -(-options.batch_size // rows) * config.variants
+            shape = BatchShape(inputs, lanes, train=config.method == "lora")
         else:
             shape = self._shape(packing or int(lengths.max()))
+        session.folds = batches.num_steps > config.zo.group_steps
         planned = session.plan(shape)
         if config.eval_data is not None and not TensorRows.fits(config.eval_data):
             # Tokenised now: in mid-run its process would come on top of the plan.
@@ -196,15 +193,14 @@ class Trainer:
         for note in streamed.notes:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)
-        trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
-        parameters = list(trainable.values())
-        optimizer = _optimizer(options, parameters)
-        about = _about(config, data)
-        first_step = load_state(output / "state", trainable, optimizer, about) if config.resume else 0
-        scheduler = _scheduler(options, optimizer, batches.num_steps, first_step)
+        kind = ZerothOrder if config.method == "zo" else FirstOrder
+        method: Method = kind(config, session, batches.num_steps, _about(config, data))
+        first_step = method.first_step
         if first_step:
             progress.message(f"resumed after step {first_step}")
-        callbacks = Callbacks(self.callbacks, config, session.model, optimizer, scheduler, batches.num_steps)
+        callbacks = Callbacks(
+            self.callbacks, config, session.model, method.optimizer, method.scheduler, batches.num_steps
+        )
         callbacks.call("on_train_begin")
         losses: list[float] = []
         step_seconds: list[float] = []
@@ -218,14 +214,7 @@ class Trainer:
                     callbacks.call("on_step_begin", step)
                     step_started = time.perf_counter()
                     inputs, labels, tokens = _micro_batches(data, batches.step(step), session)
-                    seeds = [lane_seed(options.seed, step, i) for i in range(len(inputs))]
-                    loss = float(streamed.train_step(inputs, labels, seeds))
-                    max_norm = options.max_grad_norm or float("inf")
-                    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-                    learning_rate = optimizer.param_groups[0]["lr"]
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
+                    result = method.step(step, inputs, labels)
                     step += 1
                     seconds = time.perf_counter() - step_started
                     before, traffic = traffic, streamed.traffic()
@@ -233,9 +222,7 @@ class Trainer:
                     row = {
                         "step": step,
                         "epoch": batches.epoch(step),
-                        "loss": loss,
-                        "learning_rate": learning_rate,
-                        "grad_norm": grad_norm,
+                        **asdict(result),
                         "tokens": tokens,
                         "seconds": seconds,
                         "tokens_per_s": tokens / seconds,
@@ -245,25 +232,25 @@ class Trainer:
                     }
                     metrics.write(row)
                     progress.step(row)
-                    losses.append(loss)
+                    losses.append(result.loss)
                     step_seconds.append(seconds)
                     callbacks.logs(row, step)
                     if options.eval_steps and step % options.eval_steps == 0 and config.eval_data is not None:
                         self._evaluate_inside(session, planned, progress, step)
                         traffic = streamed.traffic()
                     if step % options.save_steps == 0 or callbacks.should_save:
-                        save_state(output / "state", step, trainable, optimizer, about)
+                        method.save(step)
                         saved_step = step
                         callbacks.call("on_save", step)
             except KeyboardInterrupt:
                 if step > saved_step:
-                    save_state(output / "state", step, trainable, optimizer, about)
-                lora.save(session.model, output / "adapter")
-                progress.message(f"stopped; the state after step {step} is saved in {output / 'state'}")
+                    method.save(step)
+                method.finish(step)
+                progress.message(f"stopped; the state after step {step} is saved in {output}")
                 raise
         if step > saved_step:
-            save_state(output / "state", step, trainable, optimizer, about)
-        lora.save(session.model, output / "adapter")
+            method.save(step)
+        method.finish(step)
         evaluation = None
         if config.eval_data is not None:
             evaluation = self._evaluate_inside(session, planned, progress, step)
@@ -274,6 +261,8 @@ class Trainer:
         write_report(output / "report.json", report)
         progress.close()
         print(summary_table(report))
+        if not config.has_adapter:
+            print(f"The tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY")
         return TrainResult(step, float(np.mean(losses)) if losses else float("nan"), report)
 
     def _evaluate_inside(
@@ -363,9 +352,11 @@ def _micro_batches(data: Any, micro_batches: list[list[tuple[int, ...]]], sessio
 def _check_disk(config: Config, planned: PlannedRun) -> None:
     """Raises UserError unless what the run will write fits `--disk` and the file system."""
     adapter_bytes = sum(p.nbytes for p in planned.trainable)
+    copies = 3 * 3 if config.method == "lora" else 0  # two kept and one being written, each with AdamW's two moments
     parts = {
-        "resumable states": 3 * 3 * adapter_bytes,  # two kept and one being written, each with AdamW's two moments
+        "resumable states": copies * adapter_bytes,
         "adapter": adapter_bytes,
+        "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
         "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
         "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
     }
@@ -381,50 +372,24 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
         )
 
 
-def _optimizer(options: TrainingOptions, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
-
-
-def _scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int):
-    from transformers.optimization import get_scheduler
-
-    warmup = options.warmup_steps or int(options.warmup_ratio * num_steps)
-    scheduler = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        warmup,
-        num_steps,
-        scheduler_specific_kwargs=dict(options.lr_scheduler_kwargs) or None,
-    )
-    # The schedule is a function of the step alone: go to its place.
-    state = scheduler.state_dict() | {"last_epoch": first_step}
-    if first_step:
-        scheduler.load_state_dict(state)
-        for group, base, rate in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * rate(first_step)
-    return scheduler
-
-
 def _about(config: Config, data: Any) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run that was interrupted."""
     options = config.training
-    return {
+    about = {
         "model": Path(config.model).name,
         "method": config.method,
         "seed": options.seed,
         "batch_size": options.batch_size,
         "micro_batch_size": options.micro_batch_size,
-        "learning_rate": options.learning_rate,
+        "learning_rate": config.learning_rate,
         "packing": config.dataset.packing,
         "examples": len(data),
-        "lora": json.loads(json.dumps(config.lora.peft_arguments(), default=str)),
     }
+    if config.has_adapter:
+        about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
+    if config.method == "zo":
+        about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
+    return about
 
 
 def _difference(first: Traffic, last: Traffic, steps: int = 1) -> dict[str, float]:

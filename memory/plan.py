@@ -40,6 +40,8 @@ class Demand:
     step: what a whole step holds besides (hidden states of all lanes, embedding rows, inputs).
     boundary: one micro-batch's block input; boundary_total: all of a step's.
     baseline: the process before any of this.
+    variant: a block, and the largest chunk of the head, in the dtype that computes: where perturbed weights are made, 0
+    when weights are used as they are. folding: buffers through which weights are written.
     """
 
     block_bytes: tuple[int, ...]
@@ -52,6 +54,9 @@ class Demand:
     boundary_bytes: int
     boundary_total_bytes: int
     baseline_bytes: int
+    variant_bytes: int = 0
+    head_variant_bytes: int = 0
+    folding_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,9 @@ class Plan:
     device_resident: frozenset[int]
     device_block_slots: int
     device_head_slots: int
+    variant_slots: int
+    variant_slot_bytes: int
+    head_variant_slot_bytes: int
     host_budget_bytes: int
     device_budget_bytes: int | None
     host_parts: Mapping[str, int]
@@ -98,16 +106,26 @@ class Plan:
     staging_bytes: int = STAGING_BYTES
 
     @property
+    def variants_bytes(self) -> int:
+        """Of the slots for perturbed weights, which are where compute happens."""
+        return self.variant_slots * (self.variant_slot_bytes + self.head_variant_slot_bytes)
+
+    @property
     def host_slab_bytes(self) -> int:
         return (
             self.host_block_slots * self.block_slot_bytes
             + self.head_slots * self.head_slot_bytes
             + self.activation_slots * self.activation_slot_bytes
+            + (self.variants_bytes if self.device_budget_bytes is None else 0)
         )
 
     @property
     def device_slab_bytes(self) -> int:
-        return self.device_block_slots * self.block_slot_bytes + self.device_head_slots * self.head_slot_bytes
+        return (
+            self.device_block_slots * self.block_slot_bytes
+            + self.device_head_slots * self.head_slot_bytes
+            + self.variants_bytes
+        )
 
     @property
     def host_peak_bytes(self) -> int:
@@ -143,6 +161,8 @@ def _cheapest(demand: Demand, limits: Limits, wishes: Wishes) -> Plan:
         activation_host_bytes=0 if spill else demand.boundary_total_bytes, arena_bytes=0,
         device_lookahead=0, device_resident=frozenset(), device_block_slots=1 if on_device else 0,
         device_head_slots=1 if on_device and demand.head_chunks else 0,
+        variant_slots=1 if demand.variant_bytes else 0, variant_slot_bytes=round_up(demand.variant_bytes),
+        head_variant_slot_bytes=round_up(demand.head_variant_bytes),
         host_budget_bytes=limits.host_bytes, device_budget_bytes=limits.device_bytes, host_parts={}, device_parts={},
     )  # fmt: skip
     lookahead, resident = wishes.lookahead or 0, min(wishes.resident_blocks or 0, num_blocks)
@@ -166,6 +186,8 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
 
     if wishes.lookahead is None:
         yield lambda plan: slots(plan, lookahead=1)
+    if demand.variant_bytes:
+        yield lambda plan: _with_parts(replace(plan, variant_slots=2), demand)
     if demand.head_chunks > 1:
         yield lambda plan: _with_parts(replace(plan, head_slots=2, device_head_slots=2 if on_device else 0), demand)
     if wishes.activations == "auto":
@@ -214,7 +236,9 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         "one block visit and the loss": int(demand.temporaries_bytes * TEMPORARIES_FACTOR),
         "inputs and hidden states of a step": demand.step_bytes,
         "block inputs kept for backward": plan.activation_host_bytes,
+        "buffers for folding": demand.folding_bytes,
     }
+    variants = {f"slots for perturbed weights ({plan.variant_slots})": plan.variants_bytes}
     host = {
         "process (interpreter, libraries, model skeleton)": demand.baseline_bytes,
         f"block slots ({plan.host_block_slots} x {format_bytes(plan.block_slot_bytes)})": (
@@ -229,16 +253,20 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         "margin": MARGIN_BYTES,
     }
     if on_device:
-        device = computing | {
-            f"block slots ({plan.device_block_slots} x {format_bytes(plan.block_slot_bytes)})": (
-                plan.device_block_slots * plan.block_slot_bytes
-            ),
-            f"head slots ({plan.device_head_slots} x {format_bytes(plan.head_slot_bytes)})": (
-                plan.device_head_slots * plan.head_slot_bytes
-            ),
-        }
+        device = (
+            computing
+            | variants
+            | {
+                f"block slots ({plan.device_block_slots} x {format_bytes(plan.block_slot_bytes)})": (
+                    plan.device_block_slots * plan.block_slot_bytes
+                ),
+                f"head slots ({plan.device_head_slots} x {format_bytes(plan.head_slot_bytes)})": (
+                    plan.device_head_slots * plan.head_slot_bytes
+                ),
+            }
+        )
     else:
-        host, device = host | computing, {}
+        host, device = host | computing | variants, {}
     host, device = ({k: v for k, v in parts.items() if v} for parts in (host, device))
     arena_bytes = 0 if on_device else round_up(sum(computing.values()), 2 * MIB)
     return replace(plan, host_parts=host, device_parts=device, arena_bytes=arena_bytes)

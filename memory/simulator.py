@@ -25,19 +25,21 @@ def simulate_step(
     num_blocks: int,
     block_bytes: Sequence[int],
     forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float],
+    backward_seconds: Sequence[float] | None,
     between_seconds: float,
     read_bytes_per_second: float,
     resident: frozenset[int],
     lookahead: int,
 ) -> StepTime:
-    """One training step after a warm-up step: forward 0..n-1, `between_seconds` for the head, backward n-1..0.
+    """One step after a warm-up step: forward 0..n-1, `between_seconds` for the head, and backward n-1..0.
 
-    block_bytes, forward_seconds, backward_seconds: per block. Slots: the resident blocks' and `lookahead` + 1.
+    block_bytes, forward_seconds, backward_seconds: per block; backward None: a step of forward passes only.
+    Slots: the resident blocks' and `lookahead` + 1.
     """
     forward = list(range(num_blocks))
     step = [(block, forward_seconds[block]) for block in forward]
-    step += [(block, backward_seconds[block]) for block in reversed(forward)]
+    if backward_seconds is not None:
+        step += [(block, backward_seconds[block]) for block in reversed(forward)]
     visits = step + step
     order = [block for block, _ in visits] + forward
     slots = len(resident) + min(lookahead + 1, num_blocks - len(resident))
@@ -63,7 +65,7 @@ def simulate_step(
     for position, (block, seconds) in enumerate(visits):
         if position == len(step):
             start_of_step, stall, read = compute_free, 0.0, 0
-        if position % len(step) == num_blocks:
+        if position and position % len(step) == num_blocks % len(step):
             compute_free += between_seconds
         fetch_ahead(position, compute_free, block)
         started = max(compute_free, arrival[block])

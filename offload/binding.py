@@ -67,6 +67,8 @@ class Binding:
 
     def __init__(self, root: nn.Module, dtypes: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype]) -> None:
         """dtypes: compute dtype per parameter or buffer of `root`; stored: dtype in the slot, for those that are streamed."""
+        self.dtypes = {name: dtypes[name] for name in stored}
+        """Compute dtype of everything that is streamed, by local name."""
         self._targets: list[tuple[str, nn.Module, str, torch.dtype]] = []
         self._lazy: list[tuple[str, nn.Module]] = []
         self._empty: list[tuple[dict, str, torch.Tensor | None]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,13 @@ class RowsOnDemand:
         self._io = io
         self._device = device
         self._files: dict[Any, int] = {}
-        self._ids = torch.empty(0, dtype=torch.int64)  # sorted ids whose rows are in the table
-        self._table = torch.empty(0)
+        self.ids = torch.empty(0, dtype=torch.int64)  # sorted ids whose rows are in memory
+        self.rows = torch.empty(0)  # as stored, in the order of `ids`
+        self.table = torch.empty(
+            0
+        )  # what the forward looks up: `rows` in the dtype that computes, or a variant of them
         self._placeholder = module._parameters["weight"]
+        self.after_read: Callable[[], None] = lambda: None
         self.stall_seconds = 0.0
         module.padding_idx = None  # matters for gradients only, and need not be a row of the compact table
         module.forward = self
@@ -36,6 +41,14 @@ class RowsOnDemand:
     def serves(self, module: nn.Module) -> bool:
         """Whether `module` is this table, or an adapter around it."""
         return any(part is self._module for part in module.modules())
+
+    def move_to(self, source: Source) -> None:
+        """From now on rows are read from another place; those in memory are given up."""
+        for file in self._files.values():
+            self._io.close_file(file)
+        self._files = {}
+        self._source = source
+        self.ids, self.rows, self.table = torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)
 
     def read(self, ids: torch.Tensor) -> None:
         """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
@@ -45,7 +58,7 @@ class RowsOnDemand:
                 f"token id {int(ids[-1] if ids[-1] >= self._source.shape[0] else ids[0])} is outside the embedding table "
                 f"of {self._source.shape[0]} rows: is the tokenizer that of this model?"
             )
-        if ids.numel() == self._ids.numel() and bool((ids == self._ids).all()):
+        if ids.numel() == self.ids.numel() and bool((ids == self.ids).all()):
             return
         rows = torch.empty(ids.numel(), *self._source.shape[1:], dtype=self._source.dtype)
         reads = []
@@ -55,15 +68,16 @@ class RowsOnDemand:
             reads.append((self._files[path], offset, num_bytes, rows.data_ptr() + target_offset))
         if reads:
             self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
-        self._ids, self._table = ids, rows.to(self._dtype).to(self._device)
+        self.ids, self.rows, self.table = ids, rows, rows.to(self._dtype).to(self._device)
+        self.after_read()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.cpu().reshape(-1)
-        place = torch.searchsorted(self._ids, flat).clamp_(max=max(self._ids.numel() - 1, 0))
-        if not self._ids.numel() or not bool((self._ids[place] == flat).all()):
+        place = torch.searchsorted(self.ids, flat).clamp_(max=max(self.ids.numel() - 1, 0))
+        if not self.ids.numel() or not bool((self.ids[place] == flat).all()):
             self.read(ids)
-            place = torch.searchsorted(self._ids, flat)
-        self._module._parameters["weight"] = nn.Parameter(self._table, requires_grad=False)
+            place = torch.searchsorted(self.ids, flat)
+        self._module._parameters["weight"] = nn.Parameter(self.table, requires_grad=False)
         try:
             return self._forward(place.view(ids.shape).to(ids.device))
         finally:

@@ -23,6 +23,9 @@ class Weights(Protocol):
 
     def begin(self, order: Sequence[int]) -> None: ...
 
+    def enter(self, variant: int) -> None:
+        """What runs next, in or outside of a block, is a lane of this variant of the weights."""
+
     def acquire(self, index: int) -> None: ...
 
     def release(self, index: int) -> None: ...
@@ -66,11 +69,19 @@ class Engine:
         for forward in self._forwards:
             forward.__self__.__dict__.pop("forward", None)
 
-    def forward(self, inputs: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> list[Any]:
-        """The model's outputs for each of `inputs`, without gradients."""
+    def forward(self, inputs: Sequence[dict[str, Any]], variants: int = 1) -> list[Any]:
+        """The model's outputs for each of `inputs`, without gradients.
+
+        variants: how many versions of the weights all inputs go through, each fetched once for all of them. Outputs of
+        variant v are those from `v * len(inputs)` on.
+        """
         self.weights.begin(self._order + self._order)
         with torch.no_grad():
-            lanes = self._lanes(inputs, seeds)
+            lanes = [
+                Lane(variant * len(inputs) + i, partial(self.model, **kwargs), None, variant)
+                for variant in range(variants)
+                for i, kwargs in enumerate(inputs)
+            ]
             self._run_forward(lanes, visits=None)
         return [lane.output for lane in lanes]
 
@@ -89,7 +100,10 @@ class Engine:
         """
         self.weights.begin(self._order + self._order[::-1] + self._order)
         visits: list[Visit] = []
-        lanes = self._lanes(inputs, seeds)
+        lanes = [
+            Lane(i, partial(self.model, **kwargs), seed)
+            for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True))
+        ]
         with torch.enable_grad():
             self._run_forward(lanes, visits)
             outputs = [lane.output for lane in lanes]
@@ -100,18 +114,13 @@ class Engine:
         self._run_backward(visits)
         return loss
 
-    def _lanes(self, inputs: Sequence[dict[str, Any]], seeds: Sequence[int] | None) -> list[Lane]:
-        return [
-            Lane(i, partial(self.model, **kwargs), seeds[i] if seeds is not None else None)
-            for i, kwargs in enumerate(inputs)
-        ]
-
     def _enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
         return Lane.current().park(BlockCall(index, args, kwargs, torch.is_grad_enabled()))
 
     def _run_forward(self, lanes: list[Lane], visits: list[Visit] | None) -> None:
         order: list[int] = []
         for lane in lanes:
+            self.weights.enter(lane.variant)
             lane.resume()
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
@@ -119,6 +128,7 @@ class Engine:
             self.weights.acquire(index)
             for lane in waiting:
                 if lane.call.index == index:
+                    self.weights.enter(lane.variant)
                     lane.resume(self._forward_visit(lane, visit, visits is not None))
             self.weights.release(index)
             order.append(index)

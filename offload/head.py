@@ -111,8 +111,9 @@ class HeadChunk:
 class TiledHead:
     """Loss, per-token losses and logits of a deferred head.
 
-    module: the head (nn.Linear, or PEFT's wrapper of one). chunks: gives the head's chunks: `acquire(i)` binds chunk i
-    (to the module itself when there is only one) and returns it, `release(i)` ends that.
+    module: the head (nn.Linear, or PEFT's wrapper of one). chunks: gives the head's chunks: between `acquire(i)` and
+    `release(i)`, `enter(variant)` returns chunk i of that variant of the weights, bound to the module itself when there is
+    only one chunk.
     """
 
     def __init__(self, module: nn.Module, chunks: Any, num_chunks: int, tile_tokens: int) -> None:
@@ -133,12 +134,14 @@ class TiledHead:
         rows = [_Rows(lane, y, self._tile_tokens) for lane, y in zip(logits, labels, strict=True)]
         if self._num_chunks == 1:
             self._chunks.acquire(0)
+            self._chunks.enter(0)
             for lane in rows:
                 lane.plain_loss(self._forward, num_items)
             self._chunks.release(0)
         else:
             for index in range(self._num_chunks):
-                chunk = self._chunks.acquire(index)
+                self._chunks.acquire(index)
+                chunk = self._chunks.enter(0)
                 for lane in rows:
                     lane.add_chunk(chunk)
                 self._chunks.release(index)
@@ -150,13 +153,46 @@ class TiledHead:
             lane.backward()
         return total
 
+    def losses(
+        self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor], num_items: int, variants: int
+    ) -> torch.Tensor:
+        """What `loss_and_backward` returns, for every variant of the weights, without gradients; fp32 [variants].
+
+        logits: of all lanes of variant 0, of variant 1, ... labels: per lane of one variant.
+        """
+        with torch.no_grad():
+            rows = [
+                _Rows(lane, labels[i % len(labels)], self._tile_tokens, backward=False) for i, lane in enumerate(logits)
+            ]
+            by_variant = [rows[i * len(labels) : (i + 1) * len(labels)] for i in range(variants)]
+            for index in range(self._num_chunks):
+                self._chunks.acquire(index)
+                for variant, lanes in enumerate(by_variant):
+                    chunk = self._chunks.enter(variant)
+                    for lane in lanes:
+                        if self._num_chunks == 1:
+                            lane.plain_loss(self._forward, num_items)
+                        else:
+                            lane.add_chunk(chunk)
+                self._chunks.release(index)
+            totals = []
+            for lanes in by_variant:
+                total = torch.zeros((), dtype=torch.float32)
+                for lane in lanes:
+                    if self._num_chunks > 1:
+                        lane.finish_loss(num_items)
+                    total = total + lane.loss.to("cpu")
+                totals.append(total)
+        return torch.stack(totals)
+
     def token_losses(self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Cross entropy of every position, fp32 [B, T] per lane, 0 where the (shifted) label is -100. No gradients."""
         results = []
         with torch.no_grad():
             rows = [_Rows(lane, y, self._tile_tokens, backward=False) for lane, y in zip(logits, labels, strict=True)]
             for index in range(self._num_chunks):
-                chunk = self._chunks.acquire(index)
+                self._chunks.acquire(index)
+                chunk = self._chunks.enter(0)
                 for lane in rows:
                     lane.add_chunk(chunk, self._forward if self._num_chunks == 1 else None)
                 self._chunks.release(index)
@@ -170,7 +206,8 @@ class TiledHead:
         parts = []
         with torch.no_grad():
             for index in range(self._num_chunks):
-                chunk = self._chunks.acquire(index)
+                self._chunks.acquire(index)
+                chunk = self._chunks.enter(0)
                 part = (
                     self._forward(hidden)
                     if self._num_chunks == 1
@@ -210,12 +247,12 @@ class _Rows:
         self._sums: list[torch.Tensor] | None = None
 
     def plain_loss(self, forward: Callable, num_items: int) -> None:
-        if self._grad is None:
+        if self._backward and self._grad is None:
             self._grad = torch.empty_like(self._hidden)
         set_random_state(self._random_state)
         for tile in self._tiles:
             hidden = self._hidden[tile].detach().requires_grad_(self._outer.requires_grad)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(self._backward):
                 logits = _apply(self._operations, forward(hidden)).float()
                 loss = (
                     functional.cross_entropy(logits, self._labels[tile], ignore_index=IGNORE_INDEX, reduction="sum")
@@ -272,10 +309,13 @@ class _Rows:
                 row = weight[column]
                 self._label_row[tile][at] = row if slope is None else row * slope[at, column][:, None]
 
-    def finish_chunks(self, num_items: int) -> None:
-        valid = self._labels != IGNORE_INDEX
+    def finish_loss(self, num_items: int) -> None:
         losses = self._log_sum() - self._label_logit
-        self.loss = losses[valid].sum() / num_items
+        self.loss = losses[self._labels != IGNORE_INDEX].sum() / num_items
+
+    def finish_chunks(self, num_items: int) -> None:
+        self.finish_loss(num_items)
+        valid = self._labels != IGNORE_INDEX
         grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).div_(num_items)
         grad[~valid] = 0
         self._grad = grad.to(self._hidden.dtype)

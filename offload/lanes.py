@@ -65,10 +65,14 @@ class Anchor(torch.autograd.Function):
 
 
 class Lane:
-    """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there."""
+    """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
 
-    def __init__(self, index: int, run: Callable[[], Any], seed: int | None) -> None:
+    variant: which version of the weights it meets, where a step has several.
+    """
+
+    def __init__(self, index: int, run: Callable[[], Any], seed: int | None, variant: int = 0) -> None:
         self.index = index
+        self.variant = variant
         self.call: BlockCall | None = None
         self.output: Any = None
         self._greenlet = greenlet(run)

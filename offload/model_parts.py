@@ -6,8 +6,8 @@ holds the modules whose weights are streamed, and adapters wrap those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from memory.checkpoint import Checkpoint, read_checkpoint
 from memory.errors import UserError
 from offload.binding import Binding
-from offload.block_store import BlockLayout, Extent, Source, layout_block, map_parameters
+from offload.block_store import BlockLayout, Extent, ParameterMap, Source, layout_block, map_parameters
 from offload.head import default_tiles
 from offload.skeleton import build_on_meta, dtype_plan, find_blocks, set_placeholders
 
@@ -28,6 +28,7 @@ ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token
 class EdgeTensor:
     """A parameter or buffer outside of blocks, embeddings and head: loaded once, resident."""
 
+    name: str
     owner: nn.Module
     attribute: str
     source: Source
@@ -37,11 +38,22 @@ class EdgeTensor:
     def num_bytes(self) -> int:
         return prod(self.source.shape) * self.dtype.itemsize
 
+    def install(self, value: torch.Tensor) -> None:
+        """Makes `value`, in the dtype that computes, the module's own."""
+        if self.attribute in self.owner._parameters:
+            self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=False)
+        else:
+            self.owner._buffers[self.attribute] = value
+
 
 @dataclass(frozen=True, slots=True)
 class HeadPart:
-    """The language-model head in chunks of vocabulary rows. `starts[i]`: first row of chunk i; views "weight", "bias"."""
+    """The language-model head in chunks of vocabulary rows. `starts[i]`: first row of chunk i; views "weight", "bias".
 
+    name: fqn of the module.
+    """
+
+    name: str
     module: nn.Linear
     layouts: tuple[BlockLayout, ...]
     starts: tuple[int, ...]
@@ -52,12 +64,17 @@ class HeadPart:
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """model: the skeleton, parameters are placeholders. blocks, layouts and bindings run in parallel, in module order."""
+    """model: the skeleton, parameters are placeholders. prefixes (fqns), blocks, layouts and bindings run in parallel, in
+    module order. sources: where the bytes of every parameter and buffer are. parameters: the fqns among them that are
+    floating-point parameters."""
 
     directory: Path
     checkpoint: Checkpoint
     model: nn.Module
     dtype: torch.dtype
+    sources: ParameterMap
+    parameters: frozenset[str]
+    prefixes: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     layouts: tuple[BlockLayout, ...]
     bindings: tuple[Binding, ...]
@@ -68,6 +85,22 @@ class ModelParts:
     @property
     def edge_bytes(self) -> int:
         return sum(edge.num_bytes for edge in self.edges)
+
+    def on(self, checkpoint: Checkpoint, sources: ParameterMap) -> ModelParts:
+        """The same parts with their bytes in another checkpoint, in whatever dtypes `sources` says."""
+        head = None
+        if self.head is not None:
+            local = _local(sources, self.head.name)
+            head = replace(self.head, layouts=_head_layouts(local, self.head.starts, self.head.tile_vocab))
+        return replace(
+            self,
+            checkpoint=checkpoint,
+            sources=sources,
+            layouts=tuple(layout_block(_local(sources, prefix)) for prefix in self.prefixes),
+            head=head,
+            embeddings=tuple((name, module, sources[f"{name}.weight"]) for name, module, _ in self.embeddings),
+            edges=tuple(replace(edge, source=sources[edge.name]) for edge in self.edges),
+        )
 
 
 def cut(
@@ -101,7 +134,7 @@ def cut(
 
     layouts, bindings, taken = [], [], set()
     for prefix, block in blocks.items():
-        local = {name[len(prefix) + 1 :]: source for name, source in sources.items() if name.startswith(f"{prefix}.")}
+        local = _local(sources, prefix)
         taken |= {f"{prefix}.{name}" for name in local}
         layouts.append(layout_block(local))
         bindings.append(
@@ -114,7 +147,9 @@ def cut(
         prefix = names[head_module]
         local = {n: sources[f"{prefix}.{n}"] for n, _ in head_module.named_parameters()}
         taken |= {f"{prefix}.{n}" for n in local}
-        head = _cut_head(head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab)
+        head = _cut_head(
+            prefix, head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab
+        )
 
     embeddings = []
     for module, name in names.items():
@@ -130,11 +165,16 @@ def cut(
     for name, source in sources.items():
         if name not in taken:
             owner = model.get_submodule(name.rpartition(".")[0])
-            edges.append(EdgeTensor(owner, name.rpartition(".")[2], source, dtypes[name]))
+            edges.append(EdgeTensor(name, owner, name.rpartition(".")[2], source, dtypes[name]))
+    parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     return ModelParts(
-        directory, checkpoint, model, dtype, tuple(blocks.values()), tuple(layouts), tuple(bindings),
-        head, tuple(embeddings), tuple(edges),
+        directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
+        tuple(layouts), tuple(bindings), head, tuple(embeddings), tuple(edges),
     )  # fmt: skip
+
+
+def _local(sources: Mapping[str, Source], prefix: str) -> dict[str, Source]:
+    return {name[len(prefix) + 1 :]: source for name, source in sources.items() if name.startswith(f"{prefix}.")}
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -171,6 +211,7 @@ def _head_module(model: nn.Module) -> nn.Linear | None:
 
 
 def _cut_head(
+    name: str,
     module: nn.Linear,
     sources: dict[str, Source],
     dtypes: dict[str, torch.dtype],
@@ -182,13 +223,17 @@ def _cut_head(
     default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes)
     tile_vocab = min(tile_vocab or default_vocab, weight.shape[0])
     starts = tuple(range(0, weight.shape[0], tile_vocab))
-    layouts = tuple(
+    layouts = _head_layouts(sources, starts, tile_vocab)
+    binding = Binding(module, dtypes, {n: s.dtype for n, s in sources.items()})
+    binding.convert_at_bind()  # once a step, not once a tile
+    return HeadPart(name, module, layouts, starts, binding, tile_tokens or default_tokens, tile_vocab)
+
+
+def _head_layouts(sources: Mapping[str, Source], starts: Sequence[int], tile_vocab: int) -> tuple[BlockLayout, ...]:
+    return tuple(
         layout_block({n: _slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
         for start in starts
     )
-    binding = Binding(module, dtypes, {n: s.dtype for n, s in sources.items()})
-    binding.convert_at_bind()  # once a step, not once a tile
-    return HeadPart(module, layouts, starts, binding, tile_tokens or default_tokens, tile_vocab)
 
 
 def _slice_rows(source: Source, start: int, stop: int) -> Source:

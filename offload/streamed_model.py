@@ -21,10 +21,10 @@ from offload.activations import Activations, SpillingActivations
 from offload.block_store import bind_views
 from offload.devices import Device
 from offload.embedding import RowsOnDemand
-from offload.engine import Engine
+from offload.engine import Engine, Weights
 from offload.head import DeferredLogits, HeadChunk, TiledHead
 from offload.io import IOEngine
-from offload.model_parts import HeadPart, ModelParts
+from offload.model_parts import EdgeTensor, HeadPart, ModelParts
 from offload.streamer import DeviceTier, HostTier, Tier
 
 
@@ -68,7 +68,7 @@ class StreamedModel:
 
     def _open(self, plan: Plan, scratch: Path, progress: Callable[[str, int, int], None]) -> None:
         parts, device = self.parts, self.device
-        host = Slab(device.allocate_host_slab(plan.host_slab_bytes))
+        host = self._computing_slab = Slab(device.allocate_host_slab(plan.host_slab_bytes))
         self.io.register_buffer(host.buffer.data_ptr(), host.buffer.numel())
         block_pool = host.carve("host blocks", plan.block_slot_bytes, plan.host_block_slots)
         head_pool = host.carve("host head", plan.head_slot_bytes, plan.head_slots) if plan.head_slots else None
@@ -86,7 +86,7 @@ class StreamedModel:
             head_tier = HostTier(parts.head.layouts, self.io, head_pool, frozenset(), plan.head_slots - 1)
         self.tier: Tier = host_tier
         if not device.shares_host_memory:
-            slab = Slab(device.allocate_slab(plan.device_slab_bytes))
+            slab = self._computing_slab = Slab(device.allocate_slab(plan.device_slab_bytes))
             pool = slab.carve("device blocks", plan.block_slot_bytes, plan.device_block_slots)
             self.tier = DeviceTier(host_tier, device, pool, plan.device_resident, plan.device_lookahead)
             if head_tier is not None:
@@ -94,7 +94,7 @@ class StreamedModel:
                 head_tier = DeviceTier(head_tier, device, pool, frozenset(), plan.device_head_slots - 1)
         self.head_tier = head_tier
 
-        self._load_edges()
+        self._load_edges(parts.edges)
         self.embeddings = [
             RowsOnDemand(module, source, parts.dtype, self.io, device.torch_device)
             for _, module, source in parts.embeddings
@@ -102,9 +102,8 @@ class StreamedModel:
         self.head: TiledHead | None = None
         if parts.head is not None:
             module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
-            chunks = _Chunks(parts.head, head_tier, parts.dtype)
-            self.head = TiledHead(module, chunks, len(parts.head.layouts), parts.head.tile_tokens)
-        self._weights = _BlockWeights(parts, self.tier)
+            self.head = TiledHead(module, self._make_chunks(plan), len(parts.head.layouts), parts.head.tile_tokens)
+        self._weights = self._make_weights(plan)
         self.engine = Engine(self.model, parts.blocks, self._weights, self.activations, progress)
 
     def train_step(
@@ -195,9 +194,15 @@ class StreamedModel:
             if ids and embedding.serves(input_embedding):
                 embedding.read(torch.cat(ids))
 
-    def _load_edges(self) -> None:
+    def _make_weights(self, plan: Plan) -> Weights:
+        return BlockWeights(self.parts, self.tier)
+
+    def _make_chunks(self, plan: Plan) -> Any:
+        return _Chunks(self.parts.head, self.head_tier, self.parts.dtype)
+
+    def _load_edges(self, edges: Sequence[EdgeTensor]) -> None:
         files: dict[Path, int] = {}
-        for edge in self.parts.edges:
+        for edge in edges:
             tensor = torch.empty(edge.source.shape, dtype=edge.source.dtype)
             reads = []
             for piece in edge.source.pieces:
@@ -208,15 +213,16 @@ class StreamedModel:
                 )
             if reads:
                 self.io.wait(self.io.submit_reads(reads))
-            value = tensor.to(self.device.torch_device, edge.dtype)
-            home = edge.owner._parameters if edge.attribute in edge.owner._parameters else edge.owner._buffers
-            home[edge.attribute] = nn.Parameter(value, requires_grad=False) if home is edge.owner._parameters else value
+            self._take_edge(edge, tensor)
         for file in files.values():
             self.io.close_file(file)
 
+    def _take_edge(self, edge: EdgeTensor, tensor: torch.Tensor) -> None:
+        edge.install(tensor.to(self.device.torch_device, edge.dtype))
 
-class _BlockWeights:
-    """The engine's view of the blocks' tier: acquire binds, release unbinds."""
+
+class BlockWeights:
+    """The engine's view of the blocks' tier: acquire binds, release unbinds. There is one variant of the weights."""
 
     def __init__(self, parts: ModelParts, tier: Tier) -> None:
         self._parts = parts
@@ -224,6 +230,9 @@ class _BlockWeights:
 
     def begin(self, order: Sequence[int]) -> None:
         self._tier.begin(order)
+
+    def enter(self, variant: int) -> None:
+        """Nothing to change."""
 
     def acquire(self, index: int) -> None:
         slot = self._tier.acquire(index)
@@ -235,24 +244,31 @@ class _BlockWeights:
 
 
 class _Chunks:
-    """The tiled head's view of its tier; a head of one chunk is bound to its module, others are converted here."""
+    """The tiled head's view of its tier; a head of one chunk is bound to its module, others are converted here.
+    There is one variant of the weights."""
 
     def __init__(self, head: HeadPart, tier: Tier, dtype: torch.dtype) -> None:
         self._head = head
         self._tier = tier
         self._dtype = dtype
+        self._chunk: HeadChunk | None = None
 
-    def acquire(self, index: int) -> HeadChunk:
+    def acquire(self, index: int) -> None:
         views = bind_views(self._tier.acquire(index), self._head.layouts[index])
         if len(self._head.layouts) == 1:
             self._head.binding.bind(views)
-            return HeadChunk(0, self._head.module.weight, self._head.module.bias)
-        bias = views["bias"].to(self._dtype) if "bias" in views else None
-        return HeadChunk(self._head.starts[index], views["weight"].to(self._dtype), bias)
+            self._chunk = HeadChunk(0, self._head.module.weight, self._head.module.bias)
+        else:
+            bias = views["bias"].to(self._dtype) if "bias" in views else None
+            self._chunk = HeadChunk(self._head.starts[index], views["weight"].to(self._dtype), bias)
+
+    def enter(self, variant: int) -> HeadChunk:
+        return self._chunk
 
     def release(self, index: int) -> None:
         if len(self._head.layouts) == 1:
             self._head.binding.unbind()
+        self._chunk = None
         self._tier.release(index)
 
 

@@ -86,6 +86,15 @@ class Tier:
                 with contextlib.suppress(UserError):  # the failure that matters was raised before
                     self._arrive(block)
 
+    def give_up(self) -> None:
+        """Empties all slots, once what is under way has arrived: the blocks' bytes have moved elsewhere."""
+        self._upcoming.clear()
+        for block, state in enumerate(self._states):
+            if state is State.FETCHING:
+                self._arrive(block)
+            if self._states[block] is State.READY:
+                self._evict(block)
+
     def ready(self, block: int) -> bool:
         """Whether `acquire` would not wait."""
         return self._states[block] in (State.READY, State.IN_USE) or (
@@ -175,16 +184,23 @@ class HostTier(Tier):
         lookahead: int,
     ) -> None:
         super().__init__(len(layouts), pool, resident, lookahead)
-        self.block_bytes = [layout.num_bytes for layout in layouts]
         self._io = io
         self._tickets: dict[int, int] = {}
-        files: dict[Any, int] = {}
+        self._files: dict[Any, int] = {}
+        self.move_to(layouts)
+
+    def move_to(self, layouts: Sequence[BlockLayout]) -> None:
+        """From now on blocks are read from other places. No slot may hold one: see `give_up`."""
+        for file in self._files.values():
+            self._io.close_file(file)
+        self._files = {}
+        self.block_bytes = [layout.num_bytes for layout in layouts]
         self._reads = []
         for layout in layouts:
             for read in layout.reads:
-                if read.path not in files:
-                    files[read.path] = io.open(read.path)
-            self._reads.append([(files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in layout.reads])
+                if read.path not in self._files:
+                    self._files[read.path] = self._io.open(read.path)
+            self._reads.append([(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in layout.reads])
 
     def _start(self, block: int, lease: Lease) -> None:
         address = lease.address
@@ -220,6 +236,14 @@ class DeviceTier(Tier):
         # A block that stays on the device is not asked of the host again.
         self._host.begin([b for b in order if b not in self.resident or self._states[b] is State.AWAY])
         super().begin(order)
+
+    def give_up(self) -> None:
+        super().give_up()
+        self._free_host_slots(keep=0)
+        self._host.give_up()
+
+    def move_to(self, layouts: Sequence[BlockLayout]) -> None:
+        self._host.move_to(layouts)
 
     @property
     def host_stall_seconds(self) -> float:

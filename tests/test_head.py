@@ -20,12 +20,16 @@ class Chunks:
         self.starts = list(range(0, head.weight.shape[0], tile_vocab))
         self.head, self.tile_vocab, self.held, self.visits = head, tile_vocab, 0, []
 
-    def acquire(self, index: int) -> HeadChunk:
-        rows = slice(self.starts[index], self.starts[index] + self.tile_vocab)
+    def acquire(self, index: int) -> None:
         self.held += 1
         self.visits.append(index)
+
+    def enter(self, variant: int) -> HeadChunk:
+        assert self.held == 1
+        start = self.starts[self.visits[-1]]
+        rows = slice(start, start + self.tile_vocab)
         bias = None if self.head.bias is None else self.head.bias.detach()[rows]
-        return HeadChunk(self.starts[index], self.head.weight.detach()[rows], bias)
+        return HeadChunk(start, self.head.weight.detach()[rows], bias)
 
     def release(self, index: int) -> None:
         self.held -= 1
@@ -80,6 +84,33 @@ class Case:
             del self.head.forward
         assert chunks.held == 0
         return loss, [h.grad for h in outer], chunks
+
+
+@pytest.mark.parametrize("tile_tokens, tile_vocab", [(64, VOCAB), (5, 33)])
+def test_losses_of_variants(tile_tokens, tile_vocab):
+    """Each variant's own weights, one acquire of a chunk for all, no gradients."""
+    case = Case()
+    scales = [1.0, 1.25, -0.5]
+
+    class Scaled(Chunks):
+        def enter(self, variant: int) -> HeadChunk:
+            chunk = super().enter(variant)
+            chunk.weight = chunk.weight * scales[variant]
+            if len(self.starts) == 1:
+                self.head.weight.data = original * scales[variant]
+            return chunk
+
+    original = case.head.weight.data.clone()
+    chunks = Scaled(case.head, tile_vocab)
+    tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
+    logits = [case.head(hidden) for _ in scales for hidden in case.hidden]
+    found = tiled.losses(logits, case.labels, case.num_items, len(scales))
+    del case.head.forward
+    assert chunks.visits == list(range(len(chunks.starts))) and not found.requires_grad
+    for loss, scale in zip(found, scales, strict=True):
+        case.head.weight.data = original * scale
+        expected, _ = case.plain()
+        assert loss.item() == (expected.item() if tile_vocab == VOCAB else pytest.approx(expected.item(), rel=1e-6))
 
 
 def worst(found, exact) -> float:

@@ -24,8 +24,9 @@ from transformers.optimization import get_scheduler
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, collate
 from finetune.data.cache import CacheWriter
+from finetune.methods.first_order import lane_seed
 from finetune.tensor_rows import TensorRows
-from finetune.trainer import Trainer, lane_seed
+from finetune.trainer import Trainer
 
 VOCAB = 101
 TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}

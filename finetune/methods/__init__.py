@@ -1,1 +1,38 @@
-"""Update rules: what is trainable, and what happens to its gradients."""
+"""What is trained and how: each method takes a step of the open model and keeps what a later process needs to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """loss: mean over the step's trained tokens, before the update. grad_norm: before clipping."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+
+
+class Method(Protocol):
+    """The trainer's view of a method that is under way.
+
+    first_step: steps that earlier processes have done. optimizer, scheduler: what callbacks are shown.
+    """
+
+    first_step: int
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+
+    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
+        """Step number `step` (from 0) over these micro-batches."""
+
+    def save(self, step: int) -> None:
+        """Makes the state after `step` steps durable."""
+
+    def finish(self, step: int) -> None:
+        """Leaves the model, and what is for the user in the output directory, as after `step` steps."""

@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// Adds the submodule `noise`: the kernels behind offload/noise.py.
+void register_noise(nanobind::module_& m);

@@ -1,0 +1,61 @@
+"""Gradients and AdamW for resident adapters. See [Note: the reference loop] in `finetune.trainer`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.methods import StepResult, lora
+from finetune.methods.schedule import make_scheduler
+from finetune.session import Session
+from finetune.state import load_state, save_state
+
+
+def lane_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The random seed of micro-batch `micro_batch` of step `step` (both from 0): a 63-bit hash of the three numbers."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class FirstOrder:
+    """A `finetune.methods.Method`. Raises UserError when the saved state is another run's or damaged."""
+
+    def __init__(self, config: Config, session: Session, num_steps: int, about: dict[str, Any]) -> None:
+        options = config.training
+        self._config = config
+        self._session = session
+        self._about = about
+        self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
+        self._parameters = list(self._trainable.values())
+        self.optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=config.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+        )
+        self.first_step = 0
+        if config.resume:
+            self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, about)
+        self.scheduler = make_scheduler(options, self.optimizer, num_steps, self.first_step)
+
+    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
+        options = self._config.training
+        seeds = [lane_seed(options.seed, step, i) for i in range(len(inputs))]
+        loss = float(self._session.streamed.train_step(inputs, labels, seeds))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return StepResult(loss, learning_rate, grad_norm)
+
+    def save(self, step: int) -> None:
+        save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)
+
+    def finish(self, step: int) -> None:
+        lora.save(self._session.model, self._config.output / "adapter")

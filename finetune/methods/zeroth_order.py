@@ -1,0 +1,200 @@
+"""Zeroth-order tuning: forward passes under random perturbations, and a journal of seeds and scalars.
+
+The weights are never written step by step: an update is a few (seed, coefficient) pairs, which `offload.perturbed_model`
+applies while blocks are fetched, and the journal of them is the checkpoint.
+
+Estimators, for q perturbations z_i, radius epsilon, losses L:
+  spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
+         Spall 1992; MeZO (Malladi et al. 2023, algorithms 1 and 2).
+  fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
+         losses: one forward pass a perturbation, and steps that are longer where the loss is flat. The learning rate is
+         the length of a step, whatever epsilon. FZOO (Dang et al. 2025).
+Updates:
+  sgd    theta <- (1 - lr weight_decay) theta - lr / q sum_i g_i z_i
+  sign   the same with the sign of each g_i in place of g_i
+  momentum beta: in place of g_i z_i, the sum over the last `momentum_window` steps of beta^age g_i z_i; past noise is made
+         again from its seeds, so no buffer is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.config import Config, ZerothOrderOptions
+from finetune.methods import StepResult, lora
+from finetune.methods.schedule import make_scheduler
+from finetune.session import Session
+from memory.errors import UserError
+from offload.journal import Journal, Record
+from offload.noise import Update
+from offload.perturbed import Variant
+from offload.perturbed_model import PerturbedModel
+from offload.replay import newest_fold
+
+CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
+CLIP_MIN_HISTORY = 10
+
+
+def probe_seed(seed: int, step: int, perturbation: int) -> int:
+    """The seed of the noise of perturbation `perturbation` of step `step` (both from 0): a 64-bit hash of the three."""
+    digest = hashlib.blake2b(f"{seed}/zo/{step}/{perturbation}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def variants(options: ZerothOrderOptions, seeds: Sequence[int]) -> list[Variant]:
+    """The versions of the weights whose losses `projected_gradients` wants, in this order."""
+    epsilon = options.epsilon
+    if options.estimator == "fzoo":
+        return [Variant(), *(Variant(seed, epsilon) for seed in seeds)]
+    return [Variant(seed, sign * epsilon) for seed in seeds for sign in (1, -1)]
+
+
+def projected_gradients(options: ZerothOrderOptions, losses: np.ndarray) -> np.ndarray:
+    """losses: fp32 [variants]. Returns fp32 [perturbations]: the g_i of the module's docstring."""
+    losses = losses.astype(np.float64)
+    if options.estimator == "fzoo":
+        spread = losses[1:].std(ddof=1)
+        gradients = (losses[1:] - losses[0]) / spread if spread > 0 else np.zeros(len(losses) - 1)
+    else:
+        gradients = (losses[0::2] - losses[1::2]) / (2 * options.epsilon)
+    return gradients.astype(np.float32)
+
+
+def clipped(gradients: np.ndarray, history: Sequence[float], quantile: float | None) -> np.ndarray:
+    """`gradients` no larger than the quantile of the sizes in `history`; as they are while there is little history."""
+    if quantile is None or len(history) < CLIP_MIN_HISTORY:
+        return gradients
+    limit = np.float32(np.quantile(np.abs(history), quantile))
+    return gradients.clip(-limit, limit)
+
+
+class ZerothOrder:
+    """A `finetune.methods.Method`. Raises UserError when the journal is another run's or damaged."""
+
+    def __init__(self, config: Config, session: Session, num_steps: int, about: dict[str, Any]) -> None:
+        self._config = config
+        self._options = options = config.zo
+        self._session = session
+        self._model: PerturbedModel = session.streamed
+        self._weights = config.output / "weights"
+        self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
+        about = about | {
+            "noise": options.noise,
+            "group_steps": options.group_steps,
+            "rounding": options.rounding,
+            "seed": config.training.seed,
+        }
+        path = config.output / "journal.zo"
+        if config.resume and path.exists():
+            self.journal = Journal.resume(path)
+            _check_same_run(path, self.journal.about, about)
+            self._find_folded()
+        else:
+            shutil.rmtree(self._weights, ignore_errors=True)
+            self.journal = Journal.create(path, about)
+        self.first_step = self.journal.steps
+        # Schedules are written for optimizers: this one holds the learning rate and nothing else.
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+        self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
+        self._catch_up()
+
+    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
+        options, training = self._options, self._config.training
+        if step % options.group_steps == 0 and step > self._folded:
+            self._fold(step)
+        seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
+        losses = self._model.losses(inputs, labels, variants(options, seeds)).numpy()
+        if not np.isfinite(losses).all():
+            raise UserError(
+                f"the loss of step {step + 1} is not finite ({', '.join(f'{x:g}' for x in losses[:4])}): lower "
+                "training.learning_rate or zo.epsilon; the journal ends with the last good step"
+            )
+        gradients = projected_gradients(options, losses)
+        kept = clipped(gradients, self._history(), options.clip_quantile)
+        if options.update == "sign":
+            kept = np.sign(kept)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.journal.append(
+            Record(
+                step, learning_rate, self._updates(step, learning_rate, seeds, kept),
+                1.0 - learning_rate * training.weight_decay, tuple(float(g) for g in kept),
+            )
+        )  # fmt: skip
+        self._catch_up()
+        self.optimizer.step()
+        self.scheduler.step()
+        norm = float(np.sqrt(np.mean(np.square(gradients, dtype=np.float64))))
+        return StepResult(float(np.mean(losses, dtype=np.float64)), learning_rate, norm)
+
+    def save(self, step: int) -> None:
+        """Every step is durable already."""
+
+    def finish(self, step: int) -> None:
+        if self._options.parameters == "lora":
+            self._model.settle_adapters()
+            lora.save(self._session.model, self._config.output / "adapter")
+        self.journal.close()
+
+    def _updates(
+        self, step: int, learning_rate: float, seeds: Sequence[int], gradients: Sequence[float]
+    ) -> tuple[Update, ...]:
+        """What this step adds, the newest noise first."""
+        rate = -learning_rate / len(seeds)
+        found = [Update(seed, rate * float(g)) for seed, g in zip(seeds, gradients, strict=True)]
+        beta = self._options.momentum
+        for age in range(1, min(self._options.momentum_window, step + 1) if beta else 0):
+            past = self.journal.records[step - age]
+            for i, g in enumerate(past.scalars):
+                found.append(Update(probe_seed(self._config.training.seed, step - age, i), rate * beta**age * g))
+        return tuple(found)
+
+    def _history(self) -> list[float]:
+        records = self.journal.records[-CLIP_HISTORY:]
+        return [abs(g) for record in records for g in record.scalars][-CLIP_HISTORY:]
+
+    def _catch_up(self) -> None:
+        """Has the model apply what the folded weights lack."""
+        self._model.perturbation.pending = self.journal.groups(self._folded)
+
+    def _fold(self, step: int) -> None:
+        if self._options.parameters == "lora":
+            self._model.fold_adapters()
+        else:
+            directory = self._weights / f"step-{step:08d}"
+            self._model.fold(directory)
+            for old in self._weights.iterdir():
+                if old != directory:
+                    shutil.rmtree(old, ignore_errors=True)
+        self._folded = step
+
+    def _find_folded(self) -> None:
+        """Goes on from the newest folded weights, or folds into fresh adapters what whole groups have added."""
+        whole = self.journal.steps - self.journal.steps % self._options.group_steps
+        if self._options.parameters == "lora":
+            self._model.perturbation.pending = self.journal.groups(0, whole)
+            self._model.fold_adapters()
+            self._folded = whole
+            return
+        if (folded := newest_fold(self._weights, whole)) is not None:
+            self._folded, checkpoint = folded
+            self._model.move_to(checkpoint)
+
+
+def _check_same_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    different = [
+        f"{key}: {found.get(key)!r} then, {expected.get(key)!r} now"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"cannot resume from {path}: the run was started with other settings ({'; '.join(different)}). "
+            "Use the same settings, or another --output"
+        )

@@ -1,0 +1,174 @@
+"""A streamed model whose weights are perturbed and moved by a journal: what zeroth-order tuning runs on.
+
+[Note: where moved weights live]
+The original checkpoint is never written. What the journal's steps add is applied while blocks are fetched; so that this
+does not grow with the number of steps, whole groups are folded from time to time into a checkpoint of their own, in fp32
+(a directory of safetensors files like the original, written as a stream and renamed into place when durable). The journal
+stays complete, so losing such a directory loses nothing. Folded or pending, the sums are the same: see [Note: groups] in
+`offload.journal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memory.checkpoint import Checkpoint, read_checkpoint
+from memory.plan import Plan
+from offload.block_store import TORCH_DTYPES
+from offload.devices import Device
+from offload.engine import Weights
+from offload.model_parts import EdgeTensor, ModelParts
+from offload.noise import parameter_key
+from offload.perturbed import (
+    Perturbation,
+    PerturbedBlocks,
+    PerturbedChunks,
+    PerturbedRows,
+    Residents,
+    Variant,
+    noise_keys,
+)
+from offload.replay import moved_sources, replay
+from offload.streamed_model import BlockWeights, StreamedModel
+
+
+class _ResidentVariants(BlockWeights):
+    """Blocks as they are; only resident tensors (adapters) have variants."""
+
+    def __init__(self, parts: ModelParts, tier: Any, residents: Residents) -> None:
+        super().__init__(parts, tier)
+        self._residents = residents
+
+    def begin(self, order: Sequence[int]) -> None:
+        self._residents.begin()
+        super().begin(order)
+
+    def enter(self, variant: int) -> None:
+        self._residents.enter(variant)
+
+
+class PerturbedModel(StreamedModel):
+    """kind: of noise. adapters: fqn -> parameter, when only these are perturbed; None: all parameters of the model.
+
+    `perturbation.pending` is what the weights lack; the caller keeps it up to date.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        plan: Plan,
+        device: Device,
+        scratch: Path,
+        *,
+        kind: str,
+        adapters: Mapping[str, nn.Parameter] | None = None,
+        **options: Any,
+    ) -> None:
+        self.perturbation = Perturbation(kind)
+        self.original = parts.checkpoint
+        self._original_sources = parts.sources
+        self.keys = {} if adapters is not None else noise_keys(parts.sources, parts.parameters)
+        self._residents = Residents(self.perturbation)
+        self._rows: list[PerturbedRows] = []
+        self._adapters = adapters
+        for name, parameter in (adapters or {}).items():
+            self._residents.add(
+                parameter_key(name), parameter.detach().float(), parameter.dtype,
+                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
+            )  # fmt: skip
+        super().__init__(parts, plan, device, scratch, **options)
+
+    @property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Tensor of the checkpoint -> the dtype that the user's own checkpoint has for it."""
+        return {name: TORCH_DTYPES[entry.dtype] for name, entry in self.original.tensors.items()}
+
+    def losses(
+        self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor], variants: Sequence[Variant]
+    ) -> torch.Tensor:
+        """The step's loss under every variant of the weights, fp32 [variants]; each block is fetched once.
+
+        inputs, labels and the loss as in `train_step`, without gradients.
+        """
+        self.perturbation.variants = variants
+        try:
+            self._prepare(inputs)
+            if self.head is None:
+                inputs = [{**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]
+                outputs = self.engine.forward(inputs, len(variants))
+                each = torch.stack([output.loss.float().cpu() / len(inputs) for output in outputs])
+                return each.view(len(variants), len(inputs)).sum(dim=1)
+            outputs = self.engine.forward(inputs, len(variants))
+            num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
+            return self.head.losses([output.logits for output in outputs], labels, num_items, len(variants))
+        finally:
+            self.perturbation.variants = (Variant(),)
+
+    def fold_adapters(self) -> None:
+        """Pending updates become part of the adapters' values."""
+        self._residents.fold()
+        self.perturbation.pending = ()
+
+    def settle_adapters(self) -> None:
+        """Leaves the model with the adapters as they are after all updates."""
+        self._residents.begin()
+        self._residents.enter(0)
+
+    def fold(self, directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Writes the weights with all pending updates to `directory` and goes on from there; nothing is pending then.
+
+        See [Note: where moved weights live].
+        """
+        rounds = any(group.rounding != "exact" for group in self.perturbation.pending)
+        replay(
+            self.parts.checkpoint, self.parts.sources, self.keys, self.perturbation.kind, self.perturbation.pending,
+            directory, stored_dtypes=self.stored_dtypes, dtype=None if rounds else torch.float32,
+            io_backend=self.io.backend, progress=progress,
+        )  # fmt: skip
+        self.move_to(read_checkpoint(directory))
+
+    def move_to(self, checkpoint: Checkpoint) -> None:
+        """Streams from `checkpoint`, a fold of the original, from now on; nothing is pending then."""
+        parts = self.parts.on(checkpoint, moved_sources(self._original_sources, self.original, checkpoint))
+        self.tier.give_up()
+        self.tier.move_to(parts.layouts)
+        self._weights.move_to(parts)
+        if parts.head is not None:
+            self.head_tier.give_up()
+            self.head_tier.move_to(parts.head.layouts)
+            self._head_chunks.move_to(parts.head)
+        for embedding, (_, _, source) in zip(self.embeddings, parts.embeddings, strict=True):
+            embedding.move_to(source)
+        self.parts = parts
+        self._residents.clear()
+        self._load_edges(parts.edges)
+        self.perturbation.pending = ()
+
+    def _make_weights(self, plan: Plan) -> Weights:
+        if self._adapters is not None:
+            return _ResidentVariants(self.parts, self.tier, self._residents)
+        for embedding, (name, _, source) in zip(self.embeddings, self.parts.embeddings, strict=True):
+            weight = f"{name}.weight"
+            self._rows.append(
+                PerturbedRows(embedding, self.keys[weight], self.parts.dtype, source.dtype, self.perturbation)
+            )
+        pool = self._computing_slab.carve("variants of blocks", plan.variant_slot_bytes, plan.variant_slots)
+        return PerturbedBlocks(self.parts, self.tier, pool, self.perturbation, self.keys, self._residents, self._rows)
+
+    def _make_chunks(self, plan: Plan) -> Any:
+        if self._adapters is not None:
+            return super()._make_chunks(plan)
+        pool = self._computing_slab.carve("variants of the head", plan.head_variant_slot_bytes, plan.variant_slots)
+        self._head_chunks = PerturbedChunks(self.parts.head, self.head_tier, pool, self.perturbation, self.keys)
+        return self._head_chunks
+
+    def _take_edge(self, edge: EdgeTensor, tensor: torch.Tensor) -> None:
+        super()._take_edge(edge, tensor)
+        if edge.name in self.keys:
+            stored = self._original_sources[edge.name].dtype
+            self._residents.add(self.keys[edge.name], tensor, edge.dtype, edge.install, stored)
