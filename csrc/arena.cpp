@@ -258,7 +258,8 @@ struct Slot {
     bool read_only;  // in a page that the loader has sealed
 };
 
-// The allocator is in c10; the operators' own scratch space (oneDNN, fbgemm) is allocated and freed within torch_cpu.
+// The allocator is in c10. What torch_cpu itself allocates is mostly oneDNN's buffers for generated code, 256 KiB each of which
+// few pages are ever touched, kept for as long as a shape is in oneDNN's cache: they would fill the arena with nothing.
 bool is_torch_library(const char* path, bool& is_c10) {
     const char* slash = std::strrchr(path, '/');
     const char* name = slash == nullptr ? path : slash + 1;
@@ -311,7 +312,7 @@ int collect_slots(dl_phdr_info* info, std::size_t, void* data) {
             const char* name = reinterpret_cast<const char*>(strings)
                 + reinterpret_cast<const ElfW(Sym)*>(symbols)[index].st_name;
             const bool is_free = std::strcmp(name, "free") == 0;
-            if (!is_free && std::strcmp(name, "posix_memalign") != 0) continue;
+            if (!is_free && (!is_c10 || std::strcmp(name, "posix_memalign") != 0)) continue;
             const std::uintptr_t at = info->dlpi_addr + relocation[i].r_offset;
             const bool sealed = at >= sealed_begin && at < sealed_end;
             slots.push_back({reinterpret_cast<std::uintptr_t*>(at), is_free, is_c10, sealed});

@@ -15,7 +15,7 @@ _LOG_STEP_SECONDS = 10.0
 _LOG_PHASE_SECONDS = 30.0
 _STEPS_AVERAGED = 10
 
-Phase = Literal["forward", "head", "backward", "update", "evaluate"]
+Phase = Literal["forward", "head", "backward", "update", "fold", "evaluate"]
 
 
 class Progress:

@@ -18,6 +18,7 @@ from finetune.methods import lora
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
+from memory.generated_code import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.meter import host_bytes
 from memory.plan import Demand, Limits, Plan, Wishes, make_plan
 from memory.simulator import StepTime, simulate_step
@@ -70,6 +71,7 @@ class PlannedRun:
     device_kind: str
     trainable: tuple[nn.Parameter, ...]
     folded_bytes: int  # of the moved weights that are written while the run goes on
+    variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
 
     def describe(self) -> str:
         plan, parts = self.plan, self.parts
@@ -82,8 +84,9 @@ class PlannedRun:
             f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
             f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
             f"on {self.device_kind}",
-            f"a step: {self.shape.micro_batches} micro-batches of at most "
-            + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape)),
+            f"a step: {self.shape.micro_batches // self.variants} micro-batches of at most "
+            + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape))
+            + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
             f"blocks: {len(plan.host_resident)} of {len(parts.blocks)} resident, lookahead {plan.host_lookahead}; block inputs "
             + ("on disk" if plan.activation_slots else "in memory")
             + f"; disk read a step at most {format_bytes(read_bytes)}",
@@ -157,6 +160,8 @@ class Session:
         lora.check_streamable(self.model)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._is_fresh = adapter is None
+        if train and config.method == "zo":
+            _check_zeroth_order(self.device, self.model)
         if lora.needs_first_visit(self.model):
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
@@ -165,6 +170,17 @@ class Session:
         self.perturbs_all = train and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the checkpoint."""
+        unused = self.parts.sources.unused
+        if not unused:
+            return []
+        return [
+            f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
+            f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
+        ]
 
     def set_training(self, training: bool) -> None:
         """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.
@@ -189,17 +205,28 @@ class Session:
                 max(entry.num_bytes, 4 * prod(entry.shape) if exact else 0)
                 for entry in self.parts.checkpoint.tensors.values()
             )
-        return PlannedRun(plan, demand, visit, self.parts, shape, self.device.kind, tuple(self.trainable), folded)
+        return PlannedRun(
+            plan,
+            demand,
+            visit,
+            self.parts,
+            shape,
+            self.device.kind,
+            tuple(self.trainable),
+            folded,
+            self.config.variants if self.train else 1,
+        )
 
     def open(
         self, planned: PlannedRun, scratch: Path, progress: Callable[[str, int, int], None] = lambda *_: None
     ) -> StreamedModel:
         """Allocates what the plan names and opens the model; adapters move into the arena or onto the device."""
         plan = planned.plan
+        keep_shapes(shapes_to_keep(planned.shape.micro_batches))
         if plan.arena_bytes:
             self.arena = install_arena(plan.arena_bytes) or None
-            if self.arena is None:
-                tune_malloc()
+            # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.
+            tune_malloc() if self.arena is None else tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
         target = self.device.torch_device
         for module in self.model.modules():
             for parameter in module._parameters.values():
@@ -309,8 +336,21 @@ class Session:
             variant_bytes=variant_bytes,
             head_variant_bytes=head_variant_bytes,
             folding_bytes=folding_bytes,
+            code_bytes=self._code_bytes(lanes),
         )
         return demand, visit
+
+    def _code_bytes(self, micro_batches: int) -> int:
+        if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:
+            return 0  # fp32 products go through MKL, which compiles nothing
+        return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
+
+
+def _check_zeroth_order(device: Device, model: nn.Module) -> None:
+    if device.torch_device.type != "cpu":
+        raise UserError(f"method zo has no kernels for {device.torch_device.type} yet: use --device cpu")
+    if lora.needs_first_visit(model):
+        raise UserError("lora.use_dora cannot be combined with method zo: leave it out, or use method lora")
 
 
 def _baseline_bytes(adapter_bytes: int) -> int:

@@ -69,6 +69,8 @@ class Trainer:
         """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
         config = self.config
         session = Session(config)
+        if config.training.max_steps is not None:
+            session.folds = config.training.max_steps > config.zo.group_steps
         try:
             return session.plan(self._shape(config.dataset.sequence_length))
         finally:
@@ -182,7 +184,7 @@ class Trainer:
         meter: MemoryMeter,
         progress: Progress,
     ) -> TrainResult:
-        config, options, output = self.config, self.config.training, self.config.output
+        config, output = self.config, self.config.output
 
         def inside(phase: str, done: int, total: int) -> None:
             if self._stop_requested:
@@ -190,11 +192,28 @@ class Trainer:
             progress.inside(phase, done, total)
 
         streamed = session.open(planned, output / "scratch", inside)
-        for note in streamed.notes:
+        for note in [*session.notes, *streamed.notes]:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)
         kind = ZerothOrder if config.method == "zo" else FirstOrder
         method: Method = kind(config, session, batches.num_steps, _about(config, data))
+        try:
+            return self._run_steps(session, planned, data, batches, meter, progress, rates, method)
+        finally:
+            method.close()
+
+    def _run_steps(
+        self,
+        session: Session,
+        planned: PlannedRun,
+        data: Any,
+        batches: BatchPlan,
+        meter: MemoryMeter,
+        progress: Progress,
+        rates: Rates,
+        method: Method,
+    ) -> TrainResult:
+        config, options, output, streamed = self.config, self.config.training, self.config.output, session.streamed
         first_step = method.first_step
         if first_step:
             progress.message(f"resumed after step {first_step}")

@@ -41,7 +41,8 @@ class Demand:
     boundary: one micro-batch's block input; boundary_total: all of a step's.
     baseline: the process before any of this.
     variant: a block, and the largest chunk of the head, in the dtype that computes: where perturbed weights are made, 0
-    when weights are used as they are. folding: buffers through which weights are written.
+    when weights are used as they are. folding: buffers through which weights are written. code: what matrix products
+    compile for themselves.
     """
 
     block_bytes: tuple[int, ...]
@@ -57,6 +58,7 @@ class Demand:
     variant_bytes: int = 0
     head_variant_bytes: int = 0
     folding_bytes: int = 0
+    code_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,7 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
             plan.activation_slots * plan.activation_slot_bytes
         ),
         "disk staging": plan.staging_bytes,
+        "generated code of matrix products": demand.code_bytes,
         "margin": MARGIN_BYTES,
     }
     if on_device:

@@ -12,6 +12,7 @@ how often weights are folded to disk, or whether at all, changes no bit. A step'
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -78,10 +79,15 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, about: Mapping[str, Any]) -> Journal:
-        """A new journal in place of whatever was at `path`. Raises UserError when it cannot be written."""
+        """A new journal; one that is at `path` is kept beside it as `.previous`. Raises UserError when it cannot be
+        written, or is another process's."""
         journal = cls(path, about, [])
         try:
-            journal._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            if path.exists():
+                journal._lock(os.O_RDWR)
+                journal.close()
+                path.replace(path.with_name(f"{path.name}.previous"))
+            journal._lock(os.O_RDWR | os.O_CREAT | os.O_EXCL)
             journal._append(json.dumps(journal.about, sort_keys=True).encode() + b"\n")
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
@@ -100,7 +106,7 @@ class Journal:
         """The journal at `path`, to be appended to; a half-written last record is cut off."""
         journal, end = cls._open(path)
         try:
-            journal._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            journal._lock(os.O_RDWR)
             os.ftruncate(journal._file, end)
             os.lseek(journal._file, end, os.SEEK_SET)
         except OSError as error:
@@ -182,6 +188,17 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _lock(self, flags: int) -> None:
+        """Opens the file; the lock ends with the descriptor, also when the process is killed."""
+        self._file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(
+                f"{self.path} is in use by another process: wait for it, or name another --output"
+            ) from None
 
     def _append(self, data: bytes) -> None:
         start = os.lseek(self._file, 0, os.SEEK_CUR)

@@ -95,6 +95,15 @@ def test_a_full_disk_leaves_no_half_record(journal, monkeypatch):
     assert Journal.read(journal.path).steps == 8
 
 
+def test_one_writer_and_no_journal_is_overwritten(journal):
+    for opened in (lambda: Journal.resume(journal.path), lambda: Journal.create(journal.path, ABOUT)):
+        with pytest.raises(UserError, match="in use by another process"):
+            opened()
+    journal.close()
+    assert Journal.create(journal.path, ABOUT).steps == 0
+    assert Journal.read(journal.path.with_name("journal.zo.previous")).steps == 7
+
+
 def test_steps_follow_each_other(journal):
     with pytest.raises(ValueError, match="step 9 after 7"):
         journal.append(record(9))

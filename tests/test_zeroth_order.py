@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -25,6 +26,7 @@ from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.zeroth_order import clipped, probe_seed, projected_gradients, variants
 from memory.errors import UserError
+from offload.io import IOEngine, IOFailure
 from offload.journal import Journal
 from offload.perturbed import Variant
 from offload.perturbed_model import PerturbedModel
@@ -193,6 +195,41 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_journal(models, da
     with pytest.raises(UserError, match="loss of step 3 is not finite"):
         Trainer(config).train()
     assert Journal.read(config.output / "journal.zo").steps == 2
+
+
+def test_dora_is_refused(models, data, tmp_path):  # noqa: F811
+    config = zo_config(models["float32"], data, tmp_path, 2, {"parameters": "lora"})
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"use_dora": True})})
+    with pytest.raises(UserError, match="use_dora cannot be combined with method zo"):
+        Trainer(config).train()
+
+
+def test_a_journal_that_is_started_again_is_kept(models, data, tmp_path):  # noqa: F811
+    config = zo_config(models["float32"], data, tmp_path, 3)
+    Trainer(config).train()
+    before = journal_bytes(config)
+    Trainer(zo_config(models["float32"], data, tmp_path, 2)).train()
+    assert (tmp_path / "journal.zo.previous").read_bytes() == before
+    assert Journal.read(tmp_path / "journal.zo").steps == 2
+
+
+def test_a_full_disk_while_folding_loses_nothing(models, data, tmp_path, monkeypatch):  # noqa: F811
+    config = zo_config(models["float32"], data, tmp_path, 5)
+    whole = zo_config(models["float32"], data, tmp_path / "whole", 5)
+    Trainer(whole).train()
+    with monkeypatch.context() as patch:
+        sync = IOEngine.sync
+
+        def full(self, file):
+            sync(self, file)
+            raise IOFailure("weights", 0, 1, 0, errno.ENOSPC)
+
+        patch.setattr(IOEngine, "sync", full)
+        with pytest.raises(UserError, match="No space left"):
+            Trainer(config).train()
+    assert Journal.read(config.output / "journal.zo").steps == 3 and not list((config.output / "weights").iterdir())
+    Trainer(config.model_copy(update={"resume": True})).train()
+    assert journal_bytes(config) == journal_bytes(whole)
 
 
 class TestExportRefuses:

@@ -36,3 +36,6 @@ class Method(Protocol):
 
     def finish(self, step: int) -> None:
         """Leaves the model, and what is for the user in the output directory, as after `step` steps."""
+
+    def close(self) -> None:
+        """Gives up files; also after an error."""

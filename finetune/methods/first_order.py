@@ -59,3 +59,6 @@ class FirstOrder:
 
     def finish(self, step: int) -> None:
         lora.save(self._session.model, self._config.output / "adapter")
+
+    def close(self) -> None:
+        """Nothing is open."""

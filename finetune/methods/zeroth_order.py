@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ class ZerothOrder:
         if self._options.parameters == "lora":
             self._model.settle_adapters()
             lora.save(self._session.model, self._config.output / "adapter")
+
+    def close(self) -> None:
         self.journal.close()
 
     def _updates(
@@ -168,7 +171,7 @@ class ZerothOrder:
             self._model.fold_adapters()
         else:
             directory = self._weights / f"step-{step:08d}"
-            self._model.fold(directory)
+            self._model.fold(directory, partial(self._model.engine.progress, "fold"))
             for old in self._weights.iterdir():
                 if old != directory:
                     shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""Products of ever new shapes leave a process no larger: held against oneDNN itself, where the processor makes it compile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memory.generated_code import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
+from offload.model_parts import computes_natively
+
+ROOT = Path(__file__).parent.parent
+GROW = """
+import json, sys, torch
+from memory.arena import tune_malloc
+from memory.generated_code import BYTES_PER_BUFFER, keep_shapes
+from memory.meter import host_bytes
+torch.set_num_threads(1)
+if sys.argv[1] != "unbounded":
+    keep_shapes(int(sys.argv[1]))
+    tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
+weights = [torch.randn(n, k).bfloat16() for n, k in ((576, 576), (1536, 576), (576, 1536))]
+sizes = []
+for rows in range(40, 160, 2):
+    for weight in weights:
+        torch.nn.functional.linear(torch.randn(rows, weight.shape[1]).bfloat16(), weight)
+        torch.randn(rows, weight.shape[0]).bfloat16() @ weight
+    sizes.append(host_bytes())
+print(json.dumps(sizes))
+"""
+
+
+def sizes(kept: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", GROW, kept], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_memory_is_bounded():
+    import torch
+
+    if not computes_natively(torch.bfloat16):
+        pytest.skip("bf16 products are not compiled on this processor")
+    free = sizes("unbounded")
+    if free[-1] - free[9] < 20 << 20:
+        pytest.skip("this build of torch keeps no code for each shape")
+    kept = 16
+    bounded = sizes(str(kept))
+    assert bounded[-1] - bounded[0] < kept * BYTES_PER_SHAPE
+    assert bounded[-1] - bounded[9] < 2 << 20  # from the tenth length on nothing grows
+
+
+def test_how_many_are_kept():
+    assert [shapes_to_keep(n) for n in (1, 2, 4, 100)] == [16, 32, 64, MAX_SHAPES]
