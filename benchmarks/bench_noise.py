@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from offload.noise import INSTRUCTION_SETS, Group, Target, Update, move
+from offload.noise import INSTRUCTION_SETS, Group, Noise, Target, Update, move
 
 
 def main() -> None:
@@ -33,13 +33,13 @@ def main() -> None:
     def one_pass(kind: str, pending: int = 0, pair: bool = False) -> Callable[[], None]:
         groups = [Group(1.0, tuple(Update(j, 1e-6) for j in range(pending)))] if pending else []
         targets = [Target(plus, 99, 1e-3)] + ([Target(minus, 99, -1e-3)] if pair else [])
-        return lambda: move(kind, 5, source, groups, targets)
+        return lambda: move(Noise(kind, 4), 5, source, groups, targets, columns=2000)
 
     cases: dict[str, Callable[[], None]] = {
         "copy": lambda: plus.copy_(source),
         "torch.normal": lambda: normal.normal_(),
     }
-    for kind in ("rademacher", "gaussian"):
+    for kind in ("rademacher", "gaussian", "low_rank"):
         cases[f"{kind}, one target"] = one_pass(kind)
         cases[f"{kind}, a pair"] = one_pass(kind, pair=True)
         cases[f"{kind}, a pair and 8 pending"] = one_pass(kind, 8, pair=True)

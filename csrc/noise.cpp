@@ -132,4 +132,5 @@ void register_noise(nb::module_& m) {
     sub.def("available", &noise::available, "Instruction sets whose code can run here, fastest first.");
     sub.def("run", &noise::run, nb::arg("instructions"), nb::arg("kind"), nb::arg("parameter"), nb::arg("source"),
             nb::arg("source_dtype"), nb::arg("segments"), nb::arg("groups"), nb::arg("targets"), nb::arg("threads"));
+    register_low_rank(sub);
 }

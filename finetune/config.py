@@ -211,8 +211,10 @@ class ZerothOrderOptions(_Section):
     parameters: Literal["all", "lora"] = "all"
     """What is perturbed: all weights of the model, or a LoRA adapter."""
     estimator: Literal["spsa", "fzoo"] = "spsa"
-    noise: Literal["rademacher", "gaussian"] = "rademacher"
-    """Signs cost a quarter of normals; MeZO uses normals."""
+    noise: Literal["rademacher", "gaussian", "low_rank"] = "rademacher"
+    """Signs cost a quarter of normals. MeZO uses normals, LOZO low_rank."""
+    rank: CountOrZero = 0
+    """Of low_rank noise; 0: 4 there."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-3
     perturbations: Count = 1
     """Per step; all are computed from one fetch of the weights."""
@@ -223,7 +225,8 @@ class ZerothOrderOptions(_Section):
     clip_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
     """Projected gradients are clipped to this quantile of the last hundred."""
     fold_steps: Count | None = None
-    """Steps that are summed before they are rounded into the weights; None: 32 with rademacher noise, 8 with gaussian."""
+    """Steps that are summed before they are rounded into the weights; None: 32 with rademacher noise, 8 with gaussian,
+    50 with low_rank, which keeps one V so long."""
     rounding: Literal["exact", "nearest", "stochastic"] = "exact"
     """How a sum goes into weights stored in 16 bits: exact keeps fp32 weights on disk. MeZO: nearest with fold_steps 1."""
 
@@ -233,11 +236,21 @@ class ZerothOrderOptions(_Section):
             raise ValueError(
                 f"expected perturbations of at least 2 for fzoo, which takes their spread, found {self.perturbations}"
             )
+        if self.rank and self.noise != "low_rank":
+            raise ValueError(f"expected a rank with low_rank noise only, found {self.rank} with {self.noise}")
+        if self.noise == "low_rank" and self.momentum:
+            raise ValueError("expected no momentum with low_rank noise, whose V changes every fold_steps steps")
+        if self.noise == "low_rank" and self.rounding == "stochastic":
+            raise ValueError("expected rounding exact or nearest with low_rank noise, found stochastic")
         return self
 
     @property
     def group_steps(self) -> int:
-        return self.fold_steps or (32 if self.noise == "rademacher" else 8)
+        return self.fold_steps or {"rademacher": 32, "gaussian": 8, "low_rank": 50}[self.noise]
+
+    @property
+    def noise_rank(self) -> int:
+        return (self.rank or 4) if self.noise == "low_rank" else 0
 
     @property
     def variants(self) -> int:

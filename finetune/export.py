@@ -52,7 +52,7 @@ def export(
         first_step, checkpoint = folded
         sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
     replay(
-        checkpoint, sources, keys, journal.about["noise"], journal.groups(first_step, steps), directory,
+        checkpoint, sources, keys, journal.noise, journal.groups(first_step, steps), directory,
         stored_dtypes={name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()},
         side_files=[p for p in sorted(model.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)],
         io_backend=config.engine.io_backend, progress=progress,

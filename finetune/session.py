@@ -26,6 +26,7 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
+from offload.noise import Noise
 from offload.perturbed import folded_bytes, variant_layout
 from offload.perturbed_model import PerturbedModel
 from offload.replay import BUFFER_BYTES
@@ -247,7 +248,13 @@ class Session:
         if self.train and self.config.method == "zo":
             adapters = None if self.perturbs_all else dict(self._named_trainable())
             self.streamed = PerturbedModel(
-                self.parts, plan, self.device, scratch, kind=self.config.zo.noise, adapters=adapters, **options
+                self.parts,
+                plan,
+                self.device,
+                scratch,
+                noise=Noise(self.config.zo.noise, self.config.zo.noise_rank),
+                adapters=adapters,
+                **options,
             )
         else:
             self.streamed = StreamedModel(self.parts, plan, self.device, scratch, **options)

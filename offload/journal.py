@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import UserError
-from offload.noise import Group, Update
+from offload.noise import Group, Noise, Update
 
 _FIXED = struct.Struct("<IdfHH")  # step, scale, learning rate, number of updates, number of scalars
 _UPDATE = struct.Struct("<Qf")
@@ -67,8 +67,8 @@ class Record:
 class Journal:
     """Appends records, gives pending groups. Holds all records in memory: 20,000 steps are a few MB.
 
-    about: JSON values in the header. Those that say how records are to be applied: "noise" (a kind of `offload.noise`),
-    "group_steps", "rounding" (of whole groups) and "seed".
+    about: JSON values in the header. Those that say how records are to be applied: "noise" and "rank" (of
+    `offload.noise.Noise`), "group_steps", "rounding" (of whole groups) and "seed".
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], records: list[Record]) -> None:
@@ -122,7 +122,7 @@ class Journal:
         end = data.find(b"\n") + 1
         try:
             about = json.loads(data[:end])
-            if not isinstance(about, dict) or not about.keys() >= {"noise", "group_steps", "rounding", "seed"}:
+            if not isinstance(about, dict) or not about.keys() >= {"noise", "rank", "group_steps", "rounding", "seed"}:
                 raise ValueError("not the header of a journal")
         except ValueError as error:
             raise UserError(f"{path} is not the journal of a zeroth-order run, or its header is damaged") from error
@@ -148,6 +148,10 @@ class Journal:
     def steps(self) -> int:
         """Steps that count."""
         return len(self.records)
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(self.about["noise"], self.about["rank"])
 
     def append(self, record: Record) -> None:
         """Makes the step count: the record is on disk when this returns. Raises UserError: disk full."""
@@ -175,13 +179,21 @@ class Journal:
         groups = []
         for start in range(first_step, last_step, size):
             group = combine(self.records[start : min(start + size, last_step)])
+            group = group._replace(shared_seed=self.shared_seed(start))
             if start + size <= last_step and self.about["rounding"] != "exact":
                 group = group._replace(rounding=self.about["rounding"], rounding_seed=self._rounding_seed(start))
             groups.append(group)
         return tuple(groups)
 
+    def shared_seed(self, step: int) -> int:
+        """Of the columns of low-rank noise, at step `step`: one for all steps of a group."""
+        return self._seed("shared", step - step % self.about["group_steps"])
+
     def _rounding_seed(self, step: int) -> int:
-        digest = hashlib.blake2b(f"{self.about['seed']}/rounding/{step}".encode(), digest_size=8).digest()
+        return self._seed("rounding", step)
+
+    def _seed(self, purpose: str, step: int) -> int:
+        digest = hashlib.blake2b(f"{self.about['seed']}/{purpose}/{step}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
     def close(self) -> None:

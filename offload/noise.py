@@ -21,12 +21,22 @@ from typing import NamedTuple
 import torch
 from finetune_native import noise as _native
 
-KINDS = ("rademacher", "gaussian")
+KINDS = ("rademacher", "gaussian", "low_rank")
 ROUNDINGS = ("exact", "nearest", "stochastic")
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Noise(NamedTuple):
+    """kind: one of `KINDS`. low_rank: for a matrix [rows, columns] (leading dimensions count as rows), z = U V^T / sqrt(rank)
+    with normals U [rows, rank] of the update's own seed and V [columns, rank] of a seed that a group's updates share; what
+    has one dimension gets normals. (LOZO, Chen et al. 2024, without the root: its epsilon times the root is ours.)
+    """
+
+    kind: str
+    rank: int = 0
 
 
 class Update(NamedTuple):
@@ -40,21 +50,33 @@ class Group(NamedTuple):
     """Updates that are summed before they meet the weights, which are multiplied by `scale` (weight decay) first.
 
     rounding: what happens to the fp32 result: "exact", nothing; "nearest" and "stochastic", it is rounded to the dtype in
-    which the parameter is stored, the latter by random bits of `rounding_seed` (bf16 only).
+    which the parameter is stored, the latter by random bits of `rounding_seed` (bf16 only, and not for low_rank).
+    shared_seed: of V, where noise is of low rank.
     """
 
     scale: float
     updates: tuple[Update, ...]
     rounding: str = "exact"
     rounding_seed: int = 0
+    shared_seed: int = 0
 
 
 class Target(NamedTuple):
-    """Where theta + coefficient * z(seed) goes: contiguous fp32, bf16 or fp16, as many elements as the source."""
+    """Where theta + coefficient * z(seed) goes: contiguous fp32, bf16 or fp16, as many elements as the source.
+
+    shared_seed: of V, where noise is of low rank.
+    """
 
     tensor: torch.Tensor
     seed: int = 0
     coefficient: float = 0.0
+    shared_seed: int = 0
+
+
+_ROW_KEY, _COLUMN_KEY = (
+    0x5555555555555555,
+    0xAAAAAAAAAAAAAAAA,
+)  # noise of U and V is unlike that of the parameter itself
 
 
 def parameter_key(name: str) -> int:
@@ -63,12 +85,13 @@ def parameter_key(name: str) -> int:
 
 
 def move(
-    kind: str,
+    noise: Noise,
     parameter: int,
     source: torch.Tensor,
     pending: Sequence[Group],
     targets: Sequence[Target],
     *,
+    columns: int = 0,
     first_element: int = 0,
     segments: Sequence[tuple[int, int]] | None = None,
     stored_dtype: torch.dtype = torch.float32,
@@ -78,7 +101,8 @@ def move(
 
     source: contiguous fp32, bf16 or fp16, any alignment; it may be a target itself. It holds the elements of the parameter
     from `first_element` on, or those of `segments`, pairs of (first element, count), one after the other.
-    stored_dtype: what the groups' rounding rounds to. Raises ValueError for tensors that do not fit.
+    columns: the parameter's last dimension, 0 where it has one dimension. stored_dtype: what the groups' rounding rounds to.
+    Raises ValueError for tensors that do not fit.
     """
     if segments is None:
         segments = [(first_element, source.numel())]
@@ -90,6 +114,10 @@ def move(
             )
     if sum(count for _, count in segments) != source.numel():
         raise ValueError(f"segments cover {sum(count for _, count in segments)} elements, source has {source.numel()}")
+    if noise.kind == "low_rank" and columns:
+        _move_low_rank(noise, parameter, source, pending, targets, columns, segments, stored_dtype)
+        return
+    kind = "gaussian" if noise.kind == "low_rank" else noise.kind
     rounded_to = _DTYPES[stored_dtype]
     _native.run(
         instructions,
@@ -108,7 +136,55 @@ def move(
 
 
 def sample(kind: str, seed: int, parameter: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:
-    """z itself: fp32 [count], the noise of elements `first_element` and on."""
+    """z itself, of a kind that is not low_rank: fp32 [count], the noise of elements `first_element` and on."""
     z = torch.zeros(count)
-    move(kind, parameter, z, (), [Target(z, seed, 1.0)], first_element=first_element, **options)
+    move(Noise(kind), parameter, z, (), [Target(z, seed, 1.0)], first_element=first_element, **options)
     return z
+
+
+def _move_low_rank(
+    noise: Noise,
+    parameter: int,
+    source: torch.Tensor,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    columns: int,
+    segments: Sequence[tuple[int, int]],
+    stored_dtype: torch.dtype,
+) -> None:
+    rank, root = noise.rank, torch.tensor(noise.rank, dtype=torch.float32).rsqrt()
+    row_key, column_key = parameter ^ _ROW_KEY, parameter ^ _COLUMN_KEY
+    columns_of = {
+        seed: sample("gaussian", seed, column_key, columns * rank).view(columns, rank).t().contiguous()
+        for seed in {x.shared_seed for x in (*pending, *targets)}
+    }
+    at = 0
+    for first, count in segments:
+        first_row, first_column = divmod(first, columns)
+        num_rows = -(-(first_column + count) // columns)
+
+        def rows_of(updates: Sequence[Update], first_row: int = first_row, num_rows: int = num_rows) -> torch.Tensor:
+            """Sum of coefficient * U(seed) / sqrt(rank): fp32 [rows, rank]."""
+            u = torch.zeros(num_rows * rank)
+            group = Group(1.0, tuple(updates))
+            move(Noise("gaussian"), row_key, u, [group], [Target(u)], first_element=first_row * rank)
+            return u * root
+
+        # Kept until the pass is over, which holds their addresses.
+        group_rows = [rows_of(group.updates) for group in pending]
+        target_rows = [rows_of([Update(target.seed, 1.0)]) for target in targets]
+        _native.run_low_rank(
+            source.data_ptr() + at * source.itemsize, _DTYPES[source.dtype], first_column, count, columns, rank,
+            [
+                (group.scale, u.data_ptr(), columns_of[group.shared_seed].data_ptr(),
+                 _DTYPES[stored_dtype if group.rounding == "nearest" else torch.float32])
+                for group, u in zip(pending, group_rows, strict=True)
+            ],
+            [
+                (target.tensor.data_ptr() + at * target.tensor.itemsize, _DTYPES[target.tensor.dtype], u.data_ptr(),
+                 columns_of[target.shared_seed].data_ptr(), target.coefficient)
+                for target, u in zip(targets, target_rows, strict=True)
+            ],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        at += count

@@ -29,10 +29,14 @@ CACHE_LINE_BYTES = 64
 
 
 class Variant(NamedTuple):
-    """The weights plus coefficient * z(seed); a coefficient of 0 is the weights themselves."""
+    """The weights plus coefficient * z(seed); a coefficient of 0 is the weights themselves.
+
+    shared_seed: of the columns, where noise is of low rank.
+    """
 
     seed: int = 0
     coefficient: float = 0.0
+    shared_seed: int = 0
 
 
 def noise_keys(sources: ParameterMap, parameters: frozenset[str]) -> dict[str, int]:
@@ -57,11 +61,16 @@ def folded_bytes(layout: BlockLayout) -> int:
     )
 
 
+def columns_of(tensor: torch.Tensor) -> int:
+    """The `columns` of `noise.move` for a whole parameter, or for some of its rows."""
+    return tensor.shape[-1] if tensor.dim() > 1 else 0
+
+
 class Perturbation:
     """The step's variants and the updates that no checkpoint holds yet: shared by all parts of the model."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: noise.Noise) -> None:
+        self.noise = kind
         self.variants: Sequence[Variant] = (Variant(),)
         self.pending: tuple[noise.Group, ...] = ()
 
@@ -77,9 +86,9 @@ class Perturbation:
     ) -> None:
         """Makes variants of `source`, brought up to date: variant index -> where to."""
         noise.move(
-            self.kind, key, source, self.pending,
+            self.noise, key, source, self.pending,
             [noise.Target(target, *self.variants[variant]) for variant, target in targets.items()],
-            first_element=first_element, segments=segments, stored_dtype=stored_dtype,
+            columns=columns_of(source), first_element=first_element, segments=segments, stored_dtype=stored_dtype,
         )  # fmt: skip
 
     def made_together(self, variant: int, most: int) -> list[int]:
@@ -163,8 +172,8 @@ class Residents:
         """The pending updates become part of the clean values, which are fp32."""
         for key, clean, _, _, stored_dtype in self._tensors:
             noise.move(
-                self._perturbation.kind, key, clean, self._perturbation.pending, [noise.Target(clean)],
-                stored_dtype=stored_dtype,
+                self._perturbation.noise, key, clean, self._perturbation.pending, [noise.Target(clean)],
+                columns=columns_of(clean), stored_dtype=stored_dtype,
             )  # fmt: skip
         self._made.clear()
 

@@ -23,7 +23,7 @@ from offload.block_store import TORCH_DTYPES
 from offload.devices import Device
 from offload.engine import Weights
 from offload.model_parts import EdgeTensor, ModelParts
-from offload.noise import parameter_key
+from offload.noise import Noise, parameter_key
 from offload.perturbed import (
     Perturbation,
     PerturbedBlocks,
@@ -53,7 +53,7 @@ class _ResidentVariants(BlockWeights):
 
 
 class PerturbedModel(StreamedModel):
-    """kind: of noise. adapters: fqn -> parameter, when only these are perturbed; None: all parameters of the model.
+    """noise: what perturbs. adapters: fqn -> parameter, when only these are perturbed; None: all parameters of the model.
 
     `perturbation.pending` is what the weights lack; the caller keeps it up to date.
     """
@@ -65,11 +65,11 @@ class PerturbedModel(StreamedModel):
         device: Device,
         scratch: Path,
         *,
-        kind: str,
+        noise: Noise,
         adapters: Mapping[str, nn.Parameter] | None = None,
         **options: Any,
     ) -> None:
-        self.perturbation = Perturbation(kind)
+        self.perturbation = Perturbation(noise)
         self.original = parts.checkpoint
         self._original_sources = parts.sources
         self.keys = {} if adapters is not None else noise_keys(parts.sources, parts.parameters)
@@ -126,7 +126,7 @@ class PerturbedModel(StreamedModel):
         """
         rounds = any(group.rounding != "exact" for group in self.perturbation.pending)
         replay(
-            self.parts.checkpoint, self.parts.sources, self.keys, self.perturbation.kind, self.perturbation.pending,
+            self.parts.checkpoint, self.parts.sources, self.keys, self.perturbation.noise, self.perturbation.pending,
             directory, stored_dtypes=self.stored_dtypes, dtype=None if rounds else torch.float32,
             io_backend=self.io.backend, progress=progress,
         )  # fmt: skip

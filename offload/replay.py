@@ -30,12 +30,14 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class _Piece(NamedTuple):
-    """Bytes [offset, offset + num_bytes) of a file are elements from `first_element` on of the parameter with `key`."""
+    """Bytes [offset, offset + num_bytes) of a file are elements from `first_element` on of the parameter with `key`, which
+    has so many columns (0: it has one dimension)."""
 
     offset: int
     num_bytes: int
     key: int
     first_element: int
+    columns: int
 
 
 class _Chunk(NamedTuple):
@@ -50,7 +52,7 @@ def replay(
     checkpoint: Checkpoint,
     sources: ParameterMap,
     keys: Mapping[str, int],
-    kind: str,
+    kind: noise.Noise,
     groups: Sequence[noise.Group],
     directory: Path,
     *,
@@ -157,9 +159,11 @@ def _moved(source: Source, by_file: Mapping[Path, list[TensorEntry]], new: Check
 def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_Piece]]:
     found: dict[Path, set[_Piece]] = defaultdict(set)
     for name, key in keys.items():
-        itemsize = sources[name].dtype.itemsize
+        itemsize, shape = sources[name].dtype.itemsize, sources[name].shape
+        columns = shape[-1] if len(shape) > 1 else 0
         for piece in sources[name].pieces:
-            found[piece.path].add(_Piece(piece.file_offset, piece.num_bytes, key, piece.target_offset // itemsize))
+            first = piece.target_offset // itemsize
+            found[piece.path].add(_Piece(piece.file_offset, piece.num_bytes, key, first, columns))
     return {path: sorted(pieces) for path, pieces in found.items()}
 
 
@@ -170,7 +174,7 @@ class _Writer:
         self,
         io: IOEngine,
         pieces: Mapping[Path, list[_Piece]],
-        kind: str,
+        kind: noise.Noise,
         groups: Sequence[noise.Group],
         stored_dtypes: Mapping[str, torch.dtype],
         total_bytes: int,
@@ -257,6 +261,7 @@ class _Writer:
                 first, last = (low - chunk.offset) // old.itemsize, (high - chunk.offset) // old.itemsize
                 noise.move(
                     self._kind, piece.key, old[first:last], self._groups, [noise.Target(new[first:last])],
+                    columns=piece.columns,
                     first_element=piece.first_element + (low - piece.offset) // old.itemsize,
                     stored_dtype=self._stored_dtypes[chunk.entry.name],
                 )  # fmt: skip

@@ -63,6 +63,39 @@ def _normals(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return radius * np.where(swapped, sine, cosine), radius * np.where(swapped, cosine, sine)
 
 
+def low_rank(seed: int, shared_seed: int, parameter: int, rank: int, rows: int, columns: int) -> np.ndarray:
+    """fp32 [rows, columns]: U V^T / sqrt(rank), the root in U, the sum in the order of the ranks."""
+    u = noise("gaussian", seed, parameter ^ 0x5555555555555555, 0, rows * rank).reshape(rows, rank)
+    return _product(u * _root(rank), shared_seed, parameter, columns)
+
+
+def _root(rank: int) -> np.float32:
+    return torch.tensor(rank, dtype=torch.float32).rsqrt().numpy()
+
+
+def _product(u: np.ndarray, shared_seed: int, parameter: int, columns: int) -> np.ndarray:
+    rank = u.shape[1]
+    v = noise("gaussian", shared_seed, parameter ^ 0xAAAAAAAAAAAAAAAA, 0, columns * rank).reshape(columns, rank)
+    z = u[:, :1] * v[:, 0]
+    for k in range(1, rank):
+        z = z + u[:, k : k + 1] * v[:, k]
+    return z
+
+
+def moved_low_rank(parameter: int, theta: torch.Tensor, groups: Sequence, rank: int) -> torch.Tensor:
+    """fp32, flat: a matrix with groups (of rounding "exact") of low-rank noise applied."""
+    rows, columns = theta.numel() // theta.shape[-1], theta.shape[-1]
+    value = theta.float().reshape(rows, columns).numpy()
+    for group in groups:
+        u = np.zeros(rows * rank, F32)
+        for seed, coefficient in group.updates:
+            u += F32(coefficient) * noise("gaussian", seed, parameter ^ 0x5555555555555555, 0, rows * rank)
+        value = value * F32(group.scale) + _product(
+            u.reshape(rows, rank) * _root(rank), group.shared_seed, parameter, columns
+        )
+    return torch.from_numpy(value).flatten()
+
+
 def moved(kind: str, parameter: int, theta: torch.Tensor, groups: Sequence, first: int = 0) -> torch.Tensor:
     """fp32: `theta` with the groups (of rounding "exact") applied."""
     theta = theta.float().flatten().clone()

@@ -11,7 +11,7 @@ from memory.errors import UserError
 from offload.journal import Journal, Record, combine
 from offload.noise import Group, Update
 
-ABOUT = {"noise": "rademacher", "group_steps": 3, "rounding": "exact", "seed": 1, "model": "m"}
+ABOUT = {"noise": "rademacher", "rank": 0, "group_steps": 3, "rounding": "exact", "seed": 1, "model": "m"}
 
 
 def record(step: int, scale: float = 1.0) -> Record:
@@ -113,7 +113,8 @@ def test_groups(journal):
     groups = journal.groups(0)
     assert [len(group.updates) for group in groups] == [6, 6, 2]
     assert groups[1].updates == tuple(update for r in journal.records[3:6] for update in r.updates)
-    assert journal.groups(3, 5) == (combine(journal.records[3:5]),)
+    assert journal.groups(3, 5) == (combine(journal.records[3:5])._replace(shared_seed=journal.shared_seed(4)),)
+    assert journal.shared_seed(3) == journal.shared_seed(5) != journal.shared_seed(6)
     assert journal.groups(3, 3) == ()
     with pytest.raises(ValueError, match="does not begin a group"):
         journal.groups(2)

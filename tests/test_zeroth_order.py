@@ -66,6 +66,7 @@ SETTINGS = {
     "stochastic": {"rounding": "stochastic", "noise": "gaussian"},
     "momentum": {"momentum": 0.9, "momentum_window": 4, "clip_quantile": 0.5, "update": "sign"},
     "fzoo": {"estimator": "fzoo", "perturbations": 3},
+    "lozo": {"noise": "low_rank", "rank": 2},
     "lora": {"parameters": "lora"},
 }
 
@@ -291,6 +292,13 @@ class TestEstimators:
         assert projected_gradients(options, np.float32([2, 3, 3, 3])).tolist() == [0, 0, 0]
         with pytest.raises(ConfigError, match="perturbations of at least 2"):
             Config(model="m", zo={"estimator": "fzoo"})
+
+    def test_low_rank_noise_refuses_what_needs_other_columns(self):
+        for wrong in ({"momentum": 0.9}, {"rounding": "stochastic"}):
+            with pytest.raises(ConfigError, match="with low_rank noise"):
+                Config(model="m", zo={"noise": "low_rank", **wrong})
+        with pytest.raises(ConfigError, match="rank with low_rank noise only"):
+            Config(model="m", zo={"rank": 3})
 
     def test_clipping(self):
         history = [float(i) for i in range(1, 11)]

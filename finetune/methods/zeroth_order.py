@@ -9,6 +9,9 @@ Estimators, for q perturbations z_i, radius epsilon, losses L:
   fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
          losses: one forward pass a perturbation, and steps that are longer where the loss is flat. The learning rate is
          the length of a step, whatever epsilon. FZOO (Dang et al. 2025).
+Noise: signs (FZOO's), normals (MeZO's) or low_rank, LOZO (Chen et al. 2024): z = U V^T / sqrt(rank), with V kept for
+`fold_steps` steps, so that all these steps' updates are one product of that rank. It adds to weights like any other noise;
+momentum would need the V of earlier steps and is for the other kinds.
 Updates:
   sgd    theta <- (1 - lr weight_decay) theta - lr / q sum_i g_i z_i
   sign   the same with the sign of each g_i in place of g_i
@@ -49,12 +52,12 @@ def probe_seed(seed: int, step: int, perturbation: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def variants(options: ZerothOrderOptions, seeds: Sequence[int]) -> list[Variant]:
+def variants(options: ZerothOrderOptions, seeds: Sequence[int], shared_seed: int = 0) -> list[Variant]:
     """The versions of the weights whose losses `projected_gradients` wants, in this order."""
     epsilon = options.epsilon
     if options.estimator == "fzoo":
-        return [Variant(), *(Variant(seed, epsilon) for seed in seeds)]
-    return [Variant(seed, sign * epsilon) for seed in seeds for sign in (1, -1)]
+        return [Variant(), *(Variant(seed, epsilon, shared_seed) for seed in seeds)]
+    return [Variant(seed, sign * epsilon, shared_seed) for seed in seeds for sign in (1, -1)]
 
 
 def projected_gradients(options: ZerothOrderOptions, losses: np.ndarray) -> np.ndarray:
@@ -88,6 +91,7 @@ class ZerothOrder:
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
         about = about | {
             "noise": options.noise,
+            "rank": options.noise_rank,
             "group_steps": options.group_steps,
             "rounding": options.rounding,
             "seed": config.training.seed,
@@ -111,7 +115,8 @@ class ZerothOrder:
         if step % options.group_steps == 0 and step > self._folded:
             self._fold(step)
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
-        losses = self._model.losses(inputs, labels, variants(options, seeds)).numpy()
+        versions = variants(options, seeds, self.journal.shared_seed(step))
+        losses = self._model.losses(inputs, labels, versions).numpy()
         if not np.isfinite(losses).all():
             raise UserError(
                 f"the loss of step {step + 1} is not finite ({', '.join(f'{x:g}' for x in losses[:4])}): lower "

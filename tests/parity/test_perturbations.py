@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ PLACEMENTS = [
     {"resident_blocks": 2, "lookahead": 1, "io_backend": "threads"},
     {"resident_blocks": 5},
 ]
+
+
+def shared_seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/shared/{step}".encode(), digest_size=8).digest(), "little")
 
 
 def zo_config(model: Path, data: Any, output: Path, zo: dict | None = None, **changes: Any) -> Config:
@@ -71,13 +76,26 @@ class PlainMezo:
         group = offload.noise.Group(scale, tuple(coefficients.items()))
         groups = [] if not self.group else [group]
         with_pairs = [g._replace(updates=tuple(offload.noise.Update(*u) for u in g.updates)) for g in groups]
-        return reference.moved(self.zo.noise, offload.noise.parameter_key(name), self.values[name], with_pairs)
+        key = offload.noise.parameter_key(name)
+        if self.zo.noise != "low_rank":
+            return reference.moved(self.zo.noise, key, self.values[name], with_pairs)
+        if len(shape := self.named[name].shape) == 1:
+            return reference.moved("gaussian", key, self.values[name], with_pairs)
+        with_pairs = [group._replace(shared_seed=self.shared_seed) for group in with_pairs]
+        return reference.moved_low_rank(key, self.values[name].view(shape), with_pairs, self.zo.noise_rank)
+
+    def noise(self, name: str, seed: int, count: int) -> np.ndarray:
+        key, shape = offload.noise.parameter_key(name), self.named[name].shape
+        if self.zo.noise == "low_rank" and len(shape) > 1:
+            rank, columns = self.zo.noise_rank, shape[-1]
+            return reference.low_rank(seed, self.shared_seed, key, rank, count // columns, columns).reshape(-1)
+        return reference.noise("gaussian" if self.zo.noise == "low_rank" else self.zo.noise, seed, key, 0, count)
 
     def set(self, seed: int, coefficient: float) -> None:
         for name, parameter in self.named.items():
             theta = self.up_to_date(name)
             if coefficient:
-                z = reference.noise(self.zo.noise, seed, offload.noise.parameter_key(name), 0, theta.numel())
+                z = self.noise(name, seed, theta.numel())
                 theta = theta + torch.tensor(coefficient, dtype=torch.float32) * torch.from_numpy(z)
             parameter.data = theta.view(parameter.shape).to(parameter.dtype)
 
@@ -103,6 +121,8 @@ class PlainMezo:
             if len(self.group) == zo.group_steps:
                 self.values = {name: self.up_to_date(name) for name in self.values}
                 self.group = []
+            if not self.group:
+                self.shared_seed = shared_seed(options.seed, step)
             seeds = [probe_seed(options.seed, step, i) for i in range(zo.perturbations)]
             losses, gradients = [], []
             for seed in seeds:
@@ -164,6 +184,20 @@ def test_placements(device, engine, noise, checkpoint, tokens, tmp_path):
     config = zo_config(
         model, tokens, tmp_path / "out", {"noise": noise, "perturbations": 2}, device=device, engine=engine,
         training={"max_steps": 9, "weight_decay": 0.1},
+    )  # fmt: skip
+    plain = PlainMezo(config).run()
+    assert zo_run(config) == plain.losses
+    assert_exported(config, plain, tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+def test_low_rank(name, device, checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    zo = {"noise": "low_rank", "rank": 3, "perturbations": 2}
+    config = zo_config(
+        checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", zo, device=device,
+        training={"max_steps": 9, "weight_decay": 0.1}, engine={"dtype": "bfloat16", **PLACEMENTS[0]},
     )  # fmt: skip
     plain = PlainMezo(config).run()
     assert zo_run(config) == plain.losses
