@@ -127,20 +127,8 @@ std::size_t Region::largest_free_bytes() const {
 
 void Region::discard(void* block, std::size_t bytes) { madvise(block, bytes, MADV_DONTNEED); }
 
-std::size_t Region::trim() {
-    std::size_t bytes = 0;
-    for (const auto& range : free_) {
-        discard(base_ + range.first, range.second);
-        bytes += range.second;
-    }
-    return bytes;
-}
-
-void Region::prefault(std::size_t bytes) {
-    bytes = std::min(round_up(bytes, kPageBytes), capacity_bytes_);
-    if (bytes == 0 || madvise(base_, bytes, MADV_POPULATE_WRITE) == 0) return;
-    // Kernels before 5.14. Blocks may be in use by other threads: a write that changes nothing, atomically.
-    for (std::size_t at = 0; at < bytes; at += kPageBytes) __atomic_fetch_or(base_ + at, 0, __ATOMIC_RELAXED);
+void Region::trim() {
+    for (const auto& range : free_) discard(base_ + range.first, range.second);
 }
 
 // ---------------------------------------------------------------- the process's arena
@@ -411,16 +399,6 @@ void reset_peak() {
     p.overflow_peak_bytes = p.overflow_bytes;
 }
 
-void prefault(std::size_t bytes) {
-    if (Region* region = process().current.get()) region->prefault(bytes);
-}
-
-std::size_t trim() {
-    Process& p = process();
-    const std::lock_guard guard(p.lock);
-    return p.current == nullptr ? 0 : p.current->trim();
-}
-
 bool set_long_lived(bool on) {
     const bool was = long_lived;
     long_lived = on;
@@ -432,8 +410,6 @@ bool set_long_lived(bool on) {
 void install(std::size_t, std::size_t) { throw std::runtime_error("the tensor arena needs Linux"); }
 Stats stats() { return {}; }
 void reset_peak() {}
-void prefault(std::size_t) {}
-std::size_t trim() { return 0; }
 bool set_long_lived(bool) { return false; }
 
 #endif
@@ -457,7 +433,5 @@ void register_arena(nb::module_& parent) {
         return d;
     });
     m.def("reset_peak", &arena::reset_peak);
-    m.def("prefault", &arena::prefault, nb::arg("bytes"), nb::call_guard<nb::gil_scoped_release>());
-    m.def("trim", &arena::trim, nb::call_guard<nb::gil_scoped_release>());
     m.def("set_long_lived", &arena::set_long_lived, nb::arg("on"));
 }

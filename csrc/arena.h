@@ -31,9 +31,8 @@ public:
 
     void* allocate(std::size_t bytes, bool high_end);  // nullptr when no free range is large enough
     std::size_t release(void* block);                  // bytes of the block; 0 when it is no block of this region
-    std::size_t trim();                                // hands the pages of free ranges to the kernel; bytes in them
+    void trim();                                       // hands the pages of free ranges to the kernel
     void discard(void* block, std::size_t bytes);      // hands these pages to the kernel
-    void prefault(std::size_t bytes);
 
     bool contains(const void* p) const;
     std::uintptr_t begin() const { return reinterpret_cast<std::uintptr_t>(base_); }
@@ -69,8 +68,6 @@ struct Stats {
 void install(std::size_t capacity_bytes, std::size_t min_block_bytes);
 Stats stats();
 void reset_peak();
-void prefault(std::size_t bytes);
-std::size_t trim();
 bool set_long_lived(bool on);  // of the calling thread; returns what it was
 
 }  // namespace arena

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -229,11 +230,12 @@ class Session:
             # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.
             tune_malloc() if self.arena is None else tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
         target = self.device.torch_device
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and not is_placeholder(parameter):
+        with self.arena.long_lived() if self.arena else contextlib.nullcontext():
+            for parameter in self.model.parameters():
+                if not is_placeholder(parameter):
                     parameter.data = parameter.data.to(target, copy=True)
-            if not self.device.shares_host_memory:
+        if not self.device.shares_host_memory:
+            for module in self.model.modules():
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         module._buffers[name] = buffer.to(target)

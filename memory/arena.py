@@ -53,15 +53,6 @@ class Arena:
         """Starts the peaks again from what is in use now."""
         self._native.reset_peak()
 
-    def prefault(self, size_bytes: int) -> None:
-        """Makes the first `size_bytes` of the arena resident (huge pages where the system has them), so that they never
-        grow later. Contents of live tensors are kept."""
-        self._native.prefault(size_bytes)
-
-    def trim(self) -> int:
-        """Returns the pages of all free ranges to the system. Gives the bytes of these ranges, resident or not."""
-        return self._native.trim()
-
     @contextlib.contextmanager
     def long_lived(self) -> Iterator[None]:
         """Tensors that this thread allocates inside come from the high end, away from the temporaries at the low end,

@@ -1,13 +1,11 @@
 """Measured memory of this process: what the kernel counts, not what we believe.
 
 `host_bytes` is anonymous plus shared memory, the part that cannot be dropped and that a budget must hold. Pages of
-mapped files (weights read through the page cache, libraries' code) are `file_bytes`: the kernel takes them back when
-it needs to.
+mapped files (libraries' code, what goes through the page cache) do not count: the kernel takes them back when it needs to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from pathlib import Path
@@ -25,33 +23,6 @@ def host_bytes() -> int:
 
     memory = psutil.Process().memory_full_info()
     return getattr(memory, "uss", memory.rss)
-
-
-def file_bytes() -> int:
-    """Resident pages of mapped files now; 0 where the system does not tell them apart."""
-    return _resident()["RssFile"] if sys.platform.startswith("linux") else 0
-
-
-def cgroup_current_bytes() -> int | None:
-    """Bytes charged now to the control group that holds this process: all its processes, page cache included. None
-    without a memory group. What the group may hold is `memory.units.available_host_bytes`."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.usage_in_bytes"
-        elif controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.current"
-        else:
-            continue
-        # A container may see the host's path and yet have only its own group mounted, at the root.
-        for folder in (root / path.lstrip("/"), root):
-            with contextlib.suppress(OSError, ValueError):
-                return int((folder / name).read_text())
-    return None
 
 
 class MemoryMeter:

@@ -129,6 +129,34 @@ def test_groups_that_round(instructions):
     assert abs(same.mean().item() - value) < 5 * 2**-7 * (0.3 * 0.7 / 200_000) ** 0.5
 
 
+def test_what_rounding_every_step_loses():
+    """At MeZO's rates most of an update is lost when it is rounded into bf16 at once; summed first, next to nothing is.
+
+    progress: how far the weights have gone along the sum of the updates, as a share of it.
+    """
+    weights = (torch.randn(200_000, generator=torch.Generator().manual_seed(2)) * 0.05).bfloat16()
+    updates = [Update(seed, 1e-6) for seed in range(64)]
+    noise = Noise("rademacher")
+
+    def after(groups: list[Group]) -> torch.Tensor:
+        result = torch.empty(weights.numel())
+        move(noise, 7, weights, groups, [Target(result)], stored_dtype=torch.bfloat16)
+        return result.double() - weights.double()
+
+    wanted = torch.zeros(weights.numel())
+    move(noise, 7, wanted, [Group(1.0, tuple(updates))], [Target(wanted)])
+
+    def progress(groups: list[Group]) -> float:
+        return float(after(groups) @ wanted.double() / wanted.double().square().sum())
+
+    assert progress([Group(1.0, tuple(updates))]) == pytest.approx(1, abs=1e-3)
+    assert progress([Group(1.0, (update,), "nearest") for update in updates]) < 0.1
+    # Without bias, but each step adds noise of the size of bf16's last bit: 5 standard deviations of it.
+    random = [Group(1.0, (update,), "stochastic", seed) for seed, update in enumerate(updates)]
+    assert abs(progress(random) - 1) < 0.5
+    assert after(random).std() > 10 * wanted.std()
+
+
 def test_moments():
     """The first four moments of both kinds, within 5 standard deviations of an honest sample's."""
     n = 1 << 20
