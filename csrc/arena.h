@@ -1,8 +1,9 @@
 // A bounded, recycled home for torch's CPU tensors.
 //
-// torch takes tensor memory from posix_memalign and gives it back through free. `install` redirects these two symbols,
-// in torch's own libraries only, to one region of fixed size. What is freed is reused at once by the next tensor, so the
-// memory of the process neither grows step by step nor has to be zeroed again by the kernel.
+// torch takes tensor memory from posix_memalign and gives it back through free. `install` redirects both to one
+// region of fixed size: posix_memalign in libc10.so only, free in libtorch_cpu.so and libtorch_python.so too. What is
+// freed is reused at once by the next tensor, so the memory of the process neither grows step by step nor has to be
+// zeroed again by the kernel.
 #pragma once
 
 #include <cstddef>

@@ -168,7 +168,8 @@ class Session:
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(train)
-        self.folds = True  # whether moved weights are written while the run goes on
+        # Whether moved weights are written while the run goes on; the trainer knows better where epochs set the steps.
+        self.folds = config.training.max_steps is None or config.training.max_steps > config.zo.group_steps
         self.perturbs_all = train and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None

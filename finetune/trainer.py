@@ -69,8 +69,6 @@ class Trainer:
         """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
         config = self.config
         session = Session(config)
-        if config.training.max_steps is not None:
-            session.folds = config.training.max_steps > config.zo.group_steps
         try:
             return session.plan(self._shape(config.dataset.sequence_length))
         finally:

@@ -26,6 +26,7 @@ from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.zeroth_order import clipped, probe_seed, projected_gradients, variants
 from memory.errors import UserError
+from memory.plan import PlanRefused
 from offload.io import IOEngine, IOFailure
 from offload.journal import Journal
 from offload.perturbed import Variant
@@ -154,6 +155,21 @@ def test_a_short_run_writes_no_weights(models, data, tmp_path):  # noqa: F811
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert all(row["disk_write_bytes"] == 0 for row in rows)
     assert (config.output / "journal.zo").stat().st_size < 5 * 100 + 4096
+
+
+def test_a_short_run_needs_no_room_for_folding(models, data, tmp_path):  # noqa: F811
+    """The smallest budget of a run that never folds is smaller than that of one that does, and it runs within it."""
+
+    def smallest(steps: int) -> int:
+        config = zo_config(models["bfloat16"], data, tmp_path / "refused", steps, host_memory="1MiB")
+        with pytest.raises(PlanRefused) as refused:
+            Trainer(config).train()
+        return refused.value.smallest_bytes
+
+    short, long = smallest(3), smallest(4)
+    assert long - short > 20 << 20  # the buffers of folding alone
+    budget = short + (8 << 20)  # what this process has grown by since
+    Trainer(zo_config(models["bfloat16"], data, tmp_path / "runs", 3, host_memory=budget)).train()
 
 
 def test_more_perturbations_read_no_more(models, data, tmp_path):  # noqa: F811
