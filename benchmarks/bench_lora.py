@@ -17,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from running import run_finetune
 
 RESIDENT = """
 import json, sys, time, torch, warnings
@@ -65,23 +66,6 @@ def run_resident(arguments: argparse.Namespace, cache: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def run_ours(arguments: argparse.Namespace, output: str) -> list[dict]:
-    command = shlex.split(arguments.limit_command) + [
-        sys.executable, "-m", "finetune", "run", "--model", arguments.model, "--data", arguments.data, "--output", output,
-        "--host-memory", arguments.host_memory, "--max-steps", str(arguments.steps),
-        "--batch-size", str(arguments.batch_size), "--micro-batch-size", str(arguments.micro_batch_size),
-        "--sequence-length", str(arguments.sequence_length), "--set", "training.lr_scheduler=constant",
-        "--set", "training.save_steps=100000",
-    ]  # fmt: skip
-    for setting in arguments.set:
-        command += ["--set", setting]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(f"finetune run failed:\n{result.stderr[-3000:]}")
-    print(result.stderr.splitlines()[-1] if arguments.limit_command else "")
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -101,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         for number in range(arguments.rounds):
             a = run_resident(arguments, f"{scratch}/cache")
-            b = run_ours(arguments, f"{scratch}/out{number}")
+            b = run_finetune(arguments, f"{scratch}/out{number}", "lora")
             for x, y in zip(a, b, strict=True):
                 if abs(x["loss"] - y["loss"]) > 1e-3 * abs(x["loss"]):
                     sys.exit(f"losses differ: resident {x['loss']}, ours {y['loss']}")

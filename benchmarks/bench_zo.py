@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from running import run_finetune
 
 RESIDENT = """
 import json, sys, time, torch
@@ -65,22 +65,6 @@ def run_resident(arguments: argparse.Namespace, cache: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
-def run_ours(arguments: argparse.Namespace, output: str) -> list[dict]:
-    command = shlex.split(arguments.limit_command) + [
-        sys.executable, "-m", "finetune", "run", "--method", "zo", "--model", arguments.model, "--data", arguments.data,
-        "--output", output, "--host-memory", arguments.host_memory, "--max-steps", str(arguments.steps),
-        "--batch-size", str(arguments.batch_size), "--micro-batch-size", str(arguments.micro_batch_size),
-        "--sequence-length", str(arguments.sequence_length), "--set", "training.lr_scheduler=constant",
-    ]  # fmt: skip
-    for setting in arguments.set:
-        command += ["--set", setting]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(f"finetune run failed:\n{result.stderr[-3000:]}")
-    print(result.stderr.splitlines()[-1] if arguments.limit_command else "")
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -100,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         for number in range(arguments.rounds):
             a = run_resident(arguments, f"{scratch}/cache")
-            b = run_ours(arguments, f"{scratch}/out{number}")
+            b = run_finetune(arguments, f"{scratch}/out{number}", "zo")
             passes = [row["forwards"] for row in a if "forwards" in row]
             if abs(a[0]["loss"] - b[0]["loss"]) > 1e-2 * a[0]["loss"]:
                 sys.exit(f"losses differ: resident {a[0]['loss']}, ours {b[0]['loss']}")

@@ -82,16 +82,7 @@ def load_state(
     try:
         found = json.loads((state / "state.json").read_text())
         step = found.pop("step")
-        different = [
-            f"{key}: {found.get(key)!r} then, {about.get(key)!r} now"
-            for key in sorted(found.keys() | about.keys())
-            if found.get(key) != about.get(key)
-        ]
-        if different:
-            raise UserError(
-                f"cannot resume from {state}: the run was started with other settings ({'; '.join(different)}). "
-                "Use the same settings, or another --output"
-            )
+        check_same_run(state, found, about)
         with safe_open(state / "tensors.safetensors", framework="pt") as file, torch.no_grad():
             names = set(file.keys())
             expected = {f"parameter.{name}" for name in trainable}
@@ -112,6 +103,20 @@ def load_state(
             f"the saved state {state} is damaged ({error}); remove it to go on from the one before"
         ) from error
     return step
+
+
+def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the settings that differ, unless `found` in `place` is what this run would have written."""
+    different = [
+        f"{key}: {found.get(key)!r} then, {about.get(key)!r} now"
+        for key in sorted(found.keys() | about.keys())
+        if found.get(key) != about.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"cannot resume from {place}: the run was started with other settings ({'; '.join(different)}). "
+            "Use the same settings, or another --output"
+        )
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -25,7 +25,6 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from finetune.config import Config, ZerothOrderOptions
 from finetune.methods import StepResult, lora
 from finetune.methods.schedule import make_scheduler
 from finetune.session import Session
+from finetune.state import check_same_run
 from memory.errors import UserError
 from offload.journal import Journal, Record
 from offload.noise import Update
@@ -99,7 +99,7 @@ class ZerothOrder:
         path = config.output / "journal.zo"
         if config.resume and path.exists():
             self.journal = Journal.resume(path)
-            _check_same_run(path, self.journal.about, about)
+            check_same_run(path, self.journal.about, about)
             self._find_folded()
         else:
             shutil.rmtree(self._weights, ignore_errors=True)
@@ -193,16 +193,3 @@ class ZerothOrder:
         if (folded := newest_fold(self._weights, whole)) is not None:
             self._folded, checkpoint = folded
             self._model.move_to(checkpoint)
-
-
-def _check_same_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    different = [
-        f"{key}: {found.get(key)!r} then, {expected.get(key)!r} now"
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key)
-    ]
-    if different:
-        raise UserError(
-            f"cannot resume from {path}: the run was started with other settings ({'; '.join(different)}). "
-            "Use the same settings, or another --output"
-        )
