@@ -530,7 +530,9 @@ def _problem_line(key: str, lines: list[str], found: str | None) -> str:
 def _nearest(location: Sequence[str]) -> str:
     *sections, leaf = location
     leaves = {key.rpartition(".")[2]: key for key in _KEYS} | {section: section for section in _SECTIONS}
-    key = leaves.get(leaf) or _OTHER_NAMES.get(leaf)
+    other = _OTHER_NAMES.get(leaf)
+    here = other is not None and other.rpartition(".")[0] == ".".join(sections)
+    key = other if here else leaves.get(leaf) or other
     same_section = {name: key for name, key in leaves.items() if key == ".".join([*sections, name])}
     for names in (same_section, leaves):
         near = difflib.get_close_matches(leaf, names, n=1)
