@@ -212,7 +212,7 @@ class ZerothOrderOptions(_Section):
     """What is perturbed: all weights of the model, or a LoRA adapter."""
     estimator: Literal["spsa", "fzoo"] = "spsa"
     noise: Literal["rademacher", "gaussian", "low_rank"] = "rademacher"
-    """Signs cost a quarter of normals. MeZO uses normals, LOZO low_rank."""
+    """Signs cost less than half of normals, pending ones a sixth. MeZO uses normals, LOZO low_rank."""
     rank: CountOrZero = 0
     """Of low_rank noise; 0: 4 there."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-3
