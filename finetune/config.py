@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,8 @@ from memory.errors import UserError
 from memory.units import parse_bytes
 
 SAMPLES = Path(__file__).parent / "samples"
+
+OBJECTIVES = ("loss", "classification", "accuracy", "exact_match", "f1")
 
 # Everyday keys that may stand at the top level, as they do on the command line.
 SHORTHANDS = {
@@ -92,6 +95,14 @@ def _sample_path(name: str) -> str:
     if name not in names:
         raise ValueError(f"expected one of the samples shipped here ({', '.join(names)}), found {name!r}")
     return str(SAMPLES / f"{name}.jsonl")
+
+
+def _check_objective(value: Any) -> Any:
+    if not callable(value) and value not in OBJECTIVES and not re.fullmatch(r".+:[A-Za-z_]\w*", str(value)):
+        raise ValueError(
+            f"expected one of {', '.join(OBJECTIVES)}, FILE.py:FUNCTION or a function, found {_show(value)}"
+        )
+    return value
 
 
 Switch = Annotated[bool, Strict()]
@@ -210,6 +221,12 @@ class ZerothOrderOptions(_Section):
 
     parameters: Literal["all", "lora"] = "all"
     """What is perturbed: all weights of the model, or a LoRA adapter."""
+    objective: Annotated[Any, BeforeValidator(_check_objective)] = "loss"
+    """What is made small: loss; classification (of the data's few completions, as MeZO trains), accuracy, exact_match or f1
+    of the completion; FILE.py:FUNCTION or MODULE:FUNCTION, a reward to make large (in Python, a function), which is called
+    as `finetune.rewards.Reward` says."""
+    max_new_tokens: Count = 32
+    """What f1 and rewards are of: at most so many tokens, decoded greedily; each is a pass over the weights."""
     estimator: Literal["spsa", "fzoo"] = "spsa"
     noise: Literal["rademacher", "gaussian", "low_rank"] = "rademacher"
     """Signs cost less than half of normals, pending ones a sixth. MeZO uses normals, LOZO low_rank."""
@@ -316,6 +333,14 @@ class Config(_Section):
     zo: ZerothOrderOptions = ZerothOrderOptions()
     engine: EngineOptions = EngineOptions()
 
+    @model_validator(mode="after")
+    def _check_together(self) -> Config:
+        if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
+            raise ValueError(
+                f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
+            )
+        return self
+
     def __init__(self, **values: Any) -> None:
         values = _expand_shorthands(values)
         conflicts = []
@@ -386,6 +411,9 @@ class Config(_Section):
         """
         values = self.model_dump() | {"output": str(self.output)}
         comments = ""
+        if callable(self.zo.objective):
+            comments += "# zo.objective was a Python function\n"
+            values["zo"]["objective"] = "loss"
         for key in ("data", "eval_data"):
             if not isinstance(values[key], (str, type(None))):
                 comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"
@@ -493,6 +521,9 @@ def _explain(error: ValidationError) -> list[str]:
             found[key] = _show(problem["input"])
             continue
         # Behind the key stand tags of a union's members and indices: `lora.target_modules.list[str].0`.
+        if not location:  # a check of several sections together: its words name the keys
+            expectations.setdefault("the keys together", []).append(str(problem["ctx"]["error"]))
+            continue
         key = location[0] if location[0] not in _SECTIONS else ".".join(location[:2])
         if problem["type"] == "missing":
             expectations[key] = [_MISSING.get(key, "missing")]

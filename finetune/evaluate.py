@@ -1,14 +1,6 @@
 """Loss on held-out data, and accuracy where rows choose among a few completions, on the streamed model.
 
-[Note: what is asked of a sequence]
-Everything measured is the cross entropy of some token at some position: an `_Asked` row is a sequence and such pairs.
-The loss asks for every trained token. A candidate completion asks for its own tokens; where another sequence begins with
-all that predicts them, that sequence is asked: with completions of one token, a row is computed once however many
-candidates there are.
-
-Candidates are compared by the sum of their tokens' log-probabilities, which is the likelihood of the completion given
-the prompt; the end-of-text token after it does not count. (MeZO divides the sum by the number of tokens; for completions
-of one token that is the same.)
+See [Note: what is asked of a sequence] in `finetune.scoring`.
 """
 
 from __future__ import annotations
@@ -17,23 +9,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from finetune.config import Config
-from finetune.data import Example, TokenDataset, collate, prepare
+from finetune.data import TokenDataset, prepare
 from finetune.progress import Progress
+from finetune.scoring import Asked, TextRows, score
 from finetune.session import BatchShape, PlannedRun, Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.head import IGNORE_INDEX, DeferredLogits
 from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
@@ -117,98 +106,14 @@ def prepare_rows(config: Config, directory: Path, sequence_length: int) -> Token
     return data
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A sequence, int32 [tokens], and what is asked of it: `targets[i]` as the token after `positions[i]`.
-
-    accounts[i] says what the cross entropy counts for: 0 the loss, 1 + r * K + k candidate k of row r.
-    """
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    accounts: np.ndarray
-
-
-class _TextRows:
-    """The rows of a token cache as `_Asked` sequences, longest row first."""
-
-    def __init__(self, data: TokenDataset) -> None:
-        self._data = data
-        self._choices = data.num_choices or 1
-        lengths = np.asarray(data.lengths).reshape(-1, self._choices)
-        self._order = np.argsort(-lengths.max(axis=1), kind="stable")
-        answers = np.zeros(len(lengths), np.int64) if data.answers is None else data.answers
-        self.max_length = int(lengths.max())
-        self.tokens = int(lengths[np.arange(len(lengths)), answers].sum())  # where every row is computed once
-        self.pad_token_id = data.pad_token_id
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[list[_Asked]]:
-        for row in self._order:
-            yield self._of_choices(int(row)) if self._data.num_choices else self._of_example(self._data[int(row)])
-
-    def _of_example(self, example: Example) -> list[_Asked]:
-        trained = np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
-        return [_Asked(example.input_ids, trained, example.labels[1:][trained], np.zeros(len(trained), np.int64))]
-
-    def _of_choices(self, row: int) -> list[_Asked]:
-        """The right candidate's sequence first, which the loss is over; then those that cannot be read off another."""
-        examples = [self._data[row * self._choices + k] for k in range(self._choices)]
-        answer = int(self._data.answers[row])
-        asked = self._of_example(examples[answer])
-        compared = [self._without_eos(example.input_ids) for example in examples]
-        start = _common_prefix(compared)  # what all candidates share decides nothing
-        for k, ids in enumerate(compared):
-            positions = np.arange(start - 1, len(ids) - 1)
-            needed = ids[:-1]
-            share = next((i for i, a in enumerate(asked) if np.array_equal(a.input_ids[: len(needed)], needed)), None)
-            accounts = np.full(len(positions), 1 + row * self._choices + k)
-            added = _Asked(ids, positions, ids[positions + 1], accounts)
-            if share is None:
-                asked.append(added)
-            else:
-                asked[share] = _join(asked[share], added)
-        return [one for one in asked if len(one.positions)]
-
-    def _without_eos(self, ids: np.ndarray) -> np.ndarray:
-        eos = self._data.meta["eos_token_id"]
-        return ids[:-1] if eos is not None and ids[-1] == eos else ids
-
-    def result(self, totals: dict[int, float], tokens: int) -> dict[str, float]:
-        loss = totals.pop(0, 0.0) / max(tokens, 1)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        result = {"loss": loss, "perplexity": perplexity, "tokens": tokens, "examples": len(self)}
-        if self._data.num_choices:
-            scores = np.zeros((len(self), self._choices))
-            for account, total in totals.items():
-                scores.flat[account - 1] = total
-            result["accuracy"] = float((scores.argmin(axis=1) == self._data.answers).mean())
-        return result
-
-
-def _join(a: _Asked, b: _Asked) -> _Asked:
-    fields = ("positions", "targets", "accounts")
-    return _Asked(a.input_ids, *(np.concatenate([getattr(a, name), getattr(b, name)]) for name in fields))
-
-
-def _common_prefix(sequences: list[np.ndarray]) -> int:
-    length = min(map(len, sequences))
-    table = np.stack([ids[:length] for ids in sequences])
-    different = (table != table[0]).any(axis=0)
-    return int(different.argmax()) if different.any() else length
-
-
-def _open_rows(session: Session, config: Config, sequence_length: int) -> _TextRows | TensorRows:
+def _open_rows(session: Session, config: Config, sequence_length: int) -> TextRows | TensorRows:
     source = config.data if config.eval_data is None else config.eval_data
     if TensorRows.fits(source):
         return TensorRows(source)
-    return _TextRows(prepare_rows(config, session.parts.directory, sequence_length))
+    return TextRows(prepare_rows(config, session.parts.directory, sequence_length))
 
 
-def _plan(session: Session, rows: _TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:
+def _plan(session: Session, rows: TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
         sample = rows.collate(range(min(micro_batch_size, len(rows))))
@@ -223,7 +128,7 @@ def _plan(session: Session, rows: _TextRows | TensorRows, micro_batch_size: int)
         return _plan_text(session, rows, micro_batch_size)
 
 
-def _plan_text(session: Session, rows: _TextRows, micro_batch_size: int) -> PlannedRun:
+def _plan_text(session: Session, rows: TextRows, micro_batch_size: int) -> PlannedRun:
     capacity = micro_batch_size * rows.max_length
     shape = BatchShape.of_text(micro_batch_size, rows.max_length, 1, train=False)
     return _least_reading(session, shape, -(-rows.tokens // capacity), PASS_TOKENS // capacity)
@@ -252,7 +157,7 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
 
 def _measure(
     streamed: StreamedModel,
-    rows: _TextRows | TensorRows,
+    rows: TextRows | TensorRows,
     shape: BatchShape,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
@@ -262,9 +167,9 @@ def _measure(
     tokens = done = 0
     micro_batches = _micro_batches(rows, shape.rows)
     while lanes := list(islice(micro_batches, shape.micro_batches)):
-        for losses, lane in zip(_cross_entropies(streamed, lanes, rows.pad_token_id), lanes, strict=True):
+        for scores, lane in zip(score(streamed, lanes, rows.pad_token_id), lanes, strict=True):
             accounts = np.concatenate([one.accounts for one in lane])
-            for account, loss in zip(accounts.tolist(), losses.tolist(), strict=True):
+            for account, loss in zip(accounts.tolist(), scores.losses.tolist(), strict=True):
                 totals[account] = totals.get(account, 0.0) + loss
             tokens += int((accounts == 0).sum())
             done += sum(bool((one.accounts == 0).any()) for one in lane)
@@ -272,9 +177,9 @@ def _measure(
     return rows.result(totals, tokens)
 
 
-def _micro_batches(rows: _TextRows, capacity: int) -> Iterator[list[_Asked]]:
+def _micro_batches(rows: TextRows, capacity: int) -> Iterator[list[Asked]]:
     """Sequences together as long as, padded to the longest, they are at most `capacity` tokens."""
-    batch: list[_Asked] = []
+    batch: list[Asked] = []
     longest = 0
     for one in (one for row in rows for one in row):
         longer = max(longest, len(one.input_ids))
@@ -285,35 +190,6 @@ def _micro_batches(rows: _TextRows, capacity: int) -> Iterator[list[_Asked]]:
         longest = longer
     if batch:
         yield batch
-
-
-def _cross_entropies(streamed: StreamedModel, lanes: list[list[_Asked]], pad_token_id: int) -> list[np.ndarray]:
-    """What every lane's sequences are asked for, in order, fp32 [pairs] a lane, from one pass over the weights."""
-    device = streamed.device.torch_device
-    inputs = []
-    for lane in lanes:
-        batch = collate([[Example(one.input_ids, one.input_ids)] for one in lane], pad_token_id)
-        del batch["labels"]
-        inputs.append({key: value.to(device) for key, value in batch.items()} | {"use_cache": False})
-    outputs = streamed.forward(inputs)
-    logits, labels, results = [], [], []
-    for lane, output in zip(lanes, outputs, strict=True):
-        row = np.repeat(np.arange(len(lane)), [len(one.positions) for one in lane])
-        position = np.concatenate([one.positions for one in lane])
-        target = torch.from_numpy(np.concatenate([one.targets for one in lane]).astype(np.int64)).to(device)
-        if streamed.head is None:
-            losses = functional.cross_entropy(output.logits[row, position].float(), target, reduction="none")
-            results.append(losses.cpu().numpy())
-            continue
-        # The head shifts labels by one, as a model's own loss does: a label in front and a hidden state at the end that
-        # nobody asks for.
-        hidden = output.logits.hidden[np.append(row, row[-1]), np.append(position, position[-1])]
-        logits.append(DeferredLogits(hidden[None], output.logits.operations))
-        labels.append(functional.pad(target, (1, 0), value=IGNORE_INDEX)[None])
-    del outputs
-    if streamed.head is not None:
-        results = [losses[0, :-1].cpu().numpy() for losses in streamed.head.token_losses(logits, labels)]
-    return results
 
 
 def _measure_tensors(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from finetune.config import Config
 from finetune.session import BatchShape, PlannedRun, Session
 from memory.errors import UserError
-from memory.plan import Limits, PlanRefused, Wishes, make_plan
+from memory.plan import PlanRefused
+from offload.dry_run import measure_visit
 from offload.streamed_model import StreamedModel
 
 
@@ -45,7 +45,7 @@ def generate(
         if session.parts.head is None:
             found = type(session.parts.model).__name__
             raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
-        tokenizer = _load_tokenizer(session.parts.directory, config)
+        tokenizer = load_tokenizer(session.parts.directory, config)
         ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
         max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)
         planned = _plan(session, ids, max_new_tokens)
@@ -80,22 +80,25 @@ def decode(
     choosers: Sequence[Callable[[torch.Tensor], int]],
     ends: frozenset[int],
     max_new_tokens: int,
+    variants: Sequence[int] = (),
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields, pass by pass, (prompt, token) for every prompt that goes on; the end token is the last of a prompt's.
 
-    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token.
+    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token. variants: which version of the weights
+    each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
     caches = [_cache(streamed, len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
+        versions = [variants[i] for i in going] if variants else ()
         outputs = streamed.forward(
-            [{"input_ids": news[i], "past_key_values": caches[i], "use_cache": True} for i in going]
+            [{"input_ids": news[i], "past_key_values": caches[i], "use_cache": True} for i in going], versions
         )
         tokens = []
-        for i, output in zip(going, outputs, strict=True):
-            token = choosers[i](streamed.last_logits(output)[0].cpu())
+        for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
+            token = choosers[i](logits[0].cpu())
             news[i] = torch.tensor([[token]], device=device)
             tokens.append((i, token))
         del outputs
@@ -168,7 +171,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
     return frozenset(found if tokenizer_eos is None else found | {tokenizer_eos})
 
 
-def _load_tokenizer(directory: Path, config: Config) -> Any:
+def load_tokenizer(directory: Path, config: Config) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -221,12 +224,18 @@ def _plan(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: in
 
 
 def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
+    kept = cache_bytes(session, prompt_tokens, max_new_tokens, together)
+    return session.plan(BatchShape.of_text(1, prompt_tokens, together, train=False).keeping(kept))
+
+
+def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, prompts: int) -> int:
+    """What generation holds for `prompts` prompts while it goes on: keys and values of all layers, and logits."""
     from transformers import DynamicCache
 
-    # The dry run of the visit fills one layer of this cache on the meta device: so large is a layer's.
+    # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
     probe = DynamicCache(config=session.parts.model.config)
-    shape = BatchShape.of_text(1, prompt_tokens, together, train=False)
-    planned = session.plan(replace(shape, inputs=shape.inputs | {"past_key_values": probe, "use_cache": True}))
+    inputs = BatchShape.of_text(1, prompt_tokens, 1, train=False).inputs
+    measure_visit(session.parts, session.model, inputs | {"past_key_values": probe, "use_cache": True}, train=False)
     text_config = session.parts.model.config.get_text_config(decoder=True)
     filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
     sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)
@@ -235,12 +244,8 @@ def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, togethe
     # While a block attends, keys and values of a group of heads may be repeated for each.
     heads = getattr(text_config, "num_attention_heads", 1)
     repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
-    kept = layer_bytes * (len(session.parts.blocks) * together + repeated)
-    demand = replace(planned.demand, step_bytes=planned.demand.step_bytes + kept)
-    plan, engine = planned.plan, session.config.engine
-    limits = Limits(plan.host_budget_bytes, plan.device_budget_bytes)
-    wishes = Wishes(engine.resident_blocks, engine.lookahead, engine.activations)
-    return replace(planned, plan=make_plan(demand, limits, wishes), demand=demand)
+    logits = 4 * session.parts.head.module.weight.shape[0]
+    return layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits * prompts
 
 
 def _cache(streamed: StreamedModel, max_tokens: int) -> Any:

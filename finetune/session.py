@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -42,17 +42,21 @@ HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memor
 class BatchShape:
     """The largest micro-batch as the model's keyword arguments, and how many a step has.
 
-    train: whether gradients and optimizer state exist.
+    train: whether gradients and optimizer state exist. kept_bytes: what a step holds beside, such as key-value caches.
     """
 
     inputs: dict[str, torch.Tensor]
     micro_batches: int
     train: bool
+    kept_bytes: int = 0
 
     @classmethod
     def of_text(cls, micro_batch_size: int, sequence_length: int, micro_batches: int, train: bool) -> BatchShape:
         ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
         return cls({"input_ids": ids, "use_cache": False}, micro_batches, train)
+
+    def keeping(self, kept_bytes: int) -> BatchShape:
+        return replace(self, kept_bytes=kept_bytes)
 
     @property
     def rows(self) -> int:
@@ -299,7 +303,7 @@ class Session:
         elif self.train:
             state += sum(4 * p.numel() + self.config.variants * p.nbytes for p in self.trainable)
         head = parts.head
-        loss_bytes = step = 0
+        loss_bytes, step = 0, shape.kept_bytes
         if head is not None:
             hidden_size = head.module.weight.shape[1]
             tile = min(head.tile_tokens, shape.rows)

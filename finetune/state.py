@@ -107,16 +107,22 @@ def load_state(
 
 def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Raises UserError, naming the settings that differ, unless `found` in `place` is what this run would have written."""
-    different = [
-        f"{key}: {found.get(key)!r} then, {about.get(key)!r} now"
-        for key in sorted(found.keys() | about.keys())
-        if found.get(key) != about.get(key)
-    ]
-    if different:
+    if different := _differences(found, about):
         raise UserError(
             f"cannot resume from {place}: the run was started with other settings ({'; '.join(different)}). "
             "Use the same settings, or another --output"
         )
+
+
+def _differences(found: Mapping[str, Any], about: Mapping[str, Any], prefix: str = "") -> list[str]:
+    words = []
+    for key in sorted(found.keys() | about.keys()):
+        then, now = found.get(key), about.get(key)
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            words += _differences(then, now, f"{prefix}{key}.")
+        elif then != now:
+            words.append(f"{prefix}{key}: {then!r} then, {now!r} now")
+    return words
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from finetune.callbacks import Callbacks
 from finetune.config import Config
-from finetune.data import BatchPlan, collate, prepare
+from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.evaluate import evaluate, evaluate_open, prepare_rows
 from finetune.methods import Method
 from finetune.methods.first_order import FirstOrder
+from finetune.methods.objectives import CANDIDATE_OBJECTIVES, Objective, make_objective
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
@@ -86,8 +86,7 @@ class Trainer:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
         session = Session(config)
         try:
-            data, lengths = self._prepare(config.data, session)
-            return self._train(session, data, lengths)
+            return self._train(session, make_objective(config, session, self._prepare(config.data, session)))
         finally:
             session.close()
 
@@ -111,12 +110,11 @@ class Trainer:
         lanes = -(-training.batch_size // rows) * self.config.variants
         return BatchShape.of_text(rows, sequence_length, lanes, train=self.config.method == "lora")
 
-    def _prepare(self, source: Any, session: Session) -> tuple[Any, np.ndarray]:
-        """The rows and their lengths in tokens. Refuses before tokenising what no data could make fit."""
+    def _prepare(self, source: Any, session: Session) -> TokenDataset | TensorRows:
+        """The rows. Refuses before tokenising what no data could make fit."""
         config = self.config
         if TensorRows.fits(source):
-            rows = TensorRows(source)
-            return rows, rows.lengths
+            return TensorRows(source)
         longest = config.dataset.sequence_length
         try:
             session.plan(self._shape(min(16, longest)))
@@ -124,33 +122,28 @@ class Trainer:
             session.plan(self._shape(longest))  # refuses too, and names the budget that full rows need
             raise
         options = config.dataset
-        data = prepare(
+        choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES
+        return prepare(
             source,
             model=session.parts.directory,
             cache_dir=config.output / "tokens",
             sequence_length=options.sequence_length,
             form=options.form,
             completion_only=options.completion_only,
-            append_eos=options.append_eos,
+            append_eos=False if choices else options.append_eos,
             chat_template=options.chat_template,
             trust_remote_code=config.trust_remote_code,
+            choices=choices,
         )
-        return data, np.asarray(data.lengths)
 
-    def _train(self, session: Session, data: Any, lengths: np.ndarray) -> TrainResult:
+    def _train(self, session: Session, objective: Objective) -> TrainResult:
         config, options = self.config, self.config.training
         packing = config.dataset.sequence_length if config.dataset.packing else None
         batches = BatchPlan(
-            len(data), options.batch_size, options.micro_batch_size, options.seed, lengths,
+            len(objective.lengths), options.batch_size, options.micro_batch_size, options.seed, objective.lengths,
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
-        if isinstance(data, TensorRows):
-            rows = min(options.micro_batch_size, options.batch_size)
-            inputs = {k: v for k, v in data.collate(range(min(rows, len(data)))).items() if k != "labels"}
-            lanes = -(-options.batch_size // rows) * config.variants
-            shape = BatchShape(inputs, lanes, train=config.method == "lora")
-        else:
-            shape = self._shape(packing or int(lengths.max()))
+        shape = objective.shape(session)
         session.folds = batches.num_steps > config.zo.group_steps
         planned = session.plan(shape)
         if config.eval_data is not None and not TensorRows.fits(config.eval_data):
@@ -168,7 +161,7 @@ class Trainer:
         )
         progress.message(planned.describe())
         try:
-            return self._run(session, planned, data, batches, meter, progress)
+            return self._run(session, planned, objective, batches, meter, progress)
         finally:
             progress.close()
             meter.stop()
@@ -177,7 +170,7 @@ class Trainer:
         self,
         session: Session,
         planned: PlannedRun,
-        data: Any,
+        objective: Objective,
         batches: BatchPlan,
         meter: MemoryMeter,
         progress: Progress,
@@ -194,9 +187,10 @@ class Trainer:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)
         kind = ZerothOrder if config.method == "zo" else FirstOrder
-        method: Method = kind(config, session, batches.num_steps, _about(config, data))
+        about = _about(config, len(objective.lengths))
+        method: Method = kind(config, session, objective, batches.num_steps, about)
         try:
-            return self._run_steps(session, planned, data, batches, meter, progress, rates, method)
+            return self._run_steps(session, planned, batches, meter, progress, rates, method)
         finally:
             method.close()
 
@@ -204,7 +198,6 @@ class Trainer:
         self,
         session: Session,
         planned: PlannedRun,
-        data: Any,
         batches: BatchPlan,
         meter: MemoryMeter,
         progress: Progress,
@@ -230,8 +223,7 @@ class Trainer:
                 while step < batches.num_steps and not callbacks.should_stop:
                     callbacks.call("on_step_begin", step)
                     step_started = time.perf_counter()
-                    inputs, labels, tokens = _micro_batches(data, batches.step(step), session)
-                    result = method.step(step, inputs, labels)
+                    result = method.step(step, batches.step(step))
                     step += 1
                     seconds = time.perf_counter() - step_started
                     before, traffic = traffic, streamed.traffic()
@@ -240,9 +232,8 @@ class Trainer:
                         "step": step,
                         "epoch": batches.epoch(step),
                         **asdict(result),
-                        "tokens": tokens,
                         "seconds": seconds,
-                        "tokens_per_s": tokens / seconds,
+                        "tokens_per_s": result.tokens / seconds,
                         **_difference(before, traffic),
                         "host_peak_bytes": meter.peak_bytes,
                         "device_peak_bytes": session.device.peak_bytes(),
@@ -349,23 +340,6 @@ class Trainer:
             self._stop_requested = False
 
 
-def _micro_batches(data: Any, micro_batches: list[list[tuple[int, ...]]], session: Session):
-    """Model inputs and labels per micro-batch, on the device, and the tokens of the step without padding."""
-    inputs, labels, tokens = [], [], 0
-    device = session.device.torch_device
-    for rows in micro_batches:
-        if isinstance(data, TensorRows):
-            batch = data.collate([index for row in rows for index in row])
-            tokens += len(rows)
-        else:
-            examples = [[data[index] for index in row] for row in rows]
-            tokens += sum(len(example.input_ids) for row in examples for example in row)
-            batch = {**collate(examples, data.pad_token_id), "use_cache": False}
-        labels.append(batch.pop("labels").to(device))
-        inputs.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
-    return inputs, labels, tokens
-
-
 def _check_disk(config: Config, planned: PlannedRun) -> None:
     """Raises UserError unless what the run will write fits `--disk` and the file system."""
     adapter_bytes = sum(p.nbytes for p in planned.trainable)
@@ -389,7 +363,7 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
         )
 
 
-def _about(config: Config, data: Any) -> dict[str, Any]:
+def _about(config: Config, examples: int) -> dict[str, Any]:
     """What must be the same for a resumed run to be the run that was interrupted."""
     options = config.training
     about = {
@@ -400,12 +374,14 @@ def _about(config: Config, data: Any) -> dict[str, Any]:
         "micro_batch_size": options.micro_batch_size,
         "learning_rate": config.learning_rate,
         "packing": config.dataset.packing,
-        "examples": len(data),
+        "examples": examples,
     }
     if config.has_adapter:
         about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
     if config.method == "zo":
         about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
+        if callable(config.zo.objective):
+            about["zo"]["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
     return about
 
 

@@ -69,17 +69,15 @@ class Engine:
         for forward in self._forwards:
             forward.__self__.__dict__.pop("forward", None)
 
-    def forward(self, inputs: Sequence[dict[str, Any]], variants: int = 1) -> list[Any]:
-        """The model's outputs for each of `inputs`, without gradients.
+    def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
+        """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
 
-        variants: how many versions of the weights all inputs go through, each fetched once for all of them. Outputs of
-        variant v are those from `v * len(inputs)` on.
+        variants: which version of the weights each input meets, in ascending order; empty: there is only one.
         """
         self.weights.begin(self._order + self._order)
         with torch.no_grad():
             lanes = [
-                Lane(variant * len(inputs) + i, partial(self.model, **kwargs), None, variant)
-                for variant in range(variants)
+                Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0)
                 for i, kwargs in enumerate(inputs)
             ]
             self._run_forward(lanes, visits=None)

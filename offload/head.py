@@ -17,9 +17,9 @@ Tile sizes follow from the model alone (`default_tiles`), never from a budget, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -108,8 +108,18 @@ class HeadChunk:
     bias: torch.Tensor | None
 
 
+class TokenScores(NamedTuple):
+    """Of every position, [B, T]; 0 and False where the (shifted) label is -100.
+
+    losses: fp32, the cross entropy of the label. likeliest: bool, whether no token is likelier than it.
+    """
+
+    losses: torch.Tensor
+    likeliest: torch.Tensor
+
+
 class TiledHead:
-    """Loss, per-token losses and logits of a deferred head.
+    """Loss, scores of tokens and logits of a deferred head.
 
     module: the head (nn.Linear, or PEFT's wrapper of one). chunks: gives the head's chunks: between `acquire(i)` and
     `release(i)`, `enter(variant)` returns chunk i of that variant of the weights, bound to the module itself when there is
@@ -185,37 +195,41 @@ class TiledHead:
                 totals.append(total)
         return torch.stack(totals)
 
-    def token_losses(self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Cross entropy of every position, fp32 [B, T] per lane, 0 where the (shifted) label is -100. No gradients."""
-        results = []
+    def token_scores(
+        self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor], variants: Sequence[int] = ()
+    ) -> list[TokenScores]:
+        """What each lane's model says of every label. No gradients.
+
+        labels: as in `losses`, per lane. variants: which version of the weights each lane met, ascending; empty: all the
+        only one.
+        """
         with torch.no_grad():
             rows = [_Rows(lane, y, self._tile_tokens, backward=False) for lane, y in zip(logits, labels, strict=True)]
-            for index in range(self._num_chunks):
-                self._chunks.acquire(index)
-                chunk = self._chunks.enter(0)
-                for lane in rows:
-                    lane.add_chunk(chunk, self._forward if self._num_chunks == 1 else None)
-                self._chunks.release(index)
-            for lane in rows:
-                results.append(lane.token_losses())
-        return results
+            for i, chunk in self._every_chunk(len(rows), variants):
+                rows[i].add_chunk(chunk, self._forward if self._num_chunks == 1 else None)
+            return [lane.token_scores() for lane in rows]
 
-    def last_logits(self, logits: DeferredLogits) -> torch.Tensor:
-        """Logits of the last position of every row, fp32 [B, V]."""
-        hidden = logits.hidden[:, -1]
-        parts = []
+    def last_logits(self, logits: Sequence[DeferredLogits], variants: Sequence[int] = ()) -> list[torch.Tensor]:
+        """Logits of the last position of every row, fp32 [B, V] per lane. variants: as in `token_scores`."""
+        parts: list[list[torch.Tensor]] = [[] for _ in logits]
         with torch.no_grad():
-            for index in range(self._num_chunks):
-                self._chunks.acquire(index)
-                chunk = self._chunks.enter(0)
+            for i, chunk in self._every_chunk(len(logits), variants):
+                hidden = logits[i].hidden[:, -1]
                 part = (
                     self._forward(hidden)
                     if self._num_chunks == 1
                     else functional.linear(hidden, chunk.weight, chunk.bias)
                 )
-                parts.append(_apply(logits.operations, part).float())
-                self._chunks.release(index)
-        return torch.cat(parts, dim=-1)
+                parts[i].append(_apply(logits[i].operations, part).float())
+        return [torch.cat(part, dim=-1) for part in parts]
+
+    def _every_chunk(self, lanes: int, variants: Sequence[int]) -> Iterator[tuple[int, HeadChunk]]:
+        """(lane, chunk) for every chunk and lane, each with its version of the weights; chunks are fetched once."""
+        for index in range(self._num_chunks):
+            self._chunks.acquire(index)
+            for i in range(lanes):
+                yield i, self._chunks.enter(variants[i] if variants else 0)
+            self._chunks.release(index)
 
 
 def _apply(operations: Sequence[Callable], x: torch.Tensor) -> torch.Tensor:
@@ -332,11 +346,17 @@ class _Rows:
         self._outer.backward(grad.view(self._shape))
         self._grad = None
 
-    def token_losses(self) -> torch.Tensor:
-        losses = torch.where(self._labels != IGNORE_INDEX, self._log_sum() - self._label_logit, 0.0)
+    def token_scores(self) -> TokenScores:
+        valid = self._labels != IGNORE_INDEX
+        losses = torch.where(valid, self._log_sum() - self._label_logit, 0.0)
+        likeliest = valid & (self._label_logit >= self._maximum)
+        return TokenScores(self._in_place(losses), self._in_place(likeliest))
+
+    def _in_place(self, values: torch.Tensor) -> torch.Tensor:
+        """[rows that were computed] to [B, T]; 0 at the others."""
         if self._picked is not None:
-            losses = losses.new_zeros(self._shape[:-1].numel()).index_copy_(0, self._picked, losses)
-        return losses.view(self._shape[:-1])
+            values = values.new_zeros(self._shape[:-1].numel()).index_copy_(0, self._picked, values)
+        return values.view(self._shape[:-1])
 
     def _log_sum(self) -> torch.Tensor:
         return self._sum.log() + self._maximum

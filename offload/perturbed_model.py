@@ -10,7 +10,8 @@ stays complete, so losing such a directory loses nothing. Folded or pending, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from memory.plan import Plan
 from offload.block_store import TORCH_DTYPES
 from offload.devices import Device
 from offload.engine import Weights
+from offload.head import HeadChunk
 from offload.model_parts import EdgeTensor, ModelParts
 from offload.noise import Noise, parameter_key
 from offload.perturbed import (
@@ -34,7 +36,7 @@ from offload.perturbed import (
     noise_keys,
 )
 from offload.replay import moved_sources, replay
-from offload.streamed_model import BlockWeights, StreamedModel
+from offload.streamed_model import BlockWeights, Chunks, StreamedModel
 
 
 class _ResidentVariants(BlockWeights):
@@ -50,6 +52,18 @@ class _ResidentVariants(BlockWeights):
 
     def enter(self, variant: int) -> None:
         self._residents.enter(variant)
+
+
+class _ResidentChunks(Chunks):
+    """The head as it is; an adapter of it has variants."""
+
+    def __init__(self, parts: ModelParts, tier: Any, residents: Residents) -> None:
+        super().__init__(parts.head, tier, parts.dtype)
+        self._residents = residents
+
+    def enter(self, variant: int) -> HeadChunk:
+        self._residents.enter(variant)
+        return super().enter(variant)
 
 
 class PerturbedModel(StreamedModel):
@@ -88,6 +102,15 @@ class PerturbedModel(StreamedModel):
         """Tensor of the checkpoint -> the dtype that the user's own checkpoint has for it."""
         return {name: TORCH_DTYPES[entry.dtype] for name, entry in self.original.tensors.items()}
 
+    @contextmanager
+    def under(self, variants: Sequence[Variant]) -> Iterator[None]:
+        """`forward`, `last_logits` and the head can be asked for these versions of the weights inside; variant i is i."""
+        self.perturbation.variants = variants
+        try:
+            yield
+        finally:
+            self.perturbation.variants = (Variant(),)
+
     def losses(
         self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor], variants: Sequence[Variant]
     ) -> torch.Tensor:
@@ -95,19 +118,16 @@ class PerturbedModel(StreamedModel):
 
         inputs, labels and the loss as in `train_step`, without gradients.
         """
-        self.perturbation.variants = variants
-        try:
-            self._prepare(inputs)
+        lanes = [variant for variant in range(len(variants)) for _ in inputs]
+        with self.under(variants):
             if self.head is None:
                 inputs = [{**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]
-                outputs = self.engine.forward(inputs, len(variants))
+                outputs = self.forward(inputs * len(variants), lanes)
                 each = torch.stack([output.loss.float().cpu() / len(inputs) for output in outputs])
                 return each.view(len(variants), len(inputs)).sum(dim=1)
-            outputs = self.engine.forward(inputs, len(variants))
+            outputs = self.forward(list(inputs) * len(variants), lanes)
             num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
             return self.head.losses([output.logits for output in outputs], labels, num_items, len(variants))
-        finally:
-            self.perturbation.variants = (Variant(),)
 
     def fold_adapters(self) -> None:
         """Pending updates become part of the adapters' values."""
@@ -162,7 +182,7 @@ class PerturbedModel(StreamedModel):
 
     def _make_chunks(self, plan: Plan) -> Any:
         if self._adapters is not None:
-            return super()._make_chunks(plan)
+            return _ResidentChunks(self.parts, self.head_tier, self._residents)
         pool = self._computing_slab.carve("variants of the head", plan.head_variant_slot_bytes, plan.variant_slots)
         self._head_chunks = PerturbedChunks(self.parts.head, self.head_tier, pool, self.perturbation, self.keys)
         return self._head_chunks

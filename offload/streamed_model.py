@@ -22,7 +22,7 @@ from offload.block_store import bind_views
 from offload.devices import Device
 from offload.embedding import RowsOnDemand
 from offload.engine import Engine, Weights
-from offload.head import DeferredLogits, HeadChunk, TiledHead
+from offload.head import HeadChunk, TiledHead
 from offload.io import IOEngine
 from offload.model_parts import EdgeTensor, HeadPart, ModelParts
 from offload.streamer import DeviceTier, HostTier, Tier
@@ -128,25 +128,16 @@ class StreamedModel:
             inputs, seeds, lambda outputs: head.loss_and_backward([o.logits for o in outputs], labels, num_items)
         )
 
-    def forward(self, inputs: Sequence[dict[str, Any]]) -> list[Any]:
-        """Model outputs without gradients; `logits` are deferred where the head is tiled."""
+    def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
+        """Model outputs without gradients; `logits` are deferred where the head is tiled. variants as in the engine."""
         self._prepare(inputs)
-        return self.engine.forward(inputs)
+        return self.engine.forward(inputs, variants)
 
-    def token_losses(self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Cross entropy per position, fp32 [B, T] per micro-batch; position t holds the loss of token t + 1."""
+    def last_logits(self, outputs: Sequence[Any], variants: Sequence[int] = ()) -> list[torch.Tensor]:
+        """Logits of the last position of each output of `forward`, fp32 [B, V]."""
         if self.head is None:
-            raise TypeError(f"{type(self.model).__name__} has no language-model head")
-        outputs = self.forward(inputs)
-        return self.head.token_losses([output.logits for output in outputs], labels)
-
-    def last_logits(self, output: Any) -> torch.Tensor:
-        """Logits of the last position, fp32 [B, V]."""
-        logits = output.logits
-        if not isinstance(logits, DeferredLogits):
-            return logits[:, -1].float()
-        self.head_tier.begin(range(len(self.parts.head.layouts)))
-        return self.head.last_logits(logits)
+            return [output.logits[:, -1].float() for output in outputs]
+        return self.head.last_logits([output.logits for output in outputs], variants)
 
     @property
     def notes(self) -> list[str]:
@@ -198,7 +189,7 @@ class StreamedModel:
         return BlockWeights(self.parts, self.tier)
 
     def _make_chunks(self, plan: Plan) -> Any:
-        return _Chunks(self.parts.head, self.head_tier, self.parts.dtype)
+        return Chunks(self.parts.head, self.head_tier, self.parts.dtype)
 
     def _load_edges(self, edges: Sequence[EdgeTensor]) -> None:
         files: dict[Path, int] = {}
@@ -243,7 +234,7 @@ class BlockWeights:
         self._tier.release(index)
 
 
-class _Chunks:
+class Chunks:
     """The tiled head's view of its tier; a head of one chunk is bound to its module, others are converted here.
     There is one variant of the weights."""
 

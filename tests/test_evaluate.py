@@ -106,13 +106,13 @@ def test_rows_without_choices_have_no_accuracy(model, tmp_path):
 
 def test_one_pass_computes_a_row_once_where_candidates_are_single_tokens(model, tmp_path, monkeypatch):
     sequences = []
-    scored = finetune.evaluate._cross_entropies
+    scored = finetune.evaluate.score
 
     def count(streamed, lanes, pad):
         sequences.extend(len(lane) for lane in lanes)
         return scored(streamed, lanes, pad)
 
-    monkeypatch.setattr(finetune.evaluate, "_cross_entropies", count)
+    monkeypatch.setattr(finetune.evaluate, "score", count)
     evaluate(make_config(model, tmp_path, eval_data=pairs(ONE_TOKEN)))
     assert sum(sequences) == 23
     sequences.clear()

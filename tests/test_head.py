@@ -168,23 +168,25 @@ def test_nothing_labelled_at_all():
 
 @pytest.mark.parametrize("tile_tokens, tile_vocab", [(64, VOCAB), (4, VOCAB), (64, 17), (4, 17)])
 @pytest.mark.parametrize("operation", [identity, soft_cap])
-def test_token_losses_and_last_logits(tile_tokens, tile_vocab, operation):
+def test_token_scores_and_last_logits(tile_tokens, tile_vocab, operation):
     case = Case(bias=True)
     chunks = Chunks(case.head, tile_vocab)
     with torch.no_grad():
         whole = [operation(case.head(hidden)) for hidden in case.hidden]
         tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
         deferred = [operation(case.head(hidden)) for hidden in case.hidden]
-        losses = tiled.token_losses(deferred, case.labels)
-    for found, logits, labels in zip(losses, whole, case.labels, strict=True):
+        scores = tiled.token_scores(deferred, case.labels)
+        last = tiled.last_logits(deferred)
+    for (found, likeliest), logits, labels in zip(scores, whole, case.labels, strict=True):
         expected = torch.zeros(labels.shape)
         shifted = labels[:, 1:]
         expected[:, :-1] = functional.cross_entropy(logits[:, :-1].transpose(1, 2), shifted, reduction="none")
         assert found.shape == labels.shape
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert (found[labels.roll(-1, 1) == -100] == 0).all()
-    for lane, logits in zip(deferred, whole, strict=True):
-        torch.testing.assert_close(tiled.last_logits(lane), logits[:, -1], rtol=1e-5, atol=1e-5)
+        assert likeliest[:, :-1].equal(logits[:, :-1].argmax(dim=2) == shifted) and not likeliest[:, -1].any()
+    for found, logits in zip(last, whole, strict=True):
+        torch.testing.assert_close(found, logits[:, -1], rtol=1e-5, atol=1e-5)
     assert chunks.held == 0
 
 

@@ -163,7 +163,7 @@ def test_variants_share_a_visit_and_are_entered_before_their_lanes_run(model):
 
     weights = TwoVersions()
     engine = Engine(model, model.blocks, weights, Activations())
-    found = engine.forward(inputs_of(2), variants=2)
+    found = engine.forward(inputs_of(2) * 2, variants=[0, 0, 1, 1])
     engine.close()
     assert weights.visits == [0, 1, 2, 3]
     with torch.no_grad():

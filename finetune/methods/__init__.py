@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 import torch
 
+from finetune.data.batches import Row
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean over the step's trained tokens, before the update. grad_norm: before clipping."""
+    """loss: of the step's rows, before the update. tokens: of the step. grad_norm: before clipping."""
 
     loss: float
+    tokens: int
     learning_rate: float
     grad_norm: float
 
@@ -28,8 +31,8 @@ class Method(Protocol):
     optimizer: torch.optim.Optimizer
     scheduler: Any
 
-    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
-        """Step number `step` (from 0) over these micro-batches."""
+    def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
+        """Step number `step` (from 0); groups: the rows of each micro-batch."""
 
     def save(self, step: int) -> None:
         """Makes the state after `step` steps durable."""

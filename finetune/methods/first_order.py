@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from finetune.config import Config
+from finetune.data.batches import Row
 from finetune.methods import StepResult, lora
+from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
+from finetune.micro_batches import make_micro_batches
 from finetune.session import Session
 from finetune.state import load_state, save_state
 
@@ -24,9 +27,12 @@ def lane_seed(seed: int, step: int, micro_batch: int) -> int:
 class FirstOrder:
     """A `finetune.methods.Method`. Raises UserError when the saved state is another run's or damaged."""
 
-    def __init__(self, config: Config, session: Session, num_steps: int, about: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Config, session: Session, objective: TokenLoss, num_steps: int, about: dict[str, Any]
+    ) -> None:
         options = config.training
         self._config = config
+        self._data = objective.data
         self._session = session
         self._about = about
         self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
@@ -43,16 +49,17 @@ class FirstOrder:
             self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, about)
         self.scheduler = make_scheduler(options, self.optimizer, num_steps, self.first_step)
 
-    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
+    def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options = self._config.training
-        seeds = [lane_seed(options.seed, step, i) for i in range(len(inputs))]
-        loss = float(self._session.streamed.train_step(inputs, labels, seeds))
+        batches = make_micro_batches(self._data, groups, self._session.device.torch_device)
+        seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
+        loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, learning_rate, grad_norm)
+        return StepResult(loss, batches.tokens, learning_rate, grad_norm)
 
     def save(self, step: int) -> None:
         save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)

@@ -3,7 +3,7 @@
 The weights are never written step by step: an update is a few (seed, coefficient) pairs, which `offload.perturbed_model`
 applies while blocks are fetched, and the journal of them is the checkpoint.
 
-Estimators, for q perturbations z_i, radius epsilon, losses L:
+Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.methods.objectives`):
   spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
          Spall 1992; MeZO (Malladi et al. 2023, algorithms 1 and 2).
   fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
@@ -31,7 +31,9 @@ import numpy as np
 import torch
 
 from finetune.config import Config, ZerothOrderOptions
+from finetune.data.batches import Row
 from finetune.methods import StepResult, lora
+from finetune.methods.objectives import Objective
 from finetune.methods.schedule import make_scheduler
 from finetune.session import Session
 from finetune.state import check_same_run
@@ -82,8 +84,11 @@ def clipped(gradients: np.ndarray, history: Sequence[float], quantile: float | N
 class ZerothOrder:
     """A `finetune.methods.Method`. Raises UserError when the journal is another run's or damaged."""
 
-    def __init__(self, config: Config, session: Session, num_steps: int, about: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
+    ) -> None:
         self._config = config
+        self._objective = objective
         self._options = options = config.zo
         self._session = session
         self._model: PerturbedModel = session.streamed
@@ -110,13 +115,13 @@ class ZerothOrder:
         self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
         self._catch_up()
 
-    def step(self, step: int, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor]) -> StepResult:
+    def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options, training = self._options, self._config.training
         if step % options.group_steps == 0 and step > self._folded:
             self._fold(step)
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
         versions = variants(options, seeds, self.journal.shared_seed(step))
-        losses = self._model.losses(inputs, labels, versions).numpy()
+        losses, tokens = self._objective.values(self._model, groups, versions)
         if not np.isfinite(losses).all():
             raise UserError(
                 f"the loss of step {step + 1} is not finite ({', '.join(f'{x:g}' for x in losses[:4])}): lower "
@@ -137,7 +142,7 @@ class ZerothOrder:
         self.optimizer.step()
         self.scheduler.step()
         norm = float(np.sqrt(np.mean(np.square(gradients, dtype=np.float64))))
-        return StepResult(float(np.mean(losses, dtype=np.float64)), learning_rate, norm)
+        return StepResult(float(np.mean(losses, dtype=np.float64)), tokens, learning_rate, norm)
 
     def save(self, step: int) -> None:
         """Every step is durable already."""

@@ -1,0 +1,269 @@
+"""What a step makes small: the loss of trained tokens, or, without gradients, anything that can be computed of a model.
+
+| objective      | of a step's rows                                                                    | passes  |
+|----------------|-------------------------------------------------------------------------------------|---------|
+| loss           | mean cross entropy of the trained tokens                                            | 1       |
+| classification | mean cross entropy of the right one among the data's few completions                | 1       |
+| accuracy       | share of rows whose likeliest completion is another than theirs                     | 1       |
+| exact_match    | share of rows whose completion is not what greedy decoding gives                    | 1       |
+| f1, functions  | 1 - mean F1, - mean reward, of what greedy decoding gives                           | 1 a token |
+
+classification is MeZO's train_as_classification, the last three its "non-differentiable objectives" (Malladi et al. 2023,
+section 3.3). A completion is what greedy decoding gives where each of its tokens is the likeliest after those before it, so
+exact match takes one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from finetune.config import Config
+from finetune.data import Example, TokenDataset
+from finetune.data.batches import Row
+from finetune.generate import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.micro_batches import make_micro_batches
+from finetune.rewards import call_reward, load_reward, token_f1
+from finetune.scoring import Asked, Scores, ask_candidates, ask_trained, score
+from finetune.session import BatchShape, Session
+from finetune.tensor_rows import TensorRows
+from memory.errors import UserError
+from offload.head import IGNORE_INDEX
+from offload.perturbed import Variant
+from offload.perturbed_model import PerturbedModel
+
+CANDIDATE_OBJECTIVES = ("classification", "accuracy")  # rows are prepared with all their candidates
+
+
+class Objective(Protocol):
+    """lengths: tokens of each row, int [rows], by which micro-batches are sorted."""
+
+    lengths: np.ndarray
+
+    def shape(self, session: Session) -> BatchShape:
+        """Of the largest step, every version of the weights counted."""
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        """What is to be made small under every version of the weights, fp32 [variants], and how many tokens went in.
+
+        groups: the rows of each micro-batch, as `BatchPlan.step` gives them.
+        """
+
+
+def make_objective(config: Config, session: Session, data: TokenDataset | TensorRows) -> Objective:
+    """data: for `classification` and `accuracy` prepared with choices. Raises UserError for data that does not suit."""
+    word = config.zo.objective if config.method == "zo" else "loss"
+    if word == "loss":
+        return TokenLoss(config, data)
+    if isinstance(data, TensorRows):
+        raise UserError(f"zo.objective {word}: expected rows of text, found samples of tensors: use objective loss")
+    if word in CANDIDATE_OBJECTIVES:
+        return Candidates(config, data)
+    if word == "exact_match":
+        return ExactMatch(config, data)
+    return Generated(config, session, data)
+
+
+class TokenLoss:
+    """Mean cross entropy of the trained tokens; the loss of the model's own forward for data of tensors."""
+
+    def __init__(self, config: Config, data: TokenDataset | TensorRows) -> None:
+        self._config = config
+        self.data = data
+        self.lengths = np.asarray(data.lengths)
+
+    def shape(self, session: Session) -> BatchShape:
+        options = self._config.training
+        rows = min(options.micro_batch_size, options.batch_size)
+        lanes = -(-options.batch_size // rows) * self._config.variants
+        train = self._config.method != "zo"
+        if isinstance(self.data, TensorRows):
+            sample = self.data.collate(range(min(rows, len(self.data))))
+            return BatchShape({k: v for k, v in sample.items() if k != "labels"}, lanes, train)
+        packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
+        return BatchShape.of_text(rows, packing or int(self.lengths.max()), lanes, train)
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        batches = make_micro_batches(self.data, groups, model.device.torch_device)
+        return model.losses(batches.inputs, batches.labels, variants).numpy(), batches.tokens
+
+
+class _Scored:
+    """Objectives of what the model says of given tokens: one pass over the weights."""
+
+    def __init__(self, config: Config, data: TokenDataset) -> None:
+        self._config = config
+        self._data = data
+
+    def _ask(self, row: int, account: int) -> list[Asked]:
+        raise NotImplementedError
+
+    def _shape(self, sequences_per_row: int) -> BatchShape:
+        options = self._config.training
+        rows = min(options.micro_batch_size, options.batch_size * sequences_per_row)
+        lanes = -(-options.batch_size * sequences_per_row // rows) * self._config.variants
+        return BatchShape.of_text(rows, int(self._data.lengths.max()), lanes, train=False)
+
+    def _scores(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant], accounts: int
+    ) -> tuple[list[int], list[tuple[Asked, list[Scores]]], int]:
+        """The rows of the step; every sequence with what each variant says of it; tokens. Row i has `accounts` accounts."""
+        rows = [row[0] for group in groups for row in group]
+        asked = [one for i, row in enumerate(rows) for one in self._ask(row, i * accounts)]
+        asked.sort(key=lambda one: -len(one.input_ids))
+        size = self._config.training.micro_batch_size
+        lanes = [asked[start : start + size] for start in range(0, len(asked), size)]
+        with model.under(variants):
+            versions = [variant for variant in range(len(variants)) for _ in lanes]
+            found = score(model, lanes * len(variants), self._data.pad_token_id, versions)
+        results = []
+        for index, lane in enumerate(lanes):
+            ends = np.cumsum([len(one.positions) for one in lane])[:-1]
+            pieces = [
+                list(zip(*(np.split(values, ends) for values in found[v * len(lanes) + index]), strict=True))
+                for v in range(len(variants))
+            ]
+            for i, one in enumerate(lane):
+                results.append((one, [Scores(*pieces[v][i]) for v in range(len(variants))]))
+        return rows, results, sum(len(one.input_ids) for one in asked)
+
+
+class Candidates(_Scored):
+    """classification and accuracy: a row's completion among all completions of the data.
+
+    The score of a candidate is the sum of its tokens' log-probabilities; an end-of-text token after it does not count.
+    """
+
+    def __init__(self, config: Config, data: TokenDataset) -> None:
+        super().__init__(config, data)
+        self._num = data.num_choices
+        if self._num < 2:
+            raise UserError(
+                f"zo.objective {config.zo.objective}: expected rows that choose among 2 or more different completions, "
+                "all rows have the same one"
+            )
+        self.lengths = np.asarray(data.lengths).reshape(-1, self._num).max(axis=1)
+
+    def shape(self, session: Session) -> BatchShape:
+        return self._shape(max(len(self._ask(row, 0)) for row in range(len(self.lengths))))
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        rows, results, tokens = self._scores(model, groups, variants, self._num)
+        losses = np.zeros((len(variants), len(rows) * self._num))
+        for asked, versions in results:
+            for variant, scores in enumerate(versions):
+                np.add.at(losses[variant], asked.accounts, scores.losses)
+        likelihoods = -losses.reshape(len(variants), len(rows), self._num)
+        answers = self._data.answers[rows]
+        if self._config.zo.objective == "accuracy":
+            values = (likelihoods.argmax(axis=2) != answers).mean(axis=1)
+        else:
+            most = likelihoods.max(axis=2)
+            log_sum = most + np.log(np.exp(likelihoods - most[..., None]).sum(axis=2))
+            values = (log_sum - likelihoods[:, np.arange(len(rows)), answers]).mean(axis=1)
+        return values.astype(np.float32), tokens
+
+    def _ask(self, row: int, account: int) -> list[Asked]:
+        candidates = [self._data[row * self._num + k].input_ids for k in range(self._num)]
+        return ask_candidates(candidates, account)
+
+
+class ExactMatch(_Scored):
+    """Share of rows of which some trained token is not the likeliest."""
+
+    def __init__(self, config: Config, data: TokenDataset) -> None:
+        super().__init__(config, data)
+        self.lengths = np.asarray(data.lengths)
+
+    def shape(self, session: Session) -> BatchShape:
+        return self._shape(1)
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        _, results, tokens = self._scores(model, groups, variants, 1)
+        wrong = [[not scores.likeliest.all() for scores in versions] for _, versions in results]
+        return np.mean(wrong, axis=0, dtype=np.float64).astype(np.float32), tokens
+
+    def _ask(self, row: int, account: int) -> list[Asked]:
+        return [ask_trained(self._data[row], account)]
+
+
+class Generated:
+    """F1, or a user's reward, of what greedy decoding gives after a row's prompt, up to `zo.max_new_tokens` tokens.
+
+    A row's last run of trained tokens is its reference, what stands before is the prompt.
+    """
+
+    def __init__(self, config: Config, session: Session, data: TokenDataset) -> None:
+        if session.parts.head is None:
+            raise UserError(
+                f"zo.objective: expected a language model to generate with, found {type(session.model).__name__}"
+            )
+        word = config.zo.objective
+        self._config = config
+        self._data = data
+        self._reward = word if callable(word) else token_f1 if word == "f1" else load_reward(word)
+        self._tokenizer = load_tokenizer(session.parts.directory, config)
+        self._ends = end_tokens(session.parts.directory, self._tokenizer.eos_token_id)
+        self.lengths = np.asarray(data.lengths)
+
+    def shape(self, session: Session) -> BatchShape:
+        lanes = self._config.training.batch_size * self._config.variants
+        longest = int(self.lengths.max())
+        kept = cache_bytes(session, longest, self._config.zo.max_new_tokens, lanes)
+        return BatchShape.of_text(1, longest, lanes, train=False).keeping(kept)
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        examples = [self._data[row[0]] for group in groups for row in group]
+        split = [_split(example) for example in examples]
+        ids = [prompt.tolist() for prompt, _ in split]
+        prompts, references = (
+            [self._tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+            for parts in zip(*split, strict=True)
+        )
+        lanes = ids * len(variants)
+        texts = [TextPieces(self._tokenizer, one) for one in lanes]
+        completions = [""] * len(lanes)
+        tokens = sum(map(len, ids))
+        greedy: Callable[[torch.Tensor], int] = chooser(0.0, 1.0, 0)
+        versions = [variant for variant in range(len(variants)) for _ in ids]
+        with model.under(variants):
+            steps = decode(model, lanes, [greedy] * len(lanes), self._ends, self._config.zo.max_new_tokens, versions)
+            for pairs in steps:
+                for i, token in pairs:
+                    tokens += i < len(ids)
+                    if token not in self._ends:
+                        completions[i] += texts[i].add(token)
+        completions = [text + pieces.rest() for text, pieces in zip(completions, texts, strict=True)]
+        values = []
+        for variant in range(len(variants)):
+            said = completions[variant * len(ids) : (variant + 1) * len(ids)]
+            mean = float(np.mean(call_reward(self._reward, prompts, said, references)))
+            values.append(1.0 - mean if self._config.zo.objective == "f1" else -mean)
+        return np.array(values, np.float32), tokens
+
+
+def _split(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt, reference), token ids int32. Raises UserError where there is no prompt."""
+    trained = example.labels != IGNORE_INDEX
+    end = int(np.flatnonzero(trained)[-1]) + 1
+    before = np.flatnonzero(~trained[:end])
+    start = int(before[-1]) + 1 if len(before) else 0
+    if not start:
+        raise UserError(
+            "zo.objective: expected rows with a prompt and a completion, found one that is all completion: use rows of "
+            "prompt + completion or messages, with dataset.completion_only"
+        )
+    return example.input_ids[:start], example.input_ids[start:end]
