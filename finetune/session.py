@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -361,8 +362,11 @@ class Session:
 
 
 def _check_zeroth_order(device: Device, model: nn.Module) -> None:
-    if device.torch_device.type != "cpu":
-        raise UserError(f"method zo has no kernels for {device.torch_device.type} yet: use --device cpu")
+    kind = device.torch_device.type
+    if kind not in ("cpu", "cuda", "xpu"):
+        raise UserError(f"method zo has no kernels for {kind}: use --device cpu")
+    if kind != "cpu" and importlib.util.find_spec("triton") is None:
+        raise UserError(f"method zo needs Triton on {kind}, which is not installed: pip install triton")
     if lora.needs_first_visit(model):
         raise UserError("lora.use_dora cannot be combined with method zo: leave it out, or use method lora")
 

@@ -25,7 +25,7 @@ class RowsOnDemand:
         self._source = source
         self._dtype = dtype
         self._io = io
-        self._device = device
+        self.device = device
         self._files: dict[Any, int] = {}
         self.ids = torch.empty(0, dtype=torch.int64)  # sorted ids whose rows are in memory
         self.rows = torch.empty(0)  # as stored, in the order of `ids`
@@ -68,7 +68,7 @@ class RowsOnDemand:
             reads.append((self._files[path], offset, num_bytes, rows.data_ptr() + target_offset))
         if reads:
             self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
-        self.ids, self.rows, self.table = ids, rows, rows.to(self._dtype).to(self._device)
+        self.ids, self.rows, self.table = ids, rows, rows.to(self._dtype).to(self.device)
         self.after_read()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PRODUCT_ELEMENTS = 1 << 22
 
 
 class Noise(NamedTuple):
@@ -97,10 +98,10 @@ def move(
     stored_dtype: torch.dtype = torch.float32,
     instructions: str = INSTRUCTION_SETS[0],
 ) -> None:
-    """The pass of the module's docstring, on the CPU, with PyTorch's number of threads.
+    """The pass of the module's docstring: on the CPU with PyTorch's number of threads, elsewhere on the tensors' device.
 
     source: contiguous fp32, bf16 or fp16, any alignment; it may be a target itself. It holds the elements of the parameter
-    from `first_element` on, or those of `segments`, pairs of (first element, count), one after the other.
+    from `first_element` on, or, on the CPU, those of `segments`, pairs of (first element, count), one after the other.
     columns: the parameter's last dimension, 0 where it has one dimension. stored_dtype: what the groups' rounding rounds to.
     Raises ValueError for tensors that do not fit.
     """
@@ -118,6 +119,11 @@ def move(
         _move_low_rank(noise, parameter, source, pending, targets, columns, segments, stored_dtype)
         return
     kind = "gaussian" if noise.kind == "low_rank" else noise.kind
+    if source.device.type != "cpu":
+        from offload import noise_triton
+
+        noise_triton.move(kind, parameter, source, pending, targets, first_element, stored_dtype)
+        return
     rounded_to = _DTYPES[stored_dtype]
     _native.run(
         instructions,
@@ -173,6 +179,13 @@ def _move_low_rank(
         # Kept until the pass is over, which holds their addresses.
         group_rows = [rows_of(group.updates) for group in pending]
         target_rows = [rows_of([Update(target.seed, 1.0)]) for target in targets]
+        if source.device.type != "cpu":
+            factors = [
+                [(u.view(-1, rank), columns_of[x.shared_seed]) for u, x in zip(rows, of, strict=True)]
+                for rows, of in ((group_rows, pending), (target_rows, targets))
+            ]
+            _add_products(source, pending, targets, *factors, columns, stored_dtype)
+            return
         _native.run_low_rank(
             source.data_ptr() + at * source.itemsize, _DTYPES[source.dtype], first_column, count, columns, rank,
             [
@@ -188,3 +201,40 @@ def _move_low_rank(
             torch.get_num_threads(),
         )  # fmt: skip
         at += count
+
+
+def _add_products(
+    source: torch.Tensor,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    group_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    target_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    columns: int,
+    stored_dtype: torch.dtype,
+) -> None:
+    """The pass for noise of low rank in PyTorch, on any device, for whole rows: the operations of csrc/low_rank.cpp.
+
+    factors: U, fp32 [rows, rank], and V, fp32 [rank, columns], of every group and target.
+    """
+
+    def product(factors: tuple[torch.Tensor, torch.Tensor], rows: slice) -> torch.Tensor:
+        u, v = factors[0][rows].to(source.device), factors[1].to(source.device)
+        z = u[:, :1] * v[0]
+        for k in range(1, v.shape[0]):
+            z = z + u[:, k : k + 1] * v[k]
+        return z
+
+    num_rows = source.numel() // columns
+    step = max(1, _PRODUCT_ELEMENTS // columns)  # bounds what is held in fp32
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        theta = source.view(num_rows, columns)[rows].float()
+        for group, factors in zip(pending, group_factors, strict=True):
+            theta = theta * torch.tensor(group.scale, dtype=torch.float32) + product(factors, rows)
+            if group.rounding == "nearest":
+                theta = theta.to(stored_dtype).float()
+        for target, factors in zip(targets, target_factors, strict=True):
+            moved = theta
+            if target.coefficient:
+                moved = theta + torch.tensor(target.coefficient, dtype=torch.float32) * product(factors, rows)
+            target.tensor.view(num_rows, columns)[rows].copy_(moved)

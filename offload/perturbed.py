@@ -130,7 +130,10 @@ class _Slots:
 
 
 class Residents:
-    """Small tensors that stay in memory: clean values, and the step's variants of them, made once and kept for the step."""
+    """Small tensors that stay in memory: clean values, and the step's variants of them, made once and kept for the step.
+
+    Both are on the CPU; `install` brings a variant to where the model is.
+    """
 
     def __init__(self, perturbation: Perturbation) -> None:
         self._perturbation = perturbation
@@ -211,7 +214,7 @@ class PerturbedRows:
             targets = {other: torch.empty(rows.shape, dtype=self._dtype) for other in together}
             segments = [(row * width, width) for row in self._embedding.ids.tolist()]
             self._perturbation.write(self._key, rows, targets, self._stored_dtype, segments=segments)
-            self._made |= targets
+            self._made |= {other: target.to(self._embedding.device) for other, target in targets.items()}
         self._embedding.table = self._made[variant]
 
     def _after_read(self) -> None:

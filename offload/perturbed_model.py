@@ -92,8 +92,8 @@ class PerturbedModel(StreamedModel):
         self._adapters = adapters
         for name, parameter in (adapters or {}).items():
             self._residents.add(
-                parameter_key(name), parameter.detach().float(), parameter.dtype,
-                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
+                parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
+                lambda value, parameter=parameter: setattr(parameter, "data", value.to(parameter.device)), torch.float32,
             )  # fmt: skip
         super().__init__(parts, plan, device, scratch, **options)
 
@@ -191,4 +191,7 @@ class PerturbedModel(StreamedModel):
         super()._take_edge(edge, tensor)
         if edge.name in self.keys:
             stored = self._original_sources[edge.name].dtype
-            self._residents.add(self.keys[edge.name], tensor, edge.dtype, edge.install, stored)
+            device = self.device.torch_device
+            self._residents.add(
+                self.keys[edge.name], tensor, edge.dtype, lambda value: edge.install(value.to(device)), stored
+            )

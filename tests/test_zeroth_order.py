@@ -195,7 +195,7 @@ def test_evaluation_in_the_run_is_that_of_the_exported_model(models, data, tmp_p
 
 def test_resume_with_other_settings_is_refused(models, data, tmp_path):  # noqa: F811
     Trainer(zo_config(models["float32"], data, tmp_path, 3)).train()
-    with pytest.raises(UserError, match="other settings \(zo.epsilon: 0.01 then, 0.5 now\)"):
+    with pytest.raises(UserError, match=r"other settings \(zo.epsilon: 0.01 then, 0.5 now\)"):
         Trainer(zo_config(models["float32"], data, tmp_path, 5, {"epsilon": 0.5}, resume=True)).train()
 
 
