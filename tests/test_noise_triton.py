@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
 from offload import noise, noise_triton  # noqa: E402
