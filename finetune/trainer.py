@@ -30,7 +30,13 @@ from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.evaluate import evaluate, evaluate_open, prepare_rows
 from finetune.methods import Method
 from finetune.methods.first_order import FirstOrder
-from finetune.methods.objectives import CANDIDATE_OBJECTIVES, Objective, make_objective
+from finetune.methods.objectives import (
+    CANDIDATE_OBJECTIVES,
+    Objective,
+    generated_shape,
+    generates,
+    make_objective,
+)
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
@@ -70,7 +76,7 @@ class Trainer:
         config = self.config
         session = Session(config)
         try:
-            return session.plan(self._shape(config.dataset.sequence_length))
+            return session.plan(self._shape(session, config.dataset.sequence_length))
         finally:
             session.close()
 
@@ -104,8 +110,10 @@ class Trainer:
             return source
         return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
 
-    def _shape(self, sequence_length: int) -> BatchShape:
+    def _shape(self, session: Session, sequence_length: int) -> BatchShape:
         training = self.config.training
+        if generates(self.config):
+            return generated_shape(self.config, session, sequence_length)
         rows = min(training.micro_batch_size, training.batch_size)
         lanes = -(-training.batch_size // rows) * self.config.variants
         return BatchShape.of_text(rows, sequence_length, lanes, train=self.config.method == "lora")
@@ -117,9 +125,9 @@ class Trainer:
             return TensorRows(source)
         longest = config.dataset.sequence_length
         try:
-            session.plan(self._shape(min(16, longest)))
+            session.plan(self._shape(session, min(16, longest)))
         except PlanRefused:
-            session.plan(self._shape(longest))  # refuses too, and names the budget that full rows need
+            session.plan(self._shape(session, longest))  # refuses too, and names the budget that full rows need
             raise
         options = config.dataset
         choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES

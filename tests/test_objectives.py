@@ -213,6 +213,18 @@ def test_refusals(tmp_path):
         run("accuracy", [{"prompt": "the cat", "completion": " sat"}] * 3)
 
 
+def test_a_plan_without_data_counts_the_caches(tmp_path):
+    model = write_model("llama", tmp_path / "model")
+    sizes = []
+    for new in (6, 106):
+        config = objective_config(model, tmp_path / "out", None, "f1")
+        config = config.model_copy(update={"zo": config.zo.model_copy(update={"max_new_tokens": new})})
+        sizes.append(Trainer(config).plan().demand.step_bytes)
+    layer = 2 * 2 * 12 * 4  # keys and values, 2 heads of 12 numbers, fp32: bytes a token
+    # Three layers of 5 rows under 2 versions of the weights, and one in which the 2 heads are repeated for 4.
+    assert sizes[1] - sizes[0] == 100 * layer * (3 * 10 + 2)
+
+
 def test_functions_are_found_in_modules():
     assert load_reward("finetune.rewards:token_f1") is token_f1
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):

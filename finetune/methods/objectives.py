@@ -69,6 +69,25 @@ def make_objective(config: Config, session: Session, data: TokenDataset | Tensor
     return Generated(config, session, data)
 
 
+def generates(config: Config) -> bool:
+    """Whether the objective is of text that the model writes."""
+    return config.method == "zo" and config.zo.objective not in ("loss", "exact_match", *CANDIDATE_OBJECTIVES)
+
+
+def generated_shape(config: Config, session: Session, longest: int) -> BatchShape:
+    """Of a step that writes text after prompts of at most `longest` tokens: a prompt a micro-batch, caches for all of them.
+
+    Raises UserError for models that write none.
+    """
+    if session.parts.head is None:
+        raise UserError(
+            f"zo.objective: expected a language model to generate with, found {type(session.model).__name__}"
+        )
+    lanes = config.training.batch_size * config.variants
+    kept = cache_bytes(session, longest, config.zo.max_new_tokens, lanes)
+    return BatchShape.of_text(1, longest, lanes, train=False).keeping(kept)
+
+
 class TokenLoss:
     """Mean cross entropy of the trained tokens; the loss of the model's own forward for data of tensors."""
 
@@ -205,10 +224,6 @@ class Generated:
     """
 
     def __init__(self, config: Config, session: Session, data: TokenDataset) -> None:
-        if session.parts.head is None:
-            raise UserError(
-                f"zo.objective: expected a language model to generate with, found {type(session.model).__name__}"
-            )
         word = config.zo.objective
         self._config = config
         self._data = data
@@ -218,10 +233,7 @@ class Generated:
         self.lengths = np.asarray(data.lengths)
 
     def shape(self, session: Session) -> BatchShape:
-        lanes = self._config.training.batch_size * self._config.variants
-        longest = int(self.lengths.max())
-        kept = cache_bytes(session, longest, self._config.zo.max_new_tokens, lanes)
-        return BatchShape.of_text(1, longest, lanes, train=False).keeping(kept)
+        return generated_shape(self._config, session, int(self.lengths.max()))
 
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
