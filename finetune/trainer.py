@@ -33,14 +33,13 @@ from finetune.methods.first_order import FirstOrder
 from finetune.methods.objectives import (
     CANDIDATE_OBJECTIVES,
     Objective,
-    generated_shape,
-    generates,
+    full_shape,
     make_objective,
 )
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
-from finetune.session import BatchShape, PlannedRun, Session
+from finetune.session import PlannedRun, Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
@@ -76,7 +75,7 @@ class Trainer:
         config = self.config
         session = Session(config)
         try:
-            return session.plan(self._shape(session, config.dataset.sequence_length))
+            return session.plan(full_shape(config, session, config.dataset.sequence_length))
         finally:
             session.close()
 
@@ -110,14 +109,6 @@ class Trainer:
             return source
         return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
 
-    def _shape(self, session: Session, sequence_length: int) -> BatchShape:
-        training = self.config.training
-        if generates(self.config):
-            return generated_shape(self.config, session, sequence_length)
-        rows = min(training.micro_batch_size, training.batch_size)
-        lanes = -(-training.batch_size // rows) * self.config.variants
-        return BatchShape.of_text(rows, sequence_length, lanes, train=self.config.method == "lora")
-
     def _prepare(self, source: Any, session: Session) -> TokenDataset | TensorRows:
         """The rows. Refuses before tokenising what no data could make fit."""
         config = self.config
@@ -125,9 +116,9 @@ class Trainer:
             return TensorRows(source)
         longest = config.dataset.sequence_length
         try:
-            session.plan(self._shape(session, min(16, longest)))
+            session.plan(full_shape(config, session, min(16, longest)))
         except PlanRefused:
-            session.plan(self._shape(session, longest))  # refuses too, and names the budget that full rows need
+            session.plan(full_shape(config, session, longest))  # refuses too, and names the budget that full rows need
             raise
         options = config.dataset
         choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES

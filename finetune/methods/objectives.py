@@ -16,6 +16,7 @@ exact match takes one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -69,9 +70,19 @@ def make_objective(config: Config, session: Session, data: TokenDataset | Tensor
     return Generated(config, session, data)
 
 
-def generates(config: Config) -> bool:
-    """Whether the objective is of text that the model writes."""
-    return config.method == "zo" and config.zo.objective not in ("loss", "exact_match", *CANDIDATE_OBJECTIVES)
+def full_shape(config: Config, session: Session, longest: int) -> BatchShape:
+    """Of a step whose rows have at most `longest` tokens, before there is data."""
+    if config.method == "zo" and config.zo.objective not in ("loss", "exact_match", *CANDIDATE_OBJECTIVES):
+        return generated_shape(config, session, longest)
+    return scored_shape(config, longest)
+
+
+def scored_shape(config: Config, longest: int, sequences_per_row: int = 1) -> BatchShape:
+    """Of a step that takes one pass over the weights."""
+    options = config.training
+    sequences = options.batch_size * sequences_per_row
+    rows = min(options.micro_batch_size, sequences)
+    return BatchShape.of_text(rows, longest, -(-sequences // rows) * config.variants, train=config.method != "zo")
 
 
 def generated_shape(config: Config, session: Session, longest: int) -> BatchShape:
@@ -97,15 +108,12 @@ class TokenLoss:
         self.lengths = np.asarray(data.lengths)
 
     def shape(self, session: Session) -> BatchShape:
-        options = self._config.training
-        rows = min(options.micro_batch_size, options.batch_size)
-        lanes = -(-options.batch_size // rows) * self._config.variants
-        train = self._config.method != "zo"
-        if isinstance(self.data, TensorRows):
-            sample = self.data.collate(range(min(rows, len(self.data))))
-            return BatchShape({k: v for k, v in sample.items() if k != "labels"}, lanes, train)
         packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
-        return BatchShape.of_text(rows, packing or int(self.lengths.max()), lanes, train)
+        shape = scored_shape(self._config, packing or int(self.lengths.max()))
+        if not isinstance(self.data, TensorRows):
+            return shape
+        sample = self.data.collate(range(min(shape.inputs["input_ids"].shape[0], len(self.data))))
+        return replace(shape, inputs={k: v for k, v in sample.items() if k != "labels"})
 
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
@@ -121,22 +129,14 @@ class _Scored:
         self._config = config
         self._data = data
 
-    def _ask(self, row: int, account: int) -> list[Asked]:
-        raise NotImplementedError
-
     def _shape(self, sequences_per_row: int) -> BatchShape:
-        options = self._config.training
-        rows = min(options.micro_batch_size, options.batch_size * sequences_per_row)
-        lanes = -(-options.batch_size * sequences_per_row // rows) * self._config.variants
-        return BatchShape.of_text(rows, int(self._data.lengths.max()), lanes, train=False)
+        return scored_shape(self._config, int(self._data.lengths.max()), sequences_per_row)
 
     def _scores(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant], accounts: int
-    ) -> tuple[list[int], list[tuple[Asked, list[Scores]]], int]:
-        """The rows of the step; every sequence with what each variant says of it; tokens. Row i has `accounts` accounts."""
-        rows = [row[0] for group in groups for row in group]
-        asked = [one for i, row in enumerate(rows) for one in self._ask(row, i * accounts)]
-        asked.sort(key=lambda one: -len(one.input_ids))
+        self, model: PerturbedModel, asked: Sequence[Asked], variants: Sequence[Variant]
+    ) -> tuple[list[tuple[Asked, list[Scores]]], int]:
+        """Every sequence with what each variant says of it, and their tokens."""
+        asked = sorted(asked, key=lambda one: -len(one.input_ids))
         size = self._config.training.micro_batch_size
         lanes = [asked[start : start + size] for start in range(0, len(asked), size)]
         with model.under(variants):
@@ -151,7 +151,7 @@ class _Scored:
             ]
             for i, one in enumerate(lane):
                 results.append((one, [Scores(*pieces[v][i]) for v in range(len(variants))]))
-        return rows, results, sum(len(one.input_ids) for one in asked)
+        return results, sum(len(one.input_ids) for one in asked)
 
 
 class Candidates(_Scored):
@@ -176,11 +176,13 @@ class Candidates(_Scored):
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
-        rows, results, tokens = self._scores(model, groups, variants, self._num)
+        rows = _rows_of(groups)
+        asked = [one for i, row in enumerate(rows) for one in self._ask(row, i * self._num)]
+        results, tokens = self._scores(model, asked, variants)
         losses = np.zeros((len(variants), len(rows) * self._num))
-        for asked, versions in results:
+        for one, versions in results:
             for variant, scores in enumerate(versions):
-                np.add.at(losses[variant], asked.accounts, scores.losses)
+                np.add.at(losses[variant], one.accounts, scores.losses)
         likelihoods = -losses.reshape(len(variants), len(rows), self._num)
         answers = self._data.answers[rows]
         if self._config.zo.objective == "accuracy":
@@ -209,12 +211,9 @@ class ExactMatch(_Scored):
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
-        _, results, tokens = self._scores(model, groups, variants, 1)
+        results, tokens = self._scores(model, [ask_trained(self._data[row]) for row in _rows_of(groups)], variants)
         wrong = [[not scores.likeliest.all() for scores in versions] for _, versions in results]
         return np.mean(wrong, axis=0, dtype=np.float64).astype(np.float32), tokens
-
-    def _ask(self, row: int, account: int) -> list[Asked]:
-        return [ask_trained(self._data[row], account)]
 
 
 class Generated:
@@ -238,7 +237,7 @@ class Generated:
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
-        examples = [self._data[row[0]] for group in groups for row in group]
+        examples = [self._data[row] for row in _rows_of(groups)]
         split = [_split(example) for example in examples]
         ids = [prompt.tolist() for prompt, _ in split]
         prompts, references = (
@@ -265,6 +264,11 @@ class Generated:
             mean = float(np.mean(call_reward(self._reward, prompts, said, references)))
             values.append(1.0 - mean if self._config.zo.objective == "f1" else -mean)
         return np.array(values, np.float32), tokens
+
+
+def _rows_of(groups: Sequence[Sequence[Row]]) -> list[int]:
+    """The step's rows, which are not packed."""
+    return [row[0] for group in groups for row in group]
 
 
 def _split(example: Example) -> tuple[np.ndarray, np.ndarray]:
