@@ -204,9 +204,11 @@ def test_low_rank(name, device, checkpoint, tokens, tmp_path, monkeypatch):
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=["blocks", "head"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_adapters(name, checkpoint, tokens, tmp_path):
-    config = zo_config(checkpoint(name), tokens, tmp_path / "out", {"parameters": "lora"}, lora={"dropout": 0.0})
+def test_adapters(name, targets, checkpoint, tokens, tmp_path):
+    lora = {"dropout": 0.0, "target_modules": targets}
+    config = zo_config(checkpoint(name), tokens, tmp_path / "out", {"parameters": "lora"}, lora=lora)
     plain = PlainMezo(config).run()
     assert zo_run(config) == plain.losses
     found = load_file(config.output / "adapter" / "adapter_model.safetensors")
