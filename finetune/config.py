@@ -275,6 +275,42 @@ class ZerothOrderOptions(_Section):
         return self.perturbations + 1 if self.estimator == "fzoo" else 2 * self.perturbations
 
 
+class OptimizerOptions(_Section):
+    """The out-of-core optimizer of the methods that train the model's own weights; `training` has AdamW's numbers."""
+
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    momentum: Share = 0.9
+    """Of sgd."""
+    state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """How moments are kept: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al. 2022)."""
+    master: Literal["float32", "none"] = "float32"
+    """Of bf16 weights: float32 keeps 16 more bits beside each; none rounds every update stochastically."""
+    clipping: Literal["previous", "exact"] = "previous"
+    """By which norm gradients are clipped: the step before's, so that every block is updated as soon as its gradients are
+    there (the first step is not clipped), or this step's own, for which all gradients wait on disk."""
+    versions: Annotated[int, Strict(), Field(ge=1, le=2)] = 2
+    """Of everything in the working store. 1 halves the disk space, and a process that dies in a step loses the run."""
+
+
+class SelectionOptions(_Section):
+    """What is trained when, for lisa, badam, slimfit and frugal; formulas and sources are in `finetune.methods.selection`."""
+
+    layers: Count | None = None
+    """Blocks that are trained at a time; None: 2 for lisa, 1 for badam, a quarter of them for slimfit and frugal."""
+    interval: Count | None = None
+    """Steps between choices; None: 20 for lisa, 50 for badam and frugal, 1 for slimfit."""
+    order: Literal["random", "ascending", "descending", "alternating"] = "random"
+    """In which badam goes through the blocks."""
+    ends: Switch | None = None
+    """Whether embedding, head and final norm are trained too; None: except with badam, as in the papers."""
+    keep_state: Switch | None = None
+    """Whether a block's optimizer state waits on disk until it is chosen again; None: with slimfit only."""
+    sign_scale: NonNegative = 1.0
+    """Frugal: learning rate of the signs, in units of the learning rate."""
+    prefer_resident: Annotated[float, Field(ge=1)] = 1.0
+    """Lisa: blocks that stay in memory are so many times likelier; updates are weighted so that the expectation stays."""
+
+
 class EngineOptions(_Section):
     """How the model is streamed. The planner chooses what is None or auto.
 
@@ -315,8 +351,12 @@ class Config(_Section):
     data: Data = None
     """A path, a hub id, `sample:NAME` for a file shipped here, or (in Python) a sequence of rows."""
     eval_data: Data = None
-    method: Literal["lora", "zo"] = "lora"
-    """lora: gradients for a LoRA adapter. zo: forward passes only, see `zo`."""
+    method: Literal["lora", "zo", "full", "lisa", "badam", "slimfit", "frugal"] = "lora"
+    """lora: gradients for a LoRA adapter. zo: forward passes only, see `zo`. full: all weights; lisa, badam, slimfit, frugal:
+    some of the blocks at a time, see `selection`."""
+    train: list[str] = []
+    """Regular expressions, searched in the names of parameters: only these are trained by the methods that train the
+    model's own weights; none: all."""
     output: Annotated[Path, BeforeValidator(_expand_path)] = Path("out")
     host_memory: Amount = None
     """Limit of the whole process, a promise; None: what the machine or the memory cgroup has."""
@@ -331,6 +371,8 @@ class Config(_Section):
     dataset: DatasetOptions = DatasetOptions()
     lora: LoraOptions = LoraOptions()
     zo: ZerothOrderOptions = ZerothOrderOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    selection: SelectionOptions = SelectionOptions()
     engine: EngineOptions = EngineOptions()
 
     @model_validator(mode="after")
@@ -339,6 +381,8 @@ class Config(_Section):
             raise ValueError(
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
             )
+        if self.train and not self.trains_weights:
+            raise ValueError(f"expected train only with methods that train the model's own weights, found it with {self.method}")
         return self
 
     def __init__(self, **values: Any) -> None:
@@ -364,12 +408,19 @@ class Config(_Section):
             return self.training.learning_rate
         if self.method == "lora":
             return 2e-4
+        if self.method != "zo":
+            return 2e-5
         return 1e-4 if self.zo.parameters == "lora" else 1e-6
 
     @property
     def has_adapter(self) -> bool:
         """Whether a LoRA adapter is trained, rather than the model's own weights."""
-        return self.method == "lora" or self.zo.parameters == "lora"
+        return self.method == "lora" or self.method == "zo" and self.zo.parameters == "lora"
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the model's own weights are trained by gradients."""
+        return self.method in ("full", "lisa", "badam", "slimfit", "frugal")
 
     @property
     def variants(self) -> int:

@@ -1,4 +1,4 @@
-"""The model as a zeroth-order run has moved it, written as a checkpoint of the original's kind, in a stream."""
+"""The model as a run has changed it, written as a checkpoint of the original's kind, in a stream."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from offload.journal import Journal
 from offload.model_parts import cut
 from offload.perturbed import noise_keys
 from offload.replay import moved_sources, newest_fold, replay
+from offload.store_export import export_store
+from offload.trained_parts import find_trained
+from offload.working_store import StoredPiece, read_manifest
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -25,26 +28,50 @@ def export(
 ) -> int:
     """Writes `config.model` with the steps of the run in `config.output` to `directory`; returns how many steps.
 
-    at_step: as of that step; None: all. Same files, names, shapes and dtypes as the original, with configuration and
-    tokenizer. Memory does not depend on the model's size. Raises UserError.
+    at_step: as of that step; None: all, the only choice but for method zo. Same files, names, shapes and dtypes as the
+    original, with configuration and tokenizer. Memory does not depend on the model's size. Raises UserError.
     """
-    path = config.output / "journal.zo"
-    if not path.is_file():
-        raise UserError(
-            f"{config.output} has no journal.zo: export writes models that method zo has tuned. A LoRA adapter needs no "
-            f"export, it is in {config.output / 'adapter'}"
-        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
+    if (config.output / "journal.zo").is_file():
+        return _export_journal(config, config.output / "journal.zo", directory, at_step, progress)
+    if (config.output / "store" / "manifest.json").is_file():
+        return _export_store(config, config.output / "store", directory, at_step, progress)
+    raise UserError(
+        f"{config.output} has neither journal.zo nor store/manifest.json: export writes models whose own weights were tuned. "
+        f"A LoRA adapter needs no export, it is in {config.output / 'adapter'}"
+    )
+
+
+def _export_store(
+    config: Config, store: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+) -> int:
+    manifest = read_manifest(store)
+    steps, about = manifest["step"], manifest["about"]
+    if at_step not in (None, steps):
+        raise UserError(f"--at-step: a working store keeps its newest step only, which is {steps}; found {at_step}")
+    if manifest["writing"]:
+        raise UserError(f"{store} keeps one version of the weights and a process died while it wrote: they are a mixture")
+    model = _same_model(config, about["model"])
+    parts = cut(model, trust_remote_code=config.trust_remote_code, trains_weights=True, tile_vocab=about["tile_vocab"])
+    pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
+    export_store(
+        parts.checkpoint, find_trained(parts, about["train"]), store / "data", pieces, directory,
+        side_files=_side_files(model), io_backend=config.engine.io_backend, progress=progress,
+    )  # fmt: skip
+    return steps
+
+
+def _export_journal(
+    config: Config, path: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+) -> int:
     journal = Journal.read(path)
     if journal.about["zo"]["parameters"] == "lora":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {at_step}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
-    model = resolve_model(config.model)
-    if model.name != journal.about["model"]:
-        raise UserError(f"the run in {config.output} tuned {journal.about['model']}, --model names {model.name}")
+    model = _same_model(config, journal.about["model"])
     parts = cut(model, trust_remote_code=config.trust_remote_code)
     keys = noise_keys(parts.sources, parts.parameters)
     checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
@@ -54,7 +81,19 @@ def export(
     replay(
         checkpoint, sources, keys, journal.noise, journal.groups(first_step, steps), directory,
         stored_dtypes={name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()},
-        side_files=[p for p in sorted(model.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)],
+        side_files=_side_files(model),
         io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
+
+
+def _same_model(config: Config, name: str) -> Path:
+    model = resolve_model(config.model)
+    if model.name != name:
+        raise UserError(f"the run in {config.output} tuned {name}, --model names {model.name}")
+    return model
+
+
+def _side_files(model: Path) -> list[Path]:
+    """What stands beside the weights: configuration, tokenizer, chat template."""
+    return [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(_WEIGHTS)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,6 +17,7 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.methods import lora
+from finetune.methods.selection import Selection
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
@@ -33,7 +34,12 @@ from offload.perturbed import folded_bytes, variant_layout
 from offload.perturbed_model import PerturbedModel
 from offload.replay import BUFFER_BYTES
 from offload.skeleton import is_placeholder
+from offload.optimizer_stream import Keeping
 from offload.streamed_model import StreamedModel
+from offload.trained_model import TrainedModel
+from offload.trained_parts import TrainedParts, find_trained
+from offload.update_rules import Rule, StateFormat
+from offload.update_units import UpdateUnit
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
@@ -78,6 +84,7 @@ class PlannedRun:
     device_kind: str
     trainable: tuple[nn.Parameter, ...]
     folded_bytes: int  # of the moved weights that are written while the run goes on
+    store_bytes: int  # of the working store, at most
     variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
 
     def describe(self) -> str:
@@ -158,6 +165,7 @@ class Session:
             trust_remote_code=config.trust_remote_code,
             tile_tokens=config.engine.loss_tile_tokens,
             tile_vocab=config.engine.loss_tile_vocab,
+            trains_weights=train and config.trains_weights,
         )
         self.model: nn.Module = self.parts.model
         if adapter is not None:
@@ -169,13 +177,22 @@ class Session:
         self._is_fresh = adapter is None
         if train and config.method == "zo":
             _check_zeroth_order(self.device, self.model)
+        self.trained: TrainedParts | None = None
+        if train and config.trains_weights:
+            if not self.device.shares_host_memory:
+                raise UserError(
+                    f"method {config.method} updates weights in host memory and cannot use {self.device.kind} yet: use --device cpu"
+                )
+            self.trained = find_trained(self.parts, config.train)
+            for binding in self.parts.bindings:
+                binding.convert_at_bind()
         if lora.needs_first_visit(self.model):
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(train)
         # Whether moved weights are written while the run goes on; the trainer knows better where epochs set the steps.
         self.folds = config.training.max_steps is None or config.training.max_steps > config.zo.group_steps
-        self.perturbs_all = train and not config.has_adapter
+        self.perturbs_all = train and config.method == "zo" and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
 
@@ -195,7 +212,7 @@ class Session:
 
         Zeroth-order tuning is always in eval mode: the losses of a step must differ by the perturbation alone.
         """
-        self.model.train(training and self.config.method == "lora")
+        self.model.train(training and self.config.method != "zo")
         for module in self.model.modules():
             if hasattr(module, "_cache_clear"):
                 module.training = True
@@ -222,13 +239,21 @@ class Session:
             self.device.kind,
             tuple(self.trainable),
             folded,
+            self._store_bytes(),
             self.config.variants if self.train else 1,
         )
 
     def open(
-        self, planned: PlannedRun, scratch: Path, progress: Callable[[str, int, int], None] = lambda *_: None
+        self,
+        planned: PlannedRun,
+        scratch: Path,
+        progress: Callable[[str, int, int], None] = lambda *_: None,
+        about: Mapping[str, Any] | None = None,
     ) -> StreamedModel:
-        """Allocates what the plan names and opens the model; adapters move into the arena or onto the device."""
+        """Allocates what the plan names and opens the model; adapters move into the arena or onto the device.
+
+        about: what a working store must say of the run that it belongs to.
+        """
         plan = planned.plan
         keep_shapes(shapes_to_keep(planned.shape.micro_batches))
         if plan.arena_bytes:
@@ -264,6 +289,21 @@ class Session:
                 adapters=adapters,
                 **options,
             )
+        elif self.trained is not None:
+            self.streamed = TrainedModel(
+                self.parts,
+                plan,
+                self.device,
+                scratch,
+                trained=self.trained,
+                store_directory=self.config.output / "store",
+                about=dict(about or {}),
+                resume=self.config.resume,
+                versions=self.config.optimizer.versions,
+                keeping=make_keeping(self.config),
+                seed=self.config.training.seed,
+                **options,
+            )
         else:
             self.streamed = StreamedModel(self.parts, plan, self.device, scratch, **options)
         if self._is_fresh and lora.needs_first_visit(self.model):
@@ -295,7 +335,9 @@ class Session:
 
     def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:
         parts, lanes = self.parts, shape.micro_batches
-        visit = measure_visit(parts, self.model, shape.inputs, shape.train)
+        trained = self.trained
+        names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
+        visit = measure_visit(parts, self.model, shape.inputs, shape.train, names)
         itemsize = parts.dtype.itemsize
         adapter_bytes = sum(p.nbytes for p in self.trainable)
         state = adapter_bytes
@@ -335,13 +377,27 @@ class Session:
             if self.folds and self.config.zo.rounding == "exact":
                 block_bytes = [folded_bytes(layout) for layout in parts.layouts]
                 head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
+        state_slot_bytes, temporaries = 0, max(visit.peak_bytes, loss_bytes)
+        if trained is not None:
+            rule, keeping = make_rule(self.config), make_keeping(self.config)
+            state_slot_bytes = max(
+                keeping.piece_format(unit, index, rule).num_bytes
+                for unit in trained.units
+                for index in range(len(unit.pieces))
+            )
+            edge_bytes *= 3  # the image of what is stored, and gradients
+            head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
+            temporaries, waiting = self._training_temporaries(visit.peak_bytes, loss_bytes, lanes)
+            step += waiting
+            for _, _, source in parts.embeddings:  # gradients of the rows, and what one micro-batch adds to them
+                step += 2 * min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
         demand = Demand(
             block_bytes=tuple(block_bytes),
             head_chunk_bytes=head_chunk_bytes,
-            head_chunks=len(head.layouts) if head else 0,
+            head_chunks=(len(head.layouts) if head else 0) + (len(trained.table) if trained else 0),
             state_bytes=state,
             edge_bytes=edge_bytes,
-            temporaries_bytes=max(visit.peak_bytes, loss_bytes),
+            temporaries_bytes=temporaries,
             step_bytes=step,
             boundary_bytes=visit.boundary_bytes,
             boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks)
@@ -352,13 +408,68 @@ class Session:
             head_variant_bytes=head_variant_bytes,
             folding_bytes=folding_bytes,
             code_bytes=self._code_bytes(lanes),
+            state_slot_bytes=state_slot_bytes,
         )
         return demand, visit
+
+    def _training_temporaries(self, visit_bytes: int, loss_bytes: int, lanes: int) -> tuple[int, int]:
+        """What a visit or a loss tile allocates where weights have gradients, and what gradients of a unit wait beside it."""
+        parts, trained, itemsize = self.parts, self.trained, self.parts.dtype.itemsize
+        block = max(_elements(unit) for unit in trained.blocks) * itemsize
+        largest = max((prod(view.shape) for layout in parts.layouts for view in layout.views.values()), default=0) * itemsize
+        if lanes > 1:
+            visit_bytes += largest  # of the second micro-batch, before it is added
+        chunk = max((_elements(part.unit) for part in trained.head), default=0)
+        if chunk:
+            # fp32 sums, the product that is added to them, the result; a head of one chunk: .grad and what is added
+            loss_bytes += chunk * (4 + 2 * itemsize if len(trained.head) > 1 else 2 * itemsize)
+        rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
+        spills = self.config.optimizer.clipping == "exact" and self.config.training.max_grad_norm
+        waiting = block if spills else rows if trained.tied else 0
+        return max(visit_bytes, loss_bytes, 2 * rows + (block if spills else 0)), waiting
+
+    def _store_bytes(self) -> int:
+        """What the working store holds at most: weights of all that was ever trained, state of what is, and the new versions."""
+        if self.trained is None:
+            return 0
+        rule, keeping = make_rule(self.config), make_keeping(self.config)
+        selection = Selection(self.config, len(self.trained.blocks))
+
+        def size(unit: UpdateUnit) -> tuple[int, int]:
+            trained = [index for index, piece in enumerate(unit.pieces) if piece.segments]
+            formats = [keeping.piece_format(unit, index, rule) for index in trained]
+            return sum(f.state_offset for f in formats), sum(f.state_bytes for f in formats)
+
+        blocks = [size(unit) for unit in self.trained.blocks]
+        ends = [size(unit) for unit in self.trained.units[len(blocks) :] if selection.ends]
+        active = sorted(blocks, key=sum)[-selection.layers :]
+        moving = active if selection.method != "frugal" else blocks
+        keeps = sum(weights for weights, _ in blocks) + sum(map(sum, ends))
+        keeps += sum(state for _, state in (blocks if selection.keeps_state else active))
+        if self.config.optimizer.versions == 2:
+            keeps += sum(map(sum, ends)) + sum(weights for weights, _ in moving) + sum(state for _, state in active)
+        return keeps
 
     def _code_bytes(self, micro_batches: int) -> int:
         if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:
             return 0  # fp32 products go through MKL, which compiles nothing
         return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
+
+
+def make_rule(config: Config) -> Rule:
+    """The optimizer that the configuration names."""
+    options, numbers = config.optimizer, config.training
+    betas = (numbers.adam_beta1, numbers.adam_beta2)
+    return Rule(options.name, betas, numbers.adam_epsilon, numbers.weight_decay, options.momentum)
+
+
+def make_keeping(config: Config) -> Keeping:
+    return Keeping(StateFormat(config.optimizer.state), config.optimizer.master == "float32")
+
+
+def _elements(unit: UpdateUnit) -> int:
+    """Of what is trained in a unit."""
+    return sum(prod(unit.layout.views[name].shape) for name in unit.fqns)
 
 
 def _check_zeroth_order(device: Device, model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from finetune.methods.objectives import (
     full_shape,
     make_objective,
 )
+from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
@@ -181,12 +182,12 @@ class Trainer:
                 raise KeyboardInterrupt
             progress.inside(phase, done, total)
 
-        streamed = session.open(planned, output / "scratch", inside)
+        about = _about(config, len(objective.lengths))
+        streamed = session.open(planned, output / "scratch", inside, about)
         for note in [*session.notes, *streamed.notes]:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)
-        kind = ZerothOrder if config.method == "zo" else FirstOrder
-        about = _about(config, len(objective.lengths))
+        kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": FirstOrder}[config.method]
         method: Method = kind(config, session, objective, batches.num_steps, about)
         try:
             return self._run_steps(session, planned, batches, meter, progress, rates, method)
@@ -347,6 +348,7 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
         "resumable states": copies * adapter_bytes,
         "adapter": adapter_bytes,
         "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
+        "working store": max(0, planned.store_bytes - _size_of(config.output / "store" / "data")),
         "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
         "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
     }
@@ -360,6 +362,10 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
             + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}: "
             "make room, name another --output, or raise --disk"
         )
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _about(config: Config, examples: int) -> dict[str, Any]:
@@ -377,6 +383,16 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
     }
     if config.has_adapter:
         about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
+    if config.trains_weights:
+        about |= {
+            "train": list(config.train),
+            "tile_vocab": config.engine.loss_tile_vocab,
+            "optimizer": config.optimizer.model_dump(exclude={"versions"}),
+            "selection": config.selection.model_dump(),
+            "adam": [options.adam_beta1, options.adam_beta2, options.adam_epsilon],
+            "weight_decay": options.weight_decay,
+            "max_grad_norm": options.max_grad_norm,
+        }
     if config.method == "zo":
         about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
         if callable(config.zo.objective):

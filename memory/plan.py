@@ -19,6 +19,8 @@ QUEUE_DEPTH = 32
 REQUEST_BYTES = 4 * MIB
 STAGING_BYTES = 8 * MIB
 ACTIVATION_SLOTS = 4
+MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
+STATE_SLOTS = 12  # keep a disk busy in both directions
 MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 TEMPORARIES_FACTOR = 1.15  # fragmentation, and what kernels allocate inside
 
@@ -42,7 +44,7 @@ class Demand:
     baseline: the process before any of this.
     variant: a block, and the largest chunk of the head, in the dtype that computes: where perturbed weights are made, 0
     when weights are used as they are. folding: buffers through which weights are written. code: what matrix products
-    compile for themselves.
+    compile for themselves. state_slot: a buffer of an optimizer whose state is on disk, 0 where there is none.
     """
 
     block_bytes: tuple[int, ...]
@@ -59,6 +61,7 @@ class Demand:
     head_variant_bytes: int = 0
     folding_bytes: int = 0
     code_bytes: int = 0
+    state_slot_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class Plan:
     variant_slots: int
     variant_slot_bytes: int
     head_variant_slot_bytes: int
+    state_slots: int
+    state_slot_bytes: int
     host_budget_bytes: int
     device_budget_bytes: int | None
     host_parts: Mapping[str, int]
@@ -118,6 +123,7 @@ class Plan:
             self.host_block_slots * self.block_slot_bytes
             + self.head_slots * self.head_slot_bytes
             + self.activation_slots * self.activation_slot_bytes
+            + self.state_slots * self.state_slot_bytes
             + (self.variants_bytes if self.device_budget_bytes is None else 0)
         )
 
@@ -165,6 +171,7 @@ def _cheapest(demand: Demand, limits: Limits, wishes: Wishes) -> Plan:
         device_head_slots=1 if on_device and demand.head_chunks else 0,
         variant_slots=1 if demand.variant_bytes else 0, variant_slot_bytes=round_up(demand.variant_bytes),
         head_variant_slot_bytes=round_up(demand.head_variant_bytes),
+        state_slots=MIN_STATE_SLOTS if demand.state_slot_bytes else 0, state_slot_bytes=round_up(demand.state_slot_bytes),
         host_budget_bytes=limits.host_bytes, device_budget_bytes=limits.device_bytes, host_parts={}, device_parts={},
     )  # fmt: skip
     lookahead, resident = wishes.lookahead or 0, min(wishes.resident_blocks or 0, num_blocks)
@@ -188,6 +195,9 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
 
     if wishes.lookahead is None:
         yield lambda plan: slots(plan, lookahead=1)
+    if demand.state_slot_bytes:
+        for count in (6, STATE_SLOTS):
+            yield lambda plan, count=count: _with_parts(replace(plan, state_slots=count), demand)
     if demand.variant_bytes:
         yield lambda plan: _with_parts(replace(plan, variant_slots=2), demand)
     if demand.head_chunks > 1:
@@ -250,6 +260,9 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         * plan.head_slot_bytes,
         f"slots for block inputs on their way to disk ({plan.activation_slots})": (
             plan.activation_slots * plan.activation_slot_bytes
+        ),
+        f"buffers for optimizer state ({plan.state_slots} x {format_bytes(plan.state_slot_bytes)})": (
+            plan.state_slots * plan.state_slot_bytes
         ),
         "disk staging": plan.staging_bytes,
         "generated code of matrix products": demand.code_bytes,

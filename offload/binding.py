@@ -9,7 +9,7 @@ result is that of a model loaded in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -90,18 +90,24 @@ class Binding:
                 home = owner._parameters if attribute in owner._parameters else owner._buffers
                 self._empty.append((home, attribute, home[attribute]))
 
-    def bind(self, views: Mapping[str, torch.Tensor]) -> None:
-        """views: local name -> tensor over the slot's bytes, stored dtype."""
+    def bind(self, views: Mapping[str, torch.Tensor], trained: Collection[str] = ()) -> None:
+        """views: local name -> tensor over the slot's bytes, stored dtype. trained: names whose gradients are wanted; they must
+        not be converted lazily, see `convert_at_bind`."""
         for name, owner, attribute, dtype in self._targets:
             # Slots are views of one slab and would share its version counter: without `data`, code that touches one
             # parameter (PEFT parametrises experts) spoils what autograd has saved of the others.
             tensor = views[name].data.to(dtype)
             if attribute in owner._parameters:
-                owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+                owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=name in trained)
             else:
                 owner._buffers[attribute] = tensor
         for name, owner in self._lazy:
             owner.forward.stored = views[name]
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of the trained tensors that have one, by local name."""
+        found = ((name, owner._parameters.get(attribute)) for name, owner, attribute, _ in self._targets)
+        return {name: p.grad for name, p in found if p is not None and p.grad is not None}
 
     def unbind(self) -> None:
         for home, attribute, placeholder in self._empty:

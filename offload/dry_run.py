@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -33,8 +33,16 @@ class VisitSize:
     boundary_bytes: int = 0  # of the block's input
 
 
-def measure_visit(parts: ModelParts, model: nn.Module, inputs: dict[str, Any], train: bool) -> VisitSize:
+def measure_visit(
+    parts: ModelParts,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+) -> VisitSize:
     """Largest memory of one block visit when `model` (adapters included) is called with `inputs`.
+
+    trained: per block, local names of its own weights that get gradients.
 
     The model runs up to its first block on placeholders, which gives the block's real arguments; the largest block of that
     kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
@@ -44,7 +52,7 @@ def measure_visit(parts: ModelParts, model: nn.Module, inputs: dict[str, Any], t
     index = max(same, key=lambda i: parts.layouts[i].num_bytes)
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     try:
-        size = _run_on_meta(parts, index, args, kwargs, train)
+        size = _run_on_meta(parts, index, args, kwargs, train, trained[index] if trained else frozenset())
     except (NotImplementedError, RuntimeError, TypeError):
         size = _estimate(parts, index, hidden)
     return replace(size, boundary_bytes=hidden.nbytes)
@@ -76,7 +84,9 @@ def _first_call(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> 
     return calls[0]
 
 
-def _run_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool) -> VisitSize:
+def _run_on_meta(
+    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
+) -> VisitSize:
     block, binding = parts.blocks[index], parts.bindings[index]
     views = {
         name: torch.empty(view.shape, dtype=view.dtype, device="meta")
@@ -96,7 +106,7 @@ def _run_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, A
         for tensor in tree_leaves((args, kwargs, views, [m._parameters[n] for m, n, _ in adapters])):
             counter.ignore(tensor)
         with counter, _MetaAttention():
-            binding.bind(views)
+            binding.bind(views, trained)
             with torch.no_grad():
                 block(*args, **kwargs)
             flops = counter.flops

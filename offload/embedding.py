@@ -33,6 +33,9 @@ class RowsOnDemand:
             0
         )  # what the forward looks up: `rows` in the dtype that computes, or a variant of them
         self._placeholder = module._parameters["weight"]
+        self.trained = False  # whether a gradient of the rows is wanted
+        self.parameter: nn.Parameter | None = None  # over `table`, for all forwards between two reads
+        self.padding_idx = module.padding_idx
         self.after_read: Callable[[], None] = lambda: None
         self.stall_seconds = 0.0
         module.padding_idx = None  # matters for gradients only, and need not be a row of the compact table
@@ -49,6 +52,16 @@ class RowsOnDemand:
         self._files = {}
         self._source = source
         self.ids, self.rows, self.table = torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)
+        self.parameter = None
+
+    def take_gradient(self) -> torch.Tensor | None:
+        """Of the rows `ids`, [rows, hidden]; zero for the padding row, as the module itself would have it."""
+        if self.parameter is None or self.parameter.grad is None:
+            return None
+        grad, self.parameter.grad = self.parameter.grad, None
+        if self.padding_idx is not None:
+            grad[self.ids == self.padding_idx] = 0
+        return grad
 
     def read(self, ids: torch.Tensor) -> None:
         """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
@@ -69,6 +82,7 @@ class RowsOnDemand:
         if reads:
             self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
         self.ids, self.rows, self.table = ids, rows, rows.to(self._dtype).to(self.device)
+        self.parameter = None
         self.after_read()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +91,9 @@ class RowsOnDemand:
         if not self.ids.numel() or not bool((self.ids[place] == flat).all()):
             self.read(ids)
             place = torch.searchsorted(self.ids, flat)
-        self._module._parameters["weight"] = nn.Parameter(self.table, requires_grad=False)
+        if self.parameter is None or self.parameter.data_ptr() != self.table.data_ptr():
+            self.parameter = nn.Parameter(self.table, requires_grad=self.trained)
+        self._module._parameters["weight"] = self.parameter
         try:
             return self._forward(place.view(ids.shape).to(ids.device))
         finally:

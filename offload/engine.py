@@ -59,8 +59,9 @@ class Engine:
         self.activations = activations
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
-        self._trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-        self._order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
+        self.trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        """Per block, whether gradients of its parameters are wanted."""
+        self.order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
         for index, block in enumerate(blocks):
             block.forward = partial(self._enter, index)
 
@@ -74,7 +75,7 @@ class Engine:
 
         variants: which version of the weights each input meets, in ascending order; empty: there is only one.
         """
-        self.weights.begin(self._order + self._order)
+        self.weights.begin(self.order + self.order)
         with torch.no_grad():
             lanes = [
                 Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0)
@@ -96,7 +97,7 @@ class Engine:
         objective: takes the lanes' model outputs, runs backward from the loss through what follows the last block, and
             returns the loss, fp32 [].
         """
-        self.weights.begin(self._order + self._order[::-1] + self._order)
+        self.weights.begin(self.order + self.order[::-1] + self.order)
         visits: list[Visit] = []
         lanes = [
             Lane(i, partial(self.model, **kwargs), seed)
@@ -132,14 +133,14 @@ class Engine:
             order.append(index)
             if visit.records and visits is not None:
                 visits.append(visit)
-            self.progress("forward", len(order), len(self._order))
-        self._order = order or self._order
+            self.progress("forward", len(order), len(self.order))
+        self.order = order or self.order
 
     def _forward_visit(self, lane: Lane, visit: Visit, recording: bool) -> Any:
         call, lane.call = lane.call, None
         lane.enter_random_state()
         record = None
-        if recording and call.grad_enabled and (self._trainable[call.index] or requires_grad(call)):
+        if recording and call.grad_enabled and (self.trainable[call.index] or requires_grad(call)):
             record = lane.record(call, self.activations)
             visit.records.append(record)
         with torch.no_grad():

@@ -12,6 +12,8 @@ each row, with x = f(z), z = W h, label y,
     m, s       running maximum and sum of exp(x - m)
     a          running sum of exp(x - m) f'(z) W      (rescaled with s when m grows)
     dL/dh      = (a / s - f'(z_y) W_y) / num_items
+Where the head itself is trained its chunks are visited once more, with m and s known:
+    dL/dW      = sum over rows of (exp(x - m) / s - onehot(y)) f'(z) h^T / num_items      (added up in fp32)
 Tile sizes follow from the model alone (`default_tiles`), never from a budget, so placement does not change results.
 """
 
@@ -29,16 +31,17 @@ from offload.random_state import RandomState, get_random_state, set_random_state
 
 IGNORE_INDEX = -100
 LOGITS_TILE_BYTES = 8 * 2**20  # fp32 logits of one tile
+TRAINED_TILE_BYTES = 32 * 2**20  # where the head is trained: every tile adds to a gradient of the head's size
 HEAD_CHUNK_BYTES = 32 * 2**20  # one chunk of the head, in the dtype that computes
 
 
-def default_tiles(vocab_size: int, row_bytes: int) -> tuple[int, int]:
+def default_tiles(vocab_size: int, row_bytes: int, trained: bool = False) -> tuple[int, int]:
     """(tile_tokens, tile_vocab) for a head of `vocab_size` rows of `row_bytes` bytes each, in the dtype that computes."""
     tile_vocab = vocab_size
     if vocab_size * row_bytes > HEAD_CHUNK_BYTES:
         chunks = -(-vocab_size * row_bytes // HEAD_CHUNK_BYTES)
         tile_vocab = -(-vocab_size // chunks)
-    tile_tokens = max(16, LOGITS_TILE_BYTES // (4 * tile_vocab) // 16 * 16)
+    tile_tokens = max(16, (TRAINED_TILE_BYTES if trained else LOGITS_TILE_BYTES) // (4 * tile_vocab) // 16 * 16)
     return tile_tokens, tile_vocab
 
 
@@ -123,7 +126,8 @@ class TiledHead:
 
     module: the head (nn.Linear, or PEFT's wrapper of one). chunks: gives the head's chunks: between `acquire(i)` and
     `release(i)`, `enter(variant)` returns chunk i of that variant of the weights, bound to the module itself when there is
-    only one chunk.
+    only one chunk. `chunks.trained` says whether the head's own gradients are wanted: `add_gradients(i, ...)` takes those of
+    chunk i, while it is acquired; those of a head of one chunk are left in `.grad`.
     """
 
     def __init__(self, module: nn.Module, chunks: Any, num_chunks: int, tile_tokens: int) -> None:
@@ -157,11 +161,24 @@ class TiledHead:
                 self._chunks.release(index)
             for lane in rows:
                 lane.finish_chunks(num_items)
+            if self._chunks.trained:
+                self._train_chunks(rows, num_items)
         total = torch.zeros((), dtype=torch.float32)
         for lane in rows:
             total = total + lane.loss.to("cpu")
             lane.backward()
         return total
+
+    def _train_chunks(self, rows: Sequence[_Rows], num_items: int) -> None:
+        for index in reversed(range(self._num_chunks)):  # the last one is still near
+            self._chunks.acquire(index)
+            chunk = self._chunks.enter(0)
+            weight = torch.zeros(chunk.weight.shape, device=chunk.weight.device)
+            bias = None if chunk.bias is None else torch.zeros(chunk.bias.shape, device=chunk.bias.device)
+            for lane in rows:
+                lane.add_weight_gradient(chunk, num_items, weight, bias)
+            self._chunks.add_gradients(index, weight, bias)
+            self._chunks.release(index)
 
     def losses(
         self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor], num_items: int, variants: int
@@ -322,6 +339,35 @@ class _Rows:
                 self._weighted[tile] += p.to(hidden.dtype) @ weight
                 row = weight[column]
                 self._label_row[tile][at] = row if slope is None else row * slope[at, column][:, None]
+
+    def add_weight_gradient(
+        self, chunk: HeadChunk, num_items: int, weight_grad: torch.Tensor, bias_grad: torch.Tensor | None
+    ) -> None:
+        """Adds dL/dW of the chunk, fp32 [rows of the chunk, hidden], and dL/db; after `finish_chunks`."""
+        log_sum = self._log_sum()
+        end = chunk.start + chunk.weight.shape[0]
+        for tile in self._tiles:
+            hidden, labels = self._hidden[tile], self._labels[tile]
+            z = functional.linear(hidden, chunk.weight, chunk.bias)
+            slope = None
+            if self._operations:
+                z.requires_grad_()
+                with torch.enable_grad():
+                    x = _apply(self._operations, z)
+                (slope,) = torch.autograd.grad(x, z, torch.ones_like(x))
+                x = x.detach().float()
+            else:
+                x = z.float()
+            p = x.sub_(log_sum[tile][:, None]).exp_() if not self._operations else torch.exp(x - log_sum[tile][:, None])
+            at = ((labels >= chunk.start) & (labels < end)).nonzero().squeeze(1)
+            p[at, labels[at] - chunk.start] -= 1.0
+            p[labels == IGNORE_INDEX] = 0.0
+            p.div_(num_items)
+            if slope is not None:
+                p *= slope
+            if bias_grad is not None:
+                bias_grad += p.sum(dim=0)
+            weight_grad += p.to(hidden.dtype).t() @ hidden
 
     def finish_loss(self, num_items: int) -> None:
         losses = self._log_sum() - self._label_logit

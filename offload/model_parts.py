@@ -110,8 +110,11 @@ def cut(
     trust_remote_code: bool = False,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
+    trains_weights: bool = False,
 ) -> ModelParts:
-    """choose_dtype: given the dtype that most bytes of the checkpoint have, the one to compute in.
+    """choose_dtype: given the dtype that most bytes of the checkpoint have, the one to compute in. trains_weights: whether
+    gradients of the model's own weights are wanted: of tables only the input embedding is read on demand then, for it is
+    the one whose rows are known before a step.
 
     Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint.
     """
@@ -148,7 +151,7 @@ def cut(
         local = {n: sources[f"{prefix}.{n}"] for n, _ in head_module.named_parameters()}
         taken |= {f"{prefix}.{n}" for n in local}
         head = _cut_head(
-            prefix, head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab
+            prefix, head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab, trains_weights
         )
 
     embeddings = []
@@ -156,8 +159,9 @@ def cut(
         weight = f"{name}.weight"
         if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
             # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
-            takes_ids = type(module) is nn.Embedding or module is model.get_input_embeddings()
-            if takes_ids and sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES:
+            is_input = module is model.get_input_embeddings()
+            is_large = sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES
+            if is_input if trains_weights else is_large and (is_input or type(module) is nn.Embedding):
                 embeddings.append((name, module, sources[weight]))
                 taken.add(weight)
 
@@ -217,10 +221,12 @@ def _cut_head(
     dtypes: dict[str, torch.dtype],
     tile_tokens: int | None,
     tile_vocab: int | None,
+    trained: bool,
 ) -> HeadPart:
     weight = sources["weight"]
-    row_bytes = prod(weight.shape[1:]) * dtypes["weight"].itemsize
-    default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes)
+    # Chunks of a trained head are units of the working store, which must be the same on every machine.
+    row_bytes = prod(weight.shape[1:]) * (weight.dtype if trained else dtypes["weight"]).itemsize
+    default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes, trained)
     tile_vocab = min(tile_vocab or default_vocab, weight.shape[0])
     starts = tuple(range(0, weight.shape[0], tile_vocab))
     layouts = _head_layouts(sources, starts, tile_vocab)
@@ -231,12 +237,12 @@ def _cut_head(
 
 def _head_layouts(sources: Mapping[str, Source], starts: Sequence[int], tile_vocab: int) -> tuple[BlockLayout, ...]:
     return tuple(
-        layout_block({n: _slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
+        layout_block({n: slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
         for start in starts
     )
 
 
-def _slice_rows(source: Source, start: int, stop: int) -> Source:
+def slice_rows(source: Source, start: int, stop: int) -> Source:
     row_bytes = source.num_bytes // source.shape[0]
     low, high = start * row_bytes, stop * row_bytes
     pieces = []

@@ -299,6 +299,8 @@ class PerturbedBlocks:
 class PerturbedChunks:
     """The tiled head's view of its tier (see `offload.head.TiledHead`) for steps of several variants."""
 
+    trained = False
+
     def __init__(
         self, head: HeadPart, tier: Tier, pool: SlotPool, perturbation: Perturbation, keys: Mapping[str, int]
     ) -> None:

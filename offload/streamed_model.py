@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from memory.plan import Plan
-from memory.slab import Slab
+from memory.slab import Slab, SlotPool
 from offload.activations import Activations, SpillingActivations
 from offload.block_store import bind_views
 from offload.devices import Device
@@ -80,10 +80,8 @@ class StreamedModel:
         else:
             self.activations = Activations()
 
-        host_tier = HostTier(parts.layouts, self.io, block_pool, plan.host_resident, plan.host_lookahead)
-        head_tier: Tier | None = None
-        if parts.head is not None:
-            head_tier = HostTier(parts.head.layouts, self.io, head_pool, frozenset(), plan.head_slots - 1)
+        host_tier = self._make_block_tier(block_pool, plan)
+        head_tier: Tier | None = self._make_head_tier(head_pool, plan)
         self.tier: Tier = host_tier
         if not device.shares_host_memory:
             slab = self._computing_slab = Slab(device.allocate_slab(plan.device_slab_bytes))
@@ -185,6 +183,14 @@ class StreamedModel:
             if ids and embedding.serves(input_embedding):
                 embedding.read(torch.cat(ids))
 
+    def _make_block_tier(self, pool: SlotPool, plan: Plan) -> HostTier:
+        return HostTier(self.parts.layouts, self.io, pool, plan.host_resident, plan.host_lookahead)
+
+    def _make_head_tier(self, pool: SlotPool | None, plan: Plan) -> HostTier | None:
+        if self.parts.head is None:
+            return None
+        return HostTier(self.parts.head.layouts, self.io, pool, frozenset(), plan.head_slots - 1)
+
     def _make_weights(self, plan: Plan) -> Weights:
         return BlockWeights(self.parts, self.tier)
 
@@ -236,7 +242,9 @@ class BlockWeights:
 
 class Chunks:
     """The tiled head's view of its tier; a head of one chunk is bound to its module, others are converted here.
-    There is one variant of the weights."""
+    There is one variant of the weights, and it is not trained."""
+
+    trained = False
 
     def __init__(self, head: HeadPart, tier: Tier, dtype: torch.dtype) -> None:
         self._head = head

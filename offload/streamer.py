@@ -20,7 +20,7 @@ import torch
 from memory.errors import UserError
 from memory.fetch_policy import next_fetch, victim
 from memory.slab import Lease, SlotPool
-from offload.block_store import BlockLayout
+from offload.block_store import BlockLayout, Read
 from offload.devices import Device, Direction, Event
 
 
@@ -70,6 +70,10 @@ class Tier:
         if self._states[block] is State.FETCHING:
             self._arrive(block)
         self._change(block, State.READY, State.IN_USE)
+        return self._leases[block].buffer
+
+    def slot(self, block: int) -> torch.Tensor:
+        """The bytes of a block that is acquired."""
         return self._leases[block].buffer
 
     def release(self, block: int) -> None:
@@ -195,12 +199,16 @@ class HostTier(Tier):
             self._io.close_file(file)
         self._files = {}
         self.block_bytes = [layout.num_bytes for layout in layouts]
-        self._reads = []
-        for layout in layouts:
-            for read in layout.reads:
-                if read.path not in self._files:
-                    self._files[read.path] = self._io.open(read.path)
-            self._reads.append([(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in layout.reads])
+        self._reads = [[] for _ in layouts]
+        for block, layout in enumerate(layouts):
+            self.read_from(block, layout.reads)
+
+    def read_from(self, block: int, reads: Sequence[Read]) -> None:
+        """From its next fetch on, these fill the block's slot."""
+        for read in reads:
+            if read.path not in self._files:
+                self._files[read.path] = self._io.open(read.path)
+        self._reads[block] = [(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in reads]
 
     def _start(self, block: int, lease: Lease) -> None:
         address = lease.address

@@ -54,7 +54,7 @@ def test_all_problems_come_together() -> None:
         batch_size=0,
         seed=1.5,
         sequence_length=True,
-        method="full",
+        method="prefix",
         host_memory="5XB",
         data={"a": 1},
         resume="yes",

@@ -14,9 +14,10 @@ SHAPES = [(2, 11), (1, 7), (3, 5)]
 
 
 class Chunks:
-    """Pieces of a head in memory; `held` counts acquires without release."""
+    """Pieces of a head in memory; `held` counts acquires without release. trained: whether the head has gradients."""
 
-    def __init__(self, head: nn.Linear, tile_vocab: int) -> None:
+    def __init__(self, head: nn.Linear, tile_vocab: int, trained: bool = False) -> None:
+        self.trained, self.gradients = trained, {}
         self.starts = list(range(0, head.weight.shape[0], tile_vocab))
         self.head, self.tile_vocab, self.held, self.visits = head, tile_vocab, 0, []
 
@@ -30,6 +31,10 @@ class Chunks:
         rows = slice(start, start + self.tile_vocab)
         bias = None if self.head.bias is None else self.head.bias.detach()[rows]
         return HeadChunk(start, self.head.weight.detach()[rows], bias)
+
+    def add_gradients(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        assert self.visits[-1] == index and self.held == 1
+        self.gradients[index] = (weight, bias)
 
     def release(self, index: int) -> None:
         self.held -= 1
@@ -145,6 +150,39 @@ def test_tiles_err_no_more_than_plain(tile_tokens, tile_vocab, dtype, bias, oper
     scale = max(float(g.abs().max()) for g in exact_grads)
     assert worst(grads, exact_grads) <= 3 * worst(plain_grads, exact_grads) + 8 * floor * scale
     assert float(grads[2].abs().max()) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", [identity, soft_cap])
+@pytest.mark.parametrize("tile_tokens, tile_vocab", [(64, 40), (5, 33), (64, 100)])
+def test_gradients_of_the_head_itself(tile_tokens, tile_vocab, dtype, bias, operation):
+    """In chunks, against fp64; the error is compared with that of autograd over whole logits."""
+    case = Case(dtype, bias)
+
+    def gradients(precision):
+        head = [p.detach().to(precision).requires_grad_() for p in case.head.parameters()]
+        for hidden, labels in zip(case.hidden, case.labels, strict=True):
+            logits = operation(functional.linear(hidden.to(precision), *head))
+            logits = logits if precision == torch.float64 else logits.float()
+            shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum") / case.num_items
+            loss.backward()
+        return [p.grad for p in head]
+
+    chunks = Chunks(case.head, tile_vocab, trained=True)
+    outer = [hidden.clone().requires_grad_() for hidden in case.hidden]
+    tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
+    try:
+        tiled.loss_and_backward([operation(case.head(h)) for h in outer], case.labels, case.num_items)
+    finally:
+        del case.head.forward
+    count = len(chunks.starts)
+    assert chunks.visits == [*range(count), *reversed(range(count))] and chunks.held == 0
+    found = [torch.cat([chunks.gradients[i][part] for i in range(count)]) for part in range(2 if bias else 1)]
+    exact, plain = gradients(torch.float64), gradients(dtype)
+    scale = max(float(g.abs().max()) for g in exact)
+    assert worst(found, exact) <= 3 * worst(plain, exact) + 8 * torch.finfo(torch.float32).eps * scale
 
 
 def test_large_logits_do_not_overflow():

@@ -1,0 +1,118 @@
+"""Gradients for the model's own weights, all of them or some at a time, with the optimizer out of core.
+
+See [Note: the reference loop] in `finetune.trainer` for the gradients, and `offload.update_rules` for the arithmetic of the
+optimizer. Every step is committed to the working store, which is the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.data.batches import Row
+from finetune.methods import StepResult
+from finetune.methods.first_order import lane_seed
+from finetune.methods.objectives import TokenLoss
+from finetune.methods.schedule import make_scheduler
+from finetune.methods.selection import Selection
+from finetune.micro_batches import make_micro_batches
+from finetune.session import Session, make_rule
+from finetune.state import check_same_run
+from memory.errors import UserError
+from offload.io import IOFailure
+from offload.optimizer_stream import Request
+from offload.trained_model import TrainedModel, Update, clip_scale
+from offload.update_rules import Rule
+
+
+class WeightTraining:
+    """A `finetune.methods.Method`. Raises UserError when the working store is another run's or damaged."""
+
+    def __init__(
+        self, config: Config, session: Session, objective: TokenLoss, num_steps: int, about: dict[str, Any]
+    ) -> None:
+        self._config = config
+        self._session = session
+        self._data = objective.data
+        self._model: TrainedModel = session.streamed
+        store = self._model.store
+        check_same_run(store.directory, store.about, about)
+        self._rule = make_rule(config)
+        self._signs = Rule("signsgd", weight_decay=config.training.weight_decay)
+        trained = self._model.trained
+        self._selection = Selection(config, len(trained.blocks), self._model.tier.resident)
+        self._selection.restore(store.notes)
+        self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
+        self.first_step = store.step
+        # Schedules are written for optimizers: this one holds the learning rate and nothing else.
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+        self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
+
+    def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
+        options = self._config.training
+        batches = make_micro_batches(self._data, groups, self._session.device.torch_device)
+        seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        max_norm = options.max_grad_norm or 0.0
+        scale: float | None = 1.0
+        if max_norm:
+            previous = self._model.store.notes.get("grad_norm")
+            scale = 1.0 if previous is None else clip_scale(previous, max_norm)
+            if self._config.optimizer.clipping == "exact":
+                scale = None
+        requests = self._requests(step)
+        if not self._selection.keeps_state:
+            self._forget_state(requests)
+        try:
+            update = Update(requests, learning_rate, step + 1, scale, max_norm)
+            updated = self._model.update_step(batches.inputs, batches.labels, seeds, update)
+            if not torch.isfinite(updated.loss):
+                raise UserError(
+                    f"the loss of step {step + 1} is {float(updated.loss)}: lower training.learning_rate. The step is not "
+                    f"kept; step {step} is the last one in {self._model.store.directory}"
+                )
+            index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}
+            self._selection.observe({index[name]: tuple(s) for name, s in updated.sums.items() if name in index})
+            self._model.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())
+        except IOFailure as error:
+            raise UserError(
+                f"{error}. Step {step} is the last committed one, and it is intact: mend the disk or make room, then go on "
+                "with --resume"
+            ) from error
+        self.optimizer.step()
+        self.scheduler.step()
+        return StepResult(float(updated.loss), batches.tokens, learning_rate, updated.grad_norm)
+
+    def save(self, step: int) -> None:
+        """Every step is durable already."""
+
+    def finish(self, step: int) -> None:
+        """The working store is what a run leaves; `finetune export` makes a checkpoint of it."""
+
+    def close(self) -> None:
+        """The model closes the store."""
+
+    def _requests(self, step: int) -> dict[str, Request]:
+        chosen = set(self._selection.blocks(step))
+        requests = {}
+        for index, unit in enumerate(self._model.trained.blocks):
+            if not unit.fqns:
+                continue
+            if index in chosen:
+                scale = self._selection.importance(index)
+                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._rule, scale)
+            elif self._selection.method == "frugal":
+                scale = self._config.selection.sign_scale
+                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._signs, scale)
+        for unit in self._ends:
+            requests[unit.name] = Request(unit, frozenset(unit.fqns), self._rule)
+        return requests
+
+    def _forget_state(self, requests: dict[str, Request]) -> None:
+        store = self._model.store
+        for key, piece in list(store.pieces.items()):
+            if piece.state_bytes and (key[0] not in requests or requests[key[0]].rule.name == "signsgd"):
+                store.drop_state(key)

@@ -1,0 +1,127 @@
+"""Which of a model's own weights are trained, as units of update.
+
+The input embedding is a unit of its own per run of rows, unless it is tied to the head, whose chunks are its home then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from memory.errors import UserError
+from offload.block_store import Extent, Source, layout_block
+from offload.head import HEAD_CHUNK_BYTES
+from offload.model_parts import ModelParts, slice_rows
+from offload.update_units import UpdateUnit, make_unit
+
+
+@dataclass(frozen=True, slots=True)
+class RowUnit:
+    """Rows [start, stop) of a matrix."""
+
+    unit: UpdateUnit
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedParts:
+    """blocks, head: in the order of `ModelParts`. table: the input embedding's own units. tied: head and embedding are one.
+
+    fqns: of everything that is trained, in the model's order.
+    """
+
+    blocks: tuple[UpdateUnit, ...]
+    head: tuple[RowUnit, ...]
+    table: tuple[RowUnit, ...]
+    edges: UpdateUnit | None
+    tied: bool
+    fqns: tuple[str, ...]
+
+    @property
+    def units(self) -> tuple[UpdateUnit, ...]:
+        rows = tuple(part.unit for part in (*self.head, *self.table))
+        return (*self.blocks, *rows, *([self.edges] if self.edges else []))
+
+
+def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedParts:
+    """patterns: regular expressions, searched in fully qualified names; none: everything is trained.
+
+    Units have only parameters that match; a unit without any stays, empty. Raises UserError for a pattern that is none or
+    matches nothing.
+    """
+    wanted = _matching(parts, patterns)
+    home = {name: parts.sources.tied.get(name, name) for name in wanted}
+    source_of = {parts.sources[name]: name for name in reversed(sorted(home.values()))}
+    wanted = {source_of[parts.sources[name]] for name in home.values()}
+
+    def named(prefix: str, names: Sequence[str]) -> dict[str, str]:
+        found = {name: source_of.get(parts.sources[f"{prefix}{name}"], "") for name in names}
+        return {name: fqn for name, fqn in found.items() if fqn in wanted}
+
+    blocks = tuple(
+        make_unit(prefix, layout, named(f"{prefix}.", list(layout.views)))
+        for prefix, layout in zip(parts.prefixes, parts.layouts, strict=True)
+    )
+    head: list[RowUnit] = []
+    if parts.head is not None:
+        fqns = named(f"{parts.head.name}.", list(parts.head.layouts[0].views))
+        rows = parts.head.module.weight.shape[0]
+        for index, (start, layout) in enumerate(zip(parts.head.starts, parts.head.layouts, strict=True)):
+            unit = make_unit(f"{parts.head.name}#{index}", layout, fqns)
+            head.append(RowUnit(unit, start, min(start + parts.head.tile_vocab, rows)))
+    table: list[RowUnit] = []
+    tied = False
+    for name, _, source in parts.embeddings:
+        if parts.head is not None and source == parts.sources.get(f"{parts.head.name}.weight"):
+            tied = True
+            continue
+        step = max(1, HEAD_CHUNK_BYTES // (source.num_bytes // source.shape[0]))
+        for index, start in enumerate(range(0, source.shape[0], step)):
+            stop = min(start + step, source.shape[0])
+            layout = layout_block({"weight": slice_rows(source, start, stop)})
+            unit = make_unit(f"{name}#{index}", layout, named(f"{name}.", ["weight"]))
+            table.append(RowUnit(unit, start, stop))
+    edge_sources = {edge.name: edge.source for edge in parts.edges if edge.name in parts.parameters}
+    edges = None
+    if edge_sources:
+        edges = make_unit("edges", layout_block(edge_sources), named("", list(edge_sources)))
+    order = [source_of[parts.sources[n]] for n, _ in parts.model.named_parameters() if n in parts.sources
+             and parts.sources[n] in source_of]  # fmt: skip
+    return TrainedParts(
+        blocks, tuple(head), tuple(table), edges, tied, tuple(dict.fromkeys(name for name in order if name in wanted))
+    )
+
+
+def _matching(parts: ModelParts, patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        return sorted(parts.parameters)
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            names = {name for name in parts.parameters if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"train: {pattern!r} is not a regular expression: {error}") from None
+        if not names:
+            some = ", ".join(sorted(parts.parameters)[:3])
+            raise UserError(f"train: {pattern!r} matches no parameter of the model, whose names look like {some}")
+        found |= names
+    return sorted(found)
+
+
+def rows_source(parts: Sequence[RowUnit], reads_of, source: Source) -> Source:
+    """`source`, a matrix, with its rows where `reads_of(unit)` says that the units' images are now."""
+    row_bytes = source.num_bytes // source.shape[0]
+    pieces = []
+    for part in parts:
+        view = part.unit.layout.views["weight"]
+        low, high = view.slot_offset, view.slot_offset + prod(view.shape) * view.dtype.itemsize
+        for read in reads_of(part.unit):
+            start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
+            if start < stop:
+                skip = start - read.slot_offset
+                target = part.start * row_bytes + start - low
+                pieces.append(Extent(read.path, read.file_offset + skip, stop - start, target))
+    return Source(source.dtype, source.shape, tuple(sorted(pieces, key=lambda extent: extent.target_offset)))

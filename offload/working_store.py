@@ -1,0 +1,241 @@
+"""The working store: the home of everything that training changes. It is the checkpoint.
+
+    store/data           pieces of weights with their optimizer state, wherever there was room
+    store/manifest.json  which step this is, where each piece's newest bytes are, and their checksums
+    store/lock           held by the process that has the store open
+
+[Note: commit]
+Bytes that the manifest on disk refers to are never written over: a piece's new version goes to free room of the data file. At
+the end of a step, in this order:
+    1. all writes of the step are waited for,
+    2. data is flushed (fdatasync): the new versions are durable,
+    3. the new manifest is written under another name and flushed,
+    4. it is renamed over the old one: the step counts now,
+    5. the directory is flushed: it counts after a power cut too; only then is the room of the old versions given away.
+Cut anywhere before 4 is durable, the old manifest is found, and everything that it names is as it was: 5 of the step before
+has ended before any of this step's writes could touch freed room. Cut after it, the new one is found, and 2 and 3 came first.
+Held by tests that replay every prefix of the recorded operations, with what was not flushed lost in part.
+
+With one version (`versions=1`) pieces are written in place, which halves the disk space. A process that dies in a step then
+leaves a mixture of two steps: the manifest says so from before the first such write (`writing`), and such a store is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memory.errors import UserError
+from memory.extent_allocator import ExtentAllocator
+from memory.units import format_bytes
+from offload.io import IOEngine
+
+FORMAT = 1
+GROWTH_BYTES = 256 << 20  # the data file grows by at most so much at a time
+
+Key = tuple[str, int]
+"""(name of the unit, index of the piece)"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Where a piece is in the data file: its weights at `offset`, the remainders of fp32 masters and the optimizer state right
+    behind. Sums: see update_rules.checksum. state_bytes 0: no state is kept. updates: how often the state has been updated,
+    for bias correction.
+    """
+
+    offset: int
+    weights_bytes: int
+    master_bytes: int
+    state_bytes: int
+    weights_sum: int
+    master_sum: int
+    state_sum: int
+    updates: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weights_bytes + self.master_bytes + self.state_bytes
+
+
+class WorkingStore:
+    """Keeps the book of a store; the bytes are moved by whoever trains, through `io` and `file`.
+
+    about: what the run is, JSON values: kept with a new store, returned as it was for an old one.
+    Raises UserError when another process has it open, when it is damaged, or when the disk is full.
+    """
+
+    def __init__(
+        self, directory: Path, io: IOEngine, about: dict[str, Any], *, resume: bool = False, versions: int = 2
+    ) -> None:
+        self.directory = directory
+        self.path = directory / "data"
+        self._manifest = directory / "manifest.json"
+        self._io = io
+        self._versions = versions
+        self.about = about
+        self.step = 0
+        self.notes: dict[str, Any] = {}
+        self.pieces: dict[Key, StoredPiece] = {}
+        self._released: list[tuple[int, int]] = []  # freed once the step is committed
+        self._marked = False
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UserError(f"cannot open the working store {directory}: {error.strerror}") from error
+        try:
+            self._open(resume)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, resume: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"the working store {self.directory} is open in another process: wait for it, or name another --output"
+            ) from None
+        if self._manifest.exists():
+            content = read_manifest(self.directory)
+            if not resume and content["step"]:
+                raise UserError(
+                    f"{self.directory} holds a run of {content['step']} steps: go on with --resume, or name another "
+                    "--output (or delete the directory, if the run is not wanted)"
+                )
+            if resume:
+                self._take(content)
+        existing = [(piece.offset, piece.num_bytes) for piece in self.pieces.values()]
+        self._allocator = ExtentAllocator(existing)
+        self.file = self._io.open(self.path, writable=True, create=True)
+        self._size = os.stat(self.path).st_size
+        if self._size < self._allocator.end:
+            raise UserError(
+                f"{self.path} has {self._size} bytes, its manifest needs {self._allocator.end}: it is truncated. Restore it "
+                "from a copy, or begin again with another --output"
+            )
+
+    def _take(self, content: dict[str, Any]) -> None:
+        if content["writing"]:
+            raise UserError(
+                f"{self.directory} keeps one version of the weights, and a process died while it wrote step "
+                f"{content['step'] + 1}: they are a mixture of two steps. Begin again; with optimizer.versions 2 this cannot "
+                "happen"
+            )
+        self.about, self.step, self.notes = content["about"], content["step"], content["notes"]
+        for unit, index, *values in content["pieces"]:
+            self.pieces[unit, index] = StoredPiece(*values)
+
+    def place(self, key: Key, num_bytes: int) -> int:
+        """Where the next version of a piece goes in the data file. Raises UserError when the disk is full."""
+        old = self.pieces.get(key)
+        if self._versions == 1:
+            if not self._marked:
+                self._publish(self.step, self.notes, writing=True)
+                self._marked = True
+            if old is not None and old.num_bytes == num_bytes:
+                return old.offset
+        offset = self._allocator.allocate(num_bytes)
+        if self._allocator.end > self._size:
+            grown = max(self._allocator.end, self._size + min(GROWTH_BYTES, self._size))
+            try:
+                with open(self.path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), self._size, grown - self._size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise self._refusal(f"grow {self.path} to {format_bytes(grown)}", error) from error
+            self._size = grown
+        return offset
+
+    def put(self, key: Key, piece: StoredPiece) -> None:
+        """`piece` is the newest version, from the next commit on for good."""
+        old = self.pieces.get(key)
+        if old is not None and old.offset != piece.offset:
+            self._released.append((old.offset, old.num_bytes))
+        self.pieces[key] = piece
+
+    def drop_state(self, key: Key) -> None:
+        """The piece's state is not needed any more; its weights stay."""
+        old = self.pieces.get(key)
+        if old is not None and old.state_bytes:
+            self._released.append((old.offset + old.num_bytes - old.state_bytes, old.state_bytes))
+            self.pieces[key] = replace(old, state_bytes=0, state_sum=0, updates=0)
+
+    def commit(self, step: int, notes: dict[str, Any]) -> None:
+        """Step `step` counts. All writes must have been waited for. notes: JSON values, given back at resume."""
+        self._io.sync(self.file)
+        self._publish(step, notes, writing=False)
+        self._marked = False
+        self.step, self.notes = step, notes
+        for offset, num_bytes in self._released:
+            self._allocator.free(offset, num_bytes)
+        self._released.clear()
+
+    def close(self) -> None:
+        """What was not committed is lost. The I/O engine closes the data file."""
+        os.close(self._lock)
+
+    def _publish(self, step: int, notes: dict[str, Any], writing: bool) -> None:
+        pieces = [(*key, *astuple(piece)) for key, piece in self.pieces.items()]
+        body = json.dumps(
+            {"format": FORMAT, "step": step, "writing": writing, "about": self.about, "notes": notes, "pieces": pieces},
+            separators=(",", ":"),
+        )
+        try:
+            publish(self._manifest, f"{_digest(body)}\n{body}\n".encode())
+        except OSError as error:
+            raise self._refusal(f"write {self._manifest}", error) from error
+
+    def _refusal(self, what: str, error: OSError) -> UserError:
+        return UserError(
+            f"cannot {what}: {error.strerror}. Step {self.step} is committed and intact: make room or mend it, then go on "
+            "with --resume"
+        )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The committed manifest of the store in `directory`. Raises UserError when it is missing, damaged or of a newer format."""
+    path = directory / "manifest.json"
+    try:
+        digest, _, body = path.read_text().partition("\n")
+        body = body.removesuffix("\n")
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no working store: it has no manifest.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if digest != _digest(body):
+        raise UserError(f"{path} is damaged: its checksum does not fit. Restore it from a copy, or begin again")
+    content = json.loads(body)
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, expected {FORMAT}: use the version that wrote it")
+    return content
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Replaces the file by `content`, durably: steps 3 to 5 of [Note: commit]."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _digest(body: str) -> str:
+    return hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
