@@ -4,12 +4,14 @@
 #include "arena.h"
 #include "io_bindings.h"
 #include "noise_bindings.h"
+#include "optimizer_bindings.h"
 
 NB_MODULE(finetune_native, m) {
-    m.doc() = "Native parts of finetune: disk I/O, memory and noise.";
+    m.doc() = "Native parts of finetune: disk I/O, memory, noise and optimizers.";
     // After Ctrl-C the traceback keeps an engine alive until the interpreter ends: nothing a user should read about.
     nanobind::set_leak_warnings(false);
     register_io(m);
     register_arena(m);
     register_noise(m);
+    register_optimizer(m);
 }

@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// Adds the submodule `optimizer`: the kernels behind offload/update_rules.py.
+void register_optimizer(nanobind::module_& m);
