@@ -10,7 +10,7 @@ known. Weights are updated in their slots, so what stays in memory stays right.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from offload.engine import Weights
 from offload.gradient_spill import GradientSpill
 from offload.model_parts import EdgeTensor
 from offload.optimizer_stream import Keeping, OptimizerStream, Request, check_weights, stored_reads
-from offload.streamed_model import BlockWeights, Chunks, StreamedModel
+from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic
 from offload.streamer import HostTier
 from offload.trained_parts import RowUnit, TrainedParts, rows_source
 from offload.update_rules import Sums
@@ -130,6 +130,10 @@ class TrainedModel(StreamedModel):
     def commit(self, step: int, notes: dict[str, Any]) -> None:
         self.stream.drain()
         self.store.commit(step, notes)
+
+    def traffic(self) -> Traffic:
+        traffic = super().traffic()
+        return replace(traffic, stall_seconds=traffic.stall_seconds + self.stream.stall_seconds)
 
     def close(self) -> None:
         self._spill.close()
