@@ -86,14 +86,15 @@ void in_parallel(uint64_t count, uint64_t at_once, int threads, One one) {
 
 // unit, count, weights, weight dtype, gradients, gradient dtype, copy, element
 using SegmentArguments = std::tuple<uint64_t, uint64_t, uint64_t, int, uint64_t, int, uint64_t, uint64_t>;
-using StateArguments = std::array<uint64_t, 4>;  // addresses in the order of State, 0 where there is none
+using StateArguments = std::array<uint64_t, 5>;  // addresses in the order of State, 0 where there is none
 
 State state_of(const StateArguments& addresses, bool wanted, bool coded) {
     if (!wanted) return {};
-    for (int i = 0; i < (coded ? 4 : 1); ++i)
+    for (int i = 0; i < (coded ? 5 : 1); ++i)
         if (addresses[i] == 0) throw std::invalid_argument("state with a null address");
     return {reinterpret_cast<char*>(addresses[0]), reinterpret_cast<float*>(addresses[1]),
-            reinterpret_cast<const float*>(addresses[2]), reinterpret_cast<const float*>(addresses[3])};
+            reinterpret_cast<const float*>(addresses[2]), reinterpret_cast<const float*>(addresses[3]),
+            reinterpret_cast<const uint8_t*>(addresses[4])};
 }
 
 std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic, uint64_t seed,

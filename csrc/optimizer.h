@@ -32,12 +32,14 @@ struct Segment {
 };
 
 // State of one kind: fp32 or bfloat16 `values`; or 8-bit codes, a scale for every block, the 256 sorted values that codes stand
-// for (1 is the largest) and the 255 bounds between them.
+// for (1 is the largest), the bounds above each, and the lowest code of the numbers whose fp32 bits have an upper half: among them
+// is one bound at most.
 struct State {
     char* values;
     float* scales;
     const float* table;
     const float* bounds;
+    const uint8_t* lowest;
 };
 
 struct Scalars {

@@ -23,6 +23,11 @@ inline F root_estimate(F x) {
     return (F)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
+inline bool all(I mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xffff; }
+inline U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
+inline I widen_signed(H h) { return (I)_mm512_cvtepi16_epi32((__m256i)h); }
+inline H narrow(U u) { return (H)_mm512_cvtepi32_epi16((__m512i)u); }
+
 template <typename V>
 inline void stream(char* to, V a) {
     if constexpr (sizeof a == 32)

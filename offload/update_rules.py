@@ -147,6 +147,11 @@ def update(
     keep1, divisor, step_size = beta1, 1.0, learning_rate
     if step < 1:
         raise ValueError(f"steps count from 1, found {step}")
+    for s in segments:
+        if s.weight_dtype not in _DTYPES or s.gradient_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"expected fp32, bf16 or fp16 weights and fp32 or bf16 gradients, found {s}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
     if rule.name == "adamw":
         step_size = learning_rate / (1 - beta1**step)
         divisor = (1 - beta2**step) ** 0.5
@@ -168,7 +173,7 @@ def update(
         RULES.index(rule.name),
         STATE_FORMATS.index(state_format.name),
         ROOTS.index(root or ROOT),
-        {"nearest": False, "stochastic": True}[rounding],
+        rounding == "stochastic",
         seed,
         scalars,
         units,
@@ -226,12 +231,18 @@ def _address(memory: Address) -> int:
     return memory.data_ptr()
 
 
-def _state(name: str, state: Mapping[str, Address], table: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, ...]:
+def _state(name: str, state: Mapping[str, Address], table: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return (_address(state.get(name, 0)), _address(state.get(f"{name}_scales", 0)), *(t.data_ptr() for t in table))
 
 
-def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return table, (table[1:] + table[:-1]) / 2
+def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The table, fp32 [256]; the bound above each of its values, half-way to the next; and uint8 [65536], for every upper half of
+    fp32 bits the code of the lowest number that has it. No two bounds share an upper half."""
+    bounds = torch.cat([(table[1:] + table[:-1]) / 2, torch.tensor([torch.inf])])
+    halves = torch.arange(1 << 16, dtype=torch.int32)
+    lower = (halves >= 1 << 15).int() * 0xFFFF  # the lowest of negative numbers has all lower bits set
+    lowest = ((halves << 16) | lower).view(torch.float32).nan_to_num(0.0)
+    return table, bounds, torch.searchsorted(bounds, lowest).clamp(max=255).to(torch.uint8)
 
 
 def square_root(x: torch.Tensor, root: str, instructions: str = INSTRUCTION_SETS[0]) -> torch.Tensor:
