@@ -2,8 +2,8 @@
 
     python benchmarks/bench_optimizer.py [--millions 32] [--repeats 9] [--threads N]
 
-An update's bytes are those of all its reads and writes; a copy's are twice its size. Rounds are interleaved; medians are printed:
-GB/s, the ratio to the copy (to the read, for checksums), and billions of parameters a second.
+An update's bytes are those of all its reads and writes; a copy's are twice its size. Rounds are interleaved; medians are
+printed: GB/s, the ratio to the copy (to the read, for checksums), and billions of parameters a second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def main() -> None:
         return torch.randn(count).to(dtype)
 
     def one_update(
-        name: str, dtype: torch.dtype, gradient_dtype: torch.dtype, state: str, master: bool, copied: bool, **options: str
+        name: str,
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+        state: str,
+        master: bool,
+        copied: bool,
+        **options: str,
     ) -> tuple[int, Callable[[], object]]:
         rule, state_format = Rule(name, weight_decay=0.01), StateFormat(state)
         sizes = state_format.array_bytes(rule, count)
@@ -42,7 +48,9 @@ def main() -> None:
         remainder = torch.zeros(count, dtype=torch.int16) if master else 0
         copy = torch.empty_like(w) if copied else 0
         segment = Segment(0, count, w, dtype, g, gradient_dtype, copy)
-        num_bytes = 2 * sum(sizes.values()) + count * ((2 + copied) * dtype.itemsize + gradient_dtype.itemsize + 4 * master)
+        num_bytes = 2 * sum(sizes.values()) + count * (
+            (2 + copied) * dtype.itemsize + gradient_dtype.itemsize + 4 * master
+        )
         return num_bytes, lambda: update(
             rule, 5, 1e-5, [segment], arrays, count, state_format=state_format, remainder=remainder, **options
         )
@@ -79,7 +87,9 @@ def main() -> None:
     print(f"{arguments.millions}M parameters, {arguments.threads} threads, {INSTRUCTION_SETS[0]}, {ROOT} roots")
     for name, value in rate.items():
         base, of = ("read (sum of fp64)", "read") if name in ("checksum", "read (sum of fp64)") else ("copy", "copy")
-        print(f"{name:36} {value:6.1f} GB/s  {value / rate[base]:5.2f} of the {of}  {count / median[name] / 1e9:6.2f} G/s")
+        print(
+            f"{name:36} {value:6.1f} GB/s  {value / rate[base]:5.2f} of the {of}  {count / median[name] / 1e9:6.2f} G/s"
+        )
     speedup = median["torch fused AdamW, fp32"] / median["adamw fp32"]
     print(f"adamw fp32 is {speedup:.2f} x as fast as torch.optim.AdamW(fused=True)")
 

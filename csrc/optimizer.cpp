@@ -97,8 +97,8 @@ State state_of(const StateArguments& addresses, bool wanted, bool coded) {
             reinterpret_cast<const uint8_t*>(addresses[4])};
 }
 
-std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic, uint64_t seed,
-                              const std::array<float, 9>& scalars, uint64_t units, uint64_t remainder,
+std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic,
+                              uint64_t seed, const std::array<float, 9>& scalars, uint64_t units, uint64_t remainder,
                               const StateArguments& first, const StateArguments& second,
                               const std::vector<SegmentArguments>& segment_arguments, int threads) {
     const Functions& functions = functions_for(instructions);
@@ -126,8 +126,10 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
         if (dtype == Dtype::kFloat16 && (remainder || stochastic))
             throw std::invalid_argument("float16 weights are rounded to nearest and have no remainder");
         after = unit + count;
-        segments.push_back({unit, count, reinterpret_cast<char*>(weights), dtype, reinterpret_cast<const char*>(gradients),
-                            checked<Dtype>(gradient_dtype, 2, "dtype of gradients"), reinterpret_cast<char*>(copy), element});
+        segments.push_back({unit, count, reinterpret_cast<char*>(weights), dtype,
+                            reinterpret_cast<const char*>(gradients),
+                            checked<Dtype>(gradient_dtype, 2, "dtype of gradients"), reinterpret_cast<char*>(copy),
+                            element});
     }
     pass.segments = segments.data();
     pass.segment_count = segments.size();

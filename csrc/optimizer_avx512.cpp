@@ -1,4 +1,5 @@
-// The optimizers' kernels for AVX-512 (F, BW, DQ, VL); compiled with these flags and called only where the processor has them.
+// The optimizers' kernels for AVX-512 (F, BW, DQ, VL); compiled with these flags and called only where the processor has
+// them.
 #include "optimizer.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

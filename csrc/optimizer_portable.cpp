@@ -1,4 +1,5 @@
-// The optimizers' kernels in the compiler's portable vectors of four: for every processor, and what the others are tested against.
+// The optimizers' kernels in the compiler's portable vectors of four: for every processor, and what the others are tested
+// against.
 #include "optimizer.h"
 
 #if defined(__SSE2__)

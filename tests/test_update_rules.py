@@ -1,4 +1,4 @@
-"""The update kernels against torch.optim and plain transcriptions, bit for bit, on every instruction set; and the checksum."""
+"""The update kernels against torch.optim and plain transcriptions, bit for bit on every instruction set; the checksum."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def normals(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("betas, decay", [((0.9, 0.999), 0.01), ((0.4, 0.95), 0.1), ((0.95, 0.98), 0.0)])
 @pytest.mark.parametrize("count", [1, 7, 64, 1000, 100_003])
 def test_adamw_is_torchs(count, betas, decay, instructions):
-    """Parameters and both moments after four steps; and those of bf16 weights with a remainder, whose master is the parameter."""
+    """Parameters and both moments after four steps; the same of bf16 weights with a remainder, whose master it is."""
     parameter = torch.nn.Parameter(normals(count, 1))
     optimizer = torch.optim.AdamW([parameter], lr=RATE, betas=betas, weight_decay=decay, foreach=False)
     rule = Rule("adamw", betas, weight_decay=decay)
@@ -82,7 +82,9 @@ def test_sgd_is_torchs(count, momentum, instructions):
         parameter.grad = normals(count, 10 + step)
         optimizer.step()
         segment = Segment(0, count, weights, F32, parameter.grad, F32)
-        update(Rule("sgd", momentum=momentum), step, RATE, [segment], {"first": first}, count, instructions=instructions)
+        update(
+            Rule("sgd", momentum=momentum), step, RATE, [segment], {"first": first}, count, instructions=instructions
+        )
     assert same((weights, parameter.detach()), (first, optimizer.state[parameter]["momentum_buffer"]))
 
 
@@ -136,7 +138,8 @@ def hashed(seed: int, element: int, count: int, stream: int) -> np.ndarray:
         return x ^ x >> np.uint32(16)
 
     keys = {
-        upper: int(mix64(mix64(seed + 0x9E3779B97F4A7C15 * (stream + 1)) ^ upper)) for upper in {n >> 32 for n in numbers}
+        upper: int(mix64(mix64(seed + 0x9E3779B97F4A7C15 * (stream + 1)) ^ upper))
+        for upper in {n >> 32 for n in numbers}
     }
     inner = np.array([keys[n >> 32] & 0xFFFFFFFF for n in numbers], dtype=np.uint32)
     outer = np.array([keys[n >> 32] >> 32 for n in numbers], dtype=np.uint32)
@@ -169,7 +172,9 @@ def coded(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(codes).to(torch.uint8), scales
 
 
-def stepped(rule: Rule, step: int, theta: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def stepped(
+    rule: Rule, step: int, theta: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
     """The new fp32 theta; m and v are changed."""
     beta1, beta2 = rule.betas
     theta = theta * (1 - RATE * rule.weight_decay)
@@ -224,7 +229,9 @@ class Piece:
             self.gradients.append(normals(p.count + p.shift, 100 + i, 1e-2).to(p.gradient_dtype)[p.shift :])
             self.copies.append(torch.zeros(p.count + p.shift, dtype=p.weight_dtype)[p.shift :])
         generator = torch.Generator().manual_seed(5)
-        self.remainder = torch.randint(-(2**15), 2**15, (UNITS,), dtype=torch.int16, generator=generator) if master else None
+        self.remainder = (
+            torch.randint(-(2**15), 2**15, (UNITS,), dtype=torch.int16, generator=generator) if master else None
+        )
         first, second = normals(UNITS, 6, 1e-2), normals(UNITS, 7, 1e-4).square()
         self.state: dict[str, torch.Tensor] = {}
         for name, x in (("first", first), ("second", second)):
@@ -311,7 +318,9 @@ def test_transcription(name, format, weights, instructions):
     """Segments of all dtypes, off alignment, that share tiles and blocks; the rest of the state stays as it is."""
     rule = Rule(name, betas=(0.9, 0.99), weight_decay=0.1)
     rounding = "stochastic" if weights == "stochastic" else "nearest"
-    found, expected = (Piece(rule, format, weights == "master", F16 if weights == "float16" else None) for _ in range(2))
+    found, expected = (
+        Piece(rule, format, weights == "master", F16 if weights == "float16" else None) for _ in range(2)
+    )
     sums = found.update(rounding=rounding, seed=2**63 + 9, instructions=instructions, threads=1)
     expected_sums = expected.transcription(rounding, 2**63 + 9)
     assert equal(found, expected)
@@ -334,7 +343,8 @@ def test_threads_and_cuts_do_not_matter(format):
         state = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
         spans = [(0, count)] if cut is None else [(0, cut), (cut, count)]
         segments = [
-            Segment(low, high - low, weights[low:high], BF16, gradients[low:high], BF16, element=low) for low, high in spans
+            Segment(low, high - low, weights[low:high], BF16, gradients[low:high], BF16, element=low)
+            for low, high in spans
         ]
         sums = update(Rule("adamw"), 1, RATE, segments, state, count, state_format=StateFormat(format), threads=threads,
                       rounding="stochastic", seed=generator.initial_seed())  # fmt: skip
@@ -429,7 +439,8 @@ def test_code_tables(signed):
     x = torch.cat(rows)  # every block has the scale 1
     rule, name = (Rule("sgd", momentum=0.0), "first") if signed else (Rule("adamw", betas=(0.9, 0.0)), "second")
     gradients = x if signed else x.sqrt()
-    state = {key: torch.zeros(size, dtype=torch.uint8) for key, size in StateFormat("8bit").array_bytes(rule, x.numel()).items()}
+    sizes = StateFormat("8bit").array_bytes(rule, x.numel())
+    state = {key: torch.zeros(size, dtype=torch.uint8) for key, size in sizes.items()}
     segment = Segment(0, x.numel(), torch.zeros_like(x), F32, gradients, F32)
     update(rule, 1, 0.0, [segment], state, x.numel(), state_format=StateFormat("8bit"))
     wanted = x if signed else gradients * gradients
