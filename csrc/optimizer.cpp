@@ -86,18 +86,19 @@ void in_parallel(uint64_t count, uint64_t at_once, int threads, One one) {
 
 // unit, count, weights, weight dtype, gradients, gradient dtype, copy, element
 using SegmentArguments = std::tuple<uint64_t, uint64_t, uint64_t, int, uint64_t, int, uint64_t, uint64_t>;
-using StateArguments = std::array<uint64_t, 4>;  // addresses in the order of State, 0 where there is none
+using StateArguments = std::array<uint64_t, 5>;  // addresses in the order of State, 0 where there is none
 
 State state_of(const StateArguments& addresses, bool wanted, bool coded) {
     if (!wanted) return {};
-    for (int i = 0; i < (coded ? 4 : 1); ++i)
+    for (int i = 0; i < (coded ? 5 : 1); ++i)
         if (addresses[i] == 0) throw std::invalid_argument("state with a null address");
     return {reinterpret_cast<char*>(addresses[0]), reinterpret_cast<float*>(addresses[1]),
-            reinterpret_cast<const float*>(addresses[2]), reinterpret_cast<const float*>(addresses[3])};
+            reinterpret_cast<const float*>(addresses[2]), reinterpret_cast<const float*>(addresses[3]),
+            reinterpret_cast<const uint8_t*>(addresses[4])};
 }
 
-std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic, uint64_t seed,
-                              const std::array<float, 9>& scalars, uint64_t units, uint64_t remainder,
+std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic,
+                              uint64_t seed, const std::array<float, 9>& scalars, uint64_t units, uint64_t remainder,
                               const StateArguments& first, const StateArguments& second,
                               const std::vector<SegmentArguments>& segment_arguments, int threads) {
     const Functions& functions = functions_for(instructions);
@@ -125,8 +126,10 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
         if (dtype == Dtype::kFloat16 && (remainder || stochastic))
             throw std::invalid_argument("float16 weights are rounded to nearest and have no remainder");
         after = unit + count;
-        segments.push_back({unit, count, reinterpret_cast<char*>(weights), dtype, reinterpret_cast<const char*>(gradients),
-                            checked<Dtype>(gradient_dtype, 2, "dtype of gradients"), reinterpret_cast<char*>(copy), element});
+        segments.push_back({unit, count, reinterpret_cast<char*>(weights), dtype,
+                            reinterpret_cast<const char*>(gradients),
+                            checked<Dtype>(gradient_dtype, 2, "dtype of gradients"), reinterpret_cast<char*>(copy),
+                            element});
     }
     pass.segments = segments.data();
     pass.segment_count = segments.size();

@@ -1,8 +1,8 @@
 // Update rules of optimizers over pieces of weights and state that stream through memory, and a checksum of what was read.
 //
-// One pass reads gradients, weights and state once and writes the new ones. The fp32 operations, fused where PyTorch's vectorised
-// CPU code fuses them, are those of torch.optim with foreach=False, so the results are the same bits; portable, AVX2 and
-// AVX-512 code agree bit for bit.
+// One pass reads gradients, weights and state once and writes the new ones. The fp32 operations, fused where PyTorch's
+// vectorised CPU code fuses them, are those of torch.optim with foreach=False, so the results are the same bits; portable,
+// AVX2 and AVX-512 code agree bit for bit.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@ namespace optimizer {
 enum class Rule : int { kAdamW = 0, kLion = 1, kSgd = 2, kSignSgd = 3 };
 enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class StateFormat : int { kFloat32 = 0, kBfloat16 = 1, kEightBit = 2 };
-// kMkl: of MKL's code for processors that it has none for, which PyTorch runs on AMD's: an estimate and two Newton steps, often
-// one unit in the last place off.
+// kMkl: of MKL's code for processors that it has none for, which PyTorch runs on AMD's: an estimate and two Newton steps,
+// often one unit in the last place off.
 enum class Root : int { kIeee = 0, kMkl = 1 };
 
 constexpr int kTile = 2048;  // units, what a thread takes at once
@@ -31,13 +31,15 @@ struct Segment {
     uint64_t element;
 };
 
-// State of one kind: fp32 or bfloat16 `values`; or 8-bit codes, a scale for every block, the 256 sorted values that codes stand
-// for (1 is the largest) and the 255 bounds between them.
+// State of one kind: fp32 or bfloat16 `values`; or 8-bit codes, a scale for every block, the 256 sorted values that codes
+// stand for (1 is the largest), the bounds above each, and the lowest code of the numbers whose fp32 bits have an upper
+// half: among them is one bound at most.
 struct State {
     char* values;
     float* scales;
     const float* table;
     const float* bounds;
+    const uint8_t* lowest;
 };
 
 struct Scalars {

@@ -18,6 +18,13 @@ inline F square_root(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
 constexpr bool kHasEstimate = true;
 inline F root_estimate(F x) { return (F)_mm256_rsqrt_ps((__m256)x); }
 
+inline bool all(I mask) { return _mm256_movemask_ps((__m256)mask) == 0xff; }
+inline U widen(H h) { return (U)_mm256_cvtepu16_epi32((__m128i)h); }
+inline I widen_signed(H h) { return (I)_mm256_cvtepi16_epi32((__m128i)h); }
+inline H narrow(U u) {
+    return (H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+}
+
 template <typename V>
 inline void stream(char* to, V a) {
     if constexpr (sizeof a == 16)

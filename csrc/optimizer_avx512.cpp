@@ -1,4 +1,5 @@
-// The optimizers' kernels for AVX-512 (F, BW, DQ, VL); compiled with these flags and called only where the processor has them.
+// The optimizers' kernels for AVX-512 (F, BW, DQ, VL); compiled with these flags and called only where the processor has
+// them.
 #include "optimizer.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -22,6 +23,11 @@ inline F root_estimate(F x) {
     const __m256 high = _mm256_rsqrt_ps(_mm512_extractf32x8_ps((__m512)x, 1));
     return (F)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
+
+inline bool all(I mask) { return _mm512_movepi32_mask((__m512i)mask) == 0xffff; }
+inline U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
+inline I widen_signed(H h) { return (I)_mm512_cvtepi16_epi32((__m256i)h); }
+inline H narrow(U u) { return (H)_mm512_cvtepi32_epi16((__m512i)u); }
 
 template <typename V>
 inline void stream(char* to, V a) {

@@ -1,4 +1,5 @@
-// The optimizers' kernels in the compiler's portable vectors of four: for every processor, and what the others are tested against.
+// The optimizers' kernels in the compiler's portable vectors of four: for every processor, and what the others are tested
+// against.
 #include "optimizer.h"
 
 #if defined(__SSE2__)
@@ -30,6 +31,11 @@ inline F root_estimate(F x) { return (F)_mm_rsqrt_ps((__m128)x); }
 constexpr bool kHasEstimate = false;
 inline F root_estimate(F x) { return x; }
 #endif
+
+inline bool all(I mask) { return (mask[0] & mask[1] & mask[2] & mask[3]) != 0; }
+inline U widen(H h) { return __builtin_convertvector(h, U); }
+inline I widen_signed(H h) { return (I)(widen(h) << 16) >> 16; }
+inline H narrow(U u) { return __builtin_convertvector(u, H); }
 
 template <typename V>
 inline void stream(char* to, V a) { __builtin_memcpy(to, &a, sizeof a); }

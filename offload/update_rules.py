@@ -1,8 +1,9 @@
 """Optimizers' updates of streamed weights in one pass over memory, and a checksum of memory that came from disk.
 
-A *piece* is `units` consecutive elements of state: arrays of them, beside the weights that its segments point to. An update reads
-gradients, weights and state once and writes the new ones. With fp32 state and fp32 weights (or bf16 weights with the lower half
-of their fp32 master, `remainder`) the results are, bit for bit, those of torch.optim with foreach=False on fp32 parameters:
+A *piece* is `units` consecutive elements of state: arrays of them, beside the weights that its segments point to. An update
+reads gradients, weights and state once and writes the new ones. With fp32 state and fp32 weights (or bf16 weights with the
+lower half of their fp32 master, `remainder`) the results are, bit for bit, those of torch.optim with foreach=False on fp32
+parameters:
 
     adamw     m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g g
               theta = (1 - lr wd) theta - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -13,14 +14,16 @@ of their fp32 master, `remainder`) the results are, bit for bit, those of torch.
 g is the gradient times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
 
 [Note: fused operations]
-Found in PyTorch 2.13 on AVX2 and AVX-512, the same in vector bodies and scalar tails: lerp and add(alpha=) are fused multiply-adds,
-so is the last step of addcmul (fma(value * a, b, self)); addcdiv is not (self + (value * a) / b), and a division by a number is a
-division. Its square root is MKL's, which on AMD processors is not rounded correctly: one root of six is a unit in the last place
-off. `ROOT` says which one this process's PyTorch has; the kernels have both, and results are the same whatever the instruction set.
+Found in PyTorch 2.13 on AVX2 and AVX-512, the same in vector bodies and scalar tails: lerp and add(alpha=) are fused
+multiply-adds, so is the last step of addcmul (fma(value * a, b, self)); addcdiv is not (self + (value * a) / b), and a
+division by a number is a division. Its square root is MKL's, which on AMD processors is not rounded correctly: one root of
+six is a unit in the last place off. `ROOT` says which one this process's PyTorch has; the kernels have both, and results are
+the same whatever the instruction set.
 
 [Note: 8-bit state]
-Blocks of 256 units have a scale, their largest magnitude, and codes for values of a fixed table in [-1, 1] or [0, 1] whose relative
-precision falls with the magnitude (dynamic quantisation, Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+Blocks of 256 units have a scale, their largest magnitude, and codes for values of a fixed table in [-1, 1] or [0, 1] whose
+relative precision falls with the magnitude (dynamic quantisation, Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+Quantization").
 """
 
 from __future__ import annotations
@@ -96,9 +99,9 @@ class StateFormat:
 class Segment(NamedTuple):
     """`count` elements of one parameter, whose state begins at index `unit` of the piece's arrays.
 
-    weights: fp32, bf16 or fp16, any alignment; gradients: fp32 or bf16. copy: where the new weights are written once more, in their
-    dtype. element: number of the first element, 64 bits; random bits are a function of it (and of seed and array), so numbers that
-    no other element of the model has give independent rounding.
+    weights: fp32, bf16 or fp16, any alignment; gradients: fp32 or bf16. copy: where the new weights are written once more,
+    in their dtype. element: number of the first element, 64 bits; random bits are a function of it (and of seed and array),
+    so numbers that no other element of the model has give independent rounding.
     """
 
     unit: int
@@ -112,8 +115,8 @@ class Segment(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums of squares over an update's elements: of changes of the weights, and of new weights. Of the fp32 masters where there are
-    any, else of the weights as stored. The same for any number of threads."""
+    """Sums of squares over an update's elements: of changes of the weights, and of new weights. Of the fp32 masters where
+    there are any, else of the weights as stored. The same for any number of threads."""
 
     change_sq: float
     weight_sq: float
@@ -138,15 +141,20 @@ def update(
 ) -> Sums:
     """One step of a piece, in place. step: from 1 on.
 
-    segments: sorted by unit, apart from each other. state: the arrays of `StateFormat.array_bytes`. remainder: int16 [units], the
-    lower halves of the fp32 masters of bf16 weights. rounding: of 16-bit weights without; fp16 to nearest only. root: one of
-    `ROOTS`, PyTorch's by default. A unit in no segment keeps its state; with 8 bit, if no unit of its block is in one.
-    Raises ValueError for what does not fit.
+    segments: sorted by unit, apart from each other. state: the arrays of `StateFormat.array_bytes`. remainder: int16
+    [units], the lower halves of the fp32 masters of bf16 weights. rounding: of 16-bit weights without; fp16 to nearest only.
+    root: one of `ROOTS`, PyTorch's by default. A unit in no segment keeps its state; with 8 bit, if no unit of its block is
+    in one. Raises ValueError for what does not fit.
     """
     beta1, beta2 = rule.betas
     keep1, divisor, step_size = beta1, 1.0, learning_rate
     if step < 1:
         raise ValueError(f"steps count from 1, found {step}")
+    for s in segments:
+        if s.weight_dtype not in _DTYPES or s.gradient_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"expected fp32, bf16 or fp16 weights and fp32 or bf16 gradients, found {s}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
     if rule.name == "adamw":
         step_size = learning_rate / (1 - beta1**step)
         divisor = (1 - beta2**step) ** 0.5
@@ -168,7 +176,7 @@ def update(
         RULES.index(rule.name),
         STATE_FORMATS.index(state_format.name),
         ROOTS.index(root or ROOT),
-        {"nearest": False, "stochastic": True}[rounding],
+        rounding == "stochastic",
         seed,
         scalars,
         units,
@@ -196,12 +204,12 @@ def update(
 def checksum(
     memory: Address, num_bytes: int, threads: int | None = None, instructions: str = INSTRUCTION_SETS[0]
 ) -> int:
-    """A number of 64 bits: another one for certain if one bit differs (or any one aligned word of 4 bytes), and but for chance
-    whatever differs, is swapped or repeated. Not for use against people. The same on every machine of little endian.
+    """A number of 64 bits: another one for certain if one bit differs (or any one aligned word of 4 bytes), and but for
+    chance whatever differs, is swapped or repeated. Not for use against people. The same on every machine of little endian.
 
-    Tiles of 64 KiB are padded with zeros to whole rows of 64 words of 32 bits, at least one; word j of a row goes to lane j, which
-    starts at j: lane = (lane ^ word) * 0x9E3779B1; lane ^= lane >> 15. A tile's sum is that of mix64(lane | (j + 1) << 32), the whole
-    that of mix64(sum ^ mix64(tile + 1)), and the number is mix64(whole ^ mix64(num_bytes)).
+    Tiles of 64 KiB are padded with zeros to whole rows of 64 words of 32 bits; word j of a row goes to lane j, which starts
+    at j: lane = (lane ^ word) * 0x9E3779B1; lane ^= lane >> 15. A tile's sum is that of mix64(lane | (j + 1) << 32), the
+    whole that of mix64(sum ^ mix64(tile + 1)), and the number is mix64(whole ^ mix64(num_bytes)).
     """
     return _native.checksum(
         instructions, _address(memory), num_bytes, torch.get_num_threads() if threads is None else threads
@@ -226,12 +234,18 @@ def _address(memory: Address) -> int:
     return memory.data_ptr()
 
 
-def _state(name: str, state: Mapping[str, Address], table: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, ...]:
+def _state(name: str, state: Mapping[str, Address], table: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return (_address(state.get(name, 0)), _address(state.get(f"{name}_scales", 0)), *(t.data_ptr() for t in table))
 
 
-def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return table, (table[1:] + table[:-1]) / 2
+def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The table, fp32 [256]; the bound above each of its values, half-way to the next; and uint8 [65536], for every upper
+    half of fp32 bits the code of the lowest number that has it. No two bounds share an upper half."""
+    bounds = torch.cat([(table[1:] + table[:-1]) / 2, torch.tensor([torch.inf])])
+    halves = torch.arange(1 << 16, dtype=torch.int32)
+    lower = (halves >= 1 << 15).int() * 0xFFFF  # the lowest of negative numbers has all lower bits set
+    lowest = ((halves << 16) | lower).view(torch.float32).nan_to_num(0.0)
+    return table, bounds, torch.searchsorted(bounds, lowest).clamp(max=255).to(torch.uint8)
 
 
 def square_root(x: torch.Tensor, root: str, instructions: str = INSTRUCTION_SETS[0]) -> torch.Tensor:
