@@ -30,11 +30,11 @@ from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
 from offload.noise import Noise
+from offload.optimizer_stream import Keeping
 from offload.perturbed import folded_bytes, variant_layout
 from offload.perturbed_model import PerturbedModel
 from offload.replay import BUFFER_BYTES
 from offload.skeleton import is_placeholder
-from offload.optimizer_stream import Keeping
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
 from offload.trained_parts import TrainedParts, find_trained

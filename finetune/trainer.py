@@ -46,6 +46,7 @@ from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
+from offload import update_units
 from offload.calibration import Rates, measure_rates
 from offload.streamed_model import Traffic
 
@@ -387,6 +388,7 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
         about |= {
             "train": list(config.train),
             "tile_vocab": config.engine.loss_tile_vocab,
+            "piece_bytes": update_units.PIECE_BYTES,
             "optimizer": config.optimizer.model_dump(exclude={"versions"}),
             "selection": config.selection.model_dump(),
             "adam": [options.adam_beta1, options.adam_beta2, options.adam_epsilon],

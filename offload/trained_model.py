@@ -72,8 +72,7 @@ class StoredTier(HostTier):
         self.read_from(block, stored_reads(unit, self._model.store))
         super()._start(block, lease)
 
-    def _finish(self, block: int) -> None:
-        super()._finish(block)
+    def _check(self, block: int) -> None:
         check_weights(self._units[block], self._model.store, self._leases[block].buffer, torch.get_num_threads())
 
 

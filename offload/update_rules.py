@@ -242,6 +242,8 @@ def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     """The table, fp32 [256]; the bound above each of its values, half-way to the next; and uint8 [65536], for every upper
     half of fp32 bits the code of the lowest number that has it. No two bounds share an upper half."""
     bounds = torch.cat([(table[1:] + table[:-1]) / 2, torch.tensor([torch.inf])])
+    if table[0] == 0:
+        bounds[0] = 0  # a second moment that is not 0 must not become 0: the step would be divided by epsilon
     halves = torch.arange(1 << 16, dtype=torch.int32)
     lower = (halves >= 1 << 15).int() * 0xFFFF  # the lowest of negative numbers has all lower bits set
     lowest = ((halves << 16) | lower).view(torch.float32).nan_to_num(0.0)

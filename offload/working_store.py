@@ -45,14 +45,15 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
-    """Where a piece is in the data file: its weights at `offset`, the remainders of fp32 masters and the optimizer state right
-    behind. Sums: see update_rules.checksum. state_bytes 0: no state is kept. updates: how often the state has been updated,
-    for bias correction.
+    """Where a piece is in the data file: its weights at `offset`, the remainders of fp32 masters right behind, the optimizer
+    state apart from them, so that its room can be given to another piece. Sums: see update_rules.checksum. state_bytes 0: no
+    state is kept. updates: how often the state has been updated, for bias correction.
     """
 
     offset: int
     weights_bytes: int
     master_bytes: int
+    state_offset: int
     state_bytes: int
     weights_sum: int
     master_sum: int
@@ -60,8 +61,14 @@ class StoredPiece:
     updates: int
 
     @property
-    def num_bytes(self) -> int:
-        return self.weights_bytes + self.master_bytes + self.state_bytes
+    def kept_bytes(self) -> int:
+        """Of weights and masters, which stay when state is dropped."""
+        return self.weights_bytes + self.master_bytes
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(offset, bytes) in the data file."""
+        return [(self.offset, self.kept_bytes), (self.state_offset, self.state_bytes)]
 
 
 class WorkingStore:
@@ -112,8 +119,7 @@ class WorkingStore:
                 )
             if resume:
                 self._take(content)
-        existing = [(piece.offset, piece.num_bytes) for piece in self.pieces.values()]
-        self._allocator = ExtentAllocator(existing)
+        self._allocator = ExtentAllocator(place for piece in self.pieces.values() for place in piece.ranges if place[1])
         self.file = self._io.open(self.path, writable=True, create=True)
         self._size = os.stat(self.path).st_size
         if self._size < self._allocator.end:
@@ -133,16 +139,18 @@ class WorkingStore:
         for unit, index, *values in content["pieces"]:
             self.pieces[unit, index] = StoredPiece(*values)
 
-    def place(self, key: Key, num_bytes: int) -> int:
-        """Where the next version of a piece goes in the data file. Raises UserError when the disk is full."""
+    def place(self, key: Key, kept_bytes: int, state_bytes: int) -> tuple[int, int]:
+        """Where the next version of a piece goes in the data file: what is kept, and the state. Raises UserError when the
+        disk is full."""
         old = self.pieces.get(key)
         if self._versions == 1:
             if not self._marked:
                 self._publish(self.step, self.notes, writing=True)
                 self._marked = True
-            if old is not None and old.num_bytes == num_bytes:
-                return old.offset
-        offset = self._allocator.allocate(num_bytes)
+            if old is not None and (old.kept_bytes, old.state_bytes) == (kept_bytes, state_bytes):
+                return old.offset, old.state_offset
+        offset = self._allocator.allocate(kept_bytes)
+        state_offset = self._allocator.allocate(state_bytes) if state_bytes else 0
         if self._allocator.end > self._size:
             grown = max(self._allocator.end, self._size + min(GROWTH_BYTES, self._size))
             try:
@@ -152,21 +160,22 @@ class WorkingStore:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise self._refusal(f"grow {self.path} to {format_bytes(grown)}", error) from error
             self._size = grown
-        return offset
+        return offset, state_offset
 
     def put(self, key: Key, piece: StoredPiece) -> None:
         """`piece` is the newest version, from the next commit on for good."""
         old = self.pieces.get(key)
-        if old is not None and old.offset != piece.offset:
-            self._released.append((old.offset, old.num_bytes))
+        if old is not None:
+            kept = [place for place in piece.ranges if place[1]]
+            self._released += [place for place in old.ranges if place not in kept]
         self.pieces[key] = piece
 
     def drop_state(self, key: Key) -> None:
         """The piece's state is not needed any more; its weights stay."""
         old = self.pieces.get(key)
         if old is not None and old.state_bytes:
-            self._released.append((old.offset + old.num_bytes - old.state_bytes, old.state_bytes))
-            self.pieces[key] = replace(old, state_bytes=0, state_sum=0, updates=0)
+            self._released.append((old.state_offset, old.state_bytes))
+            self.pieces[key] = replace(old, state_offset=0, state_bytes=0, state_sum=0, updates=0)
 
     def commit(self, step: int, notes: dict[str, Any]) -> None:
         """Step `step` counts. All writes must have been waited for. notes: JSON values, given back at resume."""

@@ -166,6 +166,7 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Te
 def coded(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     table = code_table(signed)
     bounds = (table[1:] + table[:-1]) / 2
+    bounds[0] = 0.0 if table[0] == 0 else bounds[0]
     blocks = [x[i : i + BLOCK] for i in range(0, x.numel(), BLOCK)]
     scales = torch.stack([block.abs().max() for block in blocks])
     codes = [torch.searchsorted(bounds, b / (s if s else 1.0)) for b, s in zip(blocks, scales, strict=True)]
@@ -433,7 +434,8 @@ def test_code_tables(signed):
     assert upper.unique().numel() == 255  # what the kernel's search rests on
 
     count = 1 << 16
-    values = torch.cat([table, bounds, torch.nextafter(bounds, torch.tensor(2.0)), normals(count, 1, 0.2).clamp(-1, 1)])
+    values = [table, bounds, bounds[:1].abs() / 3, torch.nextafter(bounds, torch.tensor(2.0)), normals(count, 1, 0.2)]
+    values = torch.cat(values).clamp(-1, 1)
     values = values if signed else values.abs()
     rows = [torch.cat([row, torch.zeros(255 - row.numel()), torch.ones(1)]) for row in values.split(255)]
     x = torch.cat(rows)  # every block has the scale 1
@@ -446,6 +448,10 @@ def test_code_tables(signed):
     wanted = x if signed else gradients * gradients
     distance = (table[state[name].int()].double() - wanted.double()).abs()
     smallest = (table.double()[None] - wanted.double()[:, None]).abs().min(dim=1).values
+    if not signed:
+        tiny = (wanted > 0) & (wanted < bounds[0])  # nearer to 0, which they must not become
+        assert tiny.any() and (state[name][tiny] == 1).all()
+        distance[tiny] = smallest[tiny]
     assert ((distance - smallest) <= 4e-7 * wanted.abs()).all()  # bounds and the numbers beside them are rounded
 
 

@@ -16,21 +16,21 @@ from offload.working_store import StoredPiece, WorkingStore, read_manifest
 PAGE = 4096
 
 
-def piece(offset: int, weights: int = PAGE, master: int = PAGE, state: int = 2 * PAGE, updates: int = 1) -> StoredPiece:
-    return StoredPiece(offset, weights, master, state, 1, 2, 3, updates)
-
-
 def write(store: WorkingStore, key, content: bytes) -> None:
     """A new version of a piece, as the optimizer's stream writes it; `content`: whole pages."""
-    offset = store.place(key, len(content))
+    state_bytes = len(content) // 3 // PAGE * PAGE
+    kept_bytes = len(content) - state_bytes
+    offset, state_offset = store.place(key, kept_bytes, state_bytes)
     with open(store.path, "r+b") as file:
-        os.pwrite(file.fileno(), content, offset)
-    store.put(key, StoredPiece(offset, len(content), 0, 0, 0, 0, 0, 1))
+        os.pwrite(file.fileno(), content[:kept_bytes], offset)
+        if state_bytes:
+            os.pwrite(file.fileno(), content[kept_bytes:], state_offset)
+    store.put(key, StoredPiece(offset, kept_bytes, 0, state_offset, state_bytes, 0, 0, 0, 1))
 
 
 def content_of(path: Path, stored: StoredPiece) -> bytes:
     with open(path, "rb") as file:
-        return os.pread(file.fileno(), stored.num_bytes, stored.offset)
+        return b"".join(os.pread(file.fileno(), num_bytes, offset) for offset, num_bytes in stored.ranges)
 
 
 class Recorder:
@@ -133,7 +133,7 @@ def test_power_may_fail_at_any_moment(tmp_path, monkeypatch):
             now = dict(expected[-1])
             for key in [("a", 0), ("a", 1), ("b", 0), ("c", 0)]:
                 if chance.random() < 0.7:
-                    now[key] = chance.randbytes(PAGE * chance.randint(1, 3))
+                    now[key] = chance.randbytes(PAGE * chance.randint(1, 5))
                     write(store, key, now[key])
             store.commit(step, {"norm": step / 3})
             expected.append(now)
@@ -167,7 +167,7 @@ def test_two_versions_take_twice_the_room_however_many_steps(tmp_path):
                 write(store, ("unit", index), bytes([step]) * (3 * PAGE))
             store.commit(step, {})
         assert store.path.stat().st_size <= 4 * 5 * 3 * PAGE
-        assert max(p.offset + p.num_bytes for p in store.pieces.values()) <= 2 * 5 * 3 * PAGE
+        assert max(sum(place) for piece in store.pieces.values() for place in piece.ranges) <= 2 * 5 * 3 * PAGE
         store.close()
 
 
@@ -190,14 +190,14 @@ def test_one_version_is_written_in_place_and_refused_after_a_death_in_a_step(tmp
 def test_dropped_state_frees_its_room_once_the_step_is_committed(tmp_path):
     with IOEngine() as io:
         store = WorkingStore(tmp_path / "store", io, {})
-        offset = store.place(("unit", 0), 4 * PAGE)
-        store.put(("unit", 0), piece(offset))
+        assert store.place(("unit", 0), 2 * PAGE, 2 * PAGE) == (0, 2 * PAGE)
+        store.put(("unit", 0), StoredPiece(0, PAGE, PAGE, 2 * PAGE, 2 * PAGE, 1, 2, 3, 7))
         store.commit(1, {})
         store.drop_state(("unit", 0))
-        assert store.pieces["unit", 0] == StoredPiece(offset, PAGE, PAGE, 0, 1, 2, 0, 0)
-        assert store.place(("unit", 1), 2 * PAGE) == 4 * PAGE  # not yet
+        assert store.pieces["unit", 0] == StoredPiece(0, PAGE, PAGE, 0, 0, 1, 2, 0, 0)
+        assert store.place(("unit", 1), 2 * PAGE, 0) == (4 * PAGE, 0)  # not yet
         store.commit(2, {})
-        assert store.place(("unit", 2), 2 * PAGE) == 2 * PAGE
+        assert store.place(("unit", 2), 2 * PAGE, 0) == (2 * PAGE, 0)
         store.close()
 
 

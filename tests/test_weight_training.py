@@ -1,0 +1,241 @@
+"""Training of a model's own weights from the outside: resume, kills, damage, full disks, patterns, export."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from test_zeroth_order import assert_same_weights, weights
+from text_models import make_config
+
+import offload.streamed_model
+import offload.update_units
+from finetune import Config, Trainer
+from finetune.data import preparation
+from finetune.export import export
+from memory.errors import UserError
+from memory.plan import PlanRefused
+from offload.io import FaultPlan, IOEngine
+from offload.working_store import StoredPiece, WorkingStore, read_manifest
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(offload.update_units, "PIECE_BYTES", 8192)
+
+
+def config_of(model: Path, rows: str, output: Path, method: str = "full", steps: int = 9, **changes: Any) -> Config:
+    training = {"max_steps": steps, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 2}
+    values = {"selection": {"interval": 2, "layers": 1}, "engine": {"dtype": model.name}} | changes
+    return make_config(model, output, data=rows, method=method, training=training | values.pop("training", {}), **values)
+
+
+SETTINGS = {
+    "full": ("full", {}),
+    "exact clipping": ("full", {"optimizer": {"clipping": "exact"}}),
+    "no master, 8 bit": ("full", {"optimizer": {"master": "none", "state": "8bit"}}),
+    "bf16 state": ("full", {"optimizer": {"state": "bfloat16"}}),
+    "one version": ("full", {"optimizer": {"versions": 1}}),
+    "lion": ("full", {"optimizer": {"name": "lion"}, "training": {"learning_rate": 1e-3}}),
+    "sgd": ("full", {"optimizer": {"name": "sgd"}}),
+    "lisa": ("lisa", {}),
+    "badam": ("badam", {"selection": {"interval": 2, "layers": 1, "order": "alternating"}}),
+    "slimfit": ("slimfit", {}),
+    "frugal": ("frugal", {"selection": {"interval": 2, "layers": 1, "sign_scale": 0.1}}),
+}
+
+
+@pytest.mark.parametrize(("method", "changes"), SETTINGS.values(), ids=SETTINGS)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(method, changes, models, data, tmp_path):  # noqa: F811
+    model = models["bfloat16"]
+    whole = config_of(model, data, tmp_path / "whole", method, **changes)
+    losses = [json.loads(line)["loss"] for line in _metrics(whole)]
+    assert losses[-1] < losses[0]
+    parts = config_of(model, data, tmp_path / "parts", method, **changes)
+    for stop in (2, 5):
+        Trainer(parts.model_copy(update={"resume": stop > 2}), callbacks=[StopAfter(stop)]).train()
+    # A run's directory can be moved and goes on elsewhere.
+    shutil.move(parts.output, tmp_path / "moved")
+    parts = parts.model_copy(update={"output": tmp_path / "moved", "resume": True})
+    result = Trainer(parts).train()
+    assert (result.global_step, result.report["first_step"]) == (9, 5)
+    export(whole, tmp_path / "a")
+    export(parts, tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert not all(value.equal(weights(model)[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def used_bytes(config: Config) -> int:
+    """Of the store's data file, up to the last byte that the newest step has there."""
+    pieces = [StoredPiece(*values) for _, _, *values in read_manifest(config.output / "store")["pieces"]]
+    return max(sum(place) for piece in pieces for place in piece.ranges)
+
+
+def _metrics(config: Config) -> list[str]:
+    Trainer(config).train()
+    return (config.output / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("method", ["full", "lisa"])
+def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # noqa: F811
+    """Killed at random moments of its steps and commits."""
+    monkeypatch.undo()  # the other processes cut pieces as usual
+    steps = 40
+    whole = config_of(models["bfloat16"], data, tmp_path / "whole", method, steps)
+    Trainer(whole).train()
+    config = config_of(models["bfloat16"], data, tmp_path / "killed", method, steps).model_copy(update={"resume": True})
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    preparation.prepare(data, model=config.model, cache_dir=config.output / "tokens", sequence_length=64)
+    rng, manifest = random.Random(4), config.output / "store" / "manifest.json"
+    kills = 0
+
+    def last_change() -> int:
+        return manifest.stat().st_mtime_ns if manifest.exists() else 0
+
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", "run", str(tmp_path / "run.yaml")],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        before, deadline = last_change(), time.monotonic() + 60
+        while process.poll() is None and last_change() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.15))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        _, words = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, words
+    assert kills >= 3
+    Trainer(config).train()
+    export(config, tmp_path / "a")
+    export(whole, tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("part", ["weights", "master", "state"])
+def test_a_flipped_bit_is_found(part, models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out")
+    Trainer(config, callbacks=[StopAfter(3)]).train()
+    store = config.output / "store"
+    pieces = [piece for piece in read_manifest(store)["pieces"] if ".layers.1" in piece[0]]
+    _, _, offset, weights_bytes, master_bytes, state_offset, state_bytes, *_ = pieces[len(pieces) // 2]
+    at = {"weights": offset + 77, "master": offset + weights_bytes + 78, "state": state_offset + 79}[part]
+    assert master_bytes and state_bytes
+    with open(store / "data", "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 16]))
+    with pytest.raises(UserError, match="checksum"):
+        Trainer(config.model_copy(update={"resume": True})).train()
+    assert read_manifest(store)["step"] == 3
+    if part == "weights":
+        with pytest.raises(UserError, match="checksum"):
+            export(config, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+
+def test_a_failing_disk_leaves_the_last_committed_step(models, data, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(models["float32"], data, tmp_path / "out")
+    whole = config_of(models["float32"], data, tmp_path / "whole")
+    Trainer(whole).train()
+    monkeypatch.setattr(
+        offload.streamed_model, "IOEngine", lambda *args: IOEngine(*args, inject=FaultPlan(eio_at=700))
+    )
+    with pytest.raises(UserError, match=r"Input/output error.*Step \d+ is the last committed one"):
+        Trainer(config).train()
+    monkeypatch.setattr(offload.streamed_model, "IOEngine", IOEngine)
+    step = read_manifest(config.output / "store")["step"]
+    assert 0 < step < 9
+    result = Trainer(config.model_copy(update={"resume": True})).train()
+    assert result.report["first_step"] == step
+    export(whole, tmp_path / "a")
+    export(config, tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_only_what_matches_is_trained(models, data, tmp_path):  # noqa: F811
+    model = models["bfloat16"]
+    config = config_of(model, data, tmp_path / "out").model_copy(update={"train": [r"layers\.1\..*mlp", "norm.weight"]})
+    Trainer(config).train()
+    export(config, tmp_path / "model")
+    before, after = weights(model), weights(tmp_path / "model")
+    changed = {name for name, value in after.items() if not value.equal(before[name])}
+    assert changed and all("layers.1." in name and "mlp" in name or name.endswith("norm.weight") for name in changed)
+    assert any("mlp" in name for name in changed) and any("norm" in name for name in changed)
+
+
+def test_patterns_that_match_nothing_are_refused(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out")
+    for pattern, words in (("layers.99", "matches no parameter"), ("(", "is not a regular expression")):
+        with pytest.raises(UserError, match=words):
+            Trainer(config.model_copy(update={"train": [pattern]})).train()
+
+
+def test_the_store_of_another_run_is_refused(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out")
+    Trainer(config, callbacks=[StopAfter(2)]).train()
+    with pytest.raises(UserError, match="holds a run of 2 steps"):
+        Trainer(config).train()
+    other = config_of(models["bfloat16"], data, tmp_path / "out", optimizer={"state": "8bit"})
+    with pytest.raises(UserError, match="other settings .*optimizer.state"):
+        Trainer(other.model_copy(update={"resume": True})).train()
+
+
+def test_a_store_that_is_open_is_refused(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out")
+    with IOEngine() as io:
+        store = WorkingStore(config.output / "store", io, {})
+        with pytest.raises(UserError, match="open in another process"):
+            Trainer(config).train()
+        store.close()
+
+
+def test_too_little_disk_is_refused_before_the_first_step(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out").model_copy(update={"disk": "100KiB"})
+    with pytest.raises(UserError, match="working store"):
+        Trainer(config).train()
+    assert not (config.output / "store").exists()
+
+
+def test_too_little_memory_is_refused(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out", host_memory="100MiB")
+    with pytest.raises(PlanRefused, match="buffers for optimizer state"):
+        Trainer(config).train()
+
+
+def test_the_simulated_device_is_refused(models, data, tmp_path):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out", device="simulated")
+    with pytest.raises(UserError, match="use --device cpu"):
+        Trainer(config).train()
+
+
+def test_the_store_stays_as_large_as_was_planned(models, data, tmp_path):  # noqa: F811
+    """Of every method, over several changes of blocks."""
+    for method in ("full", "lisa", "badam", "frugal"):
+        config = config_of(models["bfloat16"], data, tmp_path / method, method)
+        planned = Trainer(config).plan()
+        Trainer(config).train()
+        assert 0 < used_bytes(config) <= planned.store_bytes
+
+
+def test_a_tight_disk_takes_half(models, data, tmp_path):  # noqa: F811
+    sizes = {}
+    for versions in (1, 2):
+        config = config_of(models["bfloat16"], data, tmp_path / str(versions), steps=8, optimizer={"versions": versions})
+        Trainer(config).train()
+        sizes[versions] = used_bytes(config)
+        assert sizes[versions] <= Trainer(config).plan().store_bytes
+    assert sizes[1] * 2 == sizes[2]
