@@ -31,7 +31,10 @@ ConfigArgument = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A 
 ModelFlag = Annotated[str | None, typer.Option("--model", help="Model directory or hub id.")]
 DataFlag = Annotated[str | None, typer.Option("--data", help="Data file, directory or hub id.")]
 EvalDataFlag = Annotated[str | None, typer.Option("--eval-data", help="Data to evaluate on.")]
-MethodFlag = Annotated[str | None, typer.Option("--method", help="How: lora, zo (forward passes only), full, lisa, badam, slimfit, frugal.")]
+MethodFlag = Annotated[
+    str | None,
+    typer.Option("--method", help="How: lora, zo (forward passes only), full, lisa, badam, slimfit or frugal."),
+]
 OutputFlag = Annotated[str | None, typer.Option("--output", help="Directory for everything that is written.")]
 AdapterFlag = Annotated[
     str | None, typer.Option("--adapter", help="Directory of a PEFT adapter; none: the model alone.")

@@ -382,7 +382,7 @@ class Config(_Section):
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
             )
         if self.train and not self.trains_weights:
-            raise ValueError(f"expected train only with methods that train the model's own weights, found it with {self.method}")
+            raise ValueError(f"expected train only with methods that train the model's own weights, found {self.method}")
         return self
 
     def __init__(self, **values: Any) -> None:

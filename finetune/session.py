@@ -73,6 +73,18 @@ class BatchShape:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreSize:
+    """What training the model's own weights asks of the disk, at most: the working store, and what a step reads (masters and
+    state) and writes of it. trained_share: of the blocks, in a step. ends: whether embedding and head are trained."""
+
+    num_bytes: int
+    read_bytes: int
+    write_bytes: int
+    trained_share: float
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """A plan with what it was made from; `describe` is what `finetune plan` prints."""
 
@@ -84,7 +96,7 @@ class PlannedRun:
     device_kind: str
     trainable: tuple[nn.Parameter, ...]
     folded_bytes: int  # of the moved weights that are written while the run goes on
-    store_bytes: int  # of the working store, at most
+    store: StoreSize | None  # where the model's own weights are trained
     variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
 
     def describe(self) -> str:
@@ -104,8 +116,15 @@ class PlannedRun:
             f"blocks: {len(plan.host_resident)} of {len(parts.blocks)} resident, lookahead {plan.host_lookahead}; block inputs "
             + ("on disk" if plan.activation_slots else "in memory")
             + f"; disk read a step at most {format_bytes(read_bytes)}",
-            f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed",
         ]
+        if self.store is not None:
+            lines.append(
+                f"working store: at most {format_bytes(self.store.num_bytes)} on disk; a step reads "
+                f"{format_bytes(self.store.read_bytes)} of it and writes {format_bytes(self.store.write_bytes)}"
+            )
+        lines.append(
+            f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed"
+        )
         lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.host_parts.items()]
         if plan.device_budget_bytes is not None:
             lines.append(
@@ -117,27 +136,31 @@ class PlannedRun:
 
     def predict_step(self, read_bytes_per_second: float, flops_per_second: float) -> StepTime:
         """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps."""
-        rows = self.shape.micro_batches
+        rows, store = self.shape.micro_batches, self.store
         blocks = len(self.parts.blocks)
         forward = self.visit.flops * rows / flops_per_second
         head = self.parts.head
-        head_flops = (
-            (4 if self.shape.train else 2) * prod(head.module.weight.shape) * rows * self.shape.rows
-            if head is not None
-            else 0
-        )
-        return simulate_step(
+        # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
+        passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
+        head_flops = 2 * passes * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
+        # Recomputation, the product with the weights again, and for those that are trained their gradient.
+        backward = (2 + (store.trained_share if store is not None else 0)) * forward
+        step = simulate_step(
             blocks,
             self.demand.block_bytes,
             [forward] * blocks,
-            [2 * forward] * blocks
-            if self.shape.train
-            else None,  # recomputation, and the product with the weights again
+            [backward] * blocks if self.shape.train else None,
             head_flops / flops_per_second,
             read_bytes_per_second,
             self.plan.host_resident,
             self.plan.host_lookahead,
         )
+        if store is None:
+            return step
+        read_bytes = step.read_bytes + store.read_bytes
+        disk_seconds = (read_bytes + store.write_bytes) / read_bytes_per_second
+        seconds = max(step.seconds, disk_seconds)
+        return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
 
 
 class Session:
@@ -181,7 +204,8 @@ class Session:
         if train and config.trains_weights:
             if not self.device.shares_host_memory:
                 raise UserError(
-                    f"method {config.method} updates weights in host memory and cannot use {self.device.kind} yet: use --device cpu"
+                    f"method {config.method} updates weights in host memory and cannot use {self.device.kind} yet: use "
+                    "--device cpu"
                 )
             self.trained = find_trained(self.parts, config.train)
             for binding in self.parts.bindings:
@@ -239,7 +263,7 @@ class Session:
             self.device.kind,
             tuple(self.trainable),
             folded,
-            self._store_bytes(),
+            self._store_size(),
             self.config.variants if self.train else 1,
         )
 
@@ -428,27 +452,31 @@ class Session:
         waiting = block if spills else rows if trained.tied else 0
         return max(visit_bytes, loss_bytes, 2 * rows + (block if spills else 0)), waiting
 
-    def _store_bytes(self) -> int:
-        """What the working store holds at most: weights of all that was ever trained, state of what is, and the new versions."""
+    def _store_size(self) -> StoreSize | None:
         if self.trained is None:
-            return 0
+            return None
         rule, keeping = make_rule(self.config), make_keeping(self.config)
         selection = Selection(self.config, len(self.trained.blocks))
 
-        def size(unit: UpdateUnit) -> tuple[int, int]:
+        def size(unit: UpdateUnit) -> tuple[int, int, int]:
             trained = [index for index, piece in enumerate(unit.pieces) if piece.segments]
             formats = [keeping.piece_format(unit, index, rule) for index in trained]
-            return sum(f.state_offset for f in formats), sum(f.state_bytes for f in formats)
+            return tuple(sum(part) for part in zip(*((f.master_offset, f.master_bytes, f.state_bytes) for f in formats), strict=True))
 
-        blocks = [size(unit) for unit in self.trained.blocks]
-        ends = [size(unit) for unit in self.trained.units[len(blocks) :] if selection.ends]
+        blocks = [size(unit) for unit in self.trained.blocks if unit.fqns]
+        ends = [size(u) for u in self.trained.units[len(self.trained.blocks) :] if u.fqns and selection.ends]
         active = sorted(blocks, key=sum)[-selection.layers :]
-        moving = active if selection.method != "frugal" else blocks
-        keeps = sum(weights for weights, _ in blocks) + sum(map(sum, ends))
-        keeps += sum(state for _, state in (blocks if selection.keeps_state else active))
+        moving = (blocks if selection.method == "frugal" else active) + ends
+        stated = active + ends
+        weights, masters = (sum(unit[part] for unit in moving) for part in (0, 1))
+        state = sum(unit[2] for unit in stated)
+        total = sum(unit[0] + unit[1] for unit in blocks + ends)
+        total += sum(unit[2] for unit in (blocks + ends if selection.keeps_state else stated))
+        if not selection.keeps_state:
+            total += sum(unit[2] for unit in active)  # of blocks that were just left, until the step is committed
         if self.config.optimizer.versions == 2:
-            keeps += sum(map(sum, ends)) + sum(weights for weights, _ in moving) + sum(state for _, state in active)
-        return keeps
+            total += weights + masters + state
+        return StoreSize(total, masters + state, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
 
     def _code_bytes(self, micro_batches: int) -> int:
         if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:

@@ -28,6 +28,7 @@ from finetune.callbacks import Callbacks
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.evaluate import evaluate, evaluate_open, prepare_rows
+from finetune.export import export
 from finetune.methods import Method
 from finetune.methods.first_order import FirstOrder
 from finetune.methods.objectives import (
@@ -100,10 +101,20 @@ class Trainer:
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
         config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
+        if not config.has_adapter:
+            raise UserError(
+                "the model itself was tuned: write it with save_model(DIRECTORY), then evaluate(Config(model=DIRECTORY, ...))"
+            )
         return evaluate(config, config.output / "adapter")
 
     def save_model(self, directory: str | Path | None = None) -> Path:
-        """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`."""
+        """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`. Where the model
+        itself was tuned, exports it to `directory`."""
+        if not self.config.has_adapter:
+            if directory is None:
+                raise UserError("the model itself was tuned: expected a directory to write it to, found None")
+            export(self.config, Path(directory))
+            return Path(directory)
         source = self.config.output / "adapter"
         if not source.is_dir():
             raise UserError(f"there is no trained adapter in {source} yet: call train() first")
@@ -179,7 +190,8 @@ class Trainer:
         config, output = self.config, self.config.output
 
         def inside(phase: str, done: int, total: int) -> None:
-            if self._stop_requested:
+            # A store of one version must not be left within a step: the run would be lost.
+            if self._stop_requested and not (config.trains_weights and config.optimizer.versions == 1):
                 raise KeyboardInterrupt
             progress.inside(phase, done, total)
 
@@ -251,6 +263,8 @@ class Trainer:
                         method.save(step)
                         saved_step = step
                         callbacks.call("on_save", step)
+                    if self._stop_requested:
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
                 if step > saved_step:
                     method.save(step)
@@ -349,7 +363,7 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
         "resumable states": copies * adapter_bytes,
         "adapter": adapter_bytes,
         "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
-        "working store": max(0, planned.store_bytes - _size_of(config.output / "store" / "data")),
+        "working store": max(0, planned.store.num_bytes - _size_of(config.output / "store" / "data")) if planned.store else 0,
         "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
         "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
     }

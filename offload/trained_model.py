@@ -124,6 +124,7 @@ class TrainedModel(StreamedModel):
         self._update_tables(rows, scale)
         self._update_edges(scale)
         self._move_table()
+        self._update = None
         return Updated(loss, float(self._norm()), self._sums)
 
     def commit(self, step: int, notes: dict[str, Any]) -> None:

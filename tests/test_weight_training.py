@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,13 @@ import pytest
 from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
 from text_models import make_config
+from transformers import TrainerCallback
 
 import offload.streamed_model
 import offload.update_units
 from finetune import Config, Trainer
 from finetune.data import preparation
+from finetune.evaluate import evaluate
 from finetune.export import export
 from memory.errors import UserError
 from memory.plan import PlanRefused
@@ -177,6 +180,34 @@ def test_only_what_matches_is_trained(models, data, tmp_path):  # noqa: F811
     assert any("mlp" in name for name in changed) and any("norm" in name for name in changed)
 
 
+def test_the_trainer_saves_the_model(models, data, tmp_path):  # noqa: F811
+    trainer = Trainer(config_of(models["bfloat16"], data, tmp_path / "out", "lisa", 3))
+    trainer.train()
+    for call, words in ((trainer.save_model, "expected a directory"), (trainer.evaluate, "save_model")):
+        with pytest.raises(UserError, match=words):
+            call()
+    export(trainer.config, tmp_path / "exported")
+    assert_same_weights(trainer.save_model(tmp_path / "saved"), tmp_path / "exported")
+    result = evaluate(Config(model=str(tmp_path / "saved"), data=data, host_memory="4GiB"))
+    assert 0 < result["loss"] < 20
+
+
+def test_one_version_is_not_left_within_a_step(models, data, tmp_path):  # noqa: F811
+    """Ctrl-C in a step waits for its end, where a store of one version would be lost."""
+    config = config_of(models["bfloat16"], data, tmp_path / "out", optimizer={"versions": 1})
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, callbacks=[Interrupt()]).train()
+    manifest = read_manifest(config.output / "store")
+    assert (manifest["step"], manifest["writing"]) == (5, False)
+    assert Trainer(config.model_copy(update={"resume": True})).train().report["first_step"] == 5
+
+
 def test_patterns_that_match_nothing_are_refused(models, data, tmp_path):  # noqa: F811
     config = config_of(models["bfloat16"], data, tmp_path / "out")
     for pattern, words in (("layers.99", "matches no parameter"), ("(", "is not a regular expression")):
@@ -228,7 +259,7 @@ def test_the_store_stays_as_large_as_was_planned(models, data, tmp_path):  # noq
         config = config_of(models["bfloat16"], data, tmp_path / method, method)
         planned = Trainer(config).plan()
         Trainer(config).train()
-        assert 0 < used_bytes(config) <= planned.store_bytes
+        assert 0 < used_bytes(config) <= planned.store.num_bytes
 
 
 def test_a_tight_disk_takes_half(models, data, tmp_path):  # noqa: F811
@@ -237,5 +268,5 @@ def test_a_tight_disk_takes_half(models, data, tmp_path):  # noqa: F811
         config = config_of(models["bfloat16"], data, tmp_path / str(versions), steps=8, optimizer={"versions": versions})
         Trainer(config).train()
         sizes[versions] = used_bytes(config)
-        assert sizes[versions] <= Trainer(config).plan().store_bytes
+        assert sizes[versions] <= Trainer(config).plan().store.num_bytes
     assert sizes[1] * 2 == sizes[2]

@@ -1,7 +1,8 @@
 """Which blocks a step trains: a function of the seed, the step and, for slimfit, of how much blocks have changed.
 
 full     all, always.
-lisa     every `interval` steps, `layers` blocks at random, beside embedding, head and norm. LISA (Pan et al. 2024, algorithm 1).
+lisa     every `interval` steps, `layers` blocks at random, beside embedding, head and norm. LISA (Pan et al. 2024,
+         algorithm 1).
 badam    `layers` blocks after the other, each for `interval` steps, in an order that is drawn anew for every round: random,
          ascending, descending, or alternately up and down. BAdam (Luo et al. 2024, algorithm 1); with interval 1 and
          keep_state, HiFT (Liu et al. 2024).
@@ -40,7 +41,8 @@ class Selection:
         self.layers = num_blocks if self.method == "full" else options.layers or default_layers(self.method, num_blocks)
         if self.layers > num_blocks:
             raise UserError(f"selection.layers: expected at most {num_blocks}, the model's blocks, found {self.layers}")
-        self._shares = _shares([options.prefer_resident if i in resident else 1.0 for i in range(num_blocks)], self.layers)
+        weights = [options.prefer_resident if i in resident else 1.0 for i in range(num_blocks)]
+        self._shares = _shares(weights, self.layers)
         self.interval = options.interval or _INTERVALS[self.method]
         self.ends = self.method != "badam" if options.ends is None else options.ends
         self.keeps_state = self.method in ("full", "slimfit") if options.keep_state is None else options.keep_state
@@ -55,8 +57,9 @@ class Selection:
             return sorted(self._next_in_turn(period))
         if self.method == "slimfit":
             ties = self._random("slimfit").permutation(self._num_blocks)
-            return sorted(sorted(range(self._num_blocks), key=lambda i: (-self._changes[i], ties[i]))[: self.layers])
-        # Systematic sampling: equally spaced points on the blocks' shares, in random order, give every block exactly its chance.
+            ranked = sorted(range(self._num_blocks), key=lambda i: (-self._changes[i], ties[i]))
+            return sorted(ranked[: self.layers])
+        # Systematic sampling: equally spaced points on the blocks' shares, in random order: every block has exactly its chance.
         random = self._random(period)
         order = random.permutation(self._num_blocks)
         ends = np.cumsum(self._shares[order])

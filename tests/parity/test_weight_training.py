@@ -103,7 +103,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
                 continue
             parameter = parameter.detach()
             grad = named[name].grad
-            before = parameter.float().clone()
+            before = master.clone()
             if name in signs:
                 master.mul_(1 - rate * options.weight_decay).sub_(grad.float().sign(), alpha=rate)
             else:
@@ -119,8 +119,8 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             parameter.data.copy_(stored)
             if name in block_of:
                 entry = squares.setdefault(block_of[name], [0.0, 0.0])
-                entry[0] += float((parameter.float() - before).square().sum(dtype=torch.float64))
-                entry[1] += float(parameter.float().square().sum(dtype=torch.float64))
+                entry[0] += float((master - before).square().sum(dtype=torch.float64))
+                entry[1] += float(master.square().sum(dtype=torch.float64))
         selection.observe({i: tuple(entry) for i, entry in squares.items()})
         model.zero_grad()
         schedule.step()
