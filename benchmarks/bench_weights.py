@@ -2,8 +2,8 @@
 
     python benchmarks/bench_weights.py --method full --model DIR --data FILE --host-memory 2GiB --batch-size 8
 
-Each round runs the resident loop (bf16 weights, gradients and AdamW state, gradient checkpointing, PyTorch's fused AdamW) and
-then `finetune run`, each in a process of its own, over the same rows; the first two steps of each are not counted, for ours
+Each round runs the resident loop (bf16 weights, gradients and AdamW state, gradient checkpointing, PyTorch's fused AdamW;
+with `--masters` fp32 masters and state of what is trained, as ours has) and then `finetune run`, each in a process of its own, over the same rows; the first two steps of each are not counted, for ours
 allocates its store in them. With method lisa both train the same blocks. `--limit-command "CMD"` is put before our
 command, `--resident-command "CMD"` before the resident one, `--no-resident` leaves it out. Printed: median seconds a step,
 their ratio, peaks, bytes, and what the disk alone would take at `--disk-gbps` (fio's mixed reads and writes).
@@ -31,7 +31,7 @@ from finetune.data import BatchPlan, collate, prepare
 from finetune.methods.selection import Selection
 from memory.meter import MemoryMeter
 from offload.skeleton import find_blocks
-model_dir, data, cache, length, batch, micro, steps, method, seed = json.loads(sys.argv[1])
+model_dir, data, cache, length, batch, micro, steps, method, seed, masters = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 blocks = list(find_blocks(model).values())
@@ -43,7 +43,8 @@ model.train()
 rows = prepare(data, model=model_dir, cache_dir=Path(cache), sequence_length=length)
 plan = BatchPlan(len(rows), batch, micro, seed, rows.lengths, steps=steps)
 parameters = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
+copies = [torch.nn.Parameter(p.detach().float()) for p in parameters] if masters else parameters
+optimizer = torch.optim.AdamW(copies, lr=2e-5, weight_decay=0.0, fused=True)
 for step in range(steps):
     started, total = time.perf_counter(), 0.0
     batches = [collate([[rows[i] for i in row] for row in group], rows.pad_token_id) for group in plan.step(step)]
@@ -53,7 +54,14 @@ for step in range(steps):
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    if masters:
+        for copy, parameter in zip(copies, parameters, strict=True):
+            copy.grad = parameter.grad.float()
+            parameter.grad = None
     optimizer.step(); optimizer.zero_grad()
+    if masters:
+        for copy, parameter in zip(copies, parameters, strict=True):
+            parameter.data.copy_(copy)
     seconds = time.perf_counter() - started
     meter.sample()
     print(json.dumps({"seconds": seconds, "loss": total, "peak": meter.peak_bytes}), flush=True)
@@ -64,7 +72,7 @@ NOT_COUNTED = 2
 def run_resident(arguments: argparse.Namespace, cache: str) -> list[dict]:
     job = json.dumps([
         arguments.model, arguments.data, cache, arguments.sequence_length, arguments.batch_size,
-        arguments.micro_batch_size, arguments.steps, arguments.method, 42,
+        arguments.micro_batch_size, arguments.steps, arguments.method, 42, arguments.masters,
     ])  # fmt: skip
     command = [*shlex.split(arguments.resident_command), sys.executable, "-c", RESIDENT, job]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -83,6 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--disk-gbps", type=float, default=0.0)
+    parser.add_argument("--masters", action="store_true")
     parser.add_argument("--no-resident", action="store_true")
     parser.add_argument("--limit-command", default="")
     parser.add_argument("--resident-command", default="")

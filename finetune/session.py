@@ -17,7 +17,13 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.methods import lora
-from finetune.methods.selection import Selection
+from finetune.weight_demand import (
+    StoreSize,
+    largest_piece_bytes,
+    make_keeping,
+    store_size,
+    training_temporaries,
+)
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
@@ -30,7 +36,6 @@ from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
 from offload.noise import Noise
-from offload.optimizer_stream import Keeping
 from offload.perturbed import folded_bytes, variant_layout
 from offload.perturbed_model import PerturbedModel
 from offload.replay import BUFFER_BYTES
@@ -38,8 +43,6 @@ from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
 from offload.trained_parts import TrainedParts, find_trained
-from offload.update_rules import Rule, StateFormat
-from offload.update_units import UpdateUnit
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
@@ -70,18 +73,6 @@ class BatchShape:
         """Tokens of a text micro-batch, samples of another."""
         first = next(iter(self.inputs.values()))
         return first.numel() if "input_ids" in self.inputs else first.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSize:
-    """What training the model's own weights asks of the disk, at most: the working store, and what a step reads (masters and
-    state) and writes of it. trained_share: of the blocks, in a step. ends: whether embedding and head are trained."""
-
-    num_bytes: int
-    read_bytes: int
-    write_bytes: int
-    trained_share: float
-    ends: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +254,7 @@ class Session:
             self.device.kind,
             tuple(self.trainable),
             folded,
-            self._store_size(),
+            None if self.trained is None else store_size(self.config, self.trained),
             self.config.variants if self.train else 1,
         )
 
@@ -403,15 +394,12 @@ class Session:
                 head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
         state_slot_bytes, temporaries = 0, max(visit.peak_bytes, loss_bytes)
         if trained is not None:
-            rule, keeping = make_rule(self.config), make_keeping(self.config)
-            state_slot_bytes = max(
-                keeping.piece_format(unit, index, rule).num_bytes
-                for unit in trained.units
-                for index in range(len(unit.pieces))
-            )
+            state_slot_bytes = largest_piece_bytes(self.config, trained)
             edge_bytes *= 3  # the image of what is stored, and gradients
             head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
-            temporaries, waiting = self._training_temporaries(visit.peak_bytes, loss_bytes, lanes)
+            temporaries, waiting = training_temporaries(
+                self.config, parts, trained, visit.peak_bytes, loss_bytes, lanes
+            )
             step += waiting
             for _, _, source in parts.embeddings:  # gradients of the rows, and what one micro-batch adds to them
                 step += 2 * min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
@@ -436,68 +424,10 @@ class Session:
         )
         return demand, visit
 
-    def _training_temporaries(self, visit_bytes: int, loss_bytes: int, lanes: int) -> tuple[int, int]:
-        """What a visit or a loss tile allocates where weights have gradients, and what gradients of a unit wait beside it."""
-        parts, trained, itemsize = self.parts, self.trained, self.parts.dtype.itemsize
-        block = max(_elements(unit) for unit in trained.blocks) * itemsize
-        largest = max((prod(view.shape) for layout in parts.layouts for view in layout.views.values()), default=0) * itemsize
-        if lanes > 1:
-            visit_bytes += largest  # of the second micro-batch, before it is added
-        chunk = max((_elements(part.unit) for part in trained.head), default=0)
-        if chunk:
-            # fp32 sums, the product that is added to them, the result; a head of one chunk: .grad and what is added
-            loss_bytes += chunk * (4 + 2 * itemsize if len(trained.head) > 1 else 2 * itemsize)
-        rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
-        spills = self.config.optimizer.clipping == "exact" and self.config.training.max_grad_norm
-        waiting = block if spills else rows if trained.tied else 0
-        return max(visit_bytes, loss_bytes, 2 * rows + (block if spills else 0)), waiting
-
-    def _store_size(self) -> StoreSize | None:
-        if self.trained is None:
-            return None
-        rule, keeping = make_rule(self.config), make_keeping(self.config)
-        selection = Selection(self.config, len(self.trained.blocks))
-
-        def size(unit: UpdateUnit) -> tuple[int, int, int]:
-            trained = [index for index, piece in enumerate(unit.pieces) if piece.segments]
-            formats = [keeping.piece_format(unit, index, rule) for index in trained]
-            return tuple(sum(part) for part in zip(*((f.master_offset, f.master_bytes, f.state_bytes) for f in formats), strict=True))
-
-        blocks = [size(unit) for unit in self.trained.blocks if unit.fqns]
-        ends = [size(u) for u in self.trained.units[len(self.trained.blocks) :] if u.fqns and selection.ends]
-        active = sorted(blocks, key=sum)[-selection.layers :]
-        moving = (blocks if selection.method == "frugal" else active) + ends
-        stated = active + ends
-        weights, masters = (sum(unit[part] for unit in moving) for part in (0, 1))
-        state = sum(unit[2] for unit in stated)
-        total = sum(unit[0] + unit[1] for unit in blocks + ends)
-        total += sum(unit[2] for unit in (blocks + ends if selection.keeps_state else stated))
-        if not selection.keeps_state:
-            total += sum(unit[2] for unit in active)  # of blocks that were just left, until the step is committed
-        if self.config.optimizer.versions == 2:
-            total += weights + masters + state
-        return StoreSize(total, masters + state, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
-
     def _code_bytes(self, micro_batches: int) -> int:
         if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:
             return 0  # fp32 products go through MKL, which compiles nothing
         return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
-
-
-def make_rule(config: Config) -> Rule:
-    """The optimizer that the configuration names."""
-    options, numbers = config.optimizer, config.training
-    betas = (numbers.adam_beta1, numbers.adam_beta2)
-    return Rule(options.name, betas, numbers.adam_epsilon, numbers.weight_decay, options.momentum)
-
-
-def make_keeping(config: Config) -> Keeping:
-    return Keeping(StateFormat(config.optimizer.state), config.optimizer.master == "float32")
-
-
-def _elements(unit: UpdateUnit) -> int:
-    """Of what is trained in a unit."""
-    return sum(prod(unit.layout.views[name].shape) for name in unit.fqns)
 
 
 def _check_zeroth_order(device: Device, model: nn.Module) -> None:

@@ -103,13 +103,15 @@ class Trainer:
         config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
         if not config.has_adapter:
             raise UserError(
-                "the model itself was tuned: write it with save_model(DIRECTORY), then evaluate(Config(model=DIRECTORY, ...))"
+                "the model itself was tuned: write it with save_model(DIRECTORY), then evaluate that directory as a model"
             )
         return evaluate(config, config.output / "adapter")
 
     def save_model(self, directory: str | Path | None = None) -> Path:
-        """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`. Where the model
-        itself was tuned, exports it to `directory`."""
+        """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`.
+
+        Where the model itself was tuned, exports it to `directory`.
+        """
         if not self.config.has_adapter:
             if directory is None:
                 raise UserError("the model itself was tuned: expected a directory to write it to, found None")
@@ -359,11 +361,13 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
     """Raises UserError unless what the run will write fits `--disk` and the file system."""
     adapter_bytes = sum(p.nbytes for p in planned.trainable)
     copies = 3 * 3 if config.method == "lora" else 0  # two kept and one being written, each with AdamW's two moments
+    data = config.output / "store" / "data"
+    existing = data.stat().st_size if data.is_file() else 0
     parts = {
         "resumable states": copies * adapter_bytes,
         "adapter": adapter_bytes,
         "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
-        "working store": max(0, planned.store.num_bytes - _size_of(config.output / "store" / "data")) if planned.store else 0,
+        "working store": max(0, planned.store.num_bytes - existing) if planned.store else 0,
         "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
         "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
     }
@@ -377,10 +381,6 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
             + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}: "
             "make room, name another --output, or raise --disk"
         )
-
-
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _about(config: Config, examples: int) -> dict[str, Any]:

@@ -162,6 +162,7 @@ class OptimizerStream:
                 (segment.offset - piece.start) // unit.itemsize, segment.count,
                 image.data_ptr() + segment.offset, segment.view.dtype,
                 gradients[segment.name].view(-1)[segment.first_element :].data_ptr(), gradients[segment.name].dtype,
+                copy=buffer.data_ptr() + segment.offset - piece.start,
                 element=_first_element(unit.fqns[segment.name]) + segment.first_element,
             )
             for segment in piece.segments
@@ -173,7 +174,8 @@ class OptimizerStream:
             state_format=self._keeping.state, remainder=master if layout.master_bytes else 0, gradient_scale=grad_scale,
             rounding="stochastic" if not self._keeping.masters else "nearest", seed=self._seed + step, threads=self._threads,
         )  # fmt: skip
-        buffer[: piece.num_bytes].copy_(weights)
+        if piece.others or len(segments) < len(piece.segments):
+            buffer[: piece.num_bytes].copy_(weights)  # else only gaps between weights are not what is in the slot
         key = (unit.name, index)
         offset, state_offset = self._store.place(key, layout.state_offset, layout.state_bytes)
         parts = (buffer[: piece.num_bytes], master, state)

@@ -36,12 +36,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes [start, start + num_bytes) of an image; `units` of state."""
+    """Bytes [start, start + num_bytes) of an image; `units` of state. others: names of what else has bytes in it."""
 
     start: int
     num_bytes: int
     units: int
     segments: tuple[Segment, ...]
+    others: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,14 @@ def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUni
             low, high = max(offset, start), min(offset + prod(view.shape) * size, start + num_bytes)
             if low < high:
                 segments.append(Segment(local, view, low, (low - offset) // size, (high - low) // size))
-        pieces.append(Piece(start, num_bytes, num_bytes // itemsize, tuple(segments)))
+        others = {
+            local
+            for local, view in layout.views.items()
+            if view.slot_offset not in views
+            and view.slot_offset < start + num_bytes
+            and view.slot_offset + prod(view.shape) * view.dtype.itemsize > start
+        }
+        pieces.append(Piece(start, num_bytes, num_bytes // itemsize, tuple(segments), frozenset(others)))
     return UpdateUnit(name, layout, fqns, itemsize, tuple(pieces))
 
 

@@ -19,8 +19,9 @@ from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
 from finetune.micro_batches import make_micro_batches
-from finetune.session import Session, make_rule
+from finetune.session import Session
 from finetune.state import check_same_run
+from finetune.weight_demand import make_rule
 from memory.errors import UserError
 from offload.io import IOFailure
 from offload.optimizer_stream import Request
