@@ -3,10 +3,11 @@
     python benchmarks/bench_weights.py --method full --model DIR --data FILE --host-memory 2GiB --batch-size 8
 
 Each round runs the resident loop (bf16 weights, gradients and AdamW state, gradient checkpointing, PyTorch's fused AdamW;
-with `--masters` fp32 masters and state of what is trained, as ours has) and then `finetune run`, each in a process of its own, over the same rows; the first two steps of each are not counted, for ours
-allocates its store in them. With method lisa both train the same blocks. `--limit-command "CMD"` is put before our
-command, `--resident-command "CMD"` before the resident one, `--no-resident` leaves it out. Printed: median seconds a step,
-their ratio, peaks, bytes, and what the disk alone would take at `--disk-gbps` (fio's mixed reads and writes).
+with `--masters` fp32 masters and state of what is trained, as ours has) and then `finetune run`, each in a process of its
+own, over the same rows; the first two steps of each are not counted, for ours allocates its store in them. With method
+lisa both train the same blocks. `--limit-command "CMD"` is put before our command, `--resident-command "CMD"` before the
+resident one, `--no-resident` leaves it out. Printed: median seconds a step, their ratio, peaks, bytes, and what the disk
+alone would take at `--disk-gbps` (fio's mixed reads and writes).
 """
 
 from __future__ import annotations
