@@ -272,7 +272,7 @@ class TestExportRefuses:
             export(config.model_copy(update={"model": str(models["bfloat16"])}), tmp_path / "tuned")
 
     def test_a_run_without_a_journal(self, config, tmp_path):
-        with pytest.raises(UserError, match="has no journal.zo"):
+        with pytest.raises(UserError, match="has neither journal.zo nor store/manifest.json"):
             export(config.model_copy(update={"output": tmp_path}), tmp_path / "tuned")
 
 
