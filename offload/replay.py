@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from memory.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
-from memory.errors import UserError
 from offload import noise
 from offload.block_store import TORCH_DTYPES, Extent, ParameterMap, Source
+from offload.checkpoint_directory import new_checkpoint
 from offload.io import IOEngine
 
 CHUNK_BYTES = 2 << 20  # of the original, per buffer
@@ -69,8 +68,6 @@ def replay(
     progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pieces = _pieces(sources, keys)
     moved = {
         entry.name
@@ -79,30 +76,11 @@ def replay(
                for p in pieces.get(entry.path, ()))
     }  # fmt: skip
     new_dtypes = {name: (dtype or stored_dtypes[name]) if name in moved else None for name in checkpoint.tensors}
-    try:
-        temporary.mkdir(mode=0o700, parents=True)
-        with IOEngine(io_backend) as io:
-            writer = _Writer(io, pieces, kind, groups, stored_dtypes, checkpoint.num_bytes, progress)
-            for path in checkpoint.files:
-                entries = sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda e: e.offset)
-                writer.write_file(path, temporary / path.name, entries, new_dtypes)
-        for path in (*checkpoint.directory.glob("*.index.json"), *side_files):
-            shutil.copyfile(path, temporary / path.name)
-        for path in temporary.iterdir():
-            path.chmod(0o600)
-        _sync_directory(temporary)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
-        _sync_directory(directory.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot write the weights to {directory}: {error.strerror or error}. Make room, or name another directory; "
-            "nothing that was there before is lost"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_checkpoint(directory, checkpoint, side_files) as temporary, IOEngine(io_backend) as io:
+        writer = _Writer(io, pieces, kind, groups, stored_dtypes, checkpoint.num_bytes, progress)
+        for path in checkpoint.files:
+            entries = sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda e: e.offset)
+            writer.write_file(path, temporary / path.name, entries, new_dtypes)
 
 
 def newest_fold(folder: Path, last_step: int) -> tuple[int, Checkpoint] | None:
@@ -305,11 +283,3 @@ def _chunks(
 
 def _scaled(entry: TensorEntry, num_bytes: int, dtype: torch.dtype) -> int:
     return num_bytes // TORCH_DTYPES[entry.dtype].itemsize * dtype.itemsize
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memory.checkpoint import Checkpoint
-from memory.errors import UserError
+from offload.checkpoint_directory import new_checkpoint
 from offload.io import IOEngine
 from offload.optimizer_stream import damaged
 from offload.trained_parts import TrainedParts
@@ -49,39 +48,19 @@ def export_store(
     The directory appears only once it is whole and durable. Every piece is checked against its checksum. Raises UserError
     when one is damaged, when the disk is full or the directory cannot be written.
     """
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     stored = {unit.name: list(_stored_moves(unit, pieces)) for unit in trained.units}
-    try:
-        temporary.mkdir(mode=0o700, parents=True)
-        with IOEngine(io_backend) as io:
-            copier = _Copier(io, checkpoint.num_bytes, progress)
-            targets = {path: copier.create(path, temporary / path.name) for path in checkpoint.files}
-            covered: dict[Path, list[tuple[int, int]]] = defaultdict(list)
-            for moves in stored.values():
-                for _, move in moves:
-                    covered[move.path].append((move.file_offset, move.file_offset + move.num_bytes))
-            for path, target in targets.items():
-                copier.copy_rest(path, target, sorted(covered[path]))
-            copier.copy_pieces(data, trained, stored, pieces, targets)
-            for target in targets.values():
-                io.sync(target)
-        for path in (*checkpoint.directory.glob("*.index.json"), *side_files):
-            shutil.copyfile(path, temporary / path.name)
-        for path in temporary.iterdir():
-            path.chmod(0o600)
-        _sync_directory(temporary)
-        temporary.rename(directory)
-        _sync_directory(directory.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot write the model to {directory}: {error.strerror or error}. Make room, or name another directory; "
-            "nothing that was there before is lost"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    covered: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for moves in stored.values():
+        for _, move in moves:
+            covered[move.path].append((move.file_offset, move.file_offset + move.num_bytes))
+    with new_checkpoint(directory, checkpoint, side_files) as temporary, IOEngine(io_backend) as io:
+        copier = _Copier(io, checkpoint.num_bytes, progress)
+        targets = {path: copier.create(path, temporary / path.name) for path in checkpoint.files}
+        for path, target in targets.items():
+            copier.copy_rest(path, target, sorted(covered[path]))
+        copier.copy_pieces(data, trained, stored, pieces, targets)
+        for target in targets.values():
+            io.sync(target)
 
 
 def _moves(unit: UpdateUnit) -> Iterator[_Move]:
@@ -171,11 +150,3 @@ class _Copier:
         self._io.wait(self._io.submit_writes([(f, at, size, address + skip) for f, at, size, skip in writes]))
         self._done_bytes += sum(size for _, _, size, _ in writes)
         self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
