@@ -308,7 +308,8 @@ class SelectionOptions(_Section):
     sign_scale: NonNegative = 1.0
     """Frugal: learning rate of the signs, in units of the learning rate."""
     prefer_resident: Annotated[float, Field(ge=1)] = 1.0
-    """Lisa: blocks that stay in memory are so many times likelier; updates are weighted so that the expectation stays."""
+    """Lisa: blocks that stay in memory are so many times likelier; updates are weighted so that the expectation stays. Above
+    1, another budget chooses other blocks."""
 
 
 class EngineOptions(_Section):

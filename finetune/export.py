@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from offload.perturbed import noise_keys
 from offload.replay import moved_sources, newest_fold, replay
 from offload.store_export import export_store
 from offload.trained_parts import find_trained
-from offload.working_store import StoredPiece, read_manifest
+from offload.working_store import StoredPiece, lock_store, read_manifest
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -44,6 +45,16 @@ def export(
 
 
 def _export_store(
+    config: Config, store: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+) -> int:
+    lock = lock_store(store)  # a run that goes on would write where this reads
+    try:
+        return _export_locked_store(config, store, directory, at_step, progress)
+    finally:
+        os.close(lock)
+
+
+def _export_locked_store(
     config: Config, store: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
 ) -> int:
     manifest = read_manifest(store)

@@ -9,6 +9,7 @@ known. Weights are updated in their slots, so what stays in memory stays right.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from memory.errors import UserError
 from memory.plan import Plan
 from memory.slab import SlotPool
 from offload.block_store import Read, bind_views
@@ -95,6 +97,13 @@ class TrainedModel(StreamedModel):
     def _open(self, plan: Plan, scratch: Path, progress: Any) -> None:
         self.store = WorkingStore(io=self.io, **self._store_options)
         self._spill = GradientSpill(self.io, scratch)
+        try:
+            self._open_model(plan, scratch, progress)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _open_model(self, plan: Plan, scratch: Path, progress: Any) -> None:
         super()._open(plan, scratch, progress)
         pool = self._computing_slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
         self.stream = OptimizerStream(self.io, self.store, pool, **self._stream_options)
@@ -136,12 +145,19 @@ class TrainedModel(StreamedModel):
         return replace(traffic, stall_seconds=traffic.stall_seconds + self.stream.stall_seconds)
 
     def close(self) -> None:
-        self._spill.close()
-        super().close()
-        self.store.close()
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.store.close)
+            parts.callback(super().close)
+            parts.callback(self._spill.close)
 
     def block_gradients(self, index: int, gradients: dict[str, torch.Tensor], image: torch.Tensor) -> None:
-        """Those of a block, complete; its weights are in `image`."""
+        """Those of a block, complete; its weights are in `image`. Raises UserError when they are not, for the model uses the
+        block again."""
+        if (count := self.engine.order.count(index)) > 1:
+            raise UserError(
+                f"the model runs {self.parts.prefixes[index]} {count} times in a pass: its own weights can't be trained out of "
+                "core. Train an adapter (--method lora)"
+            )
         self._take(self.trained.blocks[index], gradients, image, wait=self._update.grad_scale is None)
 
     def head_gradients(self, index: int, gradients: dict[str, torch.Tensor], image: torch.Tensor) -> None:
@@ -290,7 +306,7 @@ class TrainedModel(StreamedModel):
     def _move_table(self) -> None:
         """The embedding's rows are read where they are now."""
         rows = self.trained.head if self.trained.tied else self.trained.table
-        if self._table is not None and any(part.unit.pieces for part in rows):
+        if self._table is not None:
             source = next(s for _, m, s in self.parts.embeddings if self._table.serves(m))
             for part in rows:
                 self.stream.settle(part.unit.name)

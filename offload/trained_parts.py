@@ -56,6 +56,7 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     home = {name: parts.sources.tied.get(name, name) for name in wanted}
     source_of = {parts.sources[name]: name for name in reversed(sorted(home.values()))}
     wanted = {source_of[parts.sources[name]] for name in home.values()}
+    _refuse_shared(parts, wanted)
 
     def named(prefix: str, names: Sequence[str]) -> dict[str, str]:
         found = {name: source_of.get(parts.sources[f"{prefix}{name}"], "") for name in names}
@@ -93,6 +94,21 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     return TrainedParts(
         blocks, tuple(head), tuple(table), edges, tied, tuple(dict.fromkeys(name for name in order if name in wanted))
     )
+
+
+def _refuse_shared(parts: ModelParts, wanted: set[str]) -> None:
+    """Only embedding and head may be one weight: others that a model uses at several places would get several updates."""
+    ends = {f"{name}.weight" for name, _, _ in parts.embeddings} | ({f"{parts.head.name}.weight"} if parts.head else set())
+    places: dict[Source, set[str]] = {}
+    for name in parts.parameters:
+        places.setdefault(parts.sources[name], set()).add(name)
+    for name in sorted(wanted):
+        same = places[parts.sources[name]]
+        if len(same) > 1 and not same <= ends:
+            raise UserError(
+                f"the model uses one weight at several places ({', '.join(sorted(same))}): it can't be trained out of core. "
+                "Leave it out with train, or train an adapter (--method lora)"
+            )
 
 
 def _matching(parts: ModelParts, patterns: Sequence[str]) -> list[str]:

@@ -94,9 +94,9 @@ class WorkingStore:
         self._marked = False
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise UserError(f"cannot open the working store {directory}: {error.strerror}") from error
+        self._lock = lock_store(directory)
         try:
             self._open(resume)
         except BaseException:
@@ -104,12 +104,6 @@ class WorkingStore:
             raise
 
     def _open(self, resume: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"the working store {self.directory} is open in another process: wait for it, or name another --output"
-            ) from None
         if self._manifest.exists():
             content = read_manifest(self.directory)
             if not resume and content["step"]:
@@ -187,6 +181,16 @@ class WorkingStore:
             self._allocator.free(offset, num_bytes)
         self._released.clear()
 
+    @property
+    def how_to_go_on(self) -> str:
+        """For messages about a step that failed: what is left, and what to do once its cause is mended."""
+        if self._marked:
+            return (
+                f"The store keeps one version and step {self.step + 1} has overwritten a part of it: begin again with another "
+                "--output"
+            )
+        return f"Step {self.step} is the last committed one, and it is intact: go on with --resume"
+
     def close(self) -> None:
         """What was not committed is lost. The I/O engine closes the data file."""
         os.close(self._lock)
@@ -204,9 +208,24 @@ class WorkingStore:
 
     def _refusal(self, what: str, error: OSError) -> UserError:
         return UserError(
-            f"cannot {what}: {error.strerror}. Step {self.step} is committed and intact: make room or mend it, then go on "
-            "with --resume"
+            f"cannot {what}: {error.strerror}. Make room, or mend it. {self.how_to_go_on}"
         )
+
+
+def lock_store(directory: Path) -> int:
+    """A descriptor that holds the store in `directory` until it is closed. Raises UserError when another process does."""
+    try:
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot open the working store {directory}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise UserError(
+            f"the working store {directory} is open in another process: wait for it, or name another --output"
+        ) from None
+    return lock
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from test_zeroth_order import assert_same_weights, weights
 from text_models import make_config
 from transformers import TrainerCallback
 
+import finetune.session
+import offload.engine
 import offload.streamed_model
+import offload.trained_model
 import offload.update_units
 from finetune import Config, Trainer
 from finetune.data import preparation
@@ -227,11 +231,52 @@ def test_the_store_of_another_run_is_refused(models, data, tmp_path):  # noqa: F
 
 def test_a_store_that_is_open_is_refused(models, data, tmp_path):  # noqa: F811
     config = config_of(models["bfloat16"], data, tmp_path / "out")
+    Trainer(config, callbacks=[StopAfter(1)]).train()
+    config = config.model_copy(update={"resume": True})
     with IOEngine() as io:
-        store = WorkingStore(config.output / "store", io, {})
-        with pytest.raises(UserError, match="open in another process"):
-            Trainer(config).train()
+        store = WorkingStore(config.output / "store", io, {}, resume=True)
+        for use in (Trainer(config).train, partial(export, config, tmp_path / "model")):
+            with pytest.raises(UserError, match="open in another process"):
+                use()
         store.close()
+    export(config, tmp_path / "model")
+
+
+def test_a_store_is_given_up_when_the_model_cannot_be_opened(models, data, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out", steps=2)
+
+    def fail(*args):
+        raise UserError("no head today")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no head today"):
+        patch.setattr(offload.trained_model.TrainedModel, "_make_chunks", fail)
+        Trainer(config).train()
+    Trainer(config).train()
+
+
+def test_weights_that_a_model_uses_twice_are_refused(models, data, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(models["bfloat16"], data, tmp_path / "out")
+    cut = finetune.session.cut
+
+    def tied(*args, **options):
+        parts = cut(*args, **options)
+        one, other = (f"{parts.prefixes[i]}.mlp.up_proj.weight" for i in (0, 1))
+        parts.sources[one] = parts.sources[other]
+        return parts
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"one weight at several places .*up_proj"):
+        patch.setattr(finetune.session, "cut", tied)
+        Trainer(config).train()
+
+    run = offload.engine.Engine._run_forward
+
+    def twice(engine, *args):
+        run(engine, *args)
+        engine.order = [*engine.order, 1]
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="2 times in a pass"):
+        patch.setattr(offload.engine.Engine, "_run_forward", twice)
+        Trainer(config).train()
 
 
 def test_too_little_disk_is_refused_before_the_first_step(models, data, tmp_path):  # noqa: F811

@@ -181,7 +181,9 @@ def test_one_version_is_written_in_place_and_refused_after_a_death_in_a_step(tmp
         store.close()
         store = WorkingStore(tmp_path / "store", io, {}, resume=True, versions=1)
         assert store.step == 3
+        assert "Step 3 is the last committed one" in store.how_to_go_on
         write(store, ("unit", 0), bytes(PAGE))
+        assert "begin again" in store.how_to_go_on
         store.close()  # killed in step 4
         with pytest.raises(UserError, match="mixture of two steps"):
             WorkingStore(tmp_path / "store", io, {}, resume=True, versions=1)
@@ -255,7 +257,7 @@ def test_a_full_disk_leaves_the_committed_step(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(UserError, match="No space left on device. Step 1 is committed and intact"):
+        with pytest.raises(UserError, match="No space left on device. Make room, or mend it. Step 1 is the last committed one"):
             for index in range(8):
                 write(store, ("unit", index), bytes(PAGE))
         store.close()

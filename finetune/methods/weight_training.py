@@ -73,16 +73,13 @@ class WeightTraining:
             if not torch.isfinite(updated.loss):
                 raise UserError(
                     f"the loss of step {step + 1} is {float(updated.loss)}: lower training.learning_rate. The step is not "
-                    f"kept; step {step} is the last one in {self._model.store.directory}"
+                    f"kept. {self._model.store.how_to_go_on}"
                 )
             index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}
             self._selection.observe({index[name]: tuple(s) for name, s in updated.sums.items() if name in index})
             self._model.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())
         except IOFailure as error:
-            raise UserError(
-                f"{error}. Step {step} is the last committed one, and it is intact: mend the disk or make room, then go on "
-                "with --resume"
-            ) from error
+            raise UserError(f"{error}. Mend the disk, or make room. {self._model.store.how_to_go_on}") from error
         self.optimizer.step()
         self.scheduler.step()
         return StepResult(float(updated.loss), batches.tokens, learning_rate, updated.grad_norm)

@@ -16,6 +16,7 @@ from tiny_models import make_config, plain_batches, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
+import offload.trained_model
 import offload.update_units
 from finetune.data import TokenDataset
 from finetune.export import export
@@ -145,9 +146,14 @@ def weights_config(model: Any, data: Any, output: Any, method: str = "full", **c
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "mixtral", "vit"])
-def test_full(name, dtype, clipping, checkpoint, tokens, images, tmp_path):
+def test_full(name, dtype, clipping, checkpoint, tokens, images, tmp_path, monkeypatch):
     if name == "mixtral" and dtype == "float32":
-        pytest.skip("a lone row's product with a matrix that is not aligned to 16 bytes is rounded differently by MKL")
+        # MKL rounds a lone row's product (a token alone with its expert) otherwise where the matrix is not aligned to 16
+        # bytes, as these tiny ones in their slots: blocks compute with aligned copies here.
+        aligned = offload.trained_model.bind_views
+        monkeypatch.setattr(
+            offload.trained_model, "bind_views", lambda *args: {name: x.clone() for name, x in aligned(*args).items()}
+        )
     data = images if name == "vit" else tokens
     # A weight that is used at both ends gets its gradients in another order: one micro-batch makes the sums the same.
     training = {"micro_batch_size": 5} if name in ("gemma2", "gpt2", "opt") else {}
