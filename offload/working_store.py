@@ -146,15 +146,24 @@ class WorkingStore:
         offset = self._allocator.allocate(kept_bytes)
         state_offset = self._allocator.allocate(state_bytes) if state_bytes else 0
         if self._allocator.end > self._size:
-            grown = max(self._allocator.end, self._size + min(GROWTH_BYTES, self._size))
+            self._grow()
+        return offset, state_offset
+
+    def _grow(self) -> None:
+        """Reserves what was placed, and where there is room for it some more, for fewer and longer extents."""
+        need = self._allocator.end
+        for end in (max(need, self._size + min(GROWTH_BYTES, self._size)), need):
             try:
                 with open(self.path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), self._size, grown - self._size)
+                    os.posix_fallocate(file.fileno(), self._size, end - self._size)
             except OSError as error:
+                if error.errno == errno.ENOSPC and end > need:
+                    os.truncate(self.path, self._size)  # what was reserved before the disk was full
+                    continue
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise self._refusal(f"grow {self.path} to {format_bytes(grown)}", error) from error
-            self._size = grown
-        return offset, state_offset
+                    raise self._refusal(f"grow {self.path} to {format_bytes(end)}", error) from error
+            self._size = end
+            return
 
     def put(self, key: Key, piece: StoredPiece) -> None:
         """`piece` is the newest version, from the next commit on for good."""

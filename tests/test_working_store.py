@@ -264,6 +264,26 @@ def test_a_full_disk_leaves_the_committed_step(tmp_path, monkeypatch):
         assert read_manifest(tmp_path / "store")["step"] == 1
 
 
+def test_a_disk_with_just_enough_room_is_enough(tmp_path, monkeypatch):
+    real, limit = os.posix_fallocate, 11 * PAGE
+
+    def nearly_full(file, offset, num_bytes):
+        if offset + num_bytes > limit:
+            raise OSError(28, "No space left on device")
+        real(file, offset, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    with IOEngine() as io:
+        store = WorkingStore(tmp_path / "store", io, {})
+        for index in range(11):
+            write(store, ("unit", index), bytes([index]) * PAGE)
+        store.commit(1, {})
+        assert store.path.stat().st_size == limit
+        with pytest.raises(UserError, match="No space left on device"):
+            write(store, ("unit", 11), bytes(PAGE))
+        store.close()
+
+
 def test_files_are_private(tmp_path):
     with IOEngine() as io:
         store = WorkingStore(tmp_path / "store", io, {})
