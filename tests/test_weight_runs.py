@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from killing import kill_again_and_again
+from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
 from text_models import make_config
 from transformers import TrainerCallback
@@ -101,29 +98,10 @@ def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # n
     config = config_of(models["bfloat16"], data, tmp_path / "killed", method, steps).model_copy(update={"resume": True})
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     preparation.prepare(data, model=config.model, cache_dir=config.output / "tokens", sequence_length=64)
-    rng, manifest = random.Random(4), config.output / "store" / "manifest.json"
-    kills = 0
-
-    def last_change() -> int:
-        return manifest.stat().st_mtime_ns if manifest.exists() else 0
-
-    for _ in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "finetune", "run", str(tmp_path / "run.yaml")],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        before, deadline = last_change(), time.monotonic() + 60
-        while process.poll() is None and last_change() == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.15))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        _, words = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -9, words
+    manifest = config.output / "store" / "manifest.json"
+    kills = kill_again_and_again(
+        tmp_path / "run.yaml", lambda: manifest.stat().st_mtime_ns if manifest.exists() else 0, 5, 0.15
+    )
     assert kills >= 3
     Trainer(config).train()
     export(config, tmp_path / "a")

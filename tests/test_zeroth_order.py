@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import math
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killing import kill_again_and_again
 from safetensors.torch import load_file
 from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from text_models import make_config
@@ -117,27 +116,10 @@ def test_a_killed_run_goes_on(models, data, tmp_path):  # noqa: F811
     config = zo_config(models["bfloat16"], data, tmp_path / "killed", steps, resume=True)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     preparation.prepare(data, model=config.model, cache_dir=config.output / "tokens", sequence_length=64)
-    rng = random.Random(4)
     journal = config.output / "journal.zo"
-    kills = 0
-    for _ in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "finetune", "run", str(tmp_path / "run.yaml")],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        size = journal.stat().st_size if journal.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and (not journal.exists() or journal.stat().st_size <= size + 30):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        _, words = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -9, words
+    kills = kill_again_and_again(
+        tmp_path / "run.yaml", lambda: journal.stat().st_size if journal.exists() else 0, 8, 0.1
+    )
     assert kills >= 3
     Trainer(config).train()
     assert journal_bytes(config) == journal_bytes(whole)
