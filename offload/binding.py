@@ -10,9 +10,12 @@ result is that of a model loaded in fp32.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 from torch import nn
+
+from offload.deferred_products import DeferProducts
 
 LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
 STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache
@@ -30,13 +33,9 @@ class _CastLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
         rows = x.reshape(-1, x.shape[-1])
-        y = rows.new_empty(rows.shape[0], stored.shape[0])
-        for strip in _strips(stored.shape[0]):
-            weight = stored[strip].to(x.dtype).t()
-            if bias is None:
-                torch.mm(rows, weight, out=y[:, strip])
-            else:
-                torch.addmm(bias[strip], rows, weight, out=y[:, strip])
+        product = partial(_product, rows, stored, bias)
+        deferring = DeferProducts.entered
+        y = deferring.defer((rows.shape[0], stored.shape[0]), product, [rows]) if deferring else product()
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -47,6 +46,17 @@ class _CastLinear(torch.autograd.Function):
         for strip in _strips(stored.shape[1]):
             torch.mm(rows, stored[:, strip].to(grad.dtype), out=dx[:, strip])
         return dx.view(*grad.shape[:-1], -1), None, None
+
+
+def _product(rows: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = rows.new_empty(rows.shape[0], stored.shape[0])
+    for strip in _strips(stored.shape[0]):
+        weight = stored[strip].to(rows.dtype).t()
+        if bias is None:
+            torch.mm(rows, weight, out=y[:, strip])
+        else:
+            torch.addmm(bias[strip], rows, weight, out=y[:, strip])
+    return y
 
 
 def _strips(size: int) -> list[slice]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from offload.activations import Activations, SavedTensor
+from offload.deferred_products import Needless
 from offload.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad
 
 
@@ -59,6 +60,7 @@ class Engine:
         self.activations = activations
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
+        self._needless = [Needless(block) for block in blocks]
         self.trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
         """Per block, whether gradients of its parameters are wanted."""
         self.order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
@@ -163,7 +165,7 @@ class Engine:
                 self.weights.acquire(visit.index)
                 for record in visit.records:
                     if record.output_grads:
-                        recompute_and_backward(record, self._forwards[visit.index])
+                        recompute_and_backward(record, self._forwards[visit.index], self._needless[visit.index])
                 self.weights.release(visit.index)
             for record in visit.records:
                 release(record)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload.activations import Activations, SavedTensor
+from offload.deferred_products import Needless
 from offload.random_state import RandomState, get_random_state, set_random_state
 
 
@@ -149,7 +151,7 @@ class Lane:
         return tree_unflatten(flat, spec)
 
 
-def recompute_and_backward(record: Record, forward: Callable[..., Any]) -> None:
+def recompute_and_backward(record: Record, forward: Callable[..., Any], needless: Needless) -> None:
     """Runs the recorded visit again with a graph, then its backward, and sends the input gradients on.
 
     Parameter gradients accumulate in `.grad`; input gradients go through the outer graph to the anchors of earlier
@@ -161,17 +163,19 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any]) -> None:
             leaf = leaf.restore().detach().requires_grad_(edge is not None)
         inputs.append(leaf)
     args, kwargs = tree_unflatten(inputs, record.spec)
-    set_random_state(record.random_state)
     with torch.enable_grad():
-        flat, _ = tree_flatten(forward(*args, **kwargs))
-    pairs = [(flat[i], grad) for i, grad in sorted(record.output_grads.items()) if flat[i].requires_grad]
+        flat = needless.recompute(partial(_run, record, forward, args, kwargs))
+    # Edges, not outputs: nothing but their gradients is wanted of these any more.
+    pairs = [
+        (get_gradient_edge(flat[i]), grad) for i, grad in sorted(record.output_grads.items()) if flat[i].requires_grad
+    ]
     record.output_grads.clear()
     del flat, args, kwargs
     if pairs:
-        outputs, grads = map(list, zip(*pairs, strict=True))
+        edges, grads = map(list, zip(*pairs, strict=True))
         del pairs
-        torch.autograd.backward(outputs, grads)
-        del outputs, grads
+        torch.autograd.backward(edges, grads)
+        del edges, grads
     onward: list[tuple[GradientEdge, torch.Tensor]] = []
     for value, edge in zip(inputs, record.edges, strict=True):
         if edge is not None and value.grad is not None:
@@ -183,6 +187,12 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any]) -> None:
         # Parts of the outer graph may be shared by several blocks (rotary tables, vision features): keep it; it dies
         # with the records that refer to it.
         torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
+
+
+def _run(record: Record, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The visit's outputs, flattened."""
+    set_random_state(record.random_state)
+    return tree_flatten(forward(*args, **kwargs))[0]
 
 
 def release(record: Record) -> None:

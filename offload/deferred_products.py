@@ -1,0 +1,197 @@
+"""Matrix products of a recomputed block whose values nobody needs: they are not computed.
+
+Backward needs the inputs of a block's last linear layers, not their outputs: those only add up to the block's own output,
+which is known. PyTorch's checkpointing stops recomputing there; here the recomputed graph itself runs backward, so these
+layers are called, and give tensors without values.
+
+[Note: deferred products]
+`Needless` learns at a block's first recomputation which linear layers reach the block's outputs through sums and views alone,
+and from then on defers their products. A deferred tensor is computed the moment anything but a sum, a view or a multiplication
+by a number asks for it, so results never depend on what was learnt; a layer whose product was asked for is not deferred again.
+A block that asks after it has overwritten what the product was of runs once more, with nothing deferred.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+PASSING_NODES = frozenset(
+    f"{name}Backward0" for name in ("Add", "View", "UnsafeView", "ReshapeAlias", "Mul", "Alias", "ToCopy")
+)
+"""Nodes of autograd behind which a product may be needless. A guess: what is wrong in it is found out when it is asked for."""
+
+
+class Overwritten(RuntimeError):
+    """A deferred tensor is wanted, and what it is to be computed from is no longer there."""
+
+
+class Deferred(torch.Tensor):
+    """A contiguous tensor that is computed when it is used, from `operands`; the first gives its dtype and device."""
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
+    ) -> Deferred:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=operands[0].dtype, device=operands[0].device)
+
+    def __init__(
+        self, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
+    ) -> None:
+        self._compute: Callable[[], torch.Tensor] | None = compute
+        self._operands = [(operand, operand._version) for operand in operands]
+        self._value: torch.Tensor | None = None
+
+    def value(self) -> torch.Tensor:
+        if self._compute is not None:
+            if any(operand._version != version for operand, version in self._operands):
+                raise Overwritten("a block asks for the output of a linear layer after it has overwritten what it was made of")
+            self._value = self._compute()
+            self._compute, self._operands = None, []
+        return self._value
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        shape = _shape_of_sum_or_view(func, args, kwargs)
+        if shape is not None:
+            operands = [value for value in args if isinstance(value, torch.Tensor)]
+            return Deferred(shape, lambda: func(*_values(args)), operands)
+        return func(*_values(args), **_values(kwargs))
+
+
+def _shape_of_sum_or_view(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of the result, where it can stay without values."""
+    if kwargs:
+        return None
+    first = args[0]
+    if func in (aten.view.default, aten._unsafe_view.default):
+        return torch.empty(first.shape, device="meta").view(args[1]).shape
+    if func is aten.detach.default:
+        return first.shape
+    if func is aten.mul.Tensor and isinstance(args[1], (int, float)):
+        return first.shape
+    if func is aten.add.Tensor and all(isinstance(value, torch.Tensor) for value in args):
+        other = args[1]
+        alike = first.shape == other.shape and first.dtype == other.dtype and first.device == other.device
+        return first.shape if alike and first.is_contiguous() and other.is_contiguous() else None
+    return None
+
+
+def _values(tree: Any) -> Any:
+    """`tree` with values in place of what is deferred."""
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.value() if isinstance(leaf, Deferred) else leaf, tree)
+
+
+class DeferProducts(TorchDispatchMode):
+    """While it is entered, matrix products give deferred tensors. asked: called when one of them is computed after all."""
+
+    entered: DeferProducts | None = None
+    """The one that is entered now, for products that are no operation of PyTorch."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        super().__init__()
+        self._asked = asked
+
+    def __enter__(self) -> DeferProducts:
+        DeferProducts.entered = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        DeferProducts.entered = None
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.mm.default, aten.addmm.default) and not kwargs:
+            rows, columns = args[-2:]
+            return self.defer((rows.shape[0], columns.shape[1]), lambda: func(*args), [rows, columns])
+        return func(*args, **kwargs)
+
+    def defer(
+        self, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
+    ) -> Deferred:
+        asked = self._asked
+
+        def computed() -> torch.Tensor:
+            asked()
+            return compute()
+
+        return Deferred(shape, computed, operands)
+
+
+class Needless:
+    """The linear layers of one block whose products its recomputation defers. See [Note: deferred products]."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._layers: list[nn.Module] | None = None
+
+    def recompute(self, forward: Callable[[], list[Any]]) -> list[Any]:
+        """forward: runs the block with a graph, with the same result whenever it is called; gives its outputs, flattened."""
+        if self._layers is None:
+            return self._learn(forward)
+        try:
+            with contextlib.ExitStack() as stack:
+                for layer in self._layers:
+                    stack.enter_context(self._deferring(layer))
+                return forward()
+        except Overwritten:
+            self._layers = []
+            return forward()
+
+    def _learn(self, forward: Callable[[], list[Any]]) -> list[Any]:
+        nodes: dict[Any, nn.Module] = {}
+
+        def note(layer: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+                nodes[output.grad_fn] = layer
+
+        hooks = [layer.register_forward_hook(note) for layer in self._block.modules() if type(layer) is nn.Linear]
+        try:
+            outputs = forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found: dict[nn.Module, None] = {}
+        seen: set[Any] = set()
+        ahead = [o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None]
+        while ahead:
+            node = ahead.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in nodes:
+                found[nodes[node]] = None
+            elif node.name() in PASSING_NODES:
+                ahead += [following for following, _ in node.next_functions if following is not None]
+        self._layers = list(found)
+        return outputs
+
+    @contextlib.contextmanager
+    def _deferring(self, layer: nn.Module) -> Iterator[None]:
+        plain, own = layer.forward, layer.__dict__.get("forward")
+
+        def asked() -> None:
+            if layer in self._layers:
+                self._layers.remove(layer)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            with DeferProducts(asked):
+                return plain(x)
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
