@@ -18,6 +18,7 @@ import torch
 from offload.update_rules import INSTRUCTION_SETS, ROOT, Rule, Segment, StateFormat, checksum, update
 
 F32, BF16 = torch.float32, torch.bfloat16
+PAUSE_SECONDS = 0.05  # PyTorch's threads spin for a while after an operation, and would take a core from the next one
 
 
 def main() -> None:
@@ -78,6 +79,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(arguments.repeats + 1):
         for name, (_, run) in cases.items():
+            time.sleep(PAUSE_SECONDS)
             started = time.perf_counter()
             run()
             if repeat:

@@ -17,7 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ZO = {"training.max_grad_norm": None, "training.micro_batch_size": 16, "zo.objective": "classification"}
+ZO: dict[str, object] = {
+    "training.max_grad_norm": None,
+    "training.batch_size": 16,
+    "training.micro_batch_size": 16,
+    "zo.objective": "classification",
+}
 
 METHODS: dict[str, dict[str, object]] = {
     "lora": {"method": "lora", "training.learning_rate": 5e-4},
@@ -33,26 +38,26 @@ METHODS: dict[str, dict[str, object]] = {
         "method": "frugal", "training.learning_rate": 5e-5, "selection.layers": 8, "selection.interval": 16,
         "selection.sign_scale": 0.05,
     },
-    # Each of these takes 2,000 forward passes of a batch.
-    "zo": {"method": "zo", "training.max_steps": 1000, "training.learning_rate": 1e-5} | ZO,
+    # Each of these takes 1,000 forward passes of a batch.
+    "zo": {"method": "zo", "training.max_steps": 500, "training.learning_rate": 1e-5} | ZO,
     "mezo": {
-        "method": "zo", "training.max_steps": 1000, "training.learning_rate": 1e-5, "zo.noise": "gaussian",
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 1e-5, "zo.noise": "gaussian",
         "zo.rounding": "nearest", "zo.fold_steps": 1,
     } | ZO,
     "lozo": {
-        "method": "zo", "training.max_steps": 1000, "training.learning_rate": 1e-5, "zo.noise": "low_rank",
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 1e-5, "zo.noise": "low_rank",
     } | ZO,
     "fzoo": {
-        "method": "zo", "training.max_steps": 250, "training.learning_rate": 4e-4, "zo.estimator": "fzoo",
+        "method": "zo", "training.max_steps": 125, "training.learning_rate": 4e-4, "zo.estimator": "fzoo",
         "zo.perturbations": 7,
     } | ZO,
     "zo-lora": {
-        "method": "zo", "training.max_steps": 1000, "training.learning_rate": 5e-4, "zo.parameters": "lora",
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 5e-4, "zo.parameters": "lora",
         "zo.epsilon": 1e-2,
     } | ZO,
 }  # fmt: skip
 TASKS: dict[str, dict[str, object]] = {
-    "sst2": {"training.batch_size": 16, "training.micro_batch_size": 4, "dataset.sequence_length": 256},
+    "sst2": {"training.batch_size": 32, "training.micro_batch_size": 8, "dataset.sequence_length": 256},
     "gsm8k": {"training.batch_size": 16, "training.micro_batch_size": 2, "dataset.sequence_length": 512},
 }
 

@@ -103,7 +103,7 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
                               const std::vector<SegmentArguments>& segment_arguments, int threads) {
     const Functions& functions = functions_for(instructions);
     Pass pass{};
-    pass.rule = checked<Rule>(rule, 4, "rule");
+    pass.rule = checked<Rule>(rule, 5, "rule");
     pass.format = checked<StateFormat>(format, 3, "format of state");
     pass.root = checked<Root>(root, 2, "root");
     pass.stochastic = stochastic;
@@ -113,7 +113,7 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
     pass.units = units;
     pass.remainder = reinterpret_cast<int16_t*>(remainder);
     const bool coded = pass.format == StateFormat::kEightBit, empty = segment_arguments.empty();
-    pass.first = state_of(first, pass.rule != Rule::kSignSgd && !empty, coded);
+    pass.first = state_of(first, has_state(pass.rule) && !empty, coded);
     pass.second = state_of(second, pass.rule == Rule::kAdamW && !empty, coded);
 
     std::vector<Segment> segments;

@@ -10,7 +10,8 @@
 
 namespace optimizer {
 
-enum class Rule : int { kAdamW = 0, kLion = 1, kSgd = 2, kSignSgd = 3 };
+enum class Rule : int { kAdamW = 0, kLion = 1, kSgd = 2, kSignSgd = 3, kDescent = 4 };
+constexpr bool has_state(Rule rule) { return rule != Rule::kSignSgd && rule != Rule::kDescent; }
 enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class StateFormat : int { kFloat32 = 0, kBfloat16 = 1, kEightBit = 2 };
 // kMkl: of MKL's code for processors that it has none for, which PyTorch runs on AMD's: an estimate and two Newton steps,

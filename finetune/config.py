@@ -278,11 +278,13 @@ class ZerothOrderOptions(_Section):
 class OptimizerOptions(_Section):
     """The out-of-core optimizer of the methods that train the model's own weights; `training` has AdamW's numbers."""
 
-    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    name: Literal["adamw", "adafactor", "lamb", "lion", "sgd"] = "adamw"
+    """adafactor keeps second moments as rows times columns: a step moves weights alone between disk and memory. lamb reads
+    its state twice."""
     momentum: Share = 0.9
     """Of sgd."""
     state: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """How moments are kept: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al. 2022)."""
+    """How moments of the others are kept: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al. 2022)."""
     master: Literal["float32", "none"] = "float32"
     """Of bf16 weights: float32 keeps 16 more bits beside each; none rounds every update stochastically."""
     clipping: Literal["previous", "exact"] = "previous"
@@ -290,6 +292,12 @@ class OptimizerOptions(_Section):
     there (the first step is not clipped), or this step's own, for which all gradients wait on disk."""
     versions: Annotated[int, Strict(), Field(ge=1, le=2)] = 2
     """Of everything in the working store. 1 halves the disk space, and a process that dies in a step loses the run."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> OptimizerOptions:
+        if self.name == "lamb" and self.state == "8bit":
+            raise ValueError("expected optimizer.state float32 or bfloat16 with lamb, found 8bit")
+        return self
 
 
 class SelectionOptions(_Section):

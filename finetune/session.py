@@ -23,6 +23,7 @@ from finetune.weight_demand import (
     make_keeping,
     store_size,
     training_temporaries,
+    update_host_bytes,
 )
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.checkpoint import resolve_model
@@ -45,6 +46,9 @@ from offload.trained_model import TrainedModel
 from offload.trained_parts import TrainedParts, find_trained
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
+COMPUTE_BOUND_TOKENS = 2048
+"""A trained weight takes 8 operations a token and moves some 26 bytes a step: with so many tokens a CPU computes longer than
+its disk moves."""
 HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
 
 
@@ -193,11 +197,6 @@ class Session:
             _check_zeroth_order(self.device, self.model)
         self.trained: TrainedParts | None = None
         if train and config.trains_weights:
-            if not self.device.shares_host_memory:
-                raise UserError(
-                    f"method {config.method} updates weights in host memory and cannot use {self.device.kind} yet: use "
-                    "--device cpu"
-                )
             self.trained = find_trained(self.parts, config.train)
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
@@ -393,14 +392,20 @@ class Session:
                 block_bytes = [folded_bytes(layout) for layout in parts.layouts]
                 head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
         state_slot_bytes, temporaries = 0, max(visit.peak_bytes, loss_bytes)
+        waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
         if trained is not None:
             state_slot_bytes = largest_piece_bytes(self.config, trained)
+            if self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
+                waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
             edge_bytes *= 3  # the image of what is stored, and gradients
             head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
             temporaries, waiting = training_temporaries(
                 self.config, parts, trained, visit.peak_bytes, loss_bytes, lanes
             )
             step += waiting
+            if not self.device.shares_host_memory:
+                update_image_bytes = max(*block_bytes, head_chunk_bytes)
+                update_gradients_bytes = update_host_bytes(trained, itemsize)
             for _, _, source in parts.embeddings:  # gradients of the rows, and what one micro-batch adds to them
                 step += 2 * min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
         demand = Demand(
@@ -421,6 +426,9 @@ class Session:
             folding_bytes=folding_bytes,
             code_bytes=self._code_bytes(lanes),
             state_slot_bytes=state_slot_bytes,
+            waiting_state_slots=waiting_state_slots,
+            update_image_bytes=update_image_bytes,
+            update_gradients_bytes=update_gradients_bytes,
         )
         return demand, visit
 

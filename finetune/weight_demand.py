@@ -7,8 +7,9 @@ from math import prod
 
 from finetune.config import Config
 from finetune.methods.selection import Selection
+from offload.adafactor import TEMPORARY_BYTES
 from offload.model_parts import ModelParts
-from offload.optimizer_stream import Keeping
+from offload.optimizer_stream import FACTORS, Keeping
 from offload.trained_parts import TrainedParts
 from offload.update_rules import Rule, StateFormat
 from offload.update_units import UpdateUnit
@@ -40,8 +41,11 @@ def make_keeping(config: Config) -> Keeping:
 def largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
     """Of a piece with its state: what a buffer of the optimizer must hold."""
     rule, keeping = make_rule(config), make_keeping(config)
+    first = FACTORS if rule.name == "adafactor" else 0
     return max(
-        keeping.piece_format(unit, index, rule).num_bytes for unit in trained.units for index in range(len(unit.pieces))
+        keeping.piece_format(unit, index, rule).num_bytes
+        for unit in trained.units
+        for index in range(first, len(unit.pieces))
     )
 
 
@@ -61,7 +65,15 @@ def training_temporaries(
     rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
     spills = config.optimizer.clipping == "exact" and config.training.max_grad_norm
     waiting = block if spills else rows if trained.tied else 0
-    return max(visit_bytes, loss_bytes, 2 * rows + (block if spills else 0)), waiting
+    looks_twice = config.optimizer.name in ("adafactor", "lamb")
+    update_bytes = 2 * rows + (block if spills else 0) + (TEMPORARY_BYTES if looks_twice else 0)
+    return max(visit_bytes, loss_bytes, update_bytes), waiting
+
+
+def update_host_bytes(trained: TrainedParts, itemsize: int) -> int:
+    """What updates allocate in host memory where compute has its own: a unit's gradients, twice where rows are added to them
+    or where they go by the disk, and what the rule makes of them."""
+    return 2 * itemsize * max(_elements(unit) for unit in trained.units) + TEMPORARY_BYTES
 
 
 def store_size(config: Config, trained: TrainedParts) -> StoreSize:
@@ -71,6 +83,8 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
 
     def size(unit: UpdateUnit) -> tuple[int, int, int]:
         indices = [index for index, piece in enumerate(unit.pieces) if piece.segments]
+        if rule.name == "adafactor":
+            indices.append(FACTORS)
         formats = [keeping.piece_format(unit, index, rule) for index in indices]
         parts = ((f.master_offset, f.master_bytes, f.state_bytes) for f in formats)
         return tuple(sum(part) for part in zip(*parts, strict=True))
@@ -88,7 +102,8 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
         total += sum(unit[2] for unit in active)  # of blocks that were just left, until the step is committed
     if config.optimizer.versions == 2:
         total += weights + masters + state
-    return StoreSize(total, masters + state, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
+    read = (masters + state) * (2 if rule.name == "lamb" else 1)
+    return StoreSize(total, read, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
 
 
 def _elements(unit: UpdateUnit) -> int:

@@ -45,6 +45,9 @@ class Demand:
     variant: a block, and the largest chunk of the head, in the dtype that computes: where perturbed weights are made, 0
     when weights are used as they are. folding: buffers through which weights are written. code: what matrix products
     compile for themselves. state_slot: a buffer of an optimizer whose state is on disk, 0 where there is none.
+    waiting_state_slots: how many more than the usual ones are of use where compute takes longer than the disk: what waits in
+    them is not waited for.
+    update_image, update_gradients: of the largest unit that is updated, where compute is not in host memory.
     """
 
     block_bytes: tuple[int, ...]
@@ -62,6 +65,9 @@ class Demand:
     folding_bytes: int = 0
     code_bytes: int = 0
     state_slot_bytes: int = 0
+    waiting_state_slots: int = 0
+    update_image_bytes: int = 0
+    update_gradients_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,7 @@ class Plan:
     head_variant_slot_bytes: int
     state_slots: int
     state_slot_bytes: int
+    update_image_bytes: int
     host_budget_bytes: int
     device_budget_bytes: int | None
     host_parts: Mapping[str, int]
@@ -124,6 +131,7 @@ class Plan:
             + self.head_slots * self.head_slot_bytes
             + self.activation_slots * self.activation_slot_bytes
             + self.state_slots * self.state_slot_bytes
+            + self.update_image_bytes
             + (self.variants_bytes if self.device_budget_bytes is None else 0)
         )
 
@@ -172,6 +180,7 @@ def _cheapest(demand: Demand, limits: Limits, wishes: Wishes) -> Plan:
         variant_slots=1 if demand.variant_bytes else 0, variant_slot_bytes=round_up(demand.variant_bytes),
         head_variant_slot_bytes=round_up(demand.head_variant_bytes),
         state_slots=MIN_STATE_SLOTS if demand.state_slot_bytes else 0, state_slot_bytes=round_up(demand.state_slot_bytes),
+        update_image_bytes=round_up(demand.update_image_bytes),
         host_budget_bytes=limits.host_bytes, device_budget_bytes=limits.device_bytes, host_parts={}, device_parts={},
     )  # fmt: skip
     lookahead, resident = wishes.lookahead or 0, min(wishes.resident_blocks or 0, num_blocks)
@@ -208,6 +217,8 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
         )
     if wishes.lookahead is None:
         yield lambda plan: slots(plan, lookahead=min(2, num_blocks - 1))
+    for count in range(STATE_SLOTS, STATE_SLOTS + demand.waiting_state_slots):
+        yield lambda plan, count=count: _with_parts(replace(plan, state_slots=count + 1), demand)
     if wishes.resident_blocks is None:
         steps = [1 << i for i in range(num_blocks.bit_length() - 1, -1, -1)]
         for step in steps:  # binary ascent to the largest number that fits
@@ -264,6 +275,7 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         f"buffers for optimizer state ({plan.state_slots} x {format_bytes(plan.state_slot_bytes)})": (
             plan.state_slots * plan.state_slot_bytes
         ),
+        "weights and gradients of what is updated": plan.update_image_bytes + demand.update_gradients_bytes,
         "disk staging": plan.staging_bytes,
         "generated code of matrix products": demand.code_bytes,
         "margin": MARGIN_BYTES,

@@ -10,6 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,11 +18,16 @@ import torch
 from memory.errors import UserError
 from memory.slab import Lease, SlotPool, round_up
 from offload import update_rules
+from offload.adafactor import Direction, factor_bytes, factor_views, observe
 from offload.block_store import Read
 from offload.io import IOEngine
+from offload.trust_ratio import TrustRatios, masters
 from offload.update_rules import Rule, StateFormat, Sums
-from offload.update_units import Piece, UpdateUnit, clipped_reads, missing_ranges
+from offload.update_units import Piece, Segment, UpdateUnit, clipped_reads, missing_ranges
 from offload.working_store import Key, StoredPiece, WorkingStore
+
+FACTORS = -1
+"""Index of the piece that holds no weights, but Adafactor's factors of a unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,11 @@ class Request:
             for index, piece in enumerate(self.unit.pieces)
             if any(segment.name in self.trained for segment in piece.segments)
         ]
+
+    def fetches(self) -> list[int]:
+        """Pieces in the order in which they are wanted."""
+        first = {"adafactor": [FACTORS], "lamb": self.piece_indices()}
+        return [*first.get(self.rule.name, []), *self.piece_indices()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +77,8 @@ class Keeping:
     masters: bool = True
 
     def piece_format(self, unit: UpdateUnit, index: int, rule: Rule) -> PieceFormat:
+        if index == FACTORS:
+            return PieceFormat(0, 0, 0, factor_bytes(unit), {})
         piece = unit.pieces[index]
         master_bytes = round_up(2 * piece.units) if self.masters and unit.itemsize == 2 else 0
         start = piece.num_bytes + master_bytes
@@ -82,6 +95,18 @@ class _Fetched:
     lease: Lease
     ticket: int | None  # None: there is nothing to read
     stored: StoredPiece | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the update of a unit has for all of its pieces. directions, ratios: of the rules that have them."""
+
+    gradients: Mapping[str, torch.Tensor]
+    directions: Mapping[str, Direction]
+    ratios: TrustRatios | None
+    learning_rate: float
+    grad_scale: float
+    seed: int
 
 
 class OptimizerStream:
@@ -103,7 +128,7 @@ class OptimizerStream:
 
     def begin(self, requests: Sequence[Request]) -> None:
         """The updates of the step, in order; what does not come in the end is passed over."""
-        self._coming = deque((request, index) for request in requests for index in request.piece_indices())
+        self._coming = deque((request, index) for request in requests for index in request.fetches())
         self._fetch_ahead()
 
     def update(
@@ -114,12 +139,18 @@ class OptimizerStream:
 
         gradients: local name -> contiguous gradient, fp32 or bf16. step: of the run, from 1; it seeds stochastic rounding.
         """
+        indices = [index for index in request.piece_indices() if _segments(request, index, gradients)]
+        directions: Mapping[str, Direction] = {}
+        ratios: TrustRatios | None = None
+        if request.rule.name == "adafactor":
+            directions = self._observe(request, gradients, grad_scale)
+        elif request.rule.name == "lamb":
+            ratios = self._trust(request, indices, image, gradients, grad_scale)
+        given = _Given(gradients, directions, ratios, learning_rate * request.scale, grad_scale, self._seed + step)
         change_sq = weight_sq = 0.0
-        for index in request.piece_indices():
-            if not any(segment.name in gradients for segment in request.unit.pieces[index].segments):
-                continue
+        for index in indices:
             fetched = self._take(request, index)
-            sums = self._update_piece(request, index, fetched, image, gradients, learning_rate, grad_scale, step)
+            sums = self._update_piece(request, index, fetched, image, given)
             change_sq, weight_sq = change_sq + sums.change_sq, weight_sq + sums.weight_sq
             self._fetch_ahead()
         return Sums(change_sq, weight_sq)
@@ -137,15 +168,96 @@ class OptimizerStream:
         for key in list(self._writing):
             self._finish_write(key)
 
+    def _observe(
+        self, request: Request, gradients: Mapping[str, torch.Tensor], grad_scale: float
+    ) -> dict[str, Direction]:
+        """Takes the gradients into the unit's factors, and starts to write these."""
+        fetched = self._take(request, FACTORS)
+        _, state, updates = self._checked(request, FACTORS, fetched)
+        directions = {
+            name: observe(gradients[name], grad_scale, *factors, updates + 1)
+            for name, factors in factor_views(request.unit, state).items()
+            if name in request.trained and name in gradients
+        }
+        self._write(request, FACTORS, fetched, updates + 1)
+        self._fetch_ahead()
+        return directions
+
+    def _trust(
+        self, request: Request, indices: Sequence[int], image: torch.Tensor, gradients: Mapping[str, torch.Tensor],
+        grad_scale: float,
+    ) -> TrustRatios:  # fmt: skip
+        """Of all parameters in these pieces; nothing is changed."""
+        ratios = TrustRatios(request.rule)
+        for index in indices:
+            piece, layout, fetched = request.unit.pieces[index], self._format(request, index), self._take(request, index)
+            master, _, updates = self._checked(request, index, fetched)
+            dtype = torch.float32 if self._keeping.state.name == "float32" else torch.bfloat16
+            state = {
+                name: fetched.lease.buffer[start : start + num_bytes].view(dtype)
+                for name, (start, num_bytes) in layout.arrays.items()
+            }
+            for segment in _segments(request, index, gradients):
+                unit = (segment.offset - piece.start) // request.unit.itemsize
+                units = slice(unit, unit + segment.count)
+                weights = image[segment.offset : segment.end].view(segment.view.dtype)
+                remainder = master.view(torch.int16)[units] if layout.master_bytes and weights.itemsize == 2 else None
+                gradient = gradients[segment.name].view(-1)[segment.first_element :][: segment.count]
+                ratios.add(
+                    segment.name, masters(weights, remainder), gradient, grad_scale,
+                    state["first"][units], state["second"][units], updates + 1,
+                )  # fmt: skip
+            fetched.lease.release()
+            self._fetch_ahead()
+        return ratios
+
     def _update_piece(
-        self, request: Request, index: int, fetched: _Fetched, image: torch.Tensor,
-        gradients: Mapping[str, torch.Tensor], learning_rate: float, grad_scale: float, step: int,
-    ) -> Sums:  # fmt: skip
-        unit, piece, stored = request.unit, request.unit.pieces[index], fetched.stored
+        self, request: Request, index: int, fetched: _Fetched, image: torch.Tensor, given: _Given
+    ) -> Sums:
+        unit, piece = request.unit, request.unit.pieces[index]
         layout = self._format(request, index)
         buffer = fetched.lease.buffer[: layout.num_bytes]
-        master = buffer[layout.master_offset : layout.master_offset + layout.master_bytes]
-        state = buffer[layout.state_offset :]
+        master, _, updates = self._checked(request, index, fetched)
+        found = _segments(request, index, given.gradients)
+        moved_along, segments = [], []
+        for segment in found:
+            along = given.gradients[segment.name].view(-1)[segment.first_element :]
+            if given.directions:
+                along = given.directions[segment.name].of(segment.first_element, segment.count)
+            moved_along.append(along)  # it must live as long as its address is used
+            segments.append(
+                update_rules.Segment(
+                    (segment.offset - piece.start) // unit.itemsize, segment.count,
+                    image.data_ptr() + segment.offset, segment.view.dtype, along.data_ptr(), along.dtype,
+                    copy=buffer.data_ptr() + segment.offset - piece.start,
+                    element=_first_element(unit.fqns[segment.name]) + segment.first_element,
+                )
+            )  # fmt: skip
+        together = [(segments, 1.0)]
+        if given.ratios is not None:
+            together = [([s], given.ratios[segment.name]) for s, segment in zip(segments, found, strict=True)]
+        change_sq = weight_sq = 0.0
+        for part, ratio in together:
+            sums = update_rules.update(
+                request.rule, updates + 1, given.learning_rate * ratio, part,
+                {name: buffer[start : start + num_bytes] for name, (start, num_bytes) in layout.arrays.items()}, piece.units,
+                state_format=self._keeping.state, remainder=master if layout.master_bytes else 0,
+                gradient_scale=1.0 if given.directions else given.grad_scale,
+                rounding="nearest" if self._keeping.masters else "stochastic", seed=given.seed, threads=self._threads,
+            )  # fmt: skip
+            change_sq, weight_sq = change_sq + sums.change_sq, weight_sq + sums.weight_sq
+        if piece.others or len(segments) < len(piece.segments):
+            # Else only gaps between weights are not what is in the slot.
+            buffer[: piece.num_bytes].copy_(image[piece.start : piece.start + piece.num_bytes])
+        self._write(request, index, fetched, updates + 1)
+        return Sums(change_sq, weight_sq)
+
+    def _checked(self, request: Request, index: int, fetched: _Fetched) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Masters and state of a piece that was fetched, bytes; zeros for what was never written. Third: earlier updates."""
+        unit, stored, layout = request.unit, fetched.stored, self._format(request, index)
+        piece = None if index == FACTORS else unit.pieces[index]
+        master = fetched.lease.buffer[layout.master_offset : layout.state_offset]
+        state = fetched.lease.buffer[layout.state_offset : layout.num_bytes]
         updates = 0
         if stored is not None and stored.master_bytes:
             self._check(unit, piece, master, stored.master_sum, "master weights")
@@ -156,44 +268,27 @@ class OptimizerStream:
             updates = stored.updates
         else:
             state.zero_()
-        weights = image[piece.start : piece.start + piece.num_bytes]
-        segments = [
-            update_rules.Segment(
-                (segment.offset - piece.start) // unit.itemsize, segment.count,
-                image.data_ptr() + segment.offset, segment.view.dtype,
-                gradients[segment.name].view(-1)[segment.first_element :].data_ptr(), gradients[segment.name].dtype,
-                copy=buffer.data_ptr() + segment.offset - piece.start,
-                element=_first_element(unit.fqns[segment.name]) + segment.first_element,
-            )
-            for segment in piece.segments
-            if segment.name in request.trained and segment.name in gradients
-        ]  # fmt: skip
-        sums = update_rules.update(
-            request.rule, updates + 1, learning_rate * request.scale, segments,
-            {name: buffer[start : start + num_bytes] for name, (start, num_bytes) in layout.arrays.items()}, piece.units,
-            state_format=self._keeping.state, remainder=master if layout.master_bytes else 0, gradient_scale=grad_scale,
-            rounding="stochastic" if not self._keeping.masters else "nearest", seed=self._seed + step, threads=self._threads,
-        )  # fmt: skip
-        if piece.others or len(segments) < len(piece.segments):
-            buffer[: piece.num_bytes].copy_(weights)  # else only gaps between weights are not what is in the slot
-        key = (unit.name, index)
+        return master, state, updates
+
+    def _write(self, request: Request, index: int, fetched: _Fetched, updates: int) -> None:
+        """Starts to write the new version of a piece, which is in the buffer."""
+        layout, key = self._format(request, index), (request.unit.name, index)
         offset, state_offset = self._store.place(key, layout.state_offset, layout.state_bytes)
-        parts = (buffer[: piece.num_bytes], master, state)
-        weights_sum, master_sum, state_sum = (self._sum(part) for part in parts)
+        bounds = (0, layout.master_offset, layout.state_offset, layout.num_bytes)
+        sums = [self._sum(fetched.lease.buffer[low:high]) for low, high in pairwise(bounds)]
         address = fetched.lease.address
-        extents = [(self._store.file, offset, layout.state_offset, address)]
-        if layout.state_bytes:
-            extents.append((self._store.file, state_offset, layout.state_bytes, address + layout.state_offset))
-        ticket = self._io.submit_writes(extents)
+        extents = [
+            (self._store.file, offset, layout.state_offset, address),
+            (self._store.file, state_offset, layout.state_bytes, address + layout.state_offset),
+        ]
+        ticket = self._io.submit_writes([extent for extent in extents if extent[2]])
         self._store.put(
             key,
             StoredPiece(
-                offset, piece.num_bytes, layout.master_bytes, state_offset, layout.state_bytes,
-                weights_sum, master_sum, state_sum, updates + 1,
+                offset, layout.master_offset, layout.master_bytes, state_offset, layout.state_bytes, *sums, updates
             ),
-        )  # fmt: skip
+        )
         self._writing[key] = (fetched.lease, ticket)
-        return sums
 
     def _format(self, request: Request, index: int) -> PieceFormat:
         return self._keeping.piece_format(request.unit, index, request.rule)
@@ -259,7 +354,7 @@ class OptimizerStream:
     def _sum(self, part: torch.Tensor) -> int:
         return update_rules.checksum(part, part.numel(), self._threads) if part.numel() else 0
 
-    def _check(self, unit: UpdateUnit, piece: Piece, part: torch.Tensor, expected: int, what: str) -> None:
+    def _check(self, unit: UpdateUnit, piece: Piece | None, part: torch.Tensor, expected: int, what: str) -> None:
         if self._sum(part) != expected:
             raise damaged(self._store.path, unit.name, piece, what)
 
@@ -283,12 +378,20 @@ def check_weights(unit: UpdateUnit, store: WorkingStore, image: torch.Tensor, th
                 raise damaged(store.path, unit.name, piece, "weights")
 
 
-def damaged(data: Path, name: str, piece: Piece, what: str) -> UserError:
+def damaged(data: Path, name: str, piece: Piece | None, what: str) -> UserError:
+    """piece: None for the factors."""
+    where = f", bytes {piece.start} to {piece.start + piece.num_bytes} of the unit," if piece else ""
     return UserError(
-        f"{data}: the {what} of {name}, bytes {piece.start} to {piece.start + piece.num_bytes} of the unit, are not "
-        "what was written (checksum): the disk or memory is faulty. Nothing was trained on them. Restore the store from a "
+        f"{data}: the {what} of {name}{where} are not what was written (checksum): the disk or memory is faulty. "
+        "Nothing was trained on them. Restore the store from a "
         "copy, or begin again with another --output"
     )
+
+
+def _segments(request: Request, index: int, gradients: Mapping[str, torch.Tensor]) -> list[Segment]:
+    """Of a piece, what is updated."""
+    segments = request.unit.pieces[index].segments
+    return [segment for segment in segments if segment.name in request.trained and segment.name in gradients]
 
 
 def _first_element(fqn: str) -> int:

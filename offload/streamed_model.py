@@ -68,7 +68,7 @@ class StreamedModel:
 
     def _open(self, plan: Plan, scratch: Path, progress: Callable[[str, int, int], None]) -> None:
         parts, device = self.parts, self.device
-        host = self._computing_slab = Slab(device.allocate_host_slab(plan.host_slab_bytes))
+        host = self._host_slab = self._computing_slab = Slab(device.allocate_host_slab(plan.host_slab_bytes))
         self.io.register_buffer(host.buffer.data_ptr(), host.buffer.numel())
         block_pool = host.carve("host blocks", plan.block_slot_bytes, plan.host_block_slots)
         head_pool = host.carve("host head", plan.head_slot_bytes, plan.head_slots) if plan.head_slots else None

@@ -193,6 +193,14 @@ class HostTier(Tier):
         self._files: dict[Any, int] = {}
         self.move_to(layouts)
 
+    def replace(self, block: int, image: torch.Tensor) -> None:
+        """The block is what `image` holds from now on; a slot that has it gets the new bytes."""
+        if self._states[block] is State.FETCHING:
+            raise RuntimeError(f"block {block} was fetched before its update was done")
+        if self._states[block] is not State.AWAY:
+            size = self.block_bytes[block]
+            self._leases[block].buffer[:size].copy_(image[:size])
+
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
         """From now on blocks are read from other places. No slot may hold one: see `give_up`."""
         for file in self._files.values():
@@ -256,6 +264,23 @@ class DeviceTier(Tier):
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
         self._host.move_to(layouts)
+
+    def image(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
+        """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far."""
+        size = self._host.block_bytes[block]
+        source, after = self._leases[block].buffer[:size], self._device.record()
+        self._device.synchronize(self._device.copy_async(buffer[:size], source, Direction.D2H, after=after))
+        return buffer
+
+    def replace(self, block: int, image: torch.Tensor) -> None:
+        """An acquired block is what `image`, in host memory, holds from now on, here and in the host tier."""
+        size = self._host.block_bytes[block]
+        event = self._device.copy_async(
+            self._leases[block].buffer[:size], image[:size], Direction.H2D, after=self._device.record()
+        )
+        self._device.wait(event)
+        self._device.synchronize(event)  # `image` is written again soon
+        self._host.replace(block, image)
 
     @property
     def host_stall_seconds(self) -> float:

@@ -5,6 +5,11 @@ Immediately: a block at the end of its backward visit, a chunk of an untied head
 step: the input embedding (its gradient comes last), a head that is tied to it (its gradients wait on disk), and the edges.
 With exact clipping everything is updated at the end of the step, from gradients on disk, for only then is their norm
 known. Weights are updated in their slots, so what stays in memory stays right.
+
+[Note: updates beside an accelerator]
+Updates run on the CPU: a unit's weights and gradients are copied to the host when its visit ends, and its new weights back,
+also into the host slot that still has it. Nothing may be fetched between its visit and its update, so the next step's
+forward is not fetched ahead.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from offload.gradient_spill import GradientSpill
 from offload.model_parts import EdgeTensor
 from offload.optimizer_stream import Keeping, OptimizerStream, Request, check_weights, stored_reads
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic
-from offload.streamer import HostTier
+from offload.streamer import HostTier, Tier
 from offload.trained_parts import RowUnit, TrainedParts, rows_source
 from offload.update_rules import Sums
 from offload.update_units import UpdateUnit
@@ -105,7 +110,10 @@ class TrainedModel(StreamedModel):
 
     def _open_model(self, plan: Plan, scratch: Path, progress: Any) -> None:
         super()._open(plan, scratch, progress)
-        pool = self._computing_slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
+        pool = self._host_slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
+        self._image: torch.Tensor | None = None  # of a unit that is updated beside an accelerator
+        if plan.update_image_bytes:
+            self._image = self._host_slab.carve("update", plan.update_image_bytes, 1).lease().buffer
         self.stream = OptimizerStream(self.io, self.store, pool, **self._stream_options)
         self._table: RowsOnDemand | None = next(
             (e for e in self.embeddings if e.serves(self.model.get_input_embeddings())), None
@@ -150,30 +158,49 @@ class TrainedModel(StreamedModel):
             parts.callback(super().close)
             parts.callback(self._spill.close)
 
-    def block_gradients(self, index: int, gradients: dict[str, torch.Tensor], image: torch.Tensor) -> None:
-        """Those of a block, complete; its weights are in `image`. Raises UserError when they are not, for the model uses the
-        block again."""
+    @property
+    def updates_in_slots(self) -> bool:
+        """Whether compute and updates share their memory; see [Note: updates beside an accelerator]."""
+        return self.device.shares_host_memory
+
+    def block_gradients(self, index: int, gradients: dict[str, torch.Tensor]) -> None:
+        """Those of a block that is acquired, complete. Raises UserError when they are not, for the model uses the block
+        again."""
         if (count := self.engine.order.count(index)) > 1:
             raise UserError(
                 f"the model runs {self.parts.prefixes[index]} {count} times in a pass: its own weights can't be trained out of "
                 "core. Train an adapter (--method lora)"
             )
-        self._take(self.trained.blocks[index], gradients, image, wait=self._update.grad_scale is None)
+        wait = self._update.grad_scale is None
+        self._take(self.tier, index, self.trained.blocks[index], gradients, wait)
 
-    def head_gradients(self, index: int, gradients: dict[str, torch.Tensor], image: torch.Tensor) -> None:
-        """Those of a chunk of the head."""
+    def head_gradients(self, index: int, gradients: dict[str, torch.Tensor]) -> None:
+        """Those of a chunk of the head that is acquired."""
         wait = self.trained.tied or self._update.grad_scale is None
-        self._take(self.trained.head[index].unit, gradients, image, wait=wait)
+        self._take(self.head_tier, index, self.trained.head[index].unit, gradients, wait)
 
     def trained_names(self, unit: UpdateUnit) -> frozenset[str]:
         request = self._update.requests.get(unit.name) if self._update else None
         return request.trained if request else frozenset()
 
-    def _take(self, unit: UpdateUnit, gradients: dict[str, torch.Tensor], image: torch.Tensor, wait: bool) -> None:
+    def _take(self, tier: Tier, index: int, unit: UpdateUnit, gradients: dict[str, torch.Tensor], wait: bool) -> None:
+        gradients = {name: grad.cpu() for name, grad in gradients.items()}
         if wait:
             self._spill.put(unit.name, gradients)
         else:
-            self._apply(unit, gradients, image, self._update.grad_scale)
+            self._apply_in_tier(tier, index, unit, gradients, self._update.grad_scale)
+
+    def _apply_in_tier(
+        self, tier: Tier, index: int, unit: UpdateUnit, gradients: dict[str, torch.Tensor], scale: float,
+        counted: bool = False,
+    ) -> None:  # fmt: skip
+        """To what the tier holds at `index`, which is acquired."""
+        if self.updates_in_slots:
+            self._apply(unit, gradients, tier.slot(index), scale, counted)
+            return
+        image = tier.image(index, self._image)
+        self._apply(unit, gradients, image, scale, counted)
+        tier.replace(index, image)
 
     def _apply(
         self, unit: UpdateUnit, gradients: dict[str, torch.Tensor], image: torch.Tensor, scale: float, counted: bool = False
@@ -225,7 +252,8 @@ class TrainedModel(StreamedModel):
         return [self._update.requests[unit.name] for unit in units if unit.name in self._update.requests]
 
     def _table_gradient(self) -> torch.Tensor | None:
-        return self._table.take_gradient() if self._table is not None else None
+        gradient = self._table.take_gradient() if self._table is not None else None
+        return None if gradient is None else gradient.cpu()
 
     def _rows_of(self, part: RowUnit, rows: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """`gradient` of a run of rows (None: zero) with that of the embedding's rows added; None when there is neither."""
@@ -257,7 +285,7 @@ class TrainedModel(StreamedModel):
             for index in reversed(range(len(head))):
                 self._update_in_tier(self.head_tier, index, head[index].unit, self._spill.take(head[index].unit.name), scale)
         order = [index for index in reversed(self.engine.order) if blocks[index].name in self._update.requests]
-        self.tier.begin(order + self.engine.order)
+        self.tier.begin(order + self.engine.order if self.updates_in_slots else order)
         for index in order:
             self._update_in_tier(self.tier, index, blocks[index], self._spill.take(blocks[index].name), scale)
 
@@ -279,17 +307,18 @@ class TrainedModel(StreamedModel):
             self._update_in_tier(self.head_tier, first + i, unit, gradients, scale, counted=exact)
 
     def _update_in_tier(
-        self, tier: HostTier, index: int, unit: UpdateUnit, gradients: dict[str, torch.Tensor], scale: float,
+        self, tier: Tier, index: int, unit: UpdateUnit, gradients: dict[str, torch.Tensor], scale: float,
         counted: bool = True,
     ) -> None:  # fmt: skip
         if gradients:
-            self._apply(unit, gradients, tier.acquire(index), scale, counted)
+            tier.acquire(index)
+            self._apply_in_tier(tier, index, unit, gradients, scale, counted)
             tier.release(index)
 
     def _edge_gradients(self) -> dict[str, torch.Tensor]:
         names = self.trained_names(self.trained.edges)
         values = ((edge.name, edge.owner._parameters[edge.attribute]) for edge in self.parts.edges if edge.name in names)
-        return {name: value.grad for name, value in values if value.grad is not None}
+        return {name: value.grad.cpu() for name, value in values if value.grad is not None}
 
     def _update_edges(self, scale: float) -> None:
         unit = self.trained.edges
@@ -361,20 +390,22 @@ class TrainedBlocks(BlockWeights):
     def __init__(self, model: TrainedModel) -> None:
         super().__init__(model.parts, model.tier)
         self._model = model
-        self._slots: dict[int, torch.Tensor] = {}
+
+    def begin(self, order: Sequence[int]) -> None:
+        passes = 3 if self._model.updates_in_slots else 2  # a third is the next step's forward
+        super().begin(order[: passes * len(self._model.engine.order)])
 
     def acquire(self, index: int) -> None:
-        slot = self._slots[index] = self._tier.acquire(index)
         names = self._model.trained_names(self._model.trained.blocks[index])
-        self._parts.bindings[index].bind(bind_views(slot, self._parts.layouts[index]), names)
+        views = bind_views(self._tier.acquire(index), self._parts.layouts[index])
+        self._parts.bindings[index].bind(views, names)
 
     def release(self, index: int) -> None:
         binding = self._parts.bindings[index]
         gradients = binding.gradients()
         binding.unbind()
-        slot = self._slots.pop(index)
         if gradients:
-            self._model.block_gradients(index, gradients, slot)
+            self._model.block_gradients(index, gradients)
         self._tier.release(index)
 
 
@@ -384,7 +415,6 @@ class TrainedChunks(Chunks):
     def __init__(self, model: TrainedModel) -> None:
         super().__init__(model.parts.head, model.head_tier, model.parts.dtype)
         self._model = model
-        self._slot: torch.Tensor | None = None
 
     @property
     def trained(self) -> bool:
@@ -392,19 +422,17 @@ class TrainedChunks(Chunks):
 
     def acquire(self, index: int) -> None:
         super().acquire(index)
-        self._slot = self._tier.slot(index)
         if len(self._head.layouts) == 1:
-            self._head.binding.bind(bind_views(self._slot, self._head.layouts[0]), self._names(0))
+            self._head.binding.bind(bind_views(self._tier.slot(index), self._head.layouts[0]), self._names(0))
 
     def add_gradients(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         gradients = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         gradients = {name: grad.to(self._dtype) for name, grad in gradients.items() if name in self._names(index)}
-        self._model.head_gradients(index, gradients, self._slot)
+        self._model.head_gradients(index, gradients)
 
     def release(self, index: int) -> None:
         if len(self._head.layouts) == 1 and (gradients := self._head.binding.gradients()):
-            self._model.head_gradients(index, gradients, self._slot)
-        self._slot = None
+            self._model.head_gradients(index, gradients)
         super().release(index)
 
     def _names(self, index: int) -> frozenset[str]:

@@ -10,6 +10,8 @@ parameters:
     lion      theta = (1 - lr wd) theta - lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g    (Chen et al. 2023)
     sgd       m = momentum m + g; theta = (1 - lr wd) theta - lr m       (torch.optim.SGD's, but for the decoupled decay)
     signsgd   theta = (1 - lr wd) theta - lr sign(g)
+    adafactor theta = (1 - lr wd) theta - lr g, where g is the direction that `offload.adafactor` makes of the gradient
+    lamb      as adamw; the learning rate has the parameter's ratio of `offload.trust_ratio` in it
 
 g is the gradient times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
 
@@ -35,7 +37,7 @@ from typing import NamedTuple
 import torch
 from finetune_native import optimizer as _native
 
-RULES = ("adamw", "lion", "sgd", "signsgd")
+RULES = ("adamw", "lion", "sgd", "signsgd", "adafactor", "lamb")
 STATE_FORMATS = ("float32", "bfloat16", "8bit")
 ROUNDINGS = ("nearest", "stochastic")
 ROOTS = ("ieee", "mkl")
@@ -44,7 +46,15 @@ BLOCK = 256
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
-_STATE_OF = {"adamw": ("first", "second"), "lion": ("first",), "sgd": ("first",), "signsgd": ()}
+_KERNELS = {"adamw": 0, "lion": 1, "sgd": 2, "signsgd": 3, "adafactor": 4, "lamb": 0}
+_STATE_OF = {
+    "adamw": ("first", "second"),
+    "lion": ("first",),
+    "sgd": ("first",),
+    "signsgd": (),
+    "adafactor": (),
+    "lamb": ("first", "second"),
+}
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "8bit": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -54,7 +64,8 @@ Address = torch.Tensor | int
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """name: one of `RULES`. betas: of adamw and lion. eps: of adamw. momentum: of sgd. Weight decay is decoupled in all."""
+    """name: one of `RULES`. betas: of adamw, lamb and lion. eps: of adamw and lamb. momentum: of sgd. Weight decay is
+    decoupled in all."""
 
     name: str
     betas: tuple[float, float] = (0.9, 0.999)
@@ -74,7 +85,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class StateFormat:
-    """How state is kept. name: one of `STATE_FORMATS`; bf16 state is always rounded stochastically."""
+    """How streamed state is kept. name: one of `STATE_FORMATS`; bf16 state is always rounded stochastically."""
 
     name: str = "float32"
 
@@ -155,7 +166,7 @@ def update(
             raise ValueError(f"expected fp32, bf16 or fp16 weights and fp32 or bf16 gradients, found {s}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
-    if rule.name == "adamw":
+    if rule.name in ("adamw", "lamb"):
         step_size = learning_rate / (1 - beta1**step)
         divisor = (1 - beta2**step) ** 0.5
     elif rule.name == "sgd":
@@ -173,7 +184,7 @@ def update(
     )
     change_sq, weight_sq = _native.run(
         instructions,
-        RULES.index(rule.name),
+        _KERNELS[rule.name],
         STATE_FORMATS.index(state_format.name),
         ROOTS.index(root or ROOT),
         rounding == "stochastic",

@@ -143,7 +143,7 @@ class WorkingStore:
                 self._marked = True
             if old is not None and (old.kept_bytes, old.state_bytes) == (kept_bytes, state_bytes):
                 return old.offset, old.state_offset
-        offset = self._allocator.allocate(kept_bytes)
+        offset = self._allocator.allocate(kept_bytes) if kept_bytes else 0
         state_offset = self._allocator.allocate(state_bytes) if state_bytes else 0
         if self._allocator.end > self._size:
             self._grow()

@@ -100,3 +100,16 @@ def test_wishes_are_kept(wishes):
     assert plan.host_lookahead == wishes.lookahead
     if wishes.activations != "auto":
         assert bool(plan.activation_slots) == (wishes.activations == "disk")
+
+
+def test_state_that_waits_in_memory_comes_before_resident_blocks():
+    demand = replace(DEMAND, state_slot_bytes=12 * MIB)
+    waiting = replace(demand, waiting_state_slots=9)
+    limits = Limits(make_plan(demand, Limits(1 << 40), Wishes(resident_blocks=0)).host_peak_bytes + 9 * 12 * MIB)
+    few, many = make_plan(demand, limits), make_plan(waiting, limits)
+    assert (few.state_slots, len(few.host_resident)) == (12, 5)
+    assert (many.state_slots, len(many.host_resident)) == (21, 0)
+    assert many.host_slab_bytes - many.host_block_slots * many.block_slot_bytes - many.head_slots * many.head_slot_bytes == (
+        21 * 12 * MIB
+    )
+    assert many.host_peak_bytes <= limits.host_bytes

@@ -179,7 +179,7 @@ def stepped(
     """The new fp32 theta; m and v are changed."""
     beta1, beta2 = rule.betas
     theta = theta * (1 - RATE * rule.weight_decay)
-    if rule.name == "adamw":
+    if rule.name in ("adamw", "lamb"):
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         root = v.double().sqrt().float()
@@ -192,6 +192,8 @@ def stepped(
     if rule.name == "sgd":
         m.mul_(rule.momentum).add_(g)
         return theta.add_(m, alpha=-RATE)
+    if rule.name == "adafactor":
+        return theta.add_(g, alpha=-RATE)
     return theta.add_(g.sign(), alpha=-RATE)
 
 
