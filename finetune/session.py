@@ -395,7 +395,8 @@ class Session:
         waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
         if trained is not None:
             state_slot_bytes = largest_piece_bytes(self.config, trained)
-            if self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
+            all_blocks = store_size(self.config, trained).trained_share == 1
+            if all_blocks and self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
                 waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
             edge_bytes *= 3  # the image of what is stored, and gradients
             head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])

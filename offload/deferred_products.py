@@ -6,9 +6,9 @@ layers are called, and give tensors without values.
 
 [Note: deferred products]
 `Needless` learns at a block's first recomputation which linear layers reach the block's outputs through sums and views alone,
-and from then on defers their products. A deferred tensor is computed the moment anything but a sum, a view or a multiplication
-by a number asks for it, so results never depend on what was learnt; a layer whose product was asked for is not deferred again.
-A block that asks after it has overwritten what the product was of runs once more, with nothing deferred.
+and from then on defers their products. A deferred tensor is computed the moment anything but a sum, a view, a conversion or a
+multiplication by a number asks for it, so results never depend on what was learnt; a layer whose product was asked for is
+not deferred again. A block that asks after it has overwritten what the product was of runs once more, with nothing deferred.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Overwritten(RuntimeError):
 
 
 class Deferred(torch.Tensor):
-    """A contiguous tensor that is computed when it is used, from `operands`; the first gives its dtype and device."""
+    """A contiguous tensor that is computed when it is used, from `operands`, of which the first gives its device."""
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
+        cls, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
     ) -> Deferred:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=operands[0].dtype, device=operands[0].device)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=operands[0].device)
 
     def __init__(
-        self, shape: tuple[int, ...], compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
+        self, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], torch.Tensor], operands: Sequence[torch.Tensor]
     ) -> None:
         self._compute: Callable[[], torch.Tensor] | None = compute
         self._operands = [(operand, operand._version) for operand in operands]
@@ -60,28 +60,31 @@ class Deferred(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        shape = _shape_of_sum_or_view(func, args, kwargs)
-        if shape is not None:
+        result = _sum_or_view(func, args, kwargs)
+        if result is not None:
             operands = [value for value in args if isinstance(value, torch.Tensor)]
-            return Deferred(shape, lambda: func(*_values(args)), operands)
+            return Deferred(*result, lambda: func(*_values(args), **kwargs), operands)
         return func(*_values(args), **_values(kwargs))
 
 
-def _shape_of_sum_or_view(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Of the result, where it can stay without values."""
+def _sum_or_view(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and dtype of the result, where it can stay without values."""
+    first = args[0]
+    if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
+        return first.shape, kwargs["dtype"]
     if kwargs:
         return None
-    first = args[0]
     if func in (aten.view.default, aten._unsafe_view.default):
-        return torch.empty(first.shape, device="meta").view(args[1]).shape
+        return torch.empty(first.shape, device="meta").view(args[1]).shape, first.dtype
     if func is aten.detach.default:
-        return first.shape
+        return first.shape, first.dtype
     if func is aten.mul.Tensor and isinstance(args[1], (int, float)):
-        return first.shape
+        return first.shape, first.dtype  # floating point, which a number of Python's does not change
     if func is aten.add.Tensor and all(isinstance(value, torch.Tensor) for value in args):
         other = args[1]
-        alike = first.shape == other.shape and first.dtype == other.dtype and first.device == other.device
-        return first.shape if alike and first.is_contiguous() and other.is_contiguous() else None
+        alike = first.shape == other.shape and first.device == other.device
+        if alike and first.is_contiguous() and other.is_contiguous():
+            return first.shape, torch.promote_types(first.dtype, other.dtype)
     return None
 
 
@@ -124,7 +127,7 @@ class DeferProducts(TorchDispatchMode):
             asked()
             return compute()
 
-        return Deferred(shape, computed, operands)
+        return Deferred(shape, operands[0].dtype, computed, operands)
 
 
 class Needless:

@@ -65,6 +65,23 @@ class Adapted(Mlp):
         return x + (self.down(inner) + self.b(self.a(inner)) * 0.5)
 
 
+class AdaptedInFp32(Mlp):
+    """As PEFT computes it beside a base in 16 bits."""
+
+    needless = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(INNER, 3, bias=False), nn.Linear(3, WIDTH, bias=False)
+
+    def forward(self, x):
+        inner, base = self.inner(x), self.down.weight.dtype
+        self.a.float(), self.b.float()
+        y = self.down(inner)
+        y = y + self.b(self.a(inner.float())) * 0.5
+        return x + y.to(base)
+
+
 class NormalisedAfter(Mlp):
     """The last product goes into a norm, whose backward needs it."""
 
@@ -138,7 +155,11 @@ def gradients(block, x, grads, needless=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind", [Mlp, WithBias, Adapted, NormalisedAfter, UsedTwice, ReadWithoutGradient, WritesInPlace, OverwritesProduct]
+    "kind",
+    [
+        Mlp, WithBias, Adapted, AdaptedInFp32, NormalisedAfter, UsedTwice, ReadWithoutGradient, WritesInPlace,
+        OverwritesProduct,
+    ],  # fmt: skip
 )
 def test_gradients_are_those_of_plain_autograd(kind, dtype):
     torch.manual_seed(1)
