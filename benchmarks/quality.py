@@ -89,7 +89,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
         row["steps"] = len(steps)
         row["seconds a step"] = round(statistics.median(step["seconds"] for step in steps), 2)
         row["peak MiB"] = steps[-1]["host_peak_bytes"] >> 20
-        row["training loss, last tenth"] = round(statistics.mean(s["loss"] for s in steps[-(len(steps) + 9) // 10 :]), 4)
+        row["training loss, last tenth"] = round(statistics.mean(s["loss"] for s in steps[-((len(steps) + 9) // 10) :]), 4)
         if (output / "adapter").exists():
             model += ["--adapter", str(output / "adapter")]
         else:

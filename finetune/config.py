@@ -242,8 +242,8 @@ class ZerothOrderOptions(_Section):
     clip_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
     """Projected gradients are clipped to this quantile of the last hundred."""
     fold_steps: Count | None = None
-    """Steps that are summed before they are rounded into the weights; None: 32 with rademacher noise, 8 with gaussian,
-    50 with low_rank, which keeps one V so long."""
+    """Steps that are summed before they are rounded into the weights; None: as many as have 32 noises (rademacher; 8 gaussian)
+    together, those that momentum looks back on among them; 50 with low_rank, which keeps one V so long."""
     rounding: Literal["exact", "nearest", "stochastic"] = "exact"
     """How a sum goes into weights stored in 16 bits: exact keeps fp32 weights on disk. MeZO: nearest with fold_steps 1."""
 
@@ -263,7 +263,10 @@ class ZerothOrderOptions(_Section):
 
     @property
     def group_steps(self) -> int:
-        return self.fold_steps or {"rademacher": 32, "gaussian": 8, "low_rank": 50}[self.noise]
+        if self.fold_steps is not None or self.noise == "low_rank":
+            return self.fold_steps or 50
+        noises = self.perturbations * (self.momentum_window if self.momentum else 1)
+        return max(1, {"rademacher": 32, "gaussian": 8}[self.noise] // noises)
 
     @property
     def noise_rank(self) -> int:
@@ -284,7 +287,8 @@ class OptimizerOptions(_Section):
     momentum: Share = 0.9
     """Of sgd."""
     state: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """How moments of the others are kept: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al. 2022)."""
+    """How moments are kept, of all but adafactor: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al.
+    2022)."""
     master: Literal["float32", "none"] = "float32"
     """Of bf16 weights: float32 keeps 16 more bits beside each; none rounds every update stochastically."""
     clipping: Literal["previous", "exact"] = "previous"
@@ -389,6 +393,10 @@ class Config(_Section):
         if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
             raise ValueError(
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
+            )
+        if self.method == "frugal" and self.selection.keep_state:
+            raise ValueError(
+                "expected selection.keep_state off with frugal, whose blocks lose their state when they take signs, found it on"
             )
         if self.train and not self.trains_weights:
             raise ValueError(f"expected train only with methods that train the model's own weights, found {self.method}")

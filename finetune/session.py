@@ -398,17 +398,23 @@ class Session:
             all_blocks = store_size(self.config, trained).trained_share == 1
             if all_blocks and self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
                 waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
-            edge_bytes *= 3  # the image of what is stored, and gradients
+            shares = self.device.shares_host_memory
+            host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it
+            edge_bytes += host_edge_bytes if shares else edge_bytes
             head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
             temporaries, waiting = training_temporaries(
                 self.config, parts, trained, visit.peak_bytes, loss_bytes, lanes
             )
-            step += waiting
-            if not self.device.shares_host_memory:
+            rows_bytes = sum(
+                min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
+                for _, _, source in parts.embeddings
+            )
+            step += 2 * rows_bytes  # gradients of the rows, and what one micro-batch adds to them
+            if shares:
+                step += waiting
+            else:
                 update_image_bytes = max(*block_bytes, head_chunk_bytes)
-                update_gradients_bytes = update_host_bytes(trained, itemsize)
-            for _, _, source in parts.embeddings:  # gradients of the rows, and what one micro-batch adds to them
-                step += 2 * min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
+                update_gradients_bytes = update_host_bytes(trained, itemsize) + host_edge_bytes + rows_bytes
         demand = Demand(
             block_bytes=tuple(block_bytes),
             head_chunk_bytes=head_chunk_bytes,

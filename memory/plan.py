@@ -1,7 +1,8 @@
 """The plan: what lives where, how many slots, what it will cost. Made before any weight is read; refused if it cannot hold.
 
 Priorities, in this order, each only if it fits: the run at all (one slot, block inputs on disk); the next block read while
-one computes (lookahead 1); all block inputs in memory; a deeper lookahead; blocks resident, as many as there is room for.
+one computes (lookahead 1); more buffers for the state of an optimizer; all block inputs in memory; a deeper lookahead; where
+compute takes longer than the disk, buffers for all of a block's state; blocks resident, as many as there is room for.
 """
 
 from __future__ import annotations

@@ -28,21 +28,23 @@ TEMPORARY_BYTES = 6 * 4 * CHUNK_ELEMENTS
 
 def factor_bytes(unit: UpdateUnit) -> int:
     """Of the factors of all its trained parameters."""
-    return round_up(sum(4 * (rows + columns) for rows, columns in _sizes(unit).values()))
+    return round_up(sum(4 * (rows + columns + 1) for rows, columns in _sizes(unit).values()))
 
 
-def factor_views(unit: UpdateUnit, memory: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """memory: uint8 [factor_bytes]. Local name -> (rows fp32 [matrices, n], columns fp32 [matrices, m]); of one dimension:
-    ([1, n], [1, 0])."""
+def factor_views(unit: UpdateUnit, memory: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """memory: uint8 [factor_bytes]. Local name -> (rows fp32 [matrices, n], columns fp32 [matrices, m], count of gradients fp32
+    [1]); of one dimension rows are [1, n] and columns [1, 0]."""
     values, start, views = memory.view(torch.float32), 0, {}
     for name, (rows, columns) in _sizes(unit).items():
         matrices = prod(unit.layout.views[name].shape[:-2])
         middle = start + rows
+        end = middle + columns
         views[name] = (
             values[start:middle].view(matrices, -1),
-            values[middle : middle + columns].view(matrices, columns // matrices),
+            values[middle:end].view(matrices, columns // matrices),
+            values[end : end + 1],
         )
-        start = middle + columns
+        start = end + 1
     return views
 
 
@@ -97,10 +99,11 @@ class Direction:
 
 
 def observe(
-    gradient: torch.Tensor, gradient_scale: float, rows: torch.Tensor, columns: torch.Tensor, step: int
+    gradient: torch.Tensor, gradient_scale: float, rows: torch.Tensor, columns: torch.Tensor, count: torch.Tensor
 ) -> Direction:
-    """Takes a gradient, contiguous, fp32 or bf16, into the factors of `factor_views`, in place. step: from 1."""
-    weight = step**DECAY
+    """Takes a gradient, contiguous, fp32 or bf16, into the factors of `factor_views`, in place."""
+    count += 1
+    weight = float(count) ** DECAY
     matrices, width = columns.shape
     if not width:
         squares = scaled(gradient.view(1, -1), gradient_scale).square_().add_(EPSILON)

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from offload.deferred_products import DeferProducts
+from offload.deferred_products import DeferProducts, values
 
 LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
 STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache
@@ -32,7 +32,7 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
-        rows = x.reshape(-1, x.shape[-1])
+        rows = values(x).reshape(-1, x.shape[-1])
         product = partial(_product, rows, stored, bias)
         deferring = DeferProducts.entered
         y = deferring.defer((rows.shape[0], stored.shape[0]), product, [rows]) if deferring else product()

@@ -63,8 +63,8 @@ class Deferred(torch.Tensor):
         result = _sum_or_view(func, args, kwargs)
         if result is not None:
             operands = [value for value in args if isinstance(value, torch.Tensor)]
-            return Deferred(*result, lambda: func(*_values(args), **kwargs), operands)
-        return func(*_values(args), **_values(kwargs))
+            return Deferred(*result, lambda: func(*values(args), **kwargs), operands)
+        return func(*values(args), **values(kwargs))
 
 
 def _sum_or_view(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype] | None:
@@ -88,7 +88,7 @@ def _sum_or_view(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[
     return None
 
 
-def _values(tree: Any) -> Any:
+def values(tree: Any) -> Any:
     """`tree` with values in place of what is deferred."""
     return torch.utils._pytree.tree_map(lambda leaf: leaf.value() if isinstance(leaf, Deferred) else leaf, tree)
 
@@ -114,6 +114,7 @@ class DeferProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in (aten.mm.default, aten.addmm.default) and not kwargs:
+            args = values(args)  # of a product of products autograd would keep tensors without values
             rows, columns = args[-2:]
             return self.defer((rows.shape[0], columns.shape[1]), lambda: func(*args), [rows, columns])
         return func(*args, **kwargs)
@@ -186,9 +187,9 @@ class Needless:
             if layer in self._layers:
                 self._layers.remove(layer)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             with DeferProducts(asked):
-                return plain(x)
+                return plain(*args, **kwargs)
 
         layer.forward = forward
         try:

@@ -140,6 +140,8 @@ class OptimizerStream:
         gradients: local name -> contiguous gradient, fp32 or bf16. step: of the run, from 1; it seeds stochastic rounding.
         """
         indices = [index for index in request.piece_indices() if _segments(request, index, gradients)]
+        if not indices:
+            return Sums(0.0, 0.0)
         directions: Mapping[str, Direction] = {}
         ratios: TrustRatios | None = None
         if request.rule.name == "adafactor":
@@ -175,7 +177,7 @@ class OptimizerStream:
         fetched = self._take(request, FACTORS)
         _, state, updates = self._checked(request, FACTORS, fetched)
         directions = {
-            name: observe(gradients[name], grad_scale, *factors, updates + 1)
+            name: observe(gradients[name], grad_scale, *factors)
             for name, factors in factor_views(request.unit, state).items()
             if name in request.trained and name in gradients
         }

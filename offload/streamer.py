@@ -193,10 +193,15 @@ class HostTier(Tier):
         self._files: dict[Any, int] = {}
         self.move_to(layouts)
 
-    def replace(self, block: int, image: torch.Tensor) -> None:
-        """The block is what `image` holds from now on; a slot that has it gets the new bytes."""
+    def settle(self, block: int) -> None:
+        """Waits for a fetch of the block that is under way: it may have been fetched ahead for a tier that has it already."""
         if self._states[block] is State.FETCHING:
-            raise RuntimeError(f"block {block} was fetched before its update was done")
+            self._arrive(block)
+
+    def replace(self, block: int, image: torch.Tensor) -> None:
+        """The block is what `image` holds from now on; a slot that has it gets the new bytes. It must not be on its way."""
+        if self._states[block] is State.FETCHING:
+            raise RuntimeError(f"block {block} is fetched while it is updated")
         if self._states[block] is not State.AWAY:
             size = self.block_bytes[block]
             self._leases[block].buffer[:size].copy_(image[:size])
@@ -266,7 +271,9 @@ class DeviceTier(Tier):
         self._host.move_to(layouts)
 
     def image(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
-        """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far."""
+        """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far; it is then on no
+        way from the disk, and `replace` may follow."""
+        self._host.settle(block)
         size = self._host.block_bytes[block]
         source, after = self._leases[block].buffer[:size], self._device.record()
         self._device.synchronize(self._device.copy_async(buffer[:size], source, Direction.D2H, after=after))

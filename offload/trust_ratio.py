@@ -30,7 +30,7 @@ class TrustRatios:
         """A run of elements of parameter `name`, all [count]: weights fp32, gradient fp32 or bf16, state fp32 or bf16."""
         (beta1, beta2), rule = self._rule.betas, self._rule
         g = scaled(gradient, gradient_scale)
-        update = first.float().lerp_(g, 1 - beta1).div_(1 - beta1**step)
+        update = torch.lerp(first.float(), g, 1 - beta1).div_(1 - beta1**step)
         second = (second.float() * beta2).addcmul_(g, g, value=1 - beta2).div_(1 - beta2**step).sqrt_().add_(rule.eps)
         update.div_(second).add_(weights, alpha=rule.weight_decay)
         squares = self._squares[name]

@@ -40,7 +40,7 @@ FORMAT = 1
 GROWTH_BYTES = 256 << 20  # the data file grows by at most so much at a time
 
 Key = tuple[str, int]
-"""(name of the unit, index of the piece)"""
+"""(name of the unit, index of the piece; -1 is state that belongs to no piece, see `offload.optimizer_stream.FACTORS`)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
     factors = factor_views(unit, torch.zeros(factor_bytes(unit), dtype=torch.uint8))
-    assert sum(r.numel() + c.numel() for r, c in factors.values()) == 37 + 51 + 51 + 64 + 3 * 28
+    assert sum(r.numel() + c.numel() for r, c, _ in factors.values()) == 37 + 51 + 51 + 64 + 3 * 28
     for name, shape in zip(unit.fqns, SHAPES, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(shape))
         optimizer = Adafactor([parameter], lr=1.0, scale_parameter=False, relative_step=False)
@@ -41,7 +41,8 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
             parameter.grad = (gradient * scale if scale != 1 else gradient).float()
             optimizer.step()
             expected = (before - parameter.detach()).view(-1)
-            direction = observe(gradient, scale, *factors[name], step)
+            direction = observe(gradient, scale, *factors[name])
+            assert factors[name][2].item() == step
             cuts = [0, *sorted(torch.randint(0, gradient.numel() + 1, (3,)).tolist()), gradient.numel()]
             found = torch.cat([direction.of(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)])
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6 * float(expected.abs().max()))
@@ -50,5 +51,5 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
 def test_a_gradient_of_zeros_moves_nothing():
     unit = unit_of([(4, 6)])
     factors = factor_views(unit, torch.zeros(factor_bytes(unit), dtype=torch.uint8))["p0"]
-    direction = observe(torch.zeros(4, 6), 1.0, *factors, 1)
+    direction = observe(torch.zeros(4, 6), 1.0, *factors)
     assert direction.of(3, 9).equal(torch.zeros(9))

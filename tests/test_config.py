@@ -274,3 +274,19 @@ def test_tiny_preset_needs_nothing_more() -> None:
     config = Config.load("tiny-cpu")
     assert Path(config.data).is_file() and Path(config.eval_data).is_file()
     assert config.data != config.eval_data
+
+
+@pytest.mark.parametrize(
+    ("zo", "steps"),
+    [
+        ({}, 32),
+        ({"noise": "gaussian"}, 8),
+        ({"noise": "low_rank", "perturbations": 4}, 50),
+        ({"perturbations": 7}, 4),
+        ({"perturbations": 40}, 1),
+        ({"momentum": 0.9, "momentum_window": 5, "perturbations": 2}, 3),
+        ({"fold_steps": 9, "perturbations": 7}, 9),
+    ],
+)
+def test_the_pending_noises_of_a_group_are_bounded(zo, steps):
+    assert Config(model="m", method="zo", zo=zo).zo.group_steps == steps

@@ -123,6 +123,24 @@ class WritesInPlace(Mlp):
         return y, x * float(y.detach().sum())
 
 
+class ProductOfProduct(Mlp):
+    """The layer behind is frozen and what it was made of changes: plain autograd does not mind."""
+
+    needless = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
+        self.b = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        t = x * 2
+        y = self.a(t)
+        z = self.b(input=y)
+        t.add_(1)
+        return x + y, x + z
+
+
 class OverwritesProduct(Mlp):
     """The product itself is changed in place."""
 
@@ -150,7 +168,7 @@ def gradients(block, x, grads, needless=None):
         kinds = [type(output) for output in outputs]
         del outputs
         torch.autograd.backward(edges, grads[: len(edges)])
-    return [x.grad, *(p.grad for p in block.parameters() if p.requires_grad)], products.count, kinds
+    return [x.grad, *(p.grad for p in block.parameters() if p.grad is not None)], products.count, kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +176,7 @@ def gradients(block, x, grads, needless=None):
     "kind",
     [
         Mlp, WithBias, Adapted, AdaptedInFp32, NormalisedAfter, UsedTwice, ReadWithoutGradient, WritesInPlace,
-        OverwritesProduct,
+        ProductOfProduct, OverwritesProduct,
     ],  # fmt: skip
 )
 def test_gradients_are_those_of_plain_autograd(kind, dtype):

@@ -16,6 +16,8 @@ from tiny_models import make_config, plain_batches, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
+import finetune.session
+import memory.plan
 import offload.adafactor
 import offload.trained_model
 import offload.update_units
@@ -251,6 +253,24 @@ def test_updates_beside_an_accelerator(name, engine, clipping, checkpoint, token
     training = {"micro_batch_size": 5} if name == "gemma2" else {}
     config = weights_config(
         checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", engine={"dtype": "bfloat16", **engine},
+        device="simulated", optimizer={"clipping": clipping}, training=training,
+    )  # fmt: skip
+    assert_same(streamed(config, tmp_path / "model"), reference(config))
+
+
+@pytest.mark.parametrize("clipping", ["previous", "exact"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
+    """The host fetches such a block ahead at first, for a visit that does not ask for it."""
+
+    def make_plan(demand, limits, wishes):
+        plan = memory.plan.make_plan(demand, limits, wishes)
+        return memory.plan._with_slots(plan, demand, 1, 0, max(1, len(demand.block_bytes) - 2))
+
+    monkeypatch.setattr(finetune.session, "make_plan", make_plan)
+    training = {"micro_batch_size": 5} if name == "gemma2" else {}
+    config = weights_config(
+        checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", engine={"dtype": "bfloat16", **SLOW_LINK},
         device="simulated", optimizer={"clipping": clipping}, training=training,
     )  # fmt: skip
     assert_same(streamed(config, tmp_path / "model"), reference(config))
