@@ -11,7 +11,7 @@ The state of a matrix is n + m numbers: nothing of it is worth streaming, and an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -121,7 +121,7 @@ def observe(
         columns.mul_(1 - weight).add_(column_sums.div_(height).float(), alpha=weight)
         row_factors = (rows / rows.mean(dim=-1, keepdim=True)).rsqrt_().view(-1)
         direction = Direction(gradient, gradient_scale, row_factors, columns.rsqrt(), 1.0)
-    return Direction(direction.gradient, gradient_scale, direction.rows, direction.columns, max(1.0, direction.rms()))
+    return replace(direction, divisor=max(1.0, direction.rms()))
 
 
 def scaled(gradient: torch.Tensor, scale: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ from offload.update_rules import Rule
 
 
 class TrustRatios:
-    """step: from 1, which the bias correction of this update counts."""
+    """Parameter -> ratio, once all its runs of elements were added."""
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
@@ -27,7 +27,10 @@ class TrustRatios:
         self, name: str, weights: torch.Tensor, gradient: torch.Tensor, gradient_scale: float,
         first: torch.Tensor, second: torch.Tensor, step: int,
     ) -> None:  # fmt: skip
-        """A run of elements of parameter `name`, all [count]: weights fp32, gradient fp32 or bf16, state fp32 or bf16."""
+        """A run of elements of parameter `name`, all [count]: weights fp32, gradient fp32 or bf16, state fp32 or bf16.
+
+        step: from 1, of this update, for the bias correction.
+        """
         (beta1, beta2), rule = self._rule.betas, self._rule
         g = scaled(gradient, gradient_scale)
         update = torch.lerp(first.float(), g, 1 - beta1).div_(1 - beta1**step)

@@ -65,14 +65,8 @@ class Adapted(Mlp):
         return x + (self.down(inner) + self.b(self.a(inner)) * 0.5)
 
 
-class AdaptedInFp32(Mlp):
+class AdaptedInFp32(Adapted):
     """As PEFT computes it beside a base in 16 bits."""
-
-    needless = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(INNER, 3, bias=False), nn.Linear(3, WIDTH, bias=False)
 
     def forward(self, x):
         inner, base = self.inner(x), self.down.weight.dtype
