@@ -33,6 +33,7 @@ from memory.meter import host_bytes
 from memory.plan import Demand, Limits, Plan, Wishes, make_plan
 from memory.simulator import StepTime, simulate_step
 from memory.units import available_host_bytes, format_bytes, parse_bytes
+from offload.block_store import aligned_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
@@ -391,6 +392,9 @@ class Session:
             if self.folds and self.config.zo.rounding == "exact":
                 block_bytes = [folded_bytes(layout) for layout in parts.layouts]
                 head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
+        if not self.device.shares_host_memory:
+            block_bytes = [max(pair) for pair in zip(block_bytes, map(aligned_bytes, parts.layouts), strict=True)]
+            head_chunk_bytes = max([head_chunk_bytes, *(aligned_bytes(x) for x in (head.layouts if head else ()))])
         state_slot_bytes, temporaries = 0, max(visit.peak_bytes, loss_bytes)
         waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
         if trained is not None:

@@ -27,6 +27,8 @@ from memory.checkpoint import DTYPE_BITS, Checkpoint, CheckpointError, TensorEnt
 from offload.weight_conversion import Extent, PlacementTensor, extents_of, run_converter
 
 PAGE_BYTES = 4096
+ALIGNMENT = 16
+"""Bytes, of every tensor on an accelerator: its fastest products want that of their operands."""
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -320,8 +322,8 @@ def _best_residue(source: Source) -> int:
     return weights.most_common(1)[0][0]
 
 
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+def _round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
+    return -(-num_bytes // multiple) * multiple
 
 
 def bind_views(slot: Tensor, layout: BlockLayout) -> dict[str, Tensor]:
@@ -330,11 +332,54 @@ def bind_views(slot: Tensor, layout: BlockLayout) -> dict[str, Tensor]:
         raise ValueError(
             f"slot is {slot.dtype} {list(slot.shape)}, expected torch.uint8 of at least [{layout.num_bytes}]"
         )
+    return view_slot(slot, layout.views)
+
+
+def view_slot(slot: Tensor, views: Mapping[str, View]) -> dict[str, Tensor]:
     tensors = {}
-    for name, view in layout.views.items():
+    for name, view in views.items():
         num_bytes = prod(view.shape) * view.dtype.itemsize
         tensors[name] = slot[view.slot_offset : view.slot_offset + num_bytes].view(view.dtype).view(view.shape)
     return tensors
+
+
+class Copy(NamedTuple):
+    """`num_bytes` bytes of a slot, and where they go in the aligned one."""
+
+    slot_offset: int
+    aligned_offset: int
+    num_bytes: int
+
+
+def align_views(layout: BlockLayout) -> tuple[dict[str, View], tuple[Copy, ...]]:
+    """The views of `layout` with every tensor at a multiple of `ALIGNMENT`, and the copies that fill such a slot.
+
+    Files put tensors at any multiple of 8 bytes. Neighbours that one shift aligns are one copy, in most files all of a block.
+    """
+    spans = sorted({(view.slot_offset, prod(view.shape) * view.dtype.itemsize) for view in layout.views.values()})
+    copies: list[Copy] = []
+    moved = {}
+    for start, num_bytes in spans:
+        if not num_bytes:
+            moved[start] = 0
+            continue
+        if copies:
+            last = copies[-1]
+            shift, gap = last.aligned_offset - last.slot_offset, start - last.slot_offset - last.num_bytes
+            if (start + shift) % ALIGNMENT == 0 and gap < PAGE_BYTES:
+                copies[-1] = last._replace(num_bytes=max(last.num_bytes, start + num_bytes - last.slot_offset))
+                moved[start] = start + shift
+                continue
+        end = copies[-1].aligned_offset + copies[-1].num_bytes if copies else 0
+        moved[start] = _round_up(end, ALIGNMENT)
+        copies.append(Copy(start, moved[start], num_bytes))
+    return {name: view._replace(slot_offset=moved[view.slot_offset]) for name, view in layout.views.items()}, tuple(copies)
+
+
+def aligned_bytes(layout: BlockLayout) -> int:
+    """What an aligned slot needs for `layout`, in whole pages."""
+    copies = align_views(layout)[1]
+    return _round_up(copies[-1].aligned_offset + copies[-1].num_bytes) if copies else 0
 
 
 def plan_rows(source: Source, row_ids: Iterable[int] | Tensor) -> list[Extent]:

@@ -257,7 +257,6 @@ class PerturbedBlocks:
 
     def move_to(self, parts: ModelParts) -> None:
         """From now on slots are filled as `parts` says; what is perturbed stays the same."""
-        self._layouts = parts.layouts
         self._variant_layouts = [
             variant_layout(layout, binding.dtypes)
             for layout, binding in zip(parts.layouts, parts.bindings, strict=True)
@@ -271,7 +270,8 @@ class PerturbedBlocks:
         self._tier.begin(order)
 
     def acquire(self, index: int) -> None:
-        self._clean = bind_views(self._tier.acquire(index), self._layouts[index])
+        self._tier.acquire(index)
+        self._clean = self._tier.views(index)
         self._index, self._variant = index, None
         self._slots.forget()
 
@@ -319,7 +319,8 @@ class PerturbedChunks:
         self._variant_layouts = [variant_layout(layout, head.binding.dtypes) for layout in head.layouts]
 
     def acquire(self, index: int) -> None:
-        self._clean = bind_views(self._tier.acquire(index), self._head.layouts[index])
+        self._tier.acquire(index)
+        self._clean = self._tier.views(index)
         self._index = index
         self._slots.forget()
 

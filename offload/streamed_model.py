@@ -18,7 +18,6 @@ from torch import nn
 from memory.plan import Plan
 from memory.slab import Slab, SlotPool
 from offload.activations import Activations, SpillingActivations
-from offload.block_store import bind_views
 from offload.devices import Device
 from offload.embedding import RowsOnDemand
 from offload.engine import Engine, Weights
@@ -232,8 +231,8 @@ class BlockWeights:
         """Nothing to change."""
 
     def acquire(self, index: int) -> None:
-        slot = self._tier.acquire(index)
-        self._parts.bindings[index].bind(bind_views(slot, self._parts.layouts[index]))
+        self._tier.acquire(index)
+        self._parts.bindings[index].bind(self._tier.views(index))
 
     def release(self, index: int) -> None:
         self._parts.bindings[index].unbind()
@@ -253,7 +252,8 @@ class Chunks:
         self._chunk: HeadChunk | None = None
 
     def acquire(self, index: int) -> None:
-        views = bind_views(self._tier.acquire(index), self._head.layouts[index])
+        self._tier.acquire(index)
+        views = self._tier.views(index)
         if len(self._head.layouts) == 1:
             self._head.binding.bind(views)
             self._chunk = HeadChunk(0, self._head.module.weight, self._head.module.bias)

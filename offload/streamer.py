@@ -20,8 +20,8 @@ import torch
 from memory.errors import UserError
 from memory.fetch_policy import next_fetch, victim
 from memory.slab import Lease, SlotPool
-from offload.block_store import BlockLayout, Read
-from offload.devices import Device, Direction, Event
+from offload.block_store import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
+from offload.devices import COMPLETED, Device, Direction, Event
 
 
 class State(Enum):
@@ -75,6 +75,10 @@ class Tier:
     def slot(self, block: int) -> torch.Tensor:
         """The bytes of a block that is acquired."""
         return self._leases[block].buffer
+
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        """The tensors of a block that is acquired, by local name; they lie in its slot."""
+        raise NotImplementedError
 
     def release(self, block: int) -> None:
         self._change(block, State.IN_USE, State.READY)
@@ -193,6 +197,9 @@ class HostTier(Tier):
         self._files: dict[Any, int] = {}
         self.move_to(layouts)
 
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        return bind_views(self.slot(block), self.layouts[block])
+
     def settle(self, block: int) -> None:
         """Waits for a fetch of the block that is under way: it may have been fetched ahead for a tier that has it already."""
         if self._states[block] is State.FETCHING:
@@ -203,7 +210,7 @@ class HostTier(Tier):
         if self._states[block] is State.FETCHING:
             raise RuntimeError(f"block {block} is fetched while it is updated")
         if self._states[block] is not State.AWAY:
-            size = self.block_bytes[block]
+            size = self.layouts[block].num_bytes
             self._leases[block].buffer[:size].copy_(image[:size])
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
@@ -211,7 +218,7 @@ class HostTier(Tier):
         for file in self._files.values():
             self._io.close_file(file)
         self._files = {}
-        self.block_bytes = [layout.num_bytes for layout in layouts]
+        self.layouts = list(layouts)
         self._reads = [[] for _ in layouts]
         for block, layout in enumerate(layouts):
             self.read_from(block, layout.reads)
@@ -245,17 +252,22 @@ class HostTier(Tier):
 
 
 class DeviceTier(Tier):
-    """Host slots to device slots. Drives the host tier; a host slot is held until the copy out of it is done."""
+    """Host slots to device slots, where tensors are aligned. Drives the host tier; a host slot is held until the copy out of it
+    is done."""
 
     def __init__(
         self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int
     ) -> None:
-        super().__init__(len(host.block_bytes), pool, resident, lookahead)
+        super().__init__(len(host.layouts), pool, resident, lookahead)
         self._host = host
         self._device = device
         self._copies: dict[int, Event] = {}  # block -> its copy, until compute waits for it
         self._host_held: dict[int, Event] = {}  # block -> the copy that still reads its host slot, oldest first
         self._last_use: dict[int, Event] = {}  # slot index -> the compute that still reads its old bytes
+        self._align()
+
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        return view_slot(self.slot(block), self._views[block])
 
     def begin(self, order: Sequence[int]) -> None:
         # A block that stays on the device is not asked of the host again.
@@ -269,22 +281,18 @@ class DeviceTier(Tier):
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
         self._host.move_to(layouts)
+        self._align()
 
     def image(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
         """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far; it is then on no
         way from the disk, and `replace` may follow."""
         self._host.settle(block)
-        size = self._host.block_bytes[block]
-        source, after = self._leases[block].buffer[:size], self._device.record()
-        self._device.synchronize(self._device.copy_async(buffer[:size], source, Direction.D2H, after=after))
+        self._device.synchronize(self._copy(block, self.slot(block), buffer, Direction.D2H, self._device.record()))
         return buffer
 
     def replace(self, block: int, image: torch.Tensor) -> None:
         """An acquired block is what `image`, in host memory, holds from now on, here and in the host tier."""
-        size = self._host.block_bytes[block]
-        event = self._device.copy_async(
-            self._leases[block].buffer[:size], image[:size], Direction.H2D, after=self._device.record()
-        )
+        event = self._copy(block, self.slot(block), image, Direction.H2D, self._device.record())
         self._device.wait(event)
         self._device.synchronize(event)  # `image` is written again soon
         self._host.replace(block, image)
@@ -309,18 +317,35 @@ class DeviceTier(Tier):
     def _start(self, block: int, lease: Lease) -> None:
         self._free_host_slots(keep=self._host.lookahead)
         source = self._host.acquire(block)
-        size = self._host.block_bytes[block]
-        event = self._device.copy_async(
-            lease.buffer[:size], source[:size], Direction.H2D, after=self._last_use.pop(lease.index, None)
-        )
+        event = self._copy(block, lease.buffer, source, Direction.H2D, self._last_use.pop(lease.index, None))
         self._copies[block] = self._host_held[block] = event
+
+    def _align(self) -> None:
+        self._views: list[dict[str, View]] = []
+        self._spans: list[tuple[Copy, ...]] = []
+        for layout in self._host.layouts:
+            views, spans = align_views(layout)
+            self._views.append(views)
+            self._spans.append(spans)
+
+    def _copy(
+        self, block: int, slot: torch.Tensor, host: torch.Tensor, direction: Direction, after: Event | None
+    ) -> Event:
+        """Between a slot of this tier and one as the host tier has them; the event covers all of it."""
+        event: Event = COMPLETED
+        for host_offset, offset, num_bytes in self._spans[block]:
+            there, here = slot[offset : offset + num_bytes], host[host_offset : host_offset + num_bytes]
+            target, source = (there, here) if direction is Direction.H2D else (here, there)
+            event = self._device.copy_async(target, source, direction, after=after)
+        return event
 
     def _arrived(self, block: int) -> bool:
         return self._copies[block].query()
 
     def _finish(self, block: int) -> None:
         self._device.wait(self._copies[block])
-        self._device.check_readable(self._leases[block].buffer[: self._host.block_bytes[block]])
+        for _, offset, num_bytes in self._spans[block]:
+            self._device.check_readable(self.slot(block)[offset : offset + num_bytes])
         del self._copies[block]
 
     def _leave(self, block: int) -> None:

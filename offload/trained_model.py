@@ -397,8 +397,8 @@ class TrainedBlocks(BlockWeights):
 
     def acquire(self, index: int) -> None:
         names = self._model.trained_names(self._model.trained.blocks[index])
-        views = bind_views(self._tier.acquire(index), self._parts.layouts[index])
-        self._parts.bindings[index].bind(views, names)
+        self._tier.acquire(index)
+        self._parts.bindings[index].bind(self._tier.views(index), names)
 
     def release(self, index: int) -> None:
         binding = self._parts.bindings[index]
@@ -423,7 +423,7 @@ class TrainedChunks(Chunks):
     def acquire(self, index: int) -> None:
         super().acquire(index)
         if len(self._head.layouts) == 1:
-            self._head.binding.bind(bind_views(self._tier.slot(index), self._head.layouts[0]), self._names(0))
+            self._head.binding.bind(self._tier.views(index), self._names(0))
 
     def add_gradients(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         gradients = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}

@@ -1,5 +1,8 @@
-"""Before anything imports Triton: its kernels are interpreted here, there is no device for them."""
+"""Before anything imports Triton: its kernels are interpreted where there is no device for them."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+if not torch.accelerator.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

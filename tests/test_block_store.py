@@ -16,7 +16,17 @@ from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 
 from memory.checkpoint import CheckpointError, TensorEntry, read_checkpoint
-from offload.block_store import PAGE_BYTES, Source, bind_views, layout_block, map_parameters, plan_rows
+from offload.block_store import (
+    PAGE_BYTES,
+    Source,
+    align_views,
+    aligned_bytes,
+    bind_views,
+    layout_block,
+    map_parameters,
+    plan_rows,
+    view_slot,
+)
 from offload.weight_conversion import PlacementTensor, extents_of
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3}
@@ -354,7 +364,14 @@ def check_layout(sources: dict[str, Source]) -> Any:
     """Every invariant that the docstring of BlockLayout names, and the bytes."""
     layout = layout_block(sources)
     assert layout.num_bytes % PAGE_BYTES == 0
-    tensors = bind_views(fill(layout), layout)
+    slot = fill(layout)
+    tensors = bind_views(slot, layout)
+    views, copies = align_views(layout)
+    aligned = torch.zeros(aligned_bytes(layout), dtype=torch.uint8)
+    for start, target, num_bytes in copies:
+        aligned[target : target + num_bytes] = slot[start : start + num_bytes]
+    for name, tensor in view_slot(aligned, views).items():
+        assert views[name].slot_offset % 16 == 0 and equal_bits(tensor, tensors[name]), name
     for name, source in sources.items():
         view = layout.views[name]
         assert view.slot_offset % source.dtype.itemsize == 0
@@ -382,6 +399,16 @@ def test_neighbours_share_a_read_at_the_files_residue(noise: Path) -> None:
         range(r.slot_offset // PAGE_BYTES, (r.slot_offset + r.num_bytes - 1) // PAGE_BYTES + 1) for r in layout.reads
     ]
     assert not set(pages[0]) & set(pages[1])
+
+
+@pytest.mark.parametrize("offset", [0, 8, 1000])
+def test_tensors_that_one_shift_aligns_are_one_copy(offset: int, noise: Path) -> None:
+    sources, place = {}, offset
+    for name, size in (("a", 160), ("b", 48), ("c", 4), ("d", 64)):
+        sources[name] = entry_source(noise, place, (size,), "BF16", 2)
+        place += size * 2
+    copies = align_views(check_layout(sources))[1]
+    assert [num_bytes for _, _, num_bytes in copies] == [2 * (160 + 48 + 4), 2 * 64]
 
 
 def test_a_gap_of_a_page_splits_a_read(noise: Path) -> None:

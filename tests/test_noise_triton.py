@@ -1,4 +1,4 @@
-"""The accelerator's noise: interpreted, the same bits as the CPU's; compiled for a GPU, no operation is fused."""
+"""The accelerator's noise: the same bits as the CPU's, interpreted where there is none; compiled, no operation is fused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from offload import noise, noise_triton  # noqa: E402
 from offload.noise import Group, Noise, Target, Update  # noqa: E402
 
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 KEY = noise.parameter_key("layers.3.mlp.weight")
 UPDATES = tuple(Update((1 << 63) + 11 * i, 1e-3 * (i + 1)) for i in range(6))
 PENDING = [
@@ -60,20 +61,21 @@ def test_the_same_bits_as_on_the_cpu(kind, dtype, count, first, pending):
         ]
 
     for second_seed in (5, 6):
-        expected, found = targets(second_seed), targets(second_seed)
+        expected = targets(second_seed)
+        found = [target._replace(tensor=target.tensor.to(DEVICE)) for target in targets(second_seed)]
         noise.move(Noise(kind), KEY, source, pending, expected, first_element=first, stored_dtype=torch.bfloat16)
-        noise_triton.move(kind, KEY, source, pending, found, first, torch.bfloat16)
+        noise_triton.move(kind, KEY, source.to(DEVICE), pending, found, first, torch.bfloat16)
         for a, b in zip(expected, found, strict=True):
-            assert a.tensor.equal(b.tensor)
+            assert a.tensor.equal(b.tensor.cpu())
 
 
 def test_in_place_and_without_noise():
     source = torch.randn(1000).half()
-    expected, found = source.clone(), source.clone()
+    expected, found = source.clone(), source.to(DEVICE, copy=True)
     groups = [Group(0.9, UPDATES[:2], "nearest")]
     noise.move(Noise("gaussian"), KEY, expected, groups, [Target(expected)], stored_dtype=torch.float16)
     noise_triton.move("gaussian", KEY, found, groups, [Target(found)], 0, torch.float16)
-    assert found.equal(expected) and not found.equal(source)
+    assert found.cpu().equal(expected) and not expected.equal(source)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

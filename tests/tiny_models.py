@@ -135,6 +135,12 @@ def streamed_run(config: Config, **options: Any) -> Run:
     return Run(losses, load_file(config.output / "adapter" / "adapter_model.safetensors"))
 
 
+def reference_device(config: Config) -> torch.device:
+    """Where the reference of that run computes: an accelerator's own kernels round differently from the CPU's."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if config.device == "auto" and accelerator is not None else torch.device("cpu")
+
+
 def load_plain(config: Config) -> Any:
     """The model with a fresh adapter, everything in memory, in training mode."""
     kind = tf.AutoModelForImageClassification if not isinstance(config.data, TokenDataset) else tf.AutoModelForCausalLM
@@ -147,7 +153,8 @@ def load_plain(config: Config) -> Any:
     torch.manual_seed(config.training.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out is set by PEFT itself for GPT-2
-        return get_peft_model(model, LoraConfig(**task, **config.lora.peft_arguments())).train()
+        model = get_peft_model(model, LoraConfig(**task, **config.lora.peft_arguments())).train()
+    return model.to(reference_device(config))
 
 
 def plain_batches(config: Config) -> list[list[dict[str, torch.Tensor]]]:
@@ -169,7 +176,8 @@ def plain_batches(config: Config) -> list[list[dict[str, torch.Tensor]]]:
             ]
         else:
             batches = [TensorRows(data).collate([i for row in rows for i in row]) for rows in plan.step(step)]
-        steps.append(batches)
+        device = reference_device(config)
+        steps.append([{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches])
     return steps
 
 
@@ -206,5 +214,5 @@ def reference_run(config: Config) -> Run:
         optimizer.zero_grad()
         losses.append(total.item())
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    adapter = {name: value.detach().clone().contiguous() for name, value in state.items()}
+    adapter = {name: value.detach().clone().contiguous().cpu() for name, value in state.items()}
     return Run(losses, adapter)

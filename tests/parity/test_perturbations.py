@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import CONFIGS, load_plain, make_config, plain_batches, token_loss
+from tiny_models import CONFIGS, load_plain, make_config, plain_batches, reference_device, token_loss
 
 import offload.model_parts
 import offload.noise
@@ -50,12 +50,13 @@ class PlainMezo:
         if config.zo.parameters == "lora":
             self.model = load_plain(config)
             named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            self.values = {n: p.detach().float().flatten() for n, p in named.items()}
+            self.values = {n: p.detach().cpu().float().flatten() for n, p in named.items()}
         else:
             kind = (
                 tf.AutoModelForCausalLM if isinstance(config.data, TokenDataset) else tf.AutoModelForImageClassification
             )
             self.model = kind.from_pretrained(config.model, dtype=getattr(torch, config.engine.dtype))
+            self.model.to(reference_device(config))
             named = dict(self.model.named_parameters())
             # The stored values, which a load in bf16 would round: in fp32 every stored dtype is exact.
             exact = kind.from_pretrained(config.model, dtype=torch.float32)
@@ -97,7 +98,7 @@ class PlainMezo:
             if coefficient:
                 z = self.noise(name, seed, theta.numel())
                 theta = theta + torch.tensor(coefficient, dtype=torch.float32) * torch.from_numpy(z)
-            parameter.data = theta.view(parameter.shape).to(parameter.dtype)
+            parameter.data = theta.view(parameter.shape).to(parameter.device, parameter.dtype)
 
     @torch.no_grad()
     def loss(self, batches: list[dict[str, torch.Tensor]]) -> float:
@@ -215,4 +216,4 @@ def test_adapters(name, targets, checkpoint, tokens, tmp_path):
     expected = get_peft_model_state_dict(plain.model, save_embedding_layers=False)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key].equal(value), key
+        assert found[key].equal(value.cpu()), key

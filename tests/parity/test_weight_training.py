@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_models import make_config, plain_batches, token_loss
+from tiny_models import make_config, plain_batches, reference_device, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 import finetune.session
 import memory.plan
 import offload.adafactor
-import offload.trained_model
 import offload.update_units
 from finetune.data import TokenDataset
 from finetune.export import export
@@ -27,6 +26,7 @@ from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import Selection
 from finetune.trainer import Trainer
 from offload.skeleton import find_blocks
+from offload.streamer import HostTier
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 
@@ -57,13 +57,14 @@ def load_whole(config: Any, directory: Any) -> Any:
 
 
 def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses, and the model's state."""
+    """Losses, and the model's state. Updates are the CPU's, wherever the model computes."""
     options = config.training
     torch.set_num_threads(config.engine.num_threads)
-    model = load_whole(config, config.model)
+    model = load_whole(config, config.model).to(reference_device(config))
     blocks = list(find_blocks(model).items())
     selection = Selection(config, len(blocks))
-    named = dict(model.named_parameters())
+    computing = dict(model.named_parameters())
+    named = {name: torch.nn.Parameter(p.detach().cpu()) for name, p in computing.items()}
     masters = {name: p.detach().float().clone() for name, p in named.items()}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     block_of = {name: i for i, (prefix, _) in enumerate(blocks) for name in named if name.startswith(f"{prefix}.")}
@@ -74,7 +75,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
         chosen = set(selection.blocks(step))
         active = [n for n in named if (block_of[n] in chosen if n in block_of else selection.ends)]
         signs = [n for n in named if config.method == "frugal" and n in block_of and block_of[n] not in chosen]
-        for name, parameter in named.items():
+        for name, parameter in computing.items():
             parameter.requires_grad_(name in active or name in signs)
         if not selection.keeps_state:
             optimizers = {name: value for name, value in optimizers.items() if name in active}
@@ -90,6 +91,8 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             loss.backward()
             total = total + loss.detach().float()
         losses.append(total.item())
+        for name, parameter in computing.items():
+            named[name].grad = None if parameter.grad is None else parameter.grad.cpu()
         trained = [p for p in named.values() if p.grad is not None]
         norm = get_total_norm([p.grad for p in trained])
         if options.max_grad_norm and config.optimizer.clipping == "exact":
@@ -122,11 +125,13 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
                 entry = squares.setdefault(block_of[name], [0.0, 0.0])
                 entry[0] += float((master - before).square().sum(dtype=torch.float64))
                 entry[1] += float(master.square().sum(dtype=torch.float64))
+        for name, parameter in computing.items():
+            parameter.data.copy_(named[name].data)
         selection.observe({i: tuple(entry) for i, entry in squares.items()})
         model.zero_grad()
         schedule.step()
         scheduler.step()
-    return losses, {name: value.detach() for name, value in model.state_dict().items()}
+    return losses, {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
 class Lamb:
@@ -185,10 +190,8 @@ def test_full(name, dtype, clipping, checkpoint, tokens, images, tmp_path, monke
     if name == "mixtral" and dtype == "float32":
         # MKL rounds a lone row's product (a token alone with its expert) otherwise where the matrix is not aligned to 16
         # bytes, as these tiny ones in their slots: blocks compute with aligned copies here.
-        aligned = offload.trained_model.bind_views
-        monkeypatch.setattr(
-            offload.trained_model, "bind_views", lambda *args: {name: x.clone() for name, x in aligned(*args).items()}
-        )
+        views = HostTier.views
+        monkeypatch.setattr(HostTier, "views", lambda *args: {name: x.clone() for name, x in views(*args).items()})
     data = images if name == "vit" else tokens
     # A weight that is used at both ends gets its gradients in another order: one micro-batch makes the sums the same.
     training = {"micro_batch_size": 5} if name in ("gemma2", "gpt2", "opt") else {}
