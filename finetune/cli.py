@@ -110,6 +110,11 @@ def _message(error: Exception) -> str:
         return f"error: {error}"
     kind = type(error).__name__
     detail = " ".join(str(error).split())
+    if kind == "OutOfMemoryError":  # torch's, which must not be imported for this
+        return (
+            f"error: the accelerator ran out of memory ({detail}). Raise --device-memory, or lower --micro-batch-size or "
+            "--sequence-length, and go on with --resume"
+        )
     return f"error: {kind}{f': {detail}' if detail else ''} (run with FINETUNE_DEBUG=1 for the traceback)"
 
 

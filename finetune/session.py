@@ -34,6 +34,7 @@ from memory.plan import Demand, Limits, Plan, Wishes, make_plan
 from memory.simulator import StepTime, simulate_step
 from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.block_store import aligned_bytes
+from offload.calibration import Rates
 from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
@@ -98,10 +99,9 @@ class PlannedRun:
     def describe(self) -> str:
         plan, parts = self.plan, self.parts
         passes = 2 if self.shape.train else 1
-        read_bytes = (
-            passes * sum(size for i, size in enumerate(self.demand.block_bytes) if i not in plan.host_resident)
-            + self.demand.head_chunks * self.demand.head_chunk_bytes
-        )
+        read_bytes = passes * sum(size for i, size in enumerate(self.demand.block_bytes) if i not in plan.host_resident)
+        if plan.head_slots < self.demand.head_chunks:
+            read_bytes += self.demand.head_chunks * self.demand.head_chunk_bytes
         lines = [
             f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
             f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
@@ -130,31 +130,40 @@ class PlannedRun:
             lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
         return "\n".join(lines)
 
-    def predict_step(self, read_bytes_per_second: float, flops_per_second: float) -> StepTime:
-        """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps."""
+    def predict_step(self, rates: Rates) -> StepTime:
+        """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
+        slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it."""
         rows, store = self.shape.micro_batches, self.store
         blocks = len(self.parts.blocks)
-        forward = self.visit.flops * rows / flops_per_second
+        forward = self.visit.flops * rows / rates.flops_per_second
         head = self.parts.head
         # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
         passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
         head_flops = 2 * passes * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
         # Recomputation, the product with the weights again, and for those that are trained their gradient.
         backward = (2 + (store.trained_share if store is not None else 0)) * forward
-        step = simulate_step(
-            blocks,
-            self.demand.block_bytes,
-            [forward] * blocks,
-            [backward] * blocks if self.shape.train else None,
-            head_flops / flops_per_second,
-            read_bytes_per_second,
-            self.plan.host_resident,
-            self.plan.host_lookahead,
-        )
+
+        def through(bytes_per_second: float, resident: frozenset[int], lookahead: int) -> StepTime:
+            return simulate_step(
+                blocks,
+                self.demand.block_bytes,
+                [forward] * blocks,
+                [backward] * blocks if self.shape.train else None,
+                head_flops / rates.flops_per_second,
+                bytes_per_second,
+                resident,
+                lookahead,
+            )
+
+        plan = self.plan
+        step = through(rates.read_bytes_per_second, plan.host_resident, plan.host_lookahead)
+        if plan.device_budget_bytes is not None:
+            link = through(rates.copy_bytes_per_second, plan.device_resident, plan.device_lookahead)
+            step = max(step, replace(link, read_bytes=step.read_bytes), key=lambda time: time.seconds)
         if store is None:
             return step
         read_bytes = step.read_bytes + store.read_bytes
-        disk_seconds = (read_bytes + store.write_bytes) / read_bytes_per_second
+        disk_seconds = (read_bytes + store.write_bytes) / rates.read_bytes_per_second
         seconds = max(step.seconds, disk_seconds)
         return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
 
@@ -178,6 +187,7 @@ class Session:
             simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
         )
         directory = resolve_model(config.model)
+        self.device.warm_up()
         self.parts = cut(
             directory,
             partial(_compute_dtype, config.engine.dtype, self.device),
@@ -275,6 +285,8 @@ class Session:
             self.arena = install_arena(plan.arena_bytes) or None
             # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.
             tune_malloc() if self.arena is None else tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
+        if plan.device_budget_bytes is not None:
+            self.device.limit(plan.device_budget_bytes)
         target = self.device.torch_device
         with self.arena.long_lived() if self.arena else contextlib.nullcontext():
             for parameter in self.model.parameters():
@@ -440,6 +452,8 @@ class Session:
             waiting_state_slots=waiting_state_slots,
             update_image_bytes=update_image_bytes,
             update_gradients_bytes=update_gradients_bytes,
+            saving_bytes=0 if self.device.shares_host_memory or not shape.train else state - adapter_bytes,
+            device_libraries_bytes=self.device.libraries_bytes,
         )
         return demand, visit
 

@@ -302,7 +302,7 @@ class Trainer:
         self, planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, losses: list[float],
         step_seconds: list[float], first_step: int, step: int, started: float,
     ) -> dict[str, Any]:  # fmt: skip
-        predicted = planned.predict_step(rates.read_bytes_per_second, rates.flops_per_second)
+        predicted = planned.predict_step(rates)
         plan = planned.plan
         return {
             "model": str(self.config.model),

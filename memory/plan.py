@@ -2,7 +2,8 @@
 
 Priorities, in this order, each only if it fits: the run at all (one slot, block inputs on disk); the next block read while
 one computes (lookahead 1); more buffers for the state of an optimizer; all block inputs in memory; a deeper lookahead; where
-compute takes longer than the disk, buffers for all of a block's state; blocks resident, as many as there is room for.
+compute takes longer than the disk, buffers for all of a block's state; blocks resident, as many as there is room for; the
+whole head.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Demand:
     waiting_state_slots: how many more than the usual ones are of use where compute takes longer than the disk: what waits in
     them is not waited for.
     update_image, update_gradients: of the largest unit that is updated, where compute is not in host memory.
+    saving: what a save holds in host memory of state that lives on the device. device_libraries: what kernels keep there.
     """
 
     block_bytes: tuple[int, ...]
@@ -69,6 +71,8 @@ class Demand:
     waiting_state_slots: int = 0
     update_image_bytes: int = 0
     update_gradients_bytes: int = 0
+    saving_bytes: int = 0
+    device_libraries_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +233,10 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
                 yield lambda plan, step=step: slots(
                     plan, on_device_resident=min(num_blocks, len(plan.device_resident) + step)
                 )
+    if demand.head_chunks > 1:  # with a slot for each of its chunks the head stays, and saves half of what a block does
+        yield lambda plan: _with_parts(replace(plan, head_slots=demand.head_chunks), demand)
+        if on_device:
+            yield lambda plan: _with_parts(replace(plan, device_head_slots=demand.head_chunks), demand)
 
 
 def _with_slots(plan: Plan, demand: Demand, lookahead: int, resident: int, on_device_resident: int) -> Plan:
@@ -279,6 +287,7 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         "weights and gradients of what is updated": plan.update_image_bytes + demand.update_gradients_bytes,
         "disk staging": plan.staging_bytes,
         "generated code of matrix products": demand.code_bytes,
+        "adapters and their state while they are saved": demand.saving_bytes,
         "margin": MARGIN_BYTES,
     }
     if on_device:
@@ -286,6 +295,7 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
             computing
             | variants
             | {
+                "workspaces of kernels": demand.device_libraries_bytes,
                 f"block slots ({plan.device_block_slots} x {format_bytes(plan.block_slot_bytes)})": (
                     plan.device_block_slots * plan.block_slot_bytes
                 ),

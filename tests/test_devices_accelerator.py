@@ -58,6 +58,7 @@ class Recorder:
                 recorder.calls.append(("host", "unregister", recorder.registered.pop(address)[0]))
                 return 0
 
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
         compute = Stream(torch.device(kind, 0), "compute")
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
         monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: compute)

@@ -102,8 +102,17 @@ def test_wishes_are_kept(wishes):
         assert bool(plan.activation_slots) == (wishes.activations == "disk")
 
 
+def test_the_whole_head_stays_where_there_is_room_after_the_blocks():
+    demand = replace(DEMAND, head_chunks=7)
+    everything = make_plan(demand, Limits(1 << 40, 1 << 40))
+    assert (everything.head_slots, everything.device_head_slots) == (7, 7)
+    without = everything.host_peak_bytes - 5 * everything.head_slot_bytes
+    tight = make_plan(demand, Limits(without + 4 * everything.head_slot_bytes, 1 << 40))
+    assert (tight.head_slots, tight.device_head_slots, len(tight.host_resident)) == (2, 7, 5)
+
+
 def test_state_that_waits_in_memory_comes_before_resident_blocks():
-    demand = replace(DEMAND, state_slot_bytes=12 * MIB)
+    demand = replace(DEMAND, state_slot_bytes=12 * MIB, head_chunks=1)
     waiting = replace(demand, waiting_state_slots=9)
     limits = Limits(make_plan(demand, Limits(1 << 40), Wishes(resident_blocks=0)).host_peak_bytes + 9 * 12 * MIB)
     few, many = make_plan(demand, limits), make_plan(waiting, limits)

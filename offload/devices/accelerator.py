@@ -14,13 +14,20 @@ nothing could overlap. Copies there are synchronous: the host waits for `after`,
 
 from __future__ import annotations
 
+import os
+
 import torch
+from torch.nn import functional
 
 from memory.errors import UserError
 from offload.devices.base import COMPLETED, Device, Direction, Event, check_copy, check_size, map_host_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
+# A workspace of cuBLAS and one of cuBLASLt, 32 MiB each on Hopper, for each of the two threads that launch products (autograd
+# has its own), and what the allocator's pools round up.
+_CUDA_LIBRARIES_BYTES = 160 << 20
 _PAGE_BYTES = 4096
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 class AcceleratorDevice(Device):
@@ -30,12 +37,28 @@ class AcceleratorDevice(Device):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.libraries_bytes = _CUDA_LIBRARIES_BYTES if kind == "cuda" else 0
+        if kind == "cuda" and not _ALLOCATOR_VARIABLES & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # freed pieces of any size are used again
         self.torch_device = torch.device(kind, torch.accelerator.current_device_index())
         self._copy_streams: dict[Direction, torch.Stream] = {}  # empty: see [Note: one queue on MPS]
         if kind != "mps":
             self._copy_streams = {direction: torch.Stream(device=self.torch_device) for direction in Direction}
         self._registered: list[torch.Tensor] = []  # kept: registered memory must not be unmapped
         self._peak_sampled_bytes = 0
+
+    def warm_up(self) -> None:
+        """Runs a product, attention, and their gradients once: libraries and their kernels are loaded when first used."""
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(1, 2, 64, 64, dtype=dtype, device=self.torch_device, requires_grad=True)
+            y = functional.scaled_dot_product_attention(functional.silu(x @ x), x, x, is_causal=True)
+            functional.cross_entropy(y.float().flatten(0, 2), y.new_zeros(128, dtype=torch.int64)).backward()
+        torch.accelerator.synchronize(self.torch_device)
+
+    def limit(self, num_bytes: int) -> None:
+        """Held by PyTorch's allocator on CUDA: it gives cached memory back first."""
+        if self.kind == "cuda":
+            torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / self.total_bytes()), self.torch_device)
 
     def allocate_slab(self, num_bytes: int) -> torch.Tensor:
         """The caching allocator may hold up to 2 MiB more than `num_bytes`; `peak_bytes` includes that."""

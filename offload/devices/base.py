@@ -45,6 +45,13 @@ class Device(ABC):
     kind: str
     torch_device: torch.device
     shares_host_memory: bool  # True: a fetched host slot is computed on where it lies, and no copies are needed
+    libraries_bytes: int = 0  # device memory that kernels' libraries keep for themselves, at most
+
+    def warm_up(self) -> None:  # noqa: B027  most devices have nothing to load
+        """Loads what computing will need, so that the process is then as large as it will be without a model."""
+
+    def limit(self, num_bytes: int) -> None:  # noqa: B027  not every device can be held to it
+        """From now on tensors there that would take more than `num_bytes` in all raise torch.OutOfMemoryError."""
 
     @abstractmethod
     def allocate_slab(self, num_bytes: int) -> torch.Tensor:
