@@ -4,7 +4,8 @@
 
 Learning rates and the rest are in `METHODS`, chosen for SmolLM2-135M. Runs go one after the other, each under
 `--limit-command` where one is given, and each result is printed as soon as it is there and appended to results.jsonl in
-the work directory, which also keeps what the runs write. `zero-shot` measures the model as it is.
+the work directory, which also keeps what the runs write. `zero-shot` measures the model as it is. With `--resident` the
+plain loop of `resident.py` trains in place of `finetune run`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ ZO: dict[str, object] = {
 
 METHODS: dict[str, dict[str, object]] = {
     "lora": {"method": "lora", "training.learning_rate": 5e-4},
-    "full": {"method": "full", "training.learning_rate": 5e-5},
+    "full": {"method": "full", "training.learning_rate": 1e-4},
     "lisa": {
-        "method": "lisa", "training.learning_rate": 1e-4, "selection.layers": 4, "selection.interval": 5,
+        "method": "lisa", "training.learning_rate": 2e-4, "selection.layers": 4, "selection.interval": 5,
     },
     "badam": {
-        "method": "badam", "training.learning_rate": 1e-4, "selection.layers": 3, "selection.interval": 6,
+        "method": "badam", "training.learning_rate": 2e-4, "selection.layers": 3, "selection.interval": 6,
     },
-    "slimfit": {"method": "slimfit", "training.learning_rate": 5e-5, "selection.layers": 8},
+    "slimfit": {"method": "slimfit", "training.learning_rate": 1e-4, "selection.layers": 8},
     "frugal": {
-        "method": "frugal", "training.learning_rate": 5e-5, "selection.layers": 8, "selection.interval": 16,
+        "method": "frugal", "training.learning_rate": 1e-4, "selection.layers": 8, "selection.interval": 16,
         "selection.sign_scale": 0.05,
     },
     # Each of these takes 1,000 forward passes of a batch.
@@ -62,9 +63,9 @@ TASKS: dict[str, dict[str, object]] = {
 }
 
 
-def finetune(command: str, settings: dict[str, object], words: list[str], limit: str = "") -> str:
-    """What the command prints on stdout; ends the benchmark when it fails."""
-    line = shlex.split(limit) + [sys.executable, "-m", "finetune", command, *words]
+def run(words: list[str], settings: dict[str, object], limit: str = "") -> str:
+    """What the Python program prints on stdout; ends the benchmark when it fails."""
+    line = shlex.split(limit) + [sys.executable, *words]
     for key, value in settings.items():
         line += ["--set", f"{key}={json.dumps(value)}"]
     result = subprocess.run(line, capture_output=True, text=True)
@@ -83,21 +84,31 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     model = ["--model", options.model]
     row: dict[str, object] = {"method": name, "task": options.task, "set": options.set}
     if name != "zero-shot":
-        budget = ["--host-memory", options.host_memory]
-        finetune("run", settings, [*model, *budget, "--data", options.train, "--output", str(output)], options.limit_command)
+        if options.resident:
+            row["method"] = f"{name}, resident"
+            paths = {"model": options.model, "data": options.train, "output": str(output)}
+            run([str(Path(__file__).with_name("resident.py"))], settings | paths)
+        else:
+            budget = ["--host-memory", options.host_memory]
+            if options.device_memory:
+                budget += ["--device-memory", options.device_memory]
+            words = [*model, *budget, "--data", options.train, "--output", str(output)]
+            run(["-m", "finetune", "run", *words], settings, options.limit_command)
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         row["steps"] = len(steps)
         row["seconds a step"] = round(statistics.median(step["seconds"] for step in steps), 2)
         row["peak MiB"] = steps[-1]["host_peak_bytes"] >> 20
+        row["device MiB"] = (steps[-1]["device_peak_bytes"] or 0) >> 20
         row["training loss, last tenth"] = round(statistics.mean(s["loss"] for s in steps[-((len(steps) + 9) // 10) :]), 4)
         if (output / "adapter").exists():
             model += ["--adapter", str(output / "adapter")]
         else:
-            finetune("export", {}, [*model, "--output", str(output), "--to", str(output / "model")])
+            if not options.resident:
+                run(["-m", "finetune", "export", *model, "--output", str(output), "--to", str(output / "model")], {})
             model = ["--model", str(output / "model")]
     words = ["--json", "--data", options.dev, "--output", str(options.work / f"{name}-eval")]
     shared = {key: settings[key] for key in settings if key == "dataset.sequence_length" or key.startswith("engine.")}
-    measured = json.loads(finetune("eval", shared, [*model, *words]))
+    measured = json.loads(run(["-m", "finetune", "eval", *model, *words], shared))
     return row | {key: round(measured[key], 4) for key in ("loss", "accuracy") if key in measured}
 
 
@@ -109,6 +120,8 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--host-memory", default="1GiB")
+    parser.add_argument("--device-memory")
+    parser.add_argument("--resident", action="store_true")
     parser.add_argument("--limit-command", default="", help='such as "systemd-run --scope -p MemoryMax=1G"')
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="one more setting for every run")
     parser.add_argument("methods", nargs="+", choices=["zero-shot", *METHODS])

@@ -98,7 +98,7 @@ def train(config: Config) -> None:
         betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon, weight_decay=options.weight_decay,
     )  # fmt: skip
     scheduler = make_scheduler(options, rates, plan.num_steps, 0)
-    with (config.output / "metrics.jsonl").open("w") as metrics:
+    with (config.output / "metrics.jsonl").open("w", buffering=1) as metrics:
         for step in range(plan.num_steps):
             started, total = time.perf_counter(), 0.0
             if masters is not None:
