@@ -293,7 +293,7 @@ class OptimizerOptions(_Section):
     """Of bf16 weights: float32 keeps 16 more bits beside each; none rounds every update stochastically."""
     clipping: Literal["previous", "exact"] = "previous"
     """By which norm gradients are clipped: the step before's, so that every block is updated as soon as its gradients are
-    there (the first step is not clipped), or this step's own, for which all gradients wait on disk."""
+    there (the first step is computed twice, for its own norm), or this step's own, for which all gradients wait on disk."""
     versions: Annotated[int, Strict(), Field(ge=1, le=2)] = 2
     """Of everything in the working store. 1 halves the disk space, and a process that dies in a step loses the run."""
 

@@ -132,11 +132,12 @@ class _Slots:
 class Residents:
     """Small tensors that stay in memory: clean values, and the step's variants of them, made once and kept for the step.
 
-    Both are on the CPU; `install` brings a variant to where the model is.
+    Clean values are on the CPU, where variants are made; these are then on `device`, where the model is.
     """
 
-    def __init__(self, perturbation: Perturbation) -> None:
+    def __init__(self, perturbation: Perturbation, device: torch.device) -> None:
         self._perturbation = perturbation
+        self._device = device
         self._tensors: list[tuple[int, torch.Tensor, torch.dtype, Callable[[torch.Tensor], None], torch.dtype]] = []
         self._made: dict[int, list[torch.Tensor]] = {}
 
@@ -166,7 +167,7 @@ class Residents:
                 targets = {other: torch.empty(clean.shape, dtype=dtype) for other in together}
                 self._perturbation.write(key, clean, targets, stored_dtype)
                 for other, target in targets.items():
-                    made[other].append(target)
+                    made[other].append(target.to(self._device))
             self._made |= made
         for (_, _, _, install, _), value in zip(self._tensors, self._made[variant], strict=True):
             install(value)

@@ -87,13 +87,13 @@ class PerturbedModel(StreamedModel):
         self.original = parts.checkpoint
         self._original_sources = parts.sources
         self.keys = {} if adapters is not None else noise_keys(parts.sources, parts.parameters)
-        self._residents = Residents(self.perturbation)
+        self._residents = Residents(self.perturbation, device.torch_device)
         self._rows: list[PerturbedRows] = []
         self._adapters = adapters
         for name, parameter in (adapters or {}).items():
             self._residents.add(
                 parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
-                lambda value, parameter=parameter: setattr(parameter, "data", value.to(parameter.device)), torch.float32,
+                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
             )  # fmt: skip
         super().__init__(parts, plan, device, scratch, **options)
 
@@ -191,7 +191,4 @@ class PerturbedModel(StreamedModel):
         super()._take_edge(edge, tensor)
         if edge.name in self.keys:
             stored = self._original_sources[edge.name].dtype
-            device = self.device.torch_device
-            self._residents.add(
-                self.keys[edge.name], tensor, edge.dtype, lambda value: edge.install(value.to(device)), stored
-            )
+            self._residents.add(self.keys[edge.name], tensor, edge.dtype, edge.install, stored)

@@ -94,6 +94,7 @@ class TrainedModel(StreamedModel):
         self._store_options = {"directory": store_directory, "about": about, "resume": resume, "versions": versions}
         self._stream_options = {"keeping": keeping, "seed": seed, "threads": torch.get_num_threads()}
         self._update: Update | None = None
+        self._measures_norm = False
         self._norms: dict[str, list[torch.Tensor]] = {}
         self._sums: dict[str, Sums] = {}
         self._edge_image = torch.empty(0, dtype=torch.uint8)
@@ -144,6 +145,25 @@ class TrainedModel(StreamedModel):
         self._update = None
         return Updated(loss, float(self._norm()), self._sums)
 
+    def gradient_norm(
+        self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor], seeds: Sequence[int],
+        requests: Mapping[str, Request],
+    ) -> float:  # fmt: skip
+        """Of the gradients that `update_step` would have of the same step. They are dropped, nothing changes."""
+        self._update, self._norms, self._measures_norm = Update(requests, 0.0, 0), {}, True
+        try:
+            self._select(requests)
+            self.train_step(inputs, labels, seeds)
+            self._sum_up_norms_of_spilled(self._table_gradient())
+            for part in self.trained.head:
+                self._spill.take(part.unit.name)
+            for edge in self.parts.edges:
+                if (parameter := edge.owner._parameters.get(edge.attribute)) is not None:
+                    parameter.grad = None
+            return float(self._norm())
+        finally:
+            self._update, self._measures_norm = None, False
+
     def commit(self, step: int, notes: dict[str, Any]) -> None:
         self.stream.drain()
         self.store.commit(step, notes)
@@ -185,7 +205,9 @@ class TrainedModel(StreamedModel):
 
     def _take(self, tier: Tier, index: int, unit: UpdateUnit, gradients: dict[str, torch.Tensor], wait: bool) -> None:
         gradients = {name: grad.cpu() for name, grad in gradients.items()}
-        if wait:
+        if self._measures_norm and not (tier is self.head_tier and self.trained.tied):
+            self._count(unit, gradients)
+        elif wait:
             self._spill.put(unit.name, gradients)
         else:
             self._apply_in_tier(tier, index, unit, gradients, self._update.grad_scale)

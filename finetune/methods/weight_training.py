@@ -58,16 +58,19 @@ class WeightTraining:
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         learning_rate = self.optimizer.param_groups[0]["lr"]
         max_norm = options.max_grad_norm or 0.0
-        scale: float | None = 1.0
-        if max_norm:
-            previous = self._model.store.notes.get("grad_norm")
-            scale = 1.0 if previous is None else clip_scale(previous, max_norm)
-            if self._config.optimizer.clipping == "exact":
-                scale = None
         requests = self._requests(step)
         if not self._selection.keeps_state:
             self._forget_state(requests)
         try:
+            scale: float | None = 1.0
+            if max_norm and self._config.optimizer.clipping == "exact":
+                scale = None
+            elif max_norm:
+                norm = self._model.store.notes.get("grad_norm")
+                if norm is None:
+                    # Unclipped, a first gradient that is large would stay in the second moments for hundreds of steps.
+                    norm = self._model.gradient_norm(batches.inputs, batches.labels, seeds, requests)
+                scale = clip_scale(norm, max_norm)
             update = Update(requests, learning_rate, step + 1, scale, max_norm)
             updated = self._model.update_step(batches.inputs, batches.labels, seeds, update)
             if not torch.isfinite(updated.loss):

@@ -97,8 +97,9 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
         norm = get_total_norm([p.grad for p in trained])
         if options.max_grad_norm and config.optimizer.clipping == "exact":
             clip_grad_norm_(trained, options.max_grad_norm)
-        elif options.max_grad_norm and previous is not None:
-            scale = torch.clamp(options.max_grad_norm / (torch.tensor(float(previous)) + 1e-6), max=1.0)
+        elif options.max_grad_norm:
+            by = norm if previous is None else previous
+            scale = torch.clamp(options.max_grad_norm / (torch.tensor(float(by)) + 1e-6), max=1.0)
             for parameter in trained:
                 parameter.grad.mul_(float(scale))
         previous = norm
