@@ -454,6 +454,7 @@ class Session:
             update_gradients_bytes=update_gradients_bytes,
             saving_bytes=0 if self.device.shares_host_memory or not shape.train else state - adapter_bytes,
             device_libraries_bytes=self.device.libraries_bytes,
+            host_libraries_bytes=self.device.host_libraries_bytes,
         )
         return demand, visit
 

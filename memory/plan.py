@@ -50,7 +50,7 @@ class Demand:
     waiting_state_slots: how many more than the usual ones are of use where compute takes longer than the disk: what waits in
     them is not waited for.
     update_image, update_gradients: of the largest unit that is updated, where compute is not in host memory.
-    saving: what a save holds in host memory of state that lives on the device. device_libraries: what kernels keep there.
+    saving: what a save holds in host memory of state that lives on the device. device_libraries, host_libraries: what an accelerator's kernels keep there, and come to take of host memory.
     """
 
     block_bytes: tuple[int, ...]
@@ -73,6 +73,7 @@ class Demand:
     update_gradients_bytes: int = 0
     saving_bytes: int = 0
     device_libraries_bytes: int = 0
+    host_libraries_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +289,7 @@ def _with_parts(plan: Plan, demand: Demand) -> Plan:
         "disk staging": plan.staging_bytes,
         "generated code of matrix products": demand.code_bytes,
         "adapters and their state while they are saved": demand.saving_bytes,
+        "kernels of the accelerator": demand.host_libraries_bytes,
         "margin": MARGIN_BYTES,
     }
     if on_device:

@@ -20,7 +20,8 @@ Found in PyTorch 2.13 on AVX2 and AVX-512, the same in vector bodies and scalar 
 multiply-adds, so is the last step of addcmul (fma(value * a, b, self)); addcdiv is not (self + (value * a) / b), and a
 division by a number is a division. Its square root is MKL's, which on AMD processors is not rounded correctly: one root of
 six is a unit in the last place off. `ROOT` says which one this process's PyTorch has; the kernels have both, and results are
-the same whatever the instruction set.
+the same whatever the instruction set. On Intel's processors MKL has a third (one root of 140 is off), which the kernels do not:
+they take IEEE's there, and a weight can differ from PyTorch's by a unit in the last place of its fp32 master.
 
 [Note: 8-bit state]
 Blocks of 256 units have a scale, their largest magnitude, and codes for values of a fixed table in [-1, 1] or [0, 1] whose

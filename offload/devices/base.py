@@ -46,6 +46,7 @@ class Device(ABC):
     torch_device: torch.device
     shares_host_memory: bool  # True: a fetched host slot is computed on where it lies, and no copies are needed
     libraries_bytes: int = 0  # device memory that kernels' libraries keep for themselves, at most
+    host_libraries_bytes: int = 0  # host memory that they take after `warm_up`, at most
 
     def warm_up(self) -> None:  # noqa: B027  most devices have nothing to load
         """Loads what computing will need, so that the process is then as large as it will be without a model."""

@@ -6,6 +6,7 @@ import pytest
 import test_perturbations as perturbations
 import test_weight_training as weights
 import torch
+from test_weight_training import roots_that_kernels_have, small_pieces  # noqa: F401  fixtures
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
@@ -49,8 +50,7 @@ def test_adapters_of_other_architectures(name, checkpoint, tokens, images, tmp_p
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("engine", PLACEMENTS, ids=str)
-def test_weights(engine, name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.offload.update_units, "PIECE_BYTES", weights.SMALL_PIECES)
+def test_weights(engine, name, clipping, checkpoint, tokens, tmp_path):
     config = weights.weights_config(
         checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", device="auto", engine={"dtype": "bfloat16", **engine},
         optimizer={"clipping": clipping}, training={"micro_batch_size": 5 if name == "gemma2" else 2},
@@ -59,8 +59,7 @@ def test_weights(engine, name, clipping, checkpoint, tokens, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("method", ["lisa", "badam", "slimfit", "frugal"])
-def test_selected_blocks(method, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.offload.update_units, "PIECE_BYTES", weights.SMALL_PIECES)
+def test_selected_blocks(method, checkpoint, tokens, tmp_path):
     config = weights.weights_config(
         checkpoint("llama", torch.bfloat16), tokens, tmp_path / "out", method, device="auto",
         engine={"dtype": "bfloat16", "resident_blocks": 1, "lookahead": 1},
