@@ -50,7 +50,8 @@ class Demand:
     waiting_state_slots: how many more than the usual ones are of use where compute takes longer than the disk: what waits in
     them is not waited for.
     update_image, update_gradients: of the largest unit that is updated, where compute is not in host memory.
-    saving: what a save holds in host memory of state that lives on the device. device_libraries, host_libraries: what an accelerator's kernels keep there, and come to take of host memory.
+    saving: what a save holds in host memory of state that lives on the device. device_libraries, host_libraries: what an
+    accelerator's kernels keep there, and come to take of host memory.
     """
 
     block_bytes: tuple[int, ...]
