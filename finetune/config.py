@@ -281,14 +281,20 @@ class ZerothOrderOptions(_Section):
 class OptimizerOptions(_Section):
     """The out-of-core optimizer of the methods that train the model's own weights; `training` has AdamW's numbers."""
 
-    name: Literal["adamw", "adafactor", "lamb", "lion", "sgd"] = "adamw"
-    """adafactor keeps second moments as rows times columns: a step moves weights alone between disk and memory. lamb reads
-    its state twice."""
+    name: Literal["adamw", "adafactor", "apollo", "lamb", "lion", "sgd"] = "adamw"
+    """adafactor keeps second moments as rows times columns, apollo moments of a projection of the gradient: a step moves
+    little but weights between disk and memory. lamb reads its state twice."""
+    rank: Count = 32
+    """Of apollo's projections, and of frugal's where `selection.subspace` projects. 1 with a `scale` of 128: APOLLO-Mini."""
+    refresh_steps: Count = 200
+    """Apollo: updates between projections."""
+    scale: NonNegative = 1.0
+    """Apollo: of its steps."""
     momentum: Share = 0.9
     """Of sgd."""
     state: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """How moments are kept, of all but adafactor: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers et al.
-    2022)."""
+    """How moments are kept, of all but adafactor and apollo: bfloat16 rounds stochastically, 8bit in blocks of 256 (Dettmers
+    et al. 2022)."""
     master: Literal["float32", "none"] = "float32"
     """Of bf16 weights: float32 keeps 16 more bits beside each; none rounds every update stochastically."""
     clipping: Literal["previous", "exact"] = "previous"
@@ -319,6 +325,9 @@ class SelectionOptions(_Section):
     """Whether a block's optimizer state waits on disk until it is chosen again; None: with slimfit only."""
     sign_scale: NonNegative = 1.0
     """Frugal: learning rate of the signs, in units of the learning rate."""
+    subspace: Literal["blocks", "columns", "projection"] = "blocks"
+    """Frugal: what has AdamW's state. blocks: some of them; columns and projection: `optimizer.rank` dimensions of every
+    matrix, chosen rows or columns of it or directions at random."""
     prefer_resident: Annotated[float, Field(ge=1)] = 1.0
     """Lisa: blocks that stay in memory are so many times likelier; updates are weighted so that the expectation stays. Above
     1, another budget chooses other blocks."""
@@ -393,6 +402,14 @@ class Config(_Section):
         if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
             raise ValueError(
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
+            )
+        subspace = self.selection.subspace
+        if subspace != "blocks" and self.method != "frugal":
+            raise ValueError(f"expected method frugal with selection.subspace {subspace}, found {self.method}")
+        if subspace != "blocks" and self.selection.layers:
+            raise ValueError(
+                f"expected no selection.layers with selection.subspace {subspace}, which is of all blocks, found "
+                f"{self.selection.layers}"
             )
         if self.method == "frugal" and self.selection.keep_state:
             raise ValueError(

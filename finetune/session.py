@@ -430,7 +430,7 @@ class Session:
                 step += waiting
             else:
                 update_image_bytes = max(*block_bytes, head_chunk_bytes)
-                update_gradients_bytes = update_host_bytes(trained, itemsize) + host_edge_bytes + rows_bytes
+                update_gradients_bytes = update_host_bytes(self.config, trained, itemsize) + host_edge_bytes + rows_bytes
         demand = Demand(
             block_bytes=tuple(block_bytes),
             head_chunk_bytes=head_chunk_bytes,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from finetune.config import Config
-from finetune.methods.selection import Selection
+from finetune.methods.selection import Selection, interval_of
+from offload import projections
 from offload.adafactor import TEMPORARY_BYTES
 from offload.model_parts import ModelParts
 from offload.optimizer_stream import FACTORS, Keeping
@@ -27,11 +28,17 @@ class StoreSize:
     ends: bool
 
 
-def make_rule(config: Config) -> Rule:
-    """The optimizer that the configuration names."""
-    options, numbers = config.optimizer, config.training
+def make_rule(config: Config, of_blocks: bool = False) -> Rule:
+    """The optimizer that the configuration names; of_blocks: what updates blocks, which differs where frugal projects."""
+    options, numbers, subspace = config.optimizer, config.training, config.selection.subspace
     betas = (numbers.adam_beta1, numbers.adam_beta2)
-    return Rule(options.name, betas, numbers.adam_epsilon, numbers.weight_decay, options.momentum)
+    rule = Rule(
+        options.name, betas, numbers.adam_epsilon, numbers.weight_decay, options.momentum, options.rank,
+        options.refresh_steps, options.scale,
+    )  # fmt: skip
+    if of_blocks and subspace != "blocks":
+        return replace(rule, name=subspace, interval=interval_of(config), scale=config.selection.sign_scale)
+    return rule
 
 
 def make_keeping(config: Config) -> Keeping:
@@ -40,12 +47,12 @@ def make_keeping(config: Config) -> Keeping:
 
 def largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
     """Of a piece with its state: what a buffer of the optimizer must hold."""
-    rule, keeping = make_rule(config), make_keeping(config)
-    first = FACTORS if rule.name == "adafactor" else 0
+    keeping = make_keeping(config)
     return max(
         keeping.piece_format(unit, index, rule).num_bytes
-        for unit in trained.units
-        for index in range(first, len(unit.pieces))
+        for number, unit in enumerate(trained.units)
+        for rule in [make_rule(config, of_blocks=number < len(trained.blocks))]
+        for index in range(FACTORS if rule.has_directions else 0, len(unit.pieces))
     )
 
 
@@ -65,31 +72,41 @@ def training_temporaries(
     rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
     spills = config.optimizer.clipping == "exact" and config.training.max_grad_norm
     waiting = block if spills else rows if trained.tied else 0
-    looks_twice = config.optimizer.name in ("adafactor", "lamb")
-    update_bytes = 2 * rows + (block if spills else 0) + (TEMPORARY_BYTES if looks_twice else 0)
+    update_bytes = 2 * rows + (block if spills else 0) + _direction_bytes(config, trained)
     return max(visit_bytes, loss_bytes, update_bytes), waiting
 
 
-def update_host_bytes(trained: TrainedParts, itemsize: int) -> int:
+def update_host_bytes(config: Config, trained: TrainedParts, itemsize: int) -> int:
     """What updates allocate in host memory where compute has its own: a unit's gradients, twice where rows are added to them
     or where they go by the disk, and what the rule makes of them."""
-    return 2 * itemsize * max(_elements(unit) for unit in trained.units) + TEMPORARY_BYTES
+    return 2 * itemsize * max(_elements(unit) for unit in trained.units) + _direction_bytes(config, trained)
+
+
+def _direction_bytes(config: Config, trained: TrainedParts) -> int:
+    """What rules allocate that look at a unit more than once."""
+    needed = 0
+    for number, unit in enumerate(trained.units):
+        rule = make_rule(config, of_blocks=number < len(trained.blocks))
+        if rule.has_directions or rule.name == "lamb":
+            kept = projections.temporary_bytes(unit, rule) if rule.rank and rule.name not in ("adafactor", "lamb") else 0
+            needed = max(needed, TEMPORARY_BYTES + kept)
+    return needed
 
 
 def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     """Upper bounds over all steps: the largest blocks count as the ones that are chosen."""
-    rule, keeping = make_rule(config), make_keeping(config)
+    keeping, of_ends = make_keeping(config), make_rule(config)
     selection = Selection(config, len(trained.blocks))
 
-    def size(unit: UpdateUnit) -> tuple[int, int, int]:
+    def size(unit: UpdateUnit, rule: Rule = of_ends) -> tuple[int, int, int]:
         indices = [index for index, piece in enumerate(unit.pieces) if piece.segments]
-        if rule.name == "adafactor":
+        if rule.has_directions:
             indices.append(FACTORS)
         formats = [keeping.piece_format(unit, index, rule) for index in indices]
         parts = ((f.master_offset, f.master_bytes, f.state_bytes) for f in formats)
         return tuple(sum(part) for part in zip(*parts, strict=True))
 
-    blocks = [size(unit) for unit in trained.blocks if unit.fqns]
+    blocks = [size(unit, make_rule(config, of_blocks=True)) for unit in trained.blocks if unit.fqns]
     ends = [size(u) for u in trained.units[len(trained.blocks) :] if u.fqns and selection.ends]
     active = sorted(blocks, key=sum)[-selection.layers :]
     moving = (blocks if selection.method == "frugal" else active) + ends
@@ -102,7 +119,7 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
         total += sum(unit[2] for unit in active)  # of blocks that were just left, until the step is committed
     if config.optimizer.versions == 2:
         total += weights + masters + state
-    read = (masters + state) * (2 if rule.name == "lamb" else 1)
+    read = (masters + state) * (2 if of_ends.name == "lamb" else 1)
     return StoreSize(total, read, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
 
 

@@ -10,13 +10,14 @@ The state of a matrix is n + m numbers: nothing of it is worth streaming, and an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from memory.slab import round_up
+from offload.update_rules import Rule
 from offload.update_units import UpdateUnit
 
 DECAY = -0.8
@@ -26,7 +27,7 @@ TEMPORARY_BYTES = 6 * 4 * CHUNK_ELEMENTS
 """What `observe` and `Direction.of` allocate at most for matrices whose rows are shorter than a chunk; pieces are too."""
 
 
-def factor_bytes(unit: UpdateUnit) -> int:
+def factor_bytes(unit: UpdateUnit, rule: Rule) -> int:
     """Of the factors of all its trained parameters."""
     return round_up(sum(4 * (rows + columns + 1) for rows, columns in _sizes(unit).values()))
 
@@ -56,6 +57,17 @@ def _sizes(unit: UpdateUnit) -> dict[str, tuple[int, int]]:
     }
 
 
+def directions(
+    unit: UpdateUnit, rule: Rule, memory: torch.Tensor, gradients: Mapping[str, torch.Tensor], grad_scale: float, seed: int
+) -> dict[str, Direction]:
+    """Takes gradients into the factors in `memory` and says where each moves its parameter."""
+    return {
+        name: observe(gradients[name], grad_scale, *factors)
+        for name, factors in factor_views(unit, memory).items()
+        if name in gradients
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Direction:
     """What a step moves a parameter along, made from its gradient a run of elements at a time."""
@@ -71,16 +83,13 @@ class Direction:
         if not self.columns.numel():
             part = slice(first, first + count)
             return (scaled(self.gradient.view(-1)[part], self.gradient_scale) * self.rows[part]).div_(self.divisor)
-        width = self.columns.shape[1]
-        start, stop = first // width, -(-(first + count) // width)
-        values = self._rows(start, stop).div_(self.divisor)
-        return values.view(-1)[first - start * width :][:count]
+        return from_rows(self._rows, first, count, self.columns.shape[1]).div_(self.divisor)
 
     def rms(self) -> float:
         """Of all elements, before the division."""
         total = 0.0
         if self.columns.numel():
-            for start, stop in _chunks(len(self.rows), self.columns.shape[1]):
+            for start, stop in chunks(len(self.rows), self.columns.shape[1]):
                 total += float(self._rows(start, stop).square_().sum(dtype=torch.float64))
         else:
             values = scaled(self.gradient.view(-1), self.gradient_scale) * self.rows
@@ -113,7 +122,7 @@ def observe(
         height = rows.shape[1]
         row_means, column_sums = torch.empty_like(rows), torch.zeros(matrices, width, dtype=torch.float64)
         for matrix, values in enumerate(gradient.view(matrices, height, width)):
-            for start, stop in _chunks(height, width):
+            for start, stop in chunks(height, width):
                 squares = scaled(values[start:stop], gradient_scale).square_().add_(EPSILON)
                 row_means[matrix, start:stop] = squares.mean(dim=-1)
                 column_sums[matrix] += squares.sum(dim=0)
@@ -129,7 +138,14 @@ def scaled(gradient: torch.Tensor, scale: float) -> torch.Tensor:
     return (gradient if scale == 1 else gradient * scale).to(torch.float32, copy=True)
 
 
-def _chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+def from_rows(rows: Callable[[int, int], torch.Tensor], first: int, count: int, width: int) -> torch.Tensor:
+    """[count] elements from `first` on, where rows(start, stop) makes whole rows [stop - start, width]."""
+    start, stop = first // width, -(-(first + count) // width)
+    return rows(start, stop).view(-1)[first - start * width :][:count]
+
+
+def chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of rows, CHUNK_ELEMENTS at a time."""
     step = max(1, CHUNK_ELEMENTS // width)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

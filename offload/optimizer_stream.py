@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from memory.errors import UserError
 from memory.slab import Lease, SlotPool, round_up
-from offload import update_rules
-from offload.adafactor import Direction, factor_bytes, factor_views, observe
+from offload import adafactor, projections, update_rules
 from offload.block_store import Read
 from offload.io import IOEngine
 from offload.trust_ratio import TrustRatios, masters
@@ -27,7 +28,12 @@ from offload.update_units import Piece, Segment, UpdateUnit, clipped_reads, miss
 from offload.working_store import Key, StoredPiece, WorkingStore
 
 FACTORS = -1
-"""Index of the piece that holds no weights, but Adafactor's factors of a unit."""
+"""Index of the piece that holds no weights, but what a rule with directions keeps of a unit's matrices."""
+
+
+class Direction(Protocol):
+    def of(self, first: int, count: int) -> torch.Tensor:
+        """fp32 [count]: what the elements of a parameter from `first` on move along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,8 @@ class Request:
 
     def fetches(self) -> list[int]:
         """Pieces in the order in which they are wanted."""
-        first = {"adafactor": [FACTORS], "lamb": self.piece_indices()}
-        return [*first.get(self.rule.name, []), *self.piece_indices()]
+        first = [FACTORS] if self.rule.has_directions else self.piece_indices() if self.rule.name == "lamb" else []
+        return [*first, *self.piece_indices()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,7 @@ class Keeping:
 
     def piece_format(self, unit: UpdateUnit, index: int, rule: Rule) -> PieceFormat:
         if index == FACTORS:
-            return PieceFormat(0, 0, 0, factor_bytes(unit), {})
+            return PieceFormat(0, 0, 0, factors_of(rule).factor_bytes(unit, rule), {})
         piece = unit.pieces[index]
         master_bytes = round_up(2 * piece.units) if self.masters and unit.itemsize == 2 else 0
         start = piece.num_bytes + master_bytes
@@ -144,7 +150,7 @@ class OptimizerStream:
             return Sums(0.0, 0.0)
         directions: Mapping[str, Direction] = {}
         ratios: TrustRatios | None = None
-        if request.rule.name == "adafactor":
+        if request.rule.has_directions:
             directions = self._observe(request, gradients, grad_scale)
         elif request.rule.name == "lamb":
             ratios = self._trust(request, indices, image, gradients, grad_scale)
@@ -172,15 +178,14 @@ class OptimizerStream:
 
     def _observe(
         self, request: Request, gradients: Mapping[str, torch.Tensor], grad_scale: float
-    ) -> dict[str, Direction]:
+    ) -> Mapping[str, Direction]:
         """Takes the gradients into the unit's factors, and starts to write these."""
         fetched = self._take(request, FACTORS)
         _, state, updates = self._checked(request, FACTORS, fetched)
-        directions = {
-            name: observe(gradients[name], grad_scale, *factors)
-            for name, factors in factor_views(request.unit, state).items()
-            if name in request.trained and name in gradients
-        }
+        gradients = {name: grad for name, grad in gradients.items() if name in request.trained}
+        directions = factors_of(request.rule).directions(
+            request.unit, request.rule, state, gradients, grad_scale, self._seed
+        )
         self._write(request, FACTORS, fetched, updates + 1)
         self._fetch_ahead()
         return directions
@@ -359,6 +364,11 @@ class OptimizerStream:
     def _check(self, unit: UpdateUnit, piece: Piece | None, part: torch.Tensor, expected: int, what: str) -> None:
         if self._sum(part) != expected:
             raise damaged(self._store.path, unit.name, piece, what)
+
+
+def factors_of(rule: Rule) -> ModuleType:
+    """The module of a rule that has directions."""
+    return adafactor if rule.name == "adafactor" else projections
 
 
 def stored_reads(unit: UpdateUnit, store: WorkingStore) -> list[Read]:

@@ -10,7 +10,9 @@ parameters:
     lion      theta = (1 - lr wd) theta - lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g    (Chen et al. 2023)
     sgd       m = momentum m + g; theta = (1 - lr wd) theta - lr m       (torch.optim.SGD's, but for the decoupled decay)
     signsgd   theta = (1 - lr wd) theta - lr sign(g)
-    adafactor theta = (1 - lr wd) theta - lr g, where g is the direction that `offload.adafactor` makes of the gradient
+    adafactor, apollo, projection, columns
+              theta = (1 - lr wd) theta - lr g, where g is the direction that `offload.adafactor` or `offload.projections` makes
+              of the gradient
     lamb      as adamw; the learning rate has the parameter's ratio of `offload.trust_ratio` in it
 
 g is the gradient times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
@@ -38,7 +40,7 @@ from typing import NamedTuple
 import torch
 from finetune_native import optimizer as _native
 
-RULES = ("adamw", "lion", "sgd", "signsgd", "adafactor", "lamb")
+RULES = ("adamw", "lion", "sgd", "signsgd", "adafactor", "lamb", "apollo", "projection", "columns")
 STATE_FORMATS = ("float32", "bfloat16", "8bit")
 ROUNDINGS = ("nearest", "stochastic")
 ROOTS = ("ieee", "mkl")
@@ -47,15 +49,9 @@ BLOCK = 256
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
-_KERNELS = {"adamw": 0, "lion": 1, "sgd": 2, "signsgd": 3, "adafactor": 4, "lamb": 0}
-_STATE_OF = {
-    "adamw": ("first", "second"),
-    "lion": ("first",),
-    "sgd": ("first",),
-    "signsgd": (),
-    "adafactor": (),
-    "lamb": ("first", "second"),
-}
+_DESCENT = 4
+_KERNELS = {"adamw": 0, "lion": 1, "sgd": 2, "signsgd": 3, "lamb": 0}
+_STATE_OF = {"adamw": ("first", "second"), "lamb": ("first", "second"), "lion": ("first",), "sgd": ("first",)}
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "8bit": 1}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -65,14 +61,17 @@ Address = torch.Tensor | int
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """name: one of `RULES`. betas: of adamw, lamb and lion. eps: of adamw and lamb. momentum: of sgd. Weight decay is
-    decoupled in all."""
+    """name: one of `RULES`. betas: of adamw, lamb, lion and what projects. eps: of these but lion. momentum: of sgd. Weight
+    decay is decoupled in all. rank, interval, scale: of apollo, projection and columns, see `offload.projections`."""
 
     name: str
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.9
+    rank: int = 0
+    interval: int = 1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -80,8 +79,13 @@ class Rule:
 
     @property
     def state(self) -> tuple[str, ...]:
-        """Which of "first" and "second" it keeps."""
-        return _STATE_OF[self.name]
+        """Which of "first" and "second" it keeps of every element."""
+        return _STATE_OF.get(self.name, ())
+
+    @property
+    def has_directions(self) -> bool:
+        """Whether a step moves along something made of whole matrices, whose state is apart from the elements'."""
+        return self.name in ("adafactor", "apollo", "projection", "columns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +189,7 @@ def update(
     )
     change_sq, weight_sq = _native.run(
         instructions,
-        _KERNELS[rule.name],
+        _KERNELS.get(rule.name, _DESCENT),
         STATE_FORMATS.index(state_format.name),
         ROOTS.index(root or ROOT),
         rounding == "stochastic",

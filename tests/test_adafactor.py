@@ -10,6 +10,7 @@ import offload.adafactor
 from memory.slab import round_up
 from offload.adafactor import factor_bytes, factor_views, observe
 from offload.block_store import BlockLayout, View
+from offload.update_rules import Rule
 from offload.update_units import make_unit
 
 SHAPES = [(37,), (1, 50), (50, 1), (23, 41), (3, 17, 11)]
@@ -30,7 +31,7 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
     monkeypatch.setattr(offload.adafactor, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
-    factors = factor_views(unit, torch.zeros(factor_bytes(unit), dtype=torch.uint8))
+    factors = factor_views(unit, torch.zeros(factor_bytes(unit, Rule("adafactor")), dtype=torch.uint8))
     assert sum(r.numel() + c.numel() for r, c, _ in factors.values()) == 37 + 51 + 51 + 64 + 3 * 28
     for name, shape in zip(unit.fqns, SHAPES, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(shape))
@@ -50,6 +51,6 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
 
 def test_a_gradient_of_zeros_moves_nothing():
     unit = unit_of([(4, 6)])
-    factors = factor_views(unit, torch.zeros(factor_bytes(unit), dtype=torch.uint8))["p0"]
+    factors = factor_views(unit, torch.zeros(factor_bytes(unit, Rule("adafactor")), dtype=torch.uint8))["p0"]
     direction = observe(torch.zeros(4, 6), 1.0, *factors)
     assert direction.of(3, 9).equal(torch.zeros(9))

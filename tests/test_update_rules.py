@@ -316,7 +316,7 @@ def equal(a: Piece, b: Piece) -> bool:
 @pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 @pytest.mark.parametrize("weights", ["master", "nearest", "stochastic", "float16"])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "8bit"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name == "adafactor" or not Rule(name).has_directions])
 def test_transcription(name, format, weights, instructions):
     """Segments of all dtypes, off alignment, that share tiles and blocks; the rest of the state stays as it is."""
     rule = Rule(name, betas=(0.9, 0.99), weight_decay=0.1)

@@ -52,6 +52,7 @@ SETTINGS = {
     "sgd": ("full", {"optimizer": {"name": "sgd"}}),
     "lamb": ("full", {"optimizer": {"name": "lamb", "state": "bfloat16"}, "training": {"weight_decay": 0.1}}),
     "adafactor": ("full", {"optimizer": {"name": "adafactor"}}),
+    "apollo": ("full", {"optimizer": {"name": "apollo", "rank": 4, "refresh_steps": 3}}),
     "beside an accelerator": ("full", {"device": "simulated", "optimizer": {"clipping": "exact"}}),
     "lisa": ("lisa", {}),
     "lisa, adafactor": ("lisa", {"optimizer": {"name": "adafactor"}}),
@@ -59,7 +60,17 @@ SETTINGS = {
     "badam": ("badam", {"selection": {"interval": 2, "layers": 1, "order": "alternating"}}),
     "slimfit": ("slimfit", {}),
     "frugal": ("frugal", {"selection": {"interval": 2, "layers": 1, "sign_scale": 0.1}}),
-}
+    "frugal, projection": (
+        "frugal", {"selection": {"interval": 2, "subspace": "projection", "sign_scale": 0.1}, "optimizer": {"rank": 4}}
+    ),
+    "frugal, columns, ends by lion": (
+        "frugal",
+        {
+            "selection": {"interval": 4, "subspace": "columns", "sign_scale": 0.1},
+            "optimizer": {"rank": 4, "name": "lion"}, "training": {"learning_rate": 1e-3},
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "changes"), SETTINGS.values(), ids=SETTINGS)

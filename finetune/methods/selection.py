@@ -10,7 +10,8 @@ slimfit  in every interval the `layers` blocks whose weights changed most when t
          change over the norm of the weights; blocks that were never trained come first. SlimFit (Ardakani et al. 2023,
          section 3.1).
 frugal   every `interval` steps `layers` blocks at random have AdamW's state; all others take the sign of their gradient.
-         FRUGAL (Zmushko et al. 2024, algorithm 1, blockwise).
+         FRUGAL (Zmushko et al. 2024, algorithm 1, blockwise). With another `subspace` every matrix of every block has a part
+         with state and takes signs in the rest, see `offload.projections`.
 A block that is chosen anew begins with fresh optimizer state unless `keep_state` is set.
 """
 
@@ -38,12 +39,13 @@ class Selection:
         self._seed = config.training.seed
         self._num_blocks = num_blocks
         self._order = options.order
-        self.layers = num_blocks if self.method == "full" else options.layers or default_layers(self.method, num_blocks)
+        all_blocks = self.method == "full" or options.subspace != "blocks"
+        self.layers = num_blocks if all_blocks else options.layers or default_layers(self.method, num_blocks)
         if self.layers > num_blocks:
             raise UserError(f"selection.layers: expected at most {num_blocks}, the model's blocks, found {self.layers}")
         weights = [options.prefer_resident if i in resident else 1.0 for i in range(num_blocks)]
         self._shares = _shares(weights, self.layers)
-        self.interval = options.interval or _INTERVALS[self.method]
+        self.interval = interval_of(config)
         self.ends = self.method != "badam" if options.ends is None else options.ends
         self.keeps_state = self.method in ("full", "slimfit") if options.keep_state is None else options.keep_state
         self._changes = [float("inf")] * num_blocks
@@ -51,7 +53,7 @@ class Selection:
     def blocks(self, step: int) -> list[int]:
         """The blocks that step `step` (from 0) trains with the optimizer, ascending."""
         period = step // self.interval
-        if self.method == "full":
+        if self.layers == self._num_blocks:
             return list(range(self._num_blocks))
         if self.method == "badam":
             return sorted(self._next_in_turn(period))
@@ -107,6 +109,10 @@ def _shares(weights: Sequence[float], layers: int) -> np.ndarray:
         shares[rest] *= 1 + (shares[over] - 1 / layers).sum() / shares[rest].sum()
         shares[over] = 1 / layers
     return shares
+
+
+def interval_of(config: Config) -> int:
+    return config.selection.interval or _INTERVALS[config.method]
 
 
 def default_layers(method: str, num_blocks: int) -> int:

@@ -41,7 +41,7 @@ class WeightTraining:
         self._model: TrainedModel = session.streamed
         store = self._model.store
         check_same_run(store.directory, store.about, about)
-        self._rule = make_rule(config)
+        self._rule, self._block_rule = make_rule(config), make_rule(config, of_blocks=True)
         self._signs = Rule("signsgd", weight_decay=config.training.weight_decay)
         trained = self._model.trained
         self._selection = Selection(config, len(trained.blocks), self._model.tier.resident)
@@ -104,7 +104,7 @@ class WeightTraining:
                 continue
             if index in chosen:
                 scale = self._selection.importance(index)
-                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._rule, scale)
+                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._block_rule, scale)
             elif self._selection.method == "frugal":
                 scale = self._config.selection.sign_scale
                 requests[unit.name] = Request(unit, frozenset(unit.fqns), self._signs, scale)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from test_projections import PlainDirections
 from tiny_models import make_config, plain_batches, reference_device, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
@@ -25,6 +26,7 @@ from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import Selection
 from finetune.trainer import Trainer
+from finetune.weight_demand import make_rule
 from offload.skeleton import find_blocks
 from offload.streamer import HostTier
 from offload.update_rules import ROOT, square_root
@@ -126,7 +128,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
                 master.mul_(1 - rate * options.weight_decay).sub_(grad.float().sign(), alpha=rate)
             else:
                 if name not in optimizers:
-                    optimizers[name] = new_optimizer(config, master)
+                    optimizers[name] = new_optimizer(config, master, name, name in block_of)
                 (group,) = optimizers[name].param_groups
                 group["lr"], group["params"][0].grad = rate, grad.float()
                 optimizers[name].step()
@@ -166,8 +168,11 @@ class Lamb:
         theta -= group["lr"] * (norms[0] / norms[1] if min(norms) > 0 else 1.0) * update
 
 
-def new_optimizer(config: Any, master: torch.Tensor) -> torch.optim.Optimizer:
+def new_optimizer(config: Any, master: torch.Tensor, name: str, in_block: bool) -> torch.optim.Optimizer:
     options = config.training
+    rule = make_rule(config, of_blocks=in_block)
+    if rule.name in ("apollo", "projection", "columns"):
+        return PlainDirections(rule, name, master, options.seed)
     if config.optimizer.name == "adafactor":
         return tf.optimization.Adafactor(
             [torch.nn.Parameter(master)], lr=1.0, scale_parameter=False, relative_step=False, weight_decay=options.weight_decay
@@ -229,16 +234,32 @@ def test_selected_blocks(method, checkpoint, tokens, tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "name"),
     # Without gpt2 for adafactor: it divides the gradient of the keys' bias, which is rounding alone, by its own size.
-    [("adafactor", "llama"), ("adafactor", "mixtral"), ("lamb", "llama"), ("lamb", "gpt2")],
-)
+    [
+        ("adafactor", "llama"), ("adafactor", "mixtral"), ("lamb", "llama"), ("lamb", "gpt2"),
+        ("apollo", "llama"), ("apollo", "mixtral"),
+    ],
+)  # fmt: skip
 def test_rules_that_look_at_whole_matrices(optimizer, name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """To rounding: sums over matrices are taken in chunks. Adafactor is Transformers' own."""
     monkeypatch.setattr(offload.adafactor, "CHUNK_ELEMENTS", 100)
     config = weights_config(
-        checkpoint(name), tokens, tmp_path / "out", optimizer={"name": optimizer, "clipping": clipping},
-        training={"weight_decay": 0.1, "micro_batch_size": 5},
+        checkpoint(name), tokens, tmp_path / "out", training={"weight_decay": 0.1, "micro_batch_size": 5},
+        optimizer={"name": optimizer, "clipping": clipping, "rank": 4, "refresh_steps": 3},
     )  # fmt: skip
-    expected, found = reference(config), streamed(config, tmp_path / "model")
+    assert_close(config, tmp_path)
+
+
+@pytest.mark.parametrize("subspace", ["columns", "projection"])
+def test_frugal_in_subspaces_of_matrices(subspace, checkpoint, tokens, tmp_path):
+    config = weights_config(
+        checkpoint("llama"), tokens, tmp_path / "out", "frugal", optimizer={"rank": 4},
+        selection={"subspace": subspace, "interval": 3, "sign_scale": 0.2},
+    )  # fmt: skip
+    assert_close(config, tmp_path)
+
+
+def assert_close(config: Any, directory: Any) -> None:
+    expected, found = reference(config), streamed(config, directory / "model")
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     initial = load_whole(config, config.model).state_dict()
     for key, value in found[1].items():
