@@ -116,7 +116,7 @@ class PlannedRun:
         if self.store is not None:
             lines.append(
                 f"working store: at most {format_bytes(self.store.num_bytes)} on disk; a step reads "
-                f"{format_bytes(self.store.read_bytes)} of it and writes {format_bytes(self.store.write_bytes)}"
+                f"{format_bytes(self._store_read_bytes)} of it and writes {format_bytes(self.store.write_bytes)}"
             )
         lines.append(
             f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed"
@@ -129,6 +129,11 @@ class PlannedRun:
             )
             lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
         return "\n".join(lines)
+
+    @property
+    def _store_read_bytes(self) -> int:
+        """In a step, of masters and state: less what stays in memory."""
+        return int(self.store.read_bytes * (1 - self.plan.kept_pieces / max(1, self.store.pieces)))
 
     def predict_step(self, rates: Rates) -> StepTime:
         """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
@@ -162,7 +167,7 @@ class PlannedRun:
             step = max(step, replace(link, read_bytes=step.read_bytes), key=lambda time: time.seconds)
         if store is None:
             return step
-        read_bytes = step.read_bytes + store.read_bytes
+        read_bytes = step.read_bytes + self._store_read_bytes
         disk_seconds = (read_bytes + store.write_bytes) / rates.read_bytes_per_second
         seconds = max(step.seconds, disk_seconds)
         return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
@@ -411,8 +416,8 @@ class Session:
         waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
         if trained is not None:
             state_slot_bytes = largest_piece_bytes(self.config, trained)
-            all_blocks = store_size(self.config, trained).trained_share == 1
-            if all_blocks and self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
+            store = store_size(self.config, trained)
+            if store.trained_share == 1 and self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
                 waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
             shares = self.device.shares_host_memory
             host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it
@@ -450,6 +455,7 @@ class Session:
             code_bytes=self._code_bytes(lanes),
             state_slot_bytes=state_slot_bytes,
             waiting_state_slots=waiting_state_slots,
+            state_pieces=0 if trained is None else store.pieces,
             update_image_bytes=update_image_bytes,
             update_gradients_bytes=update_gradients_bytes,
             saving_bytes=0 if self.device.shares_host_memory or not shape.train else state - adapter_bytes,

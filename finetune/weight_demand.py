@@ -19,11 +19,13 @@ from offload.update_units import UpdateUnit
 @dataclass(frozen=True, slots=True)
 class StoreSize:
     """What training the model's own weights asks of the disk, at most: the working store, and what a step reads (masters and
-    state) and writes of it. trained_share: of the blocks, in a step. ends: whether embedding and head are trained."""
+    state) and writes of it, of so many pieces. trained_share: of the blocks, in a step. ends: whether embedding and head are
+    trained."""
 
     num_bytes: int
     read_bytes: int
     write_bytes: int
+    pieces: int
     trained_share: float
     ends: bool
 
@@ -98,12 +100,13 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     keeping, of_ends = make_keeping(config), make_rule(config)
     selection = Selection(config, len(trained.blocks))
 
-    def size(unit: UpdateUnit, rule: Rule = of_ends) -> tuple[int, int, int]:
+    def size(unit: UpdateUnit, rule: Rule = of_ends) -> tuple[int, int, int, int]:
+        """Bytes of weights, masters and state, and the number of pieces."""
         indices = [index for index, piece in enumerate(unit.pieces) if piece.segments]
         if rule.has_directions:
             indices.append(FACTORS)
         formats = [keeping.piece_format(unit, index, rule) for index in indices]
-        parts = ((f.master_offset, f.master_bytes, f.state_bytes) for f in formats)
+        parts = ((f.master_offset, f.master_bytes, f.state_bytes, 1) for f in formats)
         return tuple(sum(part) for part in zip(*parts, strict=True))
 
     blocks = [size(unit, make_rule(config, of_blocks=True)) for unit in trained.blocks if unit.fqns]
@@ -111,7 +114,7 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     active = sorted(blocks, key=sum)[-selection.layers :]
     moving = (blocks if selection.method == "frugal" else active) + ends
     stated = active + ends
-    weights, masters = (sum(unit[part] for unit in moving) for part in (0, 1))
+    weights, masters, pieces = (sum(unit[part] for unit in moving) for part in (0, 1, 3))
     state = sum(unit[2] for unit in stated)
     total = sum(unit[0] + unit[1] for unit in blocks + ends)
     total += sum(unit[2] for unit in (blocks + ends if selection.keeps_state else stated))
@@ -120,7 +123,7 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     if config.optimizer.versions == 2:
         total += weights + masters + state
     read = (masters + state) * (2 if of_ends.name == "lamb" else 1)
-    return StoreSize(total, read, weights + masters + state, len(active) / max(1, len(blocks)), bool(ends))
+    return StoreSize(total, read, weights + masters + state, pieces, len(active) / max(1, len(blocks)), bool(ends))
 
 
 def _elements(unit: UpdateUnit) -> int:

@@ -3,7 +3,7 @@
 Priorities, in this order, each only if it fits: the run at all (one slot, block inputs on disk); the next block read while
 one computes (lookahead 1); more buffers for the state of an optimizer; all block inputs in memory; a deeper lookahead; where
 compute takes longer than the disk, buffers for all of a block's state; blocks resident, as many as there is room for; the
-whole head.
+whole head; the state of an optimizer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Demand:
     when weights are used as they are. folding: buffers through which weights are written. code: what matrix products
     compile for themselves. state_slot: a buffer of an optimizer whose state is on disk, 0 where there is none.
     waiting_state_slots: how many more than the usual ones are of use where compute takes longer than the disk: what waits in
-    them is not waited for.
+    them is not waited for. state_pieces: what a step updates, one buffer each.
     update_image, update_gradients: of the largest unit that is updated, where compute is not in host memory.
     saving: what a save holds in host memory of state that lives on the device. device_libraries, host_libraries: what an
     accelerator's kernels keep there, and come to take of host memory.
@@ -70,6 +70,7 @@ class Demand:
     code_bytes: int = 0
     state_slot_bytes: int = 0
     waiting_state_slots: int = 0
+    state_pieces: int = 0
     update_image_bytes: int = 0
     update_gradients_bytes: int = 0
     saving_bytes: int = 0
@@ -116,6 +117,7 @@ class Plan:
     variant_slot_bytes: int
     head_variant_slot_bytes: int
     state_slots: int
+    kept_pieces: int  # of these slots, what may keep its piece from step to step
     state_slot_bytes: int
     update_image_bytes: int
     host_budget_bytes: int
@@ -186,7 +188,8 @@ def _cheapest(demand: Demand, limits: Limits, wishes: Wishes) -> Plan:
         device_head_slots=1 if on_device and demand.head_chunks else 0,
         variant_slots=1 if demand.variant_bytes else 0, variant_slot_bytes=round_up(demand.variant_bytes),
         head_variant_slot_bytes=round_up(demand.head_variant_bytes),
-        state_slots=MIN_STATE_SLOTS if demand.state_slot_bytes else 0, state_slot_bytes=round_up(demand.state_slot_bytes),
+        state_slots=MIN_STATE_SLOTS if demand.state_slot_bytes else 0, kept_pieces=0,
+        state_slot_bytes=round_up(demand.state_slot_bytes),
         update_image_bytes=round_up(demand.update_image_bytes),
         host_budget_bytes=limits.host_bytes, device_budget_bytes=limits.device_bytes, host_parts={}, device_parts={},
     )  # fmt: skip
@@ -239,6 +242,16 @@ def _improvements(demand: Demand, limits: Limits, wishes: Wishes):
         yield lambda plan: _with_parts(replace(plan, head_slots=demand.head_chunks), demand)
         if on_device:
             yield lambda plan: _with_parts(replace(plan, device_head_slots=demand.head_chunks), demand)
+    for step in [1 << i for i in range(demand.state_pieces.bit_length() - 1, -1, -1)]:
+        yield lambda plan, step=step: _keeping(plan, demand, step)
+
+
+def _keeping(plan: Plan, demand: Demand, more: int) -> Plan:
+    """With so many more pieces of state kept, but not more than there are."""
+    more = min(more, demand.state_pieces - plan.kept_pieces)
+    return _with_parts(
+        replace(plan, state_slots=plan.state_slots + more, kept_pieces=plan.kept_pieces + more), demand
+    )
 
 
 def _with_slots(plan: Plan, demand: Demand, lookahead: int, resident: int, on_device_resident: int) -> Plan:

@@ -2,6 +2,9 @@
 
 State is read ahead in the order in which gradients will be complete, so that when a unit's backward visit ends its state is
 there; its new version is written while other blocks compute (Fuyou, Liao et al. 2024: synchronous, no staleness).
+
+Where there is memory for more buffers than that needs, some pieces keep theirs: they are written at every step all the same,
+and not read again. The first that come are kept, and stay: in an order that is the same every step no choice keeps more.
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ class _Fetched:
     lease: Lease
     ticket: int | None  # None: there is nothing to read
     stored: StoredPiece | None
+    kept: bool = False  # the buffer has held it since it was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,13 @@ class _Given:
 
 
 class OptimizerStream:
-    """pool: buffers, each for the largest piece. seed: of stochastic rounding. Not thread-safe."""
+    """pool: buffers, each for the largest piece. kept_pieces: how many of them may be kept; `MIN_STATE_SLOTS` of
+    `memory.plan` are left at least. seed: of stochastic rounding and projections. Not thread-safe."""
 
     def __init__(
-        self, io: IOEngine, store: WorkingStore, pool: SlotPool, *, keeping: Keeping, seed: int, threads: int
-    ) -> None:
+        self, io: IOEngine, store: WorkingStore, pool: SlotPool, *, keeping: Keeping, seed: int, threads: int,
+        kept_pieces: int = 0,
+    ) -> None:  # fmt: skip
         self._io = io
         self._store = store
         self._pool = pool
@@ -130,11 +136,19 @@ class OptimizerStream:
         self._coming: deque[tuple[Request, int]] = deque()
         self._fetched: deque[_Fetched] = deque()
         self._writing: dict[Key, tuple[Lease, int]] = {}  # oldest first
+        self._kept_pieces = kept_pieces
+        self._keys_kept: set[Key] = set()
+        self._kept: dict[Key, Lease] = {}  # of these, the ones that nobody uses
         self.stall_seconds = 0.0
 
     def begin(self, requests: Sequence[Request]) -> None:
         """The updates of the step, in order; what does not come in the end is passed over."""
         self._coming = deque((request, index) for request in requests for index in request.fetches())
+        if requests:
+            coming = {(request.unit.name, index) for request, index in self._coming}
+            for key in self._kept.keys() - coming:
+                self._kept.pop(key).release()
+                self._keys_kept.discard(key)
         self._fetch_ahead()
 
     def update(
@@ -214,7 +228,7 @@ class OptimizerStream:
                     segment.name, masters(weights, remainder), gradient, grad_scale,
                     state["first"][units], state["second"][units], updates + 1,
                 )  # fmt: skip
-            fetched.lease.release()
+            self._leave(fetched)
             self._fetch_ahead()
         return ratios
 
@@ -266,15 +280,16 @@ class OptimizerStream:
         master = fetched.lease.buffer[layout.master_offset : layout.state_offset]
         state = fetched.lease.buffer[layout.state_offset : layout.num_bytes]
         updates = 0
-        if stored is not None and stored.master_bytes:
-            self._check(unit, piece, master, stored.master_sum, "master weights")
-        else:
+        if stored is None or not stored.master_bytes:
             master.zero_()
-        if stored is not None and stored.state_bytes:
-            self._check(unit, piece, state, stored.state_sum, "optimizer state")
-            updates = stored.updates
-        else:
+        elif not fetched.kept:
+            self._check(unit, piece, master, stored.master_sum, "master weights")
+        if stored is None or not stored.state_bytes:
             state.zero_()
+        else:
+            updates = stored.updates
+            if not fetched.kept:
+                self._check(unit, piece, state, stored.state_sum, "optimizer state")
         return master, state, updates
 
     def _write(self, request: Request, index: int, fetched: _Fetched, updates: int) -> None:
@@ -312,7 +327,7 @@ class OptimizerStream:
                 self._coming.popleft()
             while self._fetched:
                 self._drop(self._fetched.popleft())
-            while not self._pool.free_count:
+            while not self._pool.free_count and key not in self._kept:
                 self._finish_write(next(iter(self._writing)))
             self._fetch(request, index)
         fetched = self._fetched.popleft()
@@ -324,18 +339,25 @@ class OptimizerStream:
         for key in [key for key, (_, ticket) in self._writing.items() if self._io.done(ticket)]:
             self._finish_write(key)
         while self._coming:
-            if not self._pool.free_count:
-                # With nothing read ahead the next update would wait for a read: better to wait for a write now.
-                if self._fetched or not self._writing:
-                    return
+            key = self._coming[0][0].unit.name, self._coming[0][1]
+            if any(fetched.kept and fetched.key == key for fetched in self._fetched):
+                return  # lamb takes a piece twice: it is kept, and comes back
+            if self._pool.free_count or key in self._kept:
+                self._fetch(*self._coming.popleft())
+            elif self._fetched or not self._writing:
+                return
+            else:  # with nothing read ahead the next update would wait for a read: better to wait for a write now
                 self._finish_write(next(iter(self._writing)))
-            self._fetch(*self._coming.popleft())
 
     def _fetch(self, request: Request, index: int) -> None:
         key = (request.unit.name, index)
         if key in self._writing:
             self._finish_write(key)
-        lease, stored = self._pool.lease(), self._store.pieces.get(key)
+        stored = self._store.pieces.get(key)
+        if key in self._kept:
+            self._fetched.append(_Fetched(key, self._kept.pop(key), None, stored, kept=True))
+            return
+        lease = self._pool.lease()
         layout, ticket = self._format(request, index), None
         if stored is not None:
             file, address = self._store.file, lease.address
@@ -350,13 +372,31 @@ class OptimizerStream:
     def _drop(self, fetched: _Fetched) -> None:
         if fetched.ticket is not None:
             self._io.wait(fetched.ticket)
-        fetched.lease.release()
+        self._leave(fetched)
+
+    def _leave(self, fetched: _Fetched) -> None:
+        """It was not changed."""
+        if fetched.kept:
+            self._give_back(fetched.key, fetched.lease)
+        else:
+            fetched.lease.release()
 
     def _finish_write(self, key: Key) -> None:
         lease, ticket = self._writing[key]
         self.stall_seconds += self._io.wait(ticket)
         del self._writing[key]
-        lease.release()
+        self._give_back(key, lease)
+
+    def _give_back(self, key: Key, lease: Lease) -> None:
+        """A buffer that holds the newest version of a piece, which may keep it."""
+        if key not in self._keys_kept and len(self._keys_kept) < self._kept_pieces:
+            self._keys_kept.add(key)
+        if key in self._kept:  # lamb takes a piece twice, and has read it a second time meanwhile
+            self._kept.pop(key).release()
+        if key in self._keys_kept:
+            self._kept[key] = lease
+        else:
+            lease.release()
 
     def _sum(self, part: torch.Tensor) -> int:
         return update_rules.checksum(part, part.numel(), self._threads) if part.numel() else 0

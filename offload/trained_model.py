@@ -115,7 +115,9 @@ class TrainedModel(StreamedModel):
         self._image: torch.Tensor | None = None  # of a unit that is updated beside an accelerator
         if plan.update_image_bytes:
             self._image = self._host_slab.carve("update", plan.update_image_bytes, 1).lease().buffer
-        self.stream = OptimizerStream(self.io, self.store, pool, **self._stream_options)
+        self.stream = OptimizerStream(
+            self.io, self.store, pool, kept_pieces=plan.kept_pieces, **self._stream_options
+        )
         self._table: RowsOnDemand | None = next(
             (e for e in self.embeddings if e.serves(self.model.get_input_embeddings())), None
         )

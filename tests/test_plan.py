@@ -102,6 +102,16 @@ def test_wishes_are_kept(wishes):
         assert bool(plan.activation_slots) == (wishes.activations == "disk")
 
 
+@pytest.mark.parametrize("room", [0, 1, 20, 37, 50])
+def test_state_is_kept_where_there_is_room_after_all_else(room):
+    demand = replace(DEMAND, state_slot_bytes=12 * MIB, state_pieces=37)
+    full = make_plan(demand, Limits(1 << 40))
+    assert (full.kept_pieces, full.state_slots) == (37, 12 + 37)
+    plan = make_plan(demand, Limits(full.host_peak_bytes + (room - 37) * 12 * MIB))
+    assert (plan.kept_pieces, plan.state_slots) == (min(room, 37), 12 + min(room, 37))
+    assert len(plan.host_resident) == 5
+
+
 def test_the_whole_head_stays_where_there_is_room_after_the_blocks():
     demand = replace(DEMAND, head_chunks=7)
     everything = make_plan(demand, Limits(1 << 40, 1 << 40))

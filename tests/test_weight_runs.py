@@ -17,6 +17,7 @@ from text_models import make_config
 from transformers import TrainerCallback
 
 import finetune.session
+import memory.plan
 import offload.engine
 import offload.streamed_model
 import offload.trained_model
@@ -91,6 +92,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(method, changes, models,
     export(parts, tmp_path / "b")
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     assert not all(value.equal(weights(model)[name]) for name, value in weights(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_state_that_is_kept_is_not_read(name, models, data, tmp_path, monkeypatch):  # noqa: F811
+    def read_in_last_step(output: str) -> int:
+        config = config_of(models["bfloat16"], data, tmp_path / output, optimizer={"name": name})
+        return json.loads(_metrics(config)[-1])["disk_read_bytes"]
+
+    keeping = memory.plan._keeping
+    all_kept = read_in_last_step("all")
+    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: plan)
+    none_kept = read_in_last_step("none")
+    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: keeping(plan, demand, min(more, 1)))
+    pieces = [StoredPiece(*values) for _, _, *values in read_manifest(tmp_path / "none" / "store")["pieces"]]
+    times = 2 if name == "lamb" else 1
+    assert none_kept - all_kept == times * sum(piece.master_bytes + piece.state_bytes for piece in pieces)
+    assert all_kept < read_in_last_step("some") < none_kept
 
 
 def used_bytes(config: Config) -> int:

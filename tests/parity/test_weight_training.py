@@ -35,8 +35,16 @@ SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+def small_pieces(request, monkeypatch):
+    """How many of them stay in memory differs: all, and with either way of clipping some or none."""
     monkeypatch.setattr(offload.update_units, "PIECE_BYTES", SMALL_PIECES)
+    clipping = getattr(request.node, "callspec", None) and request.node.callspec.params.get("clipping")
+    if clipping:
+        keeping = memory.plan._keeping
+        most = 3 if clipping == "previous" else 0
+        monkeypatch.setattr(
+            memory.plan, "_keeping", lambda plan, demand, more: keeping(plan, demand, min(more, most - plan.kept_pieces))
+        )
 
 
 @pytest.fixture(autouse=True)
