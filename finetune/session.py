@@ -145,8 +145,9 @@ class PlannedRun:
         # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
         passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
         head_flops = 2 * passes * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
-        # Recomputation, the product with the weights again, and for those that are trained their gradient.
-        backward = (2 + (store.trained_share if store is not None else 0)) * forward
+        # Recomputation without its last products, the product with the weights again, and for those that are trained their
+        # gradient.
+        backward = (1.8 + (store.trained_share if store is not None else 0)) * forward
 
         def through(bytes_per_second: float, resident: frozenset[int], lookahead: int) -> StepTime:
             return simulate_step(
@@ -359,10 +360,9 @@ class Session:
             host = _amount("host_memory", self.config.host_memory, total)
         device = None
         if not self.device.shares_host_memory:
-            total = self.device.total_bytes()
-            device = int(total * 0.9)
+            device = int(self.device.available_bytes() * 0.9)
             if self.config.device_memory is not None:
-                device = _amount("device_memory", self.config.device_memory, total)
+                device = _amount("device_memory", self.config.device_memory, self.device.total_bytes())
         return Limits(host, device)
 
     def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:

@@ -163,6 +163,12 @@ class AcceleratorDevice(Device):
             return torch.mps.recommended_max_memory()
         return torch.get_device_module(self.kind).get_device_properties(self.torch_device).total_memory
 
+    def available_bytes(self) -> int:
+        if self.kind == "mps":
+            return self.total_bytes()
+        free, _ = torch.get_device_module(self.kind).mem_get_info(self.torch_device)
+        return free + torch.accelerator.memory_reserved(self.torch_device)
+
     def close(self) -> None:
         torch.accelerator.synchronize(self.torch_device)
         while self._registered:

@@ -106,6 +106,10 @@ class Device(ABC):
     def total_bytes(self) -> int:
         """Size of the device's memory: what a percentage of it refers to."""
 
+    def available_bytes(self) -> int:
+        """Of its memory, what this process can have: others may hold some, and the driver does."""
+        return self.total_bytes()
+
     def close(self) -> None:  # noqa: B027  not every device holds something
         """Ends all copies and threads; slabs of the device must not be used any more. May be called again."""
 
