@@ -112,8 +112,8 @@ def _message(error: Exception) -> str:
     detail = " ".join(str(error).split())
     if kind == "OutOfMemoryError":  # torch's, which must not be imported for this
         return (
-            f"error: the accelerator ran out of memory ({detail}). Raise --device-memory, or lower --micro-batch-size or "
-            "--sequence-length, and go on with --resume"
+            f"error: the accelerator ran out of memory ({detail}). Raise --device-memory, lower --micro-batch-size or "
+            "--sequence-length, or end what else uses it"
         )
     return f"error: {kind}{f': {detail}' if detail else ''} (run with FINETUNE_DEBUG=1 for the traceback)"
 

@@ -289,7 +289,7 @@ class OptimizerOptions(_Section):
     refresh_steps: Count = 200
     """Apollo: updates between projections."""
     scale: NonNegative = 1.0
-    """Apollo: of its steps."""
+    """Apollo: the square of a factor of its steps, as in the authors' code."""
     momentum: Share = 0.9
     """Of sgd."""
     state: Literal["float32", "bfloat16", "8bit"] = "float32"

@@ -21,6 +21,7 @@ from finetune.weight_demand import (
     StoreSize,
     largest_piece_bytes,
     make_keeping,
+    make_rule,
     store_size,
     training_temporaries,
     update_host_bytes,
@@ -193,7 +194,6 @@ class Session:
             simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
         )
         directory = resolve_model(config.model)
-        self.device.warm_up()
         self.parts = cut(
             directory,
             partial(_compute_dtype, config.engine.dtype, self.device),
@@ -202,6 +202,7 @@ class Session:
             tile_vocab=config.engine.loss_tile_vocab,
             trains_weights=train and config.trains_weights,
         )
+        self.device.warm_up(self.parts.dtype)
         self.model: nn.Module = self.parts.model
         if adapter is not None:
             self.model = lora.load(self.model, adapter, trainable=train)
@@ -360,8 +361,9 @@ class Session:
             host = _amount("host_memory", self.config.host_memory, total)
         device = None
         if not self.device.shares_host_memory:
-            device = int(self.device.available_bytes() * 0.9)
-            if self.config.device_memory is not None:
+            if self.config.device_memory is None:
+                device = int(self.device.available_bytes() * 0.9)
+            else:
                 device = _amount("device_memory", self.config.device_memory, self.device.total_bytes())
         return Limits(host, device)
 
@@ -417,9 +419,11 @@ class Session:
         if trained is not None:
             state_slot_bytes = largest_piece_bytes(self.config, trained)
             store = store_size(self.config, trained)
-            if store.trained_share == 1 and self.device.shares_host_memory and lanes * shape.rows >= COMPUTE_BOUND_TOKENS:
-                waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
             shares = self.device.shares_host_memory
+            computes_long = store.trained_share == 1 and shares and lanes * shape.rows >= COMPUTE_BOUND_TOKENS
+            # Buffers may be as large as what a rule with directions keeps of a whole unit, and the disk has little to do there.
+            if computes_long and not make_rule(self.config, of_blocks=True).has_directions:
+                waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
             host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it
             edge_bytes += host_edge_bytes if shares else edge_bytes
             head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
@@ -458,11 +462,19 @@ class Session:
             state_pieces=0 if trained is None else store.pieces,
             update_image_bytes=update_image_bytes,
             update_gradients_bytes=update_gradients_bytes,
-            saving_bytes=0 if self.device.shares_host_memory or not shape.train else state - adapter_bytes,
+            saving_bytes=0 if self.device.shares_host_memory else self._saving_bytes(adapter_bytes),
             device_libraries_bytes=self.device.libraries_bytes,
             host_libraries_bytes=self.device.host_libraries_bytes,
         )
         return demand, visit
+
+    def _saving_bytes(self, adapter_bytes: int) -> int:
+        """What adapters on a device take of host memory: while they are saved, with their moments; a zeroth-order run has
+        clean values there all the time."""
+        if not self.train:
+            return 0
+        per_parameter = 4 if self.config.method == "zo" else OPTIMIZER_BYTES_PER_PARAMETER
+        return adapter_bytes + per_parameter * sum(p.numel() for p in self.trainable)
 
     def _code_bytes(self, micro_batches: int) -> int:
         if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:

@@ -399,12 +399,17 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
     if config.has_adapter:
         about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
     if config.trains_weights:
+        unused = {"versions"} if config.optimizer.name == "apollo" else {"versions", "refresh_steps", "scale"}
+        if config.optimizer.name != "apollo" and config.selection.subspace == "blocks":
+            unused.add("rank")
         about |= {
             "train": list(config.train),
             "tile_vocab": config.engine.loss_tile_vocab,
             "piece_bytes": update_units.PIECE_BYTES,
-            "optimizer": config.optimizer.model_dump(exclude={"versions"}),
-            "selection": config.selection.model_dump(),
+            "optimizer": config.optimizer.model_dump(exclude=unused),
+            "selection": config.selection.model_dump(
+                exclude={"subspace"} if config.selection.subspace == "blocks" else None
+            ),
             "adam": [options.adam_beta1, options.adam_beta2, options.adam_epsilon],
             "weight_decay": options.weight_decay,
             "max_grad_norm": options.max_grad_norm,

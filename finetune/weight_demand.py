@@ -74,7 +74,7 @@ def training_temporaries(
     rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
     spills = config.optimizer.clipping == "exact" and config.training.max_grad_norm
     waiting = block if spills else rows if trained.tied else 0
-    update_bytes = 2 * rows + (block if spills else 0) + _direction_bytes(config, trained)
+    update_bytes = max(2 * rows + (block if spills else 0), block) + _direction_bytes(config, trained)
     return max(visit_bytes, loss_bytes, update_bytes), waiting
 
 

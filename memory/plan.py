@@ -139,10 +139,14 @@ class Plan:
             self.host_block_slots * self.block_slot_bytes
             + self.head_slots * self.head_slot_bytes
             + self.activation_slots * self.activation_slot_bytes
-            + self.state_slots * self.state_slot_bytes
             + self.update_image_bytes
-            + (self.variants_bytes if self.device_budget_bytes is None else 0)
+            + (self.variants_bytes + self.state_slab_bytes if self.device_budget_bytes is None else 0)
         )
+
+    @property
+    def state_slab_bytes(self) -> int:
+        """Of an optimizer's buffers, which are not part of the host slab where that is pinned."""
+        return self.state_slots * self.state_slot_bytes
 
     @property
     def device_slab_bytes(self) -> int:

@@ -339,9 +339,10 @@ class OptimizerStream:
         for key in [key for key, (_, ticket) in self._writing.items() if self._io.done(ticket)]:
             self._finish_write(key)
         while self._coming:
-            key = self._coming[0][0].unit.name, self._coming[0][1]
-            if any(fetched.kept and fetched.key == key for fetched in self._fetched):
-                return  # lamb takes a piece twice: it is kept, and comes back
+            request, index = self._coming[0]
+            key = request.unit.name, index
+            if request.rule.name == "lamb" and any(fetched.kept and fetched.key == key for fetched in self._fetched):
+                return  # it takes a piece twice: that comes back
             if self._pool.free_count or key in self._kept:
                 self._fetch(*self._coming.popleft())
             elif self._fetched or not self._writing:

@@ -4,7 +4,8 @@ A matrix's gradient, turned so that G is [n, m] with n <= m, is projected by P [
 updates. With M and V, AdamW's moments of R = P G, and U = M^ / (sqrt(V^) + eps):
 
     apollo      P normal with variance 1 / r; s_j = |U_j| / |R_j|, a number a column (one for all with r = 1: APOLLO-Mini);
-                D = scale G diag(s), whose norm grows by 1% a step at most. Zhu et al. 2024, algorithm 1.
+                D = sqrt(scale) G diag(s) (the root is the authors' code's), whose norm grows by 1% a step at most.
+                Zhu et al. 2024, algorithm 1.
     projection  orthonormal rows, or for `columns` r rows of the identity: D = P^T U + scale sign(G - P^T R), and M and V
     columns     begin anew with every P. FRUGAL (Zmushko et al. 2024, algorithm 1).
 
@@ -212,7 +213,7 @@ def _scales(
     """APOLLO's, the limit on growth in them. last_norm: fp32 [1], of the parameter's last step."""
     over = (1, 2) if rule.rank == 1 else 1
     scales = steps.norm(dim=over, keepdim=True) / (lows.norm(dim=over, keepdim=True) + _EPSILON)
-    scales = (scales.squeeze(1) * rule.scale).expand(len(lows), lows.shape[2]).clone()
+    scales = (scales.squeeze(1) * rule.scale**0.5).expand(len(lows), lows.shape[2]).clone()
     norm = float((scales.double().square_() * squares).sum().sqrt())
     limit = GROWTH * float(last_norm)
     if 0 < limit < norm:

@@ -88,7 +88,9 @@ class StreamedModel:
             self.tier = DeviceTier(host_tier, device, pool, plan.device_resident, plan.device_lookahead)
             if head_tier is not None:
                 pool = slab.carve("device head", plan.head_slot_bytes, plan.device_head_slots)
-                head_tier = DeviceTier(head_tier, device, pool, frozenset(), plan.device_head_slots - 1)
+                head_tier = DeviceTier(
+                    head_tier, device, pool, all_if(plan.device_head_slots, len(head_tier.layouts)), plan.device_head_slots - 1
+                )
         self.head_tier = head_tier
 
         self._load_edges(parts.edges)
@@ -188,7 +190,8 @@ class StreamedModel:
     def _make_head_tier(self, pool: SlotPool | None, plan: Plan) -> HostTier | None:
         if self.parts.head is None:
             return None
-        return HostTier(self.parts.head.layouts, self.io, pool, frozenset(), plan.head_slots - 1)
+        layouts = self.parts.head.layouts
+        return HostTier(layouts, self.io, pool, all_if(plan.head_slots, len(layouts)), plan.head_slots - 1)
 
     def _make_weights(self, plan: Plan) -> Weights:
         return BlockWeights(self.parts, self.tier)
@@ -269,6 +272,11 @@ class Chunks:
             self._head.binding.unbind()
         self._chunk = None
         self._tier.release(index)
+
+
+def all_if(slots: int, count: int) -> frozenset[int]:
+    """All blocks where there is a slot for each of them."""
+    return frozenset(range(count)) if slots == count else frozenset()
 
 
 def _mean_of_own_losses(outputs: list[Any]) -> torch.Tensor:

@@ -24,14 +24,15 @@ import torch
 
 from memory.errors import UserError
 from memory.plan import Plan
-from memory.slab import SlotPool
+from memory.slab import Slab, SlotPool
 from offload.block_store import Read, bind_views
+from offload.devices.base import map_host_bytes
 from offload.embedding import RowsOnDemand
 from offload.engine import Weights
 from offload.gradient_spill import GradientSpill
 from offload.model_parts import EdgeTensor
 from offload.optimizer_stream import Keeping, OptimizerStream, Request, check_weights, stored_reads
-from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic
+from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic, all_if
 from offload.streamer import HostTier, Tier
 from offload.trained_parts import RowUnit, TrainedParts, rows_source
 from offload.update_rules import Sums
@@ -111,7 +112,9 @@ class TrainedModel(StreamedModel):
 
     def _open_model(self, plan: Plan, scratch: Path, progress: Any) -> None:
         super()._open(plan, scratch, progress)
-        pool = self._host_slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
+        # Beside an accelerator host slabs are pinned, which state need not be: it is never copied there.
+        slab = self._host_slab if self.updates_in_slots else Slab(map_host_bytes(plan.state_slab_bytes))
+        pool = slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
         self._image: torch.Tensor | None = None  # of a unit that is updated beside an accelerator
         if plan.update_image_bytes:
             self._image = self._host_slab.carve("update", plan.update_image_bytes, 1).lease().buffer
@@ -379,7 +382,7 @@ class TrainedModel(StreamedModel):
 
     def _make_head_tier(self, pool: SlotPool | None, plan: Plan) -> HostTier | None:
         units = [part.unit for part in (*self.trained.head, *self.trained.table)]
-        return StoredTier(units, self, pool, frozenset(), plan.head_slots - 1) if units else None
+        return StoredTier(units, self, pool, all_if(plan.head_slots, len(units)), plan.head_slots - 1) if units else None
 
     def _make_weights(self, plan: Plan) -> Weights:
         return TrainedBlocks(self)

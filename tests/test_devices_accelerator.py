@@ -175,8 +175,9 @@ def test_accelerator_slab_is_on_the_device_and_a_refusal_names_sizes(monkeypatch
     assert device.peak_bytes() == 12345
 
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 9)
     monkeypatch.setattr(torch, "get_device_module", lambda kind: SimpleNamespace(mem_get_info=lambda device: (200, 777)))
-    assert device.available_bytes() == 230
+    assert device.available_bytes() == 221
 
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -60,8 +60,8 @@ class Reference:
     def apollo(self, g: torch.Tensor) -> torch.Tensor:
         self.project(g)
         if self.rule.rank == 1:
-            return self.rule.scale * g * self.u.norm() / (self.low.norm() + 1e-8)
-        return self.rule.scale * g * (self.u.norm(dim=0) / (self.low.norm(dim=0) + 1e-8))
+            return self.rule.scale**0.5 * g * self.u.norm() / (self.low.norm() + 1e-8)
+        return self.rule.scale**0.5 * g * (self.u.norm(dim=0) / (self.low.norm(dim=0) + 1e-8))
 
 
 def expected_of(rule: Rule, name: str, references: list[Reference], g: torch.Tensor, last_norm: list[float]) -> torch.Tensor:

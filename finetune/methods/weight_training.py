@@ -7,6 +7,7 @@ optimizer. Every step is committed to the working store, which is the checkpoint
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class WeightTraining:
                 if norm is None:
                     # Unclipped, a first gradient that is large would stay in the second moments for hundreds of steps.
                     norm = self._model.gradient_norm(batches.inputs, batches.labels, seeds, requests)
+                    if not isfinite(norm):
+                        raise UserError(
+                            f"the gradients of the first step have norm {norm}: with engine.dtype float16 use bfloat16, else "
+                            "look for a faulty weight. Nothing was trained"
+                        )
                 scale = clip_scale(norm, max_norm)
             update = Update(requests, learning_rate, step + 1, scale, max_norm)
             updated = self._model.update_step(batches.inputs, batches.labels, seeds, update)
@@ -81,6 +87,11 @@ class WeightTraining:
             index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}
             self._selection.observe({index[name]: tuple(s) for name, s in updated.sums.items() if name in index})
             self._model.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the accelerator ran out of memory ({' '.join(str(error).split())}). Raise --device-memory, or lower "
+                f"--sequence-length. {self._model.store.how_to_go_on}"
+            ) from error
         except IOFailure as error:
             raise UserError(f"{error}. Mend the disk, or make room. {self._model.store.how_to_go_on}") from error
         self.optimizer.step()

@@ -49,11 +49,12 @@ class AcceleratorDevice(Device):
             self._copy_streams = {direction: torch.Stream(device=self.torch_device) for direction in Direction}
         self._registered: list[torch.Tensor] = []  # kept: registered memory must not be unmapped
         self._peak_sampled_bytes = 0
+        self._is_limited = False
 
-    def warm_up(self) -> None:
+    def warm_up(self, dtype: torch.dtype) -> None:
         """Runs a product, attention, and their gradients once: libraries and their kernels are loaded when first used."""
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.ones(1, 2, 64, 64, dtype=dtype, device=self.torch_device, requires_grad=True)
+        for kind in {torch.float32, dtype}:
+            x = torch.ones(1, 2, 64, 64, dtype=kind, device=self.torch_device, requires_grad=True)
             y = functional.scaled_dot_product_attention(functional.silu(x @ x), x, x, is_causal=True)
             functional.cross_entropy(y.float().flatten(0, 2), y.new_zeros(128, dtype=torch.int64)).backward()
         torch.accelerator.synchronize(self.torch_device)
@@ -62,6 +63,7 @@ class AcceleratorDevice(Device):
         """Held by PyTorch's allocator on CUDA: it gives cached memory back first."""
         if self.kind == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / self.total_bytes()), self.torch_device)
+            self._is_limited = True
 
     def allocate_slab(self, num_bytes: int) -> torch.Tensor:
         """The caching allocator may hold up to 2 MiB more than `num_bytes`; `peak_bytes` includes that."""
@@ -166,11 +168,18 @@ class AcceleratorDevice(Device):
     def available_bytes(self) -> int:
         if self.kind == "mps":
             return self.total_bytes()
-        free, _ = torch.get_device_module(self.kind).mem_get_info(self.torch_device)
-        return free + torch.accelerator.memory_reserved(self.torch_device)
+        try:
+            free, _ = torch.get_device_module(self.kind).mem_get_info(self.torch_device)
+        except RuntimeError:  # some drivers of Intel's do not say
+            return self.total_bytes()
+        reserved, used = (f(self.torch_device) for f in (torch.accelerator.memory_reserved, torch.accelerator.memory_allocated))
+        return free + reserved - used
 
     def close(self) -> None:
         torch.accelerator.synchronize(self.torch_device)
+        if self._is_limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+            self._is_limited = False
         while self._registered:
             slab = self._registered.pop()
             code = int(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr()))

@@ -48,8 +48,8 @@ class Device(ABC):
     libraries_bytes: int = 0  # device memory that kernels' libraries keep for themselves, at most
     host_libraries_bytes: int = 0  # host memory that they take after `warm_up`, at most
 
-    def warm_up(self) -> None:  # noqa: B027  most devices have nothing to load
-        """Loads what computing will need, so that the process is then as large as it will be without a model."""
+    def warm_up(self, dtype: torch.dtype) -> None:  # noqa: B027  most devices have nothing to load
+        """Loads what computing in `dtype` will need, so that the process is then as large as it will be without a model."""
 
     def limit(self, num_bytes: int) -> None:  # noqa: B027  not every device can be held to it
         """From now on tensors there that would take more than `num_bytes` in all raise torch.OutOfMemoryError."""
