@@ -7,10 +7,9 @@ from math import prod
 
 from finetune.config import Config
 from finetune.methods.selection import Selection, interval_of
-from offload import projections
 from offload.adafactor import TEMPORARY_BYTES
 from offload.model_parts import ModelParts
-from offload.optimizer_stream import FACTORS, Keeping
+from offload.optimizer_stream import FACTORS, Keeping, factors_of
 from offload.trained_parts import TrainedParts
 from offload.update_rules import Rule, StateFormat
 from offload.update_units import UpdateUnit
@@ -89,9 +88,10 @@ def _direction_bytes(config: Config, trained: TrainedParts) -> int:
     needed = 0
     for number, unit in enumerate(trained.units):
         rule = make_rule(config, of_blocks=number < len(trained.blocks))
-        if rule.has_directions or rule.name == "lamb":
-            kept = projections.temporary_bytes(unit, rule) if rule.rank and rule.name not in ("adafactor", "lamb") else 0
-            needed = max(needed, TEMPORARY_BYTES + kept)
+        if rule.has_directions:
+            needed = max(needed, factors_of(rule).temporary_bytes(unit, rule))
+        elif rule.name == "lamb":
+            needed = max(needed, TEMPORARY_BYTES)
     return needed
 
 

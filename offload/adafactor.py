@@ -32,6 +32,11 @@ def factor_bytes(unit: UpdateUnit, rule: Rule) -> int:
     return round_up(sum(4 * (rows + columns + 1) for rows, columns in _sizes(unit).values()))
 
 
+def temporary_bytes(unit: UpdateUnit, rule: Rule) -> int:
+    """What the directions of a unit allocate while they are made and used."""
+    return TEMPORARY_BYTES
+
+
 def factor_views(unit: UpdateUnit, memory: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """memory: uint8 [factor_bytes]. Local name -> (rows fp32 [matrices, n], columns fp32 [matrices, m], count of gradients fp32
     [1]); of one dimension rows are [1, n] and columns [1, 0]."""

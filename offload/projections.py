@@ -26,7 +26,7 @@ import torch
 
 from memory.slab import round_up
 from offload import noise
-from offload.adafactor import chunks, from_rows, scaled
+from offload.adafactor import TEMPORARY_BYTES, chunks, from_rows, scaled
 from offload.update_rules import Rule
 from offload.update_units import UpdateUnit
 
@@ -65,8 +65,8 @@ def factor_bytes(unit: UpdateUnit, rule: Rule) -> int:
 
 
 def temporary_bytes(unit: UpdateUnit, rule: Rule) -> int:
-    """What the directions of a unit hold besides chunks."""
-    return sum(4 * (3 * x.moments + 2 * x.matrices * x.rank * x.small) for x in _shapes(unit, rule).values())
+    """What the directions of a unit allocate while they are made and used."""
+    return TEMPORARY_BYTES + sum(4 * (3 * x.moments + 2 * x.matrices * x.rank * x.small) for x in _shapes(unit, rule).values())
 
 
 def directions(
