@@ -216,6 +216,9 @@ class LoraOptions(_Section):
         return own | self.extra
 
 
+PRODUCT_RANK = 32  # of all pending groups together: a few percent of a product, and of the weights' memory
+
+
 class ZerothOrderOptions(_Section):
     """Zeroth-order tuning; formulas and sources are in `finetune.methods.zeroth_order`."""
 
@@ -232,6 +235,9 @@ class ZerothOrderOptions(_Section):
     """Signs cost less than half of normals, pending ones a sixth. MeZO uses normals, LOZO low_rank."""
     rank: CountOrZero = 0
     """Of low_rank noise; 0: 4 there."""
+    perturb: Literal["weights", "products"] = "weights"
+    """products: noise of low rank is added to what linear layers multiply, x W^T + (x V) U^T, and W stays as it is: faster, in
+    less memory, with other rounding; see `offload.low_rank_products`."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-3
     perturbations: Count = 1
     """Per step; all are computed from one fetch of the weights."""
@@ -259,6 +265,14 @@ class ZerothOrderOptions(_Section):
             raise ValueError("expected no momentum with low_rank noise, whose V changes every fold_steps steps")
         if self.noise == "low_rank" and self.rounding == "stochastic":
             raise ValueError("expected rounding exact or nearest with low_rank noise, found stochastic")
+        if self.perturb == "products":
+            if self.noise != "low_rank" or self.parameters != "all":
+                raise ValueError(
+                    f"expected noise low_rank and parameters all with perturb products, found {self.noise} and "
+                    f"{self.parameters}"
+                )
+            if self.rounding != "exact":
+                raise ValueError(f"expected rounding exact with perturb products, found {self.rounding}")
         return self
 
     @property
@@ -267,6 +281,16 @@ class ZerothOrderOptions(_Section):
             return self.fold_steps or 50
         noises = self.perturbations * (self.momentum_window if self.momentum else 1)
         return max(1, {"rademacher": 32, "gaussian": 8}[self.noise] // noises)
+
+    @property
+    def product_groups(self) -> int:
+        """Groups whose factors products can meet beside the weights; 0: none, weights are perturbed."""
+        return max(1, PRODUCT_RANK // self.noise_rank) if self.perturb == "products" else 0
+
+    @property
+    def steps_between_folds(self) -> int:
+        """After so many steps what is pending is folded into weights on disk."""
+        return self.group_steps * max(1, self.product_groups)
 
     @property
     def noise_rank(self) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.methods import lora
+from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.weight_demand import (
     StoreSize,
     largest_piece_bytes,
@@ -40,9 +41,7 @@ from offload.devices import Device, choose_device
 from offload.dry_run import VisitSize, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
 from offload.noise import Noise
-from offload.perturbed import folded_bytes, variant_layout
 from offload.perturbed_model import PerturbedModel
-from offload.replay import BUFFER_BYTES
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
@@ -222,8 +221,7 @@ class Session:
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(train)
-        # Whether moved weights are written while the run goes on; the trainer knows better where epochs set the steps.
-        self.folds = config.training.max_steps is None or config.training.max_steps > config.zo.group_steps
+        self.num_steps = config.training.max_steps  # None: epochs set them, and the trainer will say
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
@@ -255,13 +253,7 @@ class Session:
         engine = self.config.engine
         activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
         plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, activations))
-        folded = 0
-        if self.perturbs_all and self.folds:
-            exact = self.config.zo.rounding == "exact"
-            folded = sum(
-                max(entry.num_bytes, 4 * prod(entry.shape) if exact else 0)
-                for entry in self.parts.checkpoint.tensors.values()
-            )
+        perturbed = self._perturbation_demand()
         return PlannedRun(
             plan,
             demand,
@@ -270,7 +262,7 @@ class Session:
             shape,
             self.device.kind,
             tuple(self.trainable),
-            folded,
+            perturbed.folded_bytes if perturbed else 0,
             None if self.trained is None else store_size(self.config, self.trained),
             self.config.variants if self.train else 1,
         )
@@ -321,6 +313,7 @@ class Session:
                 scratch,
                 noise=Noise(self.config.zo.noise, self.config.zo.noise_rank),
                 adapters=adapters,
+                product_groups=most_product_groups(self.config.zo, self.num_steps),
                 **options,
             )
         elif self.trained is not None:
@@ -397,24 +390,15 @@ class Session:
         edge_bytes = parts.edge_bytes
         block_bytes = [layout.num_bytes for layout in parts.layouts]
         head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
-        variant_bytes = head_variant_bytes = folding_bytes = 0
-        if self.perturbs_all:
-            edge_bytes *= 2 + self.config.variants  # clean values in up to twice their size, and every variant
-            variant_bytes = max(
-                variant_layout(layout, binding.dtypes).num_bytes
-                for layout, binding in zip(parts.layouts, parts.bindings, strict=True)
-            )
-            if head is not None:
-                head_variant_bytes = max(variant_layout(x, head.binding.dtypes).num_bytes for x in head.layouts)
-            if self.folds:
-                folding_bytes = BUFFER_BYTES
-            if self.folds and self.config.zo.rounding == "exact":
-                block_bytes = [folded_bytes(layout) for layout in parts.layouts]
-                head_chunk_bytes = max((folded_bytes(layout) for layout in head.layouts), default=0) if head else 0
+        temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
+        if perturbed is not None:
+            block_bytes, head_chunk_bytes = perturbed.block_bytes, perturbed.head_chunk_bytes
+            edge_bytes = perturbed.edge_bytes
+            temporaries += perturbed.visit_bytes
         if not self.device.shares_host_memory:
             block_bytes = [max(pair) for pair in zip(block_bytes, map(aligned_bytes, parts.layouts), strict=True)]
             head_chunk_bytes = max([head_chunk_bytes, *(aligned_bytes(x) for x in (head.layouts if head else ()))])
-        state_slot_bytes, temporaries = 0, max(visit.peak_bytes, loss_bytes)
+        state_slot_bytes = 0
         waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
         if trained is not None:
             state_slot_bytes = largest_piece_bytes(self.config, trained)
@@ -453,9 +437,9 @@ class Session:
             if shape.train
             else visit.boundary_bytes * lanes,
             baseline_bytes=_baseline_bytes(adapter_bytes),
-            variant_bytes=variant_bytes,
-            head_variant_bytes=head_variant_bytes,
-            folding_bytes=folding_bytes,
+            variant_bytes=perturbed.variant_bytes if perturbed else 0,
+            head_variant_bytes=perturbed.head_variant_bytes if perturbed else 0,
+            folding_bytes=perturbed.folding_bytes if perturbed else 0,
             code_bytes=self._code_bytes(lanes),
             state_slot_bytes=state_slot_bytes,
             waiting_state_slots=waiting_state_slots,
@@ -467,6 +451,10 @@ class Session:
             host_libraries_bytes=self.device.host_libraries_bytes,
         )
         return demand, visit
+
+    def _perturbation_demand(self) -> PerturbationDemand | None:
+        """None: no weights of the model's own are perturbed."""
+        return perturbation_demand(self.parts, self.config.zo, self.num_steps) if self.perturbs_all else None
 
     def _saving_bytes(self, adapter_bytes: int) -> int:
         """What adapters on a device take of host memory: while they are saved, with their moments; a zeroth-order run has

@@ -158,7 +158,7 @@ class Trainer:
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
         shape = objective.shape(session)
-        session.folds = batches.num_steps > config.zo.group_steps
+        session.num_steps = batches.num_steps
         planned = session.plan(shape)
         if config.eval_data is not None and not TensorRows.fits(config.eval_data):
             # Tokenised now: in mid-run its process would come on top of the plan.
@@ -416,6 +416,8 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
         }
     if config.method == "zo":
         about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
+        if config.zo.perturb == "weights":
+            del about["zo"]["perturb"]  # runs that began before there was a choice go on
         if callable(config.zo.objective):
             about["zo"]["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
     return about

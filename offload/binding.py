@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class _CastLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.stored = stored
         rows = values(x).reshape(-1, x.shape[-1])
-        product = partial(_product, rows, stored, bias)
+        product = partial(linear_product, rows, stored, bias)
         deferring = DeferProducts.entered
         y = deferring.defer((rows.shape[0], stored.shape[0]), product, [rows]) if deferring else product()
         return y.view(*x.shape[:-1], -1)
@@ -48,7 +49,10 @@ class _CastLinear(torch.autograd.Function):
         return dx.view(*grad.shape[:-1], -1), None, None
 
 
-def _product(rows: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_product(rows: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """rows [n, in] times stored^T, [out, in] in any dtype, plus bias [out]: [n, out] in the dtype of `rows`."""
+    if stored.dtype == rows.dtype:
+        return nn.functional.linear(rows, stored, bias)
     y = rows.new_empty(rows.shape[0], stored.shape[0])
     for strip in _strips(stored.shape[0]):
         weight = stored[strip].to(rows.dtype).t()
@@ -79,22 +83,25 @@ class Binding:
         """dtypes: compute dtype per parameter or buffer of `root`; stored: dtype in the slot, for those that are streamed."""
         self.dtypes = {name: dtypes[name] for name in stored}
         """Compute dtype of everything that is streamed, by local name."""
+        self.linear_weights: dict[str, nn.Linear] = {}
+        """Local name of the weight of every linear layer, and the layer."""
         self._targets: list[tuple[str, nn.Module, str, torch.dtype]] = []
-        self._lazy: list[tuple[str, nn.Module]] = []
+        self._lazy: dict[str, Any] = {}  # forwards whose `stored` is the weight
         self._empty: list[tuple[dict, str, torch.Tensor | None]] = []
         for name, stored_dtype in stored.items():
             owner_name, _, attribute = name.rpartition(".")
             owner = root.get_submodule(owner_name)
             tensor = getattr(owner, attribute)
+            is_linear = type(owner) is nn.Linear and attribute == "weight"
+            if is_linear:
+                self.linear_weights[name] = owner
             is_lazy = (
-                type(owner) is nn.Linear
-                and attribute == "weight"
+                is_linear
                 and stored_dtype != dtypes[name]
                 and tensor.numel() * stored_dtype.itemsize >= LAZY_MIN_BYTES
             )
             if is_lazy:
-                self._lazy.append((name, owner))
-                owner.forward = _LazyForward(owner)
+                self._lazy[name] = owner.forward = _LazyForward(owner)
             else:
                 self._targets.append((name, owner, attribute, dtypes[name]))
                 home = owner._parameters if attribute in owner._parameters else owner._buffers
@@ -111,8 +118,8 @@ class Binding:
                 owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=name in trained)
             else:
                 owner._buffers[attribute] = tensor
-        for name, owner in self._lazy:
-            owner.forward.stored = views[name]
+        for name, forward in self._lazy.items():
+            forward.stored = views[name]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the trained tensors that have one, by local name."""
@@ -122,16 +129,26 @@ class Binding:
     def unbind(self) -> None:
         for home, attribute, placeholder in self._empty:
             home[attribute] = placeholder
-        for _, owner in self._lazy:
-            owner.forward.stored = None
+        for forward in self._lazy.values():
+            forward.stored = None
+
+    def multiply_by(self, forwards: Mapping[str, Any]) -> None:
+        """From now on the linear layers with these weights (local names) run these forwards, whose `stored` is the weight as
+        it lies in the slot."""
+        kept = [i for i, (name, *_) in enumerate(self._targets) if name not in forwards]
+        self._targets = [self._targets[i] for i in kept]
+        self._empty = [self._empty[i] for i in kept]
+        for name, forward in forwards.items():
+            self._lazy[name] = self.linear_weights[name].forward = forward
 
     def convert_at_bind(self) -> None:
         """From now on every weight is converted when it is bound: for code that reads `weight` itself (DoRA's norm)."""
-        for name, owner in self._lazy:
+        for name in self._lazy:
+            owner = self.linear_weights[name]
             owner.__dict__.pop("forward", None)
             self._targets.append((name, owner, "weight", owner.weight.dtype))
             self._empty.append((owner._parameters, "weight", owner.weight))
-        self._lazy = []
+        self._lazy = {}
 
 
 class _LazyForward:

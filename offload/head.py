@@ -110,6 +110,10 @@ class HeadChunk:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [n, hidden] to [n, rows]."""
+        return functional.linear(hidden, self.weight, self.bias)
+
 
 class TokenScores(NamedTuple):
     """Of every position, [B, T]; 0 and False where the (shifted) label is -100.
@@ -232,11 +236,7 @@ class TiledHead:
         with torch.no_grad():
             for i, chunk in self._every_chunk(len(logits), variants):
                 hidden = logits[i].hidden[:, -1]
-                part = (
-                    self._forward(hidden)
-                    if self._num_chunks == 1
-                    else functional.linear(hidden, chunk.weight, chunk.bias)
-                )
+                part = self._forward(hidden) if self._num_chunks == 1 else chunk.logits(hidden)
                 parts[i].append(_apply(logits[i].operations, part).float())
         return [torch.cat(part, dim=-1) for part in parts]
 
@@ -312,7 +312,7 @@ class _Rows:
         for tile in self._tiles:
             hidden, labels = self._hidden[tile], self._labels[tile]
             weight = chunk.weight
-            z = functional.linear(hidden, weight, chunk.bias) if forward is None else forward(hidden)
+            z = chunk.logits(hidden) if forward is None else forward(hidden)
             slope = None
             if self._operations and self._backward:
                 z.requires_grad_()
@@ -348,7 +348,7 @@ class _Rows:
         end = chunk.start + chunk.weight.shape[0]
         for tile in self._tiles:
             hidden, labels = self._hidden[tile], self._labels[tile]
-            z = functional.linear(hidden, chunk.weight, chunk.bias)
+            z = chunk.logits(hidden)
             slope = None
             if self._operations:
                 z.requires_grad_()

@@ -148,6 +148,28 @@ def sample(kind: str, seed: int, parameter: int, count: int, first_element: int 
     return z
 
 
+def add_rows(noise: Noise, parameter: int, total: torch.Tensor, updates: Sequence[Update], first_row: int = 0) -> None:
+    """Adds coefficient * U(seed) to `total`, fp32 [rows, rank], the rows from `first_row` on; one update after the other."""
+    if updates:
+        groups = [Group(1.0, (update,)) for update in updates]
+        first_element = first_row * noise.rank
+        move(Noise("gaussian"), parameter ^ _ROW_KEY, total, groups, [Target(total)], first_element=first_element)
+
+
+def divided_by_root(noise: Noise, u: torch.Tensor) -> torch.Tensor:
+    """U / sqrt(rank)."""
+    return u * torch.tensor(noise.rank, dtype=torch.float32).rsqrt()
+
+
+def shared_columns(
+    noise: Noise, parameter: int, seed: int, columns: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """V^T of a matrix with so many columns: fp32 [rank, columns]."""
+    v = torch.zeros(columns * noise.rank, device=device)
+    move(Noise("gaussian"), parameter ^ _COLUMN_KEY, v, (), [Target(v, seed, 1.0)])
+    return v.view(columns, noise.rank).t().contiguous()
+
+
 def _move_low_rank(
     noise: Noise,
     parameter: int,
@@ -158,23 +180,22 @@ def _move_low_rank(
     segments: Sequence[tuple[int, int]],
     stored_dtype: torch.dtype,
 ) -> None:
-    rank, root = noise.rank, torch.tensor(noise.rank, dtype=torch.float32).rsqrt()
-    row_key, column_key = parameter ^ _ROW_KEY, parameter ^ _COLUMN_KEY
+    rank = noise.rank
     columns_of = {
-        seed: sample("gaussian", seed, column_key, columns * rank).view(columns, rank).t().contiguous()
-        for seed in {x.shared_seed for x in (*pending, *targets)}
+        seed: shared_columns(noise, parameter, seed, columns) for seed in {x.shared_seed for x in (*pending, *targets)}
     }
+    whole_rows = all(first % columns == 0 and count % columns == 0 for first, count in segments)
     at = 0
-    for first, count in segments:
-        first_row, first_column = divmod(first, columns)
-        num_rows = -(-(first_column + count) // columns)
+    for band in [segments] if whole_rows and segments else [[segment] for segment in segments]:
+        first_column, count = band[0][0] % columns, sum(count for _, count in band)
+        of_rows = [(first // columns * rank, -(-(first % columns + n) // columns) * rank) for first, n in band]
 
-        def rows_of(updates: Sequence[Update], first_row: int = first_row, num_rows: int = num_rows) -> torch.Tensor:
+        def rows_of(updates: Sequence[Update], of_rows: Sequence[tuple[int, int]] = of_rows) -> torch.Tensor:
             """Sum of coefficient * U(seed) / sqrt(rank): fp32 [rows, rank]."""
-            u = torch.zeros(num_rows * rank)
+            u = torch.zeros(sum(n for _, n in of_rows))
             group = Group(1.0, tuple(updates))
-            move(Noise("gaussian"), row_key, u, [group], [Target(u)], first_element=first_row * rank)
-            return u * root
+            move(Noise("gaussian"), parameter ^ _ROW_KEY, u, [group], [Target(u)], segments=of_rows)
+            return divided_by_root(noise, u)
 
         # Kept until the pass is over, which holds their addresses.
         group_rows = [rows_of(group.updates) for group in pending]

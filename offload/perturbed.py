@@ -1,7 +1,8 @@
 """Weights under perturbation: while a block is in its slot, it is brought up to date and perturbed into other slots.
 
 The weights on disk, and in the slots they are fetched into, stay clean: every variant of a step is made from the clean copy
-by `offload.noise`, in one pass over memory that also applies the updates that no checkpoint holds yet. Nothing is perturbed
+by `offload.noise`, in one pass over memory that also applies the updates that no checkpoint holds yet. (Or, with noise of low
+rank, only what is no matrix of a linear layer; see `offload.low_rank_products`.) Nothing is perturbed
 and restored in place, so nothing drifts. (MeZO, Malladi et al. 2023, perturbs in place; ZO2, Wang et al. 2025, perturbs
 while a block is resident.)
 
@@ -11,7 +12,8 @@ meets (the block, embedding rows, norms outside of blocks, adapters, the head) i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,14 @@ from offload.binding import Binding
 from offload.block_store import BlockLayout, ParameterMap, View, bind_views
 from offload.embedding import RowsOnDemand
 from offload.head import HeadChunk
+from offload.low_rank_products import (
+    NO_FACTORS,
+    Factors,
+    MatrixNoise,
+    PerturbedProduct,
+    matrices_of,
+    perturbed_product,
+)
 from offload.model_parts import HeadPart, ModelParts
 from offload.streamer import Tier
 
@@ -44,10 +54,15 @@ def noise_keys(sources: ParameterMap, parameters: frozenset[str]) -> dict[str, i
     return {name: noise.parameter_key(sources.tied.get(name, name)) for name in parameters if name in sources}
 
 
-def variant_layout(layout: BlockLayout, dtypes: Mapping[str, torch.dtype]) -> BlockLayout:
-    """Where the tensors of `layout` lie once perturbed: in the dtypes that compute, each at a cache line."""
+def variant_layout(
+    layout: BlockLayout, dtypes: Mapping[str, torch.dtype], without: Collection[str] = ()
+) -> BlockLayout:
+    """Where the tensors of `layout`, but for those `without`, lie once perturbed: in the dtypes that compute, each at a cache
+    line."""
     views, end = {}, 0
     for name, view in layout.views.items():
+        if name in without:
+            continue
         views[name] = View(end, dtypes[name], view.shape)
         end += round_up(torch.Size(view.shape).numel() * dtypes[name].itemsize, CACHE_LINE_BYTES)
     return BlockLayout(round_up(end), (), views)
@@ -90,6 +105,10 @@ class Perturbation:
             [noise.Target(target, *self.variants[variant]) for variant, target in targets.items()],
             columns=columns_of(source), first_element=first_element, segments=segments, stored_dtype=stored_dtype,
         )  # fmt: skip
+
+    def factors(self, matrix: MatrixNoise, variant: int) -> Factors:
+        """What `variant` makes of a matrix whose noise is met in products."""
+        return matrix.factors(self.pending, *self.variants[variant])
 
     def made_together(self, variant: int, most: int) -> list[int]:
         """`variant` and those after it that share its noise: made in one pass, at most `most`."""
@@ -228,7 +247,9 @@ class PerturbedRows:
 class PerturbedBlocks:
     """The engine's weights (see `offload.engine.Weights`) for steps of several variants of all parameters.
 
-    pool: one or two slots for variants of a block; with two, a pair is made in one pass.
+    pool: one or two slots for variants of a block; with two, a pair is made in one pass. product_groups: how many pending
+    groups linear layers can meet, and their noise, in their products, in which case slots need no room for their weights; 0:
+    weights are perturbed.
     """
 
     def __init__(
@@ -240,6 +261,8 @@ class PerturbedBlocks:
         keys: Mapping[str, int],
         residents: Residents,
         rows: Sequence[PerturbedRows],
+        device: torch.device,
+        product_groups: int,
     ) -> None:
         self._tier = tier
         self._perturbation = perturbation
@@ -252,6 +275,16 @@ class PerturbedBlocks:
         ]
         self._residents = residents
         self._rows = rows
+        self._products: list[dict[str, PerturbedProduct]] = [{} for _ in parts.blocks]
+        self._matrices: list[dict[str, MatrixNoise]] = [{} for _ in parts.blocks]
+        for index, (layout, binding) in enumerate(zip(parts.layouts, parts.bindings, strict=True)):
+            for name in matrices_of(binding, self._keys[index]) if product_groups else ():
+                self._products[index][name] = PerturbedProduct(binding.linear_weights[name])
+                self._matrices[index][name] = MatrixNoise(
+                    perturbation.noise, self._keys[index][name], layout.views[name].shape, parts.dtype, device,
+                    product_groups,
+                )  # fmt: skip
+            binding.multiply_by(self._products[index])
         self._index: int | None = None
         self._variant: int | None = None
         self.move_to(parts)
@@ -259,8 +292,8 @@ class PerturbedBlocks:
     def move_to(self, parts: ModelParts) -> None:
         """From now on slots are filled as `parts` says; what is perturbed stays the same."""
         self._variant_layouts = [
-            variant_layout(layout, binding.dtypes)
-            for layout, binding in zip(parts.layouts, parts.bindings, strict=True)
+            variant_layout(layout, binding.dtypes, without)
+            for layout, binding, without in zip(parts.layouts, parts.bindings, self._matrices, strict=True)
         ]
 
     def begin(self, order: Sequence[int]) -> None:
@@ -284,26 +317,51 @@ class PerturbedBlocks:
         for rows in self._rows:
             rows.enter(variant)
         if self._index is not None:
-            self._bindings[self._index].bind(
-                self._slots.views(variant, self._variant_layouts[self._index], self._write)
-            )
+            views = self._slots.views(variant, self._variant_layouts[self._index], self._write)
+            for name, matrix in self._matrices[self._index].items():
+                views[name] = self._clean[name]
+                self._products[self._index][name].factors = self._perturbation.factors(matrix, variant)
+            self._bindings[self._index].bind(views)
 
     def release(self, index: int) -> None:
         self._bindings[index].unbind()
+        for name, matrix in self._matrices[index].items():
+            self._products[index][name].factors = NO_FACTORS
+            matrix.forget()
         self._index = None
         self._tier.release(index)
 
     def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
-        write_variants(self._perturbation, self._keys[self._index], self._clean, targets, self._stored[self._index])
+        index = self._index
+        clean = {name: tensor for name, tensor in self._clean.items() if name not in self._matrices[index]}
+        write_variants(self._perturbation, self._keys[index], clean, targets, self._stored[index])
+
+
+@dataclass(slots=True)
+class PerturbedChunk(HeadChunk):
+    """A chunk that meets its noise in its product. weight: as stored."""
+
+    factors: Factors
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return perturbed_product(hidden, self.weight, self.factors, self.bias)
 
 
 class PerturbedChunks:
-    """The tiled head's view of its tier (see `offload.head.TiledHead`) for steps of several variants."""
+    """The tiled head's view of its tier (see `offload.head.TiledHead`) for steps of several variants; arguments as those of
+    `PerturbedBlocks`."""
 
     trained = False
 
     def __init__(
-        self, head: HeadPart, tier: Tier, pool: SlotPool, perturbation: Perturbation, keys: Mapping[str, int]
+        self,
+        head: HeadPart,
+        tier: Tier,
+        pool: SlotPool,
+        perturbation: Perturbation,
+        keys: Mapping[str, int],
+        device: torch.device,
+        product_groups: int,
     ) -> None:
         self._tier = tier
         self._perturbation = perturbation
@@ -312,12 +370,24 @@ class PerturbedChunks:
         self._keys = {name: keys.get(f"{head.name}.{name}") for name in head.layouts[0].views}
         self._stored = {name: view.dtype for name, view in head.layouts[0].views.items()}
         self._starts = head.starts
+        self._product = PerturbedProduct(head.module)
+        self._matrices: list[MatrixNoise] = []
+        if product_groups:
+            self._matrices = [
+                MatrixNoise(
+                    perturbation.noise, self._keys["weight"], layout.views["weight"].shape, head.binding.dtypes["weight"],
+                    device, product_groups, first_row,
+                )
+                for layout, first_row in zip(head.layouts, head.starts, strict=True)
+            ]  # fmt: skip
+            head.binding.multiply_by({"weight": self._product})
         self._index = 0
         self.move_to(head)
 
     def move_to(self, head: HeadPart) -> None:
         self._head = head
-        self._variant_layouts = [variant_layout(layout, head.binding.dtypes) for layout in head.layouts]
+        without = ("weight",) if self._matrices else ()
+        self._variant_layouts = [variant_layout(layout, head.binding.dtypes, without) for layout in head.layouts]
 
     def acquire(self, index: int) -> None:
         self._tier.acquire(index)
@@ -327,18 +397,28 @@ class PerturbedChunks:
 
     def enter(self, variant: int) -> HeadChunk:
         views = self._slots.views(variant, self._variant_layouts[self._index], self._write)
+        start = self._starts[self._index]
+        if not self._matrices:
+            chunk = HeadChunk(start, views["weight"], views.get("bias"))
+        else:
+            views["weight"] = self._clean["weight"]
+            factors = self._product.factors = self._perturbation.factors(self._matrices[self._index], variant)
+            chunk = PerturbedChunk(start, views["weight"], views.get("bias"), factors)
         if len(self._starts) == 1:
             self._binding.bind(views)
-        return HeadChunk(self._starts[self._index], views["weight"], views.get("bias"))
+        return chunk
 
     def release(self, index: int) -> None:
+        self._product.factors = NO_FACTORS
+        if self._matrices:
+            self._matrices[index].forget()
         if len(self._starts) == 1:
             self._binding.unbind()
         self._tier.release(index)
 
     def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
-        first_row = self._starts[self._index]
-        write_variants(self._perturbation, self._keys, self._clean, targets, self._stored, first_row)
+        clean = {name: tensor for name, tensor in self._clean.items() if name != "weight" or not self._matrices}
+        write_variants(self._perturbation, self._keys, clean, targets, self._stored, self._starts[self._index])
 
 
 def write_variants(

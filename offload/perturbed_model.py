@@ -68,6 +68,7 @@ class _ResidentChunks(Chunks):
 
 class PerturbedModel(StreamedModel):
     """noise: what perturbs. adapters: fqn -> parameter, when only these are perturbed; None: all parameters of the model.
+    product_groups: as in `PerturbedBlocks`.
 
     `perturbation.pending` is what the weights lack; the caller keeps it up to date.
     """
@@ -81,6 +82,7 @@ class PerturbedModel(StreamedModel):
         *,
         noise: Noise,
         adapters: Mapping[str, nn.Parameter] | None = None,
+        product_groups: int = 0,
         **options: Any,
     ) -> None:
         self.perturbation = Perturbation(noise)
@@ -90,6 +92,7 @@ class PerturbedModel(StreamedModel):
         self._residents = Residents(self.perturbation, device.torch_device)
         self._rows: list[PerturbedRows] = []
         self._adapters = adapters
+        self._product_groups = product_groups
         for name, parameter in (adapters or {}).items():
             self._residents.add(
                 parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
@@ -178,13 +181,19 @@ class PerturbedModel(StreamedModel):
                 PerturbedRows(embedding, self.keys[weight], self.parts.dtype, source.dtype, self.perturbation)
             )
         pool = self._computing_slab.carve("variants of blocks", plan.variant_slot_bytes, plan.variant_slots)
-        return PerturbedBlocks(self.parts, self.tier, pool, self.perturbation, self.keys, self._residents, self._rows)
+        return PerturbedBlocks(
+            self.parts, self.tier, pool, self.perturbation, self.keys, self._residents, self._rows,
+            self.device.torch_device, self._product_groups,
+        )  # fmt: skip
 
     def _make_chunks(self, plan: Plan) -> Any:
         if self._adapters is not None:
             return _ResidentChunks(self.parts, self.head_tier, self._residents)
         pool = self._computing_slab.carve("variants of the head", plan.head_variant_slot_bytes, plan.variant_slots)
-        self._head_chunks = PerturbedChunks(self.parts.head, self.head_tier, pool, self.perturbation, self.keys)
+        self._head_chunks = PerturbedChunks(
+            self.parts.head, self.head_tier, pool, self.perturbation, self.keys, self.device.torch_device,
+            self._product_groups,
+        )  # fmt: skip
         return self._head_chunks
 
     def _take_edge(self, edge: EdgeTensor, tensor: torch.Tensor) -> None:

@@ -67,6 +67,7 @@ SETTINGS = {
     "momentum": {"momentum": 0.9, "momentum_window": 4, "clip_quantile": 0.5, "update": "sign"},
     "fzoo": {"estimator": "fzoo", "perturbations": 3},
     "lozo": {"noise": "low_rank", "rank": 2},
+    "products": {"noise": "low_rank", "rank": 16, "perturb": "products"},
     "lora": {"parameters": "lora"},
 }
 
@@ -106,6 +107,18 @@ def test_folded_weights_are_only_a_shortcut(zo, models, data, tmp_path):  # noqa
         export(config, tmp_path / f"without-{step}", at_step=step)
         assert_same_weights(tmp_path / f"with-{step}", tmp_path / f"without-{step}")
     assert_same_weights(tmp_path / "with-0", Path(config.model))
+
+
+def test_products_meet_the_weights_of_the_last_fold_even_if_they_were_lost(models, data, tmp_path):  # noqa: F811
+    """Where what is folded and what is pending round differently, a resumed run folds what an unbroken one has folded."""
+    whole, parts = (zo_config(models["bfloat16"], data, tmp_path / n, 11, SETTINGS["products"]) for n in ("whole", "parts"))
+    assert whole.zo.steps_between_folds == 6
+    Trainer(whole).train()
+    Trainer(parts, callbacks=[StopAfter(8)]).train()
+    for path in (parts.output / "weights" / "step-00000006").iterdir():
+        path.unlink()
+    Trainer(parts.model_copy(update={"resume": True})).train()
+    assert journal_bytes(parts) == journal_bytes(whole)
 
 
 def test_a_killed_run_goes_on(models, data, tmp_path):  # noqa: F811

@@ -10,8 +10,9 @@ Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `fi
          losses: one forward pass a perturbation, and steps that are longer where the loss is flat. The learning rate is
          the length of a step, whatever epsilon. FZOO (Dang et al. 2025).
 Noise: signs (FZOO's), normals (MeZO's) or low_rank, LOZO (Chen et al. 2024): z = U V^T / sqrt(rank), with V kept for
-`fold_steps` steps, so that all these steps' updates are one product of that rank. It adds to weights like any other noise;
-momentum would need the V of earlier steps and is for the other kinds.
+`fold_steps` steps, so that all these steps' updates are one product of that rank. It adds to weights like any other noise,
+or to the products of linear layers (`perturb: products`); momentum would need the V of earlier steps and is for the other
+kinds.
 Updates:
   sgd    theta <- (1 - lr weight_decay) theta - lr / q sum_i g_i z_i
   sign   the same with the sign of each g_i in place of g_i
@@ -117,7 +118,7 @@ class ZerothOrder:
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options, training = self._options, self._config.training
-        if step % options.group_steps == 0 and step > self._folded:
+        if step % options.steps_between_folds == 0 and step > self._folded:
             self._fold(step)
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
         versions = variants(options, seeds, self.journal.shared_seed(step))
@@ -198,3 +199,8 @@ class ZerothOrder:
         if (folded := newest_fold(self._weights, whole)) is not None:
             self._folded, checkpoint = folded
             self._model.move_to(checkpoint)
+        between = self._options.steps_between_folds
+        due = max(0, self.journal.steps - 1) // between * between
+        if self._folded < due:  # it was lost
+            self._model.perturbation.pending = self.journal.groups(self._folded, due)
+            self._fold(due)

@@ -66,7 +66,8 @@ class PlainMezo:
         self.group: list[tuple[dict[int, float], float]] = []
         self.losses: list[float] = []
 
-    def up_to_date(self, name: str) -> torch.Tensor:
+    def sum_of_group(self) -> tuple[dict[int, float], float]:
+        """Seed -> coefficient, and what the weights are multiplied by first."""
         coefficients: dict[int, float] = {}
         scale = 1.0
         for updates, step_scale in self.group:
@@ -74,6 +75,10 @@ class PlainMezo:
             coefficients = {seed: c * step_scale for seed, c in coefficients.items()}
             for seed, c in updates.items():
                 coefficients[seed] = coefficients.get(seed, 0.0) + c
+        return coefficients, scale
+
+    def up_to_date(self, name: str) -> torch.Tensor:
+        coefficients, scale = self.sum_of_group()
         group = offload.noise.Group(scale, tuple(coefficients.items()))
         groups = [] if not self.group else [group]
         with_pairs = [g._replace(updates=tuple(offload.noise.Update(*u) for u in g.updates)) for g in groups]
@@ -113,6 +118,10 @@ class PlainMezo:
                 total = total + self.model(**batch, labels=labels).loss.float() / len(batches)
         return total.item()
 
+    def end_group(self, step: int) -> None:
+        self.values = {name: self.up_to_date(name) for name in self.values}
+        self.group = []
+
     def run(self) -> PlainMezo:
         zo, options = self.zo, self.config.training
         rate_left = [1 - max(0, s - options.warmup_steps) / (options.max_steps - options.warmup_steps)
@@ -120,8 +129,7 @@ class PlainMezo:
                      for s in range(options.max_steps)]  # fmt: skip
         for step, batches in enumerate(plain_batches(self.config)):
             if len(self.group) == zo.group_steps:
-                self.values = {name: self.up_to_date(name) for name in self.values}
-                self.group = []
+                self.end_group(step)
             if not self.group:
                 self.shared_seed = shared_seed(options.seed, step)
             seeds = [probe_seed(options.seed, step, i) for i in range(zo.perturbations)]
