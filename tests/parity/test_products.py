@@ -1,4 +1,4 @@
-"""Low-rank noise met in products, streamed, against a plain loop whose linear layers add NumPy's factors to what they multiply."""
+"""Low-rank noise met in products, against a plain loop whose linear layers add NumPy's factors to what they multiply."""
 
 from __future__ import annotations
 
