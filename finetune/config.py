@@ -222,8 +222,10 @@ PRODUCT_RANK = 32  # of all pending groups together: a few percent of a product,
 class ZerothOrderOptions(_Section):
     """Zeroth-order tuning; formulas and sources are in `finetune.methods.zeroth_order`."""
 
-    parameters: Literal["all", "lora"] = "all"
-    """What is perturbed: all weights of the model, or a LoRA adapter."""
+    parameters: Literal["all", "lora", "prefix"] = "all"
+    """What is perturbed: all weights of the model, a LoRA adapter, or keys and values that stand before every layer's own."""
+    prefix_tokens: Count = 5
+    """Positions that a prefix has; it begins as random tokens' keys and values."""
     objective: Annotated[Any, BeforeValidator(_check_objective)] = "loss"
     """What is made small: loss; classification (of the data's few completions, as MeZO trains), accuracy, exact_match or f1
     of the completion; FILE.py:FUNCTION or MODULE:FUNCTION, a reward to make large (in Python, a function), which is called
@@ -427,6 +429,10 @@ class Config(_Section):
             raise ValueError(
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
             )
+        if self.tunes_prefix and self.dataset.packing:
+            raise ValueError(
+                "expected dataset.packing off with zo.parameters prefix, which stands before one text, found it on"
+            )
         subspace = self.selection.subspace
         if subspace != "blocks" and self.method != "frugal":
             raise ValueError(f"expected method frugal with selection.subspace {subspace}, found {self.method}")
@@ -468,12 +474,16 @@ class Config(_Section):
             return 2e-4
         if self.method != "zo":
             return 2e-5
-        return 1e-4 if self.zo.parameters == "lora" else 1e-6
+        return {"all": 1e-6, "lora": 1e-4, "prefix": 1e-3}[self.zo.parameters]
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a LoRA adapter is trained, rather than the model's own weights."""
-        return self.method == "lora" or self.method == "zo" and self.zo.parameters == "lora"
+        """Whether an adapter is trained, rather than the model's own weights."""
+        return self.method == "lora" or self.method == "zo" and self.zo.parameters != "all"
+
+    @property
+    def tunes_prefix(self) -> bool:
+        return self.method == "zo" and self.zo.parameters == "prefix"
 
     @property
     def trains_weights(self) -> bool:

@@ -40,7 +40,7 @@ def export(
         return _export_store(config, config.output / "store", directory, at_step, progress)
     raise UserError(
         f"{config.output} has neither journal.zo nor store/manifest.json: export writes models whose own weights were tuned. "
-        f"A LoRA adapter needs no export, it is in {config.output / 'adapter'}"
+        f"An adapter needs no export, it is in {config.output / 'adapter'}"
     )
 
 
@@ -77,7 +77,7 @@ def _export_journal(
     config: Config, path: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
 ) -> int:
     journal = Journal.read(path)
-    if journal.about["zo"]["parameters"] == "lora":
+    if journal.about["zo"]["parameters"] != "all":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:

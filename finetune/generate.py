@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetune.config import Config
+from finetune.methods import prefix
 from finetune.session import BatchShape, PlannedRun, Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
@@ -88,7 +89,8 @@ def decode(
     each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
-    caches = [_cache(streamed, len(prompt) + max_new_tokens) for prompt in prompts]
+    before = prefix.length(streamed.model)
+    caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
@@ -204,6 +206,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool | None, config: Config) -> l
 def _room(session: Session, prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that the model has positions for. Raises UserError when the prompt takes them all."""
     positions = getattr(session.parts.model.config.get_text_config(), "max_position_embeddings", None)
+    prompt_tokens += prefix.length(session.model)
     if not positions or prompt_tokens + max_new_tokens <= positions:
         return max_new_tokens
     if prompt_tokens >= positions:

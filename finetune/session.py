@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from finetune.config import Config
-from finetune.methods import lora
+from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.weight_demand import (
     StoreSize,
@@ -204,10 +204,15 @@ class Session:
         self.device.warm_up(self.parts.dtype)
         self.model: nn.Module = self.parts.model
         if adapter is not None:
-            self.model = lora.load(self.model, adapter, trainable=train)
+            self.model = adapters.load(self.model, adapter, trainable=train)
         elif train and config.has_adapter:
-            self.model = lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
-        lora.check_streamable(self.model)
+            self.model = (
+                prefix.attach(self.model, config.zo.prefix_tokens, config.training.seed)
+                if config.tunes_prefix
+                else lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
+            )
+        prefix.take_over(self.model)
+        adapters.check_streamable(self.model)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._is_fresh = adapter is None
         if train and config.method == "zo":

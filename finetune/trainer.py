@@ -396,7 +396,7 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
         "packing": config.dataset.packing,
         "examples": examples,
     }
-    if config.has_adapter:
+    if config.has_adapter and not config.tunes_prefix:
         about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
     if config.trains_weights:
         unused = {"versions"} if config.optimizer.name == "apollo" else {"versions", "refresh_steps", "scale"}
@@ -416,8 +416,11 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
         }
     if config.method == "zo":
         about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
+        # Runs that began before there was a choice go on.
         if config.zo.perturb == "weights":
-            del about["zo"]["perturb"]  # runs that began before there was a choice go on
+            del about["zo"]["perturb"]
+        if not config.tunes_prefix:
+            del about["zo"]["prefix_tokens"]
         if callable(config.zo.objective):
             about["zo"]["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
     return about

@@ -103,6 +103,8 @@ def _run_on_meta(
         for module, name, buffer in buffers:
             module._buffers[name] = torch.empty_like(buffer, device="meta")
         args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+        for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
+            _empty_cache_layer(layer)
         for tensor in tree_leaves((args, kwargs, views, [m._parameters[n] for m, n, _ in adapters])):
             counter.ignore(tensor)
         with counter, _MetaAttention():
@@ -123,6 +125,13 @@ def _run_on_meta(
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
     return VisitSize(counter.peak_bytes, flops)
+
+
+def _empty_cache_layer(layer: Any) -> None:
+    """What a layer of a key-value cache holds becomes meta tensors."""
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(layer, name, torch.empty_like(value, device="meta"))
 
 
 def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:

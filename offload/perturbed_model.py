@@ -93,11 +93,7 @@ class PerturbedModel(StreamedModel):
         self._rows: list[PerturbedRows] = []
         self._adapters = adapters
         self._product_groups = product_groups
-        for name, parameter in (adapters or {}).items():
-            self._residents.add(
-                parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
-                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
-            )  # fmt: skip
+        self.take_adapters()
         super().__init__(parts, plan, device, scratch, **options)
 
     @property
@@ -131,6 +127,17 @@ class PerturbedModel(StreamedModel):
             outputs = self.forward(list(inputs) * len(variants), lanes)
             num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
             return self.head.losses([output.logits for output in outputs], labels, num_items, len(variants))
+
+    def take_adapters(self) -> None:
+        """The adapters' values are now what is perturbed and moved."""
+        if self._adapters is None:
+            return
+        self._residents.clear()
+        for name, parameter in self._adapters.items():
+            self._residents.add(
+                parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
+                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
+            )  # fmt: skip
 
     def fold_adapters(self) -> None:
         """Pending updates become part of the adapters' values."""

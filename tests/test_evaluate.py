@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from text_models import make_config, plain_model, write_adapter, write_model, write_rows
+from text_models import make_adapter, make_config, plain_model, write_adapter, write_model, write_rows
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -77,10 +77,10 @@ def reference(model: Path, rows: list[dict[str, str]], adapter: Path | None = No
 
 
 @pytest.mark.parametrize("completions", [ONE_TOKEN, UNLIKE], ids=["one token", "unlike lengths"])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [None, "lora", "prefix"])
 def test_loss_and_accuracy_are_those_of_whole_logits(kind, model, tmp_path, completions, adapted):
     rows = pairs(completions)
-    adapter = write_adapter(model, kind, tmp_path / "adapter") if adapted else None
+    adapter = make_adapter(model, kind, tmp_path / "adapter", adapted)
     config = make_config(
         model, tmp_path / "out", eval_data=write_rows(tmp_path / "rows.jsonl", rows),
         engine={"loss_tile_vocab": 77 if adapted else None, "loss_tile_tokens": 16, "resident_blocks": 0},

@@ -163,17 +163,17 @@ def test_f1_is_over_words():
     assert token_f1(found, wanted) == pytest.approx([2 * 2 / (2 + 3), 0.0, 0.0, 1.0, 2 * 2 / 6])
 
 
-@pytest.mark.parametrize("objective", ["classification", "accuracy", "exact_match", "f1", "file", "adapter"])
+@pytest.mark.parametrize("objective", ["classification", "accuracy", "exact_match", "f1", "file", "lora", "prefix"])
 def test_runs_and_export(objective, tmp_path):
     model = write_model("llama", tmp_path / "model")
     (tmp_path / "rewards.py").write_text(
         "def short(prompts, completions, references):\n    return [1 / (1 + len(text)) for text in completions]\n"
     )
-    adapter = objective == "adapter"
-    word = {"file": f"{tmp_path / 'rewards.py'}:short", "adapter": "f1"}.get(objective, objective)
+    adapter = objective in ("lora", "prefix")
+    word = {"file": f"{tmp_path / 'rewards.py'}:short", "lora": "f1", "prefix": "f1"}.get(objective, objective)
     config = objective_config(model, tmp_path / "out", pairs(ONE_TOKEN), word)
     if adapter:
-        config = config.model_copy(update={"zo": config.zo.model_copy(update={"parameters": "lora"})})
+        config = config.model_copy(update={"zo": config.zo.model_copy(update={"parameters": objective})})
     result = Trainer(config).train()
     assert result.global_step == 4
     report = result.report

@@ -69,6 +69,7 @@ SETTINGS = {
     "lozo": {"noise": "low_rank", "rank": 2},
     "products": {"noise": "low_rank", "rank": 16, "perturb": "products"},
     "lora": {"parameters": "lora"},
+    "prefix": {"parameters": "prefix", "epsilon": 0.1},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as tf
 from data_tools import write_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 from finetune.config import Config
 
@@ -53,6 +53,21 @@ def write_adapter(model: Path, kind: str, folder: Path) -> Path:
                 parameter.normal_(std=0.5)
     adapted.save_pretrained(folder)
     return folder
+
+
+def write_prefix(model: Path, folder: Path) -> Path:
+    """PEFT's prefix of three positions, which changes what the model says."""
+    torch.manual_seed(6)
+    base = tf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(model: Path, kind: str, folder: Path, word: str | None) -> Path | None:
+    """word: "lora", "prefix" or None, for none."""
+    return {"lora": lambda: write_adapter(model, kind, folder), "prefix": lambda: write_prefix(model, folder)}.get(
+        word, lambda: None
+    )()
 
 
 def plain_model(model: Path, adapter: Path | None = None) -> Any:

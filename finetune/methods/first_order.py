@@ -10,7 +10,7 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods import StepResult, lora
+from finetune.methods import StepResult, adapters
 from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.micro_batches import make_micro_batches
@@ -65,7 +65,7 @@ class FirstOrder:
         save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)
 
     def finish(self, step: int) -> None:
-        lora.save(self._session.model, self._config.output / "adapter")
+        adapters.save(self._session.model, self._config.output / "adapter")
 
     def close(self) -> None:
         """Nothing is open."""

@@ -33,7 +33,7 @@ import torch
 
 from finetune.config import Config, ZerothOrderOptions
 from finetune.data.batches import Row
-from finetune.methods import StepResult, lora
+from finetune.methods import StepResult, adapters, prefix
 from finetune.methods.objectives import Objective
 from finetune.methods.schedule import make_scheduler
 from finetune.session import Session
@@ -102,13 +102,20 @@ class ZerothOrder:
             "rounding": options.rounding,
             "seed": config.training.seed,
         }
-        path = config.output / "journal.zo"
+        path, initial = config.output / "journal.zo", config.output / "initial-adapter"
         if config.resume and path.exists():
             self.journal = Journal.resume(path)
             check_same_run(path, self.journal.about, about)
+            if config.tunes_prefix:
+                prefix.read_values(session.model, initial)
+                self._model.take_adapters()
             self._find_folded()
         else:
             shutil.rmtree(self._weights, ignore_errors=True)
+            if config.tunes_prefix:
+                prefix.begin_as_tokens(session.model, self._model, config.training.seed)
+                self._model.take_adapters()
+                adapters.save(session.model, initial)  # what the journal adds to
             self.journal = Journal.create(path, about)
         self.first_step = self.journal.steps
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
@@ -149,9 +156,9 @@ class ZerothOrder:
         """Every step is durable already."""
 
     def finish(self, step: int) -> None:
-        if self._options.parameters == "lora":
+        if self._config.has_adapter:
             self._model.settle_adapters()
-            lora.save(self._session.model, self._config.output / "adapter")
+            adapters.save(self._session.model, self._config.output / "adapter")
 
     def close(self) -> None:
         self.journal.close()
@@ -178,7 +185,7 @@ class ZerothOrder:
         self._model.perturbation.pending = self.journal.groups(self._folded)
 
     def _fold(self, step: int) -> None:
-        if self._options.parameters == "lora":
+        if self._config.has_adapter:
             self._model.fold_adapters()
         else:
             directory = self._weights / f"step-{step:08d}"
@@ -191,7 +198,7 @@ class ZerothOrder:
     def _find_folded(self) -> None:
         """Goes on from the newest folded weights, or folds into fresh adapters what whole groups have added."""
         whole = self.journal.steps - self.journal.steps % self._options.group_steps
-        if self._options.parameters == "lora":
+        if self._config.has_adapter:
             self._model.perturbation.pending = self.journal.groups(0, whole)
             self._model.fold_adapters()
             self._folded = whole

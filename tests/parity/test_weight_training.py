@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from test_projections import PlainDirections
-from tiny_models import make_config, plain_batches, reference_device, token_loss
+from tiny_models import aligned_copies, make_config, plain_batches, reference_device, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
@@ -28,7 +28,6 @@ from finetune.methods.selection import Selection
 from finetune.trainer import Trainer
 from finetune.weight_demand import make_rule
 from offload.skeleton import find_blocks
-from offload.streamer import HostTier
 from offload.update_rules import ROOT, square_root
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
@@ -212,10 +211,7 @@ def weights_config(model: Any, data: Any, output: Any, method: str = "full", **c
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "mixtral", "vit"])
 def test_full(name, dtype, clipping, checkpoint, tokens, images, tmp_path, monkeypatch):
     if name == "mixtral" and dtype == "float32":
-        # MKL rounds a lone row's product (a token alone with its expert) otherwise where the matrix is not aligned to 16
-        # bytes, as these tiny ones in their slots: blocks compute with aligned copies here.
-        views = HostTier.views
-        monkeypatch.setattr(HostTier, "views", lambda *args: {name: x.clone() for name, x in views(*args).items()})
+        aligned_copies(monkeypatch)
     data = images if name == "vit" else tokens
     # A weight that is used at both ends gets its gradients in another order: one micro-batch makes the sums the same.
     training = {"micro_batch_size": 5} if name in ("gemma2", "gpt2", "opt") else {}
