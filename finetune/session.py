@@ -38,7 +38,7 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes
 from offload.block_store import aligned_bytes
 from offload.calibration import Rates
 from offload.devices import Device, choose_device
-from offload.dry_run import VisitSize, measure_visit
+from offload.dry_run import VisitSize, measure_masks, measure_visit
 from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
 from offload.noise import Noise
 from offload.perturbed_model import PerturbedModel
@@ -59,17 +59,21 @@ class BatchShape:
     """The largest micro-batch as the model's keyword arguments, and how many a step has.
 
     train: whether gradients and optimizer state exist. kept_bytes: what a step holds beside, such as key-value caches.
+    packed: whether a row of text holds several.
     """
 
     inputs: dict[str, torch.Tensor]
     micro_batches: int
     train: bool
     kept_bytes: int = 0
+    packed: bool = False
 
     @classmethod
-    def of_text(cls, micro_batch_size: int, sequence_length: int, micro_batches: int, train: bool) -> BatchShape:
+    def of_text(
+        cls, micro_batch_size: int, sequence_length: int, micro_batches: int, train: bool, packed: bool = False
+    ) -> BatchShape:
         ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
-        return cls({"input_ids": ids, "use_cache": False}, micro_batches, train)
+        return cls({"input_ids": ids, "use_cache": False}, micro_batches, train, packed=packed)
 
     def keeping(self, kept_bytes: int) -> BatchShape:
         return replace(self, kept_bytes=kept_bytes)
@@ -396,6 +400,10 @@ class Session:
         block_bytes = [layout.num_bytes for layout in parts.layouts]
         head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
         temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
+        if "input_ids" in shape.inputs:
+            masks = measure_masks(parts, self.model, *shape.inputs["input_ids"].shape, shape.packed)
+            step += lanes * masks.kept_bytes
+            temporaries = max(temporaries, masks.made_bytes)
         if perturbed is not None:
             block_bytes, head_chunk_bytes = perturbed.block_bytes, perturbed.head_chunk_bytes
             edge_bytes = perturbed.edge_bytes

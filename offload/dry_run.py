@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -58,15 +58,55 @@ def measure_visit(
     return replace(size, boundary_bytes=hidden.nbytes)
 
 
+class MaskSize(NamedTuple):
+    """Bytes of what one micro-batch holds that grows with the square of its length: attention masks. kept: while it is on
+    its way through the model. made: more than that while they are made."""
+
+    kept_bytes: int
+    made_bytes: int
+
+
+def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, packed: bool) -> MaskSize:
+    """Of `rows` rows of `length` tokens, padded where there are several; packed: with several texts in a row.
+
+    Short texts are measured: live(l) = a + b l + c l^2, so live(3 l) - 2 live(2 l) + live(l) = 2 c l^2.
+    """
+    unit = min(64, length // 3)
+    if unit < 2:
+        return MaskSize(0, 0)
+    config, sizes = parts.model.config.get_text_config(), []
+    window = getattr(config, "sliding_window", None)
+    if window and length > window:  # what attends within a window has a mask once a text is longer
+        config.sliding_window = unit - 1
+    for short in (unit, 2 * unit, 3 * unit):
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, short, dtype=torch.int64), "use_cache": False}
+        if packed:
+            inputs["position_ids"] = (torch.arange(short) % (short - 1)).expand(rows, short)
+        elif rows > 1:
+            inputs["attention_mask"] = torch.ones(rows, short, dtype=torch.int64)
+            inputs["attention_mask"][0, -1] = 0
+        counter = _LiveBytes()
+        with counter:
+            _first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
+    if window:
+        config.sliding_window = window
+    kept, peak = (max(0, c - 2 * b + a) * length**2 // (2 * unit**2) for a, b, c in zip(*sizes, strict=True))
+    return MaskSize(kept, max(0, peak - kept))
+
+
 class _Captured(Exception):
     pass
 
 
-def _first_call(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, tuple, dict[str, Any]]:
+def _first_call(
+    parts: ModelParts, model: nn.Module, inputs: dict[str, Any], there: Callable[[], None] = lambda: None
+) -> tuple[int, tuple, dict[str, Any]]:
+    """The first block that is called, and with what. there: called at that moment."""
     calls: list[tuple[int, tuple, dict[str, Any]]] = []
 
     def capture(index: int, *args: Any, **kwargs: Any):
         calls.append((index, args, kwargs))
+        there()
         raise _Captured
 
     forwards = [block.__dict__.get("forward") for block in parts.blocks]
@@ -156,8 +196,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak_bytes = self.flops = 0
-        self._live_bytes = 0
+        self.live_bytes = self.peak_bytes = self.flops = 0
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensor: Any) -> None:
@@ -182,12 +221,12 @@ class _LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
-        self._live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int, num_bytes: int) -> None:
         if self._known.pop(key, None) is not None:
-            self._live_bytes -= num_bytes
+            self.live_bytes -= num_bytes
 
 
 class _FlashShapes(torch.autograd.Function):

@@ -6,14 +6,15 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import CONFIGS, save_tiny
+from tiny_models import CONFIGS, make_config, save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.methods import lora
+from finetune.methods import lora, prefix
+from finetune.session import BatchShape, Session
 from offload.block_store import bind_views
 from offload.devices.base import map_host_bytes
-from offload.dry_run import measure_visit
+from offload.dry_run import MaskSize, measure_masks, measure_visit
 from offload.io import IOEngine
 from offload.model_parts import cut
 
@@ -75,3 +76,45 @@ def test_peak_of_a_training_visit(name, rows, length, tmp_path, monkeypatch):
         output.backward(torch.ones_like(output))
     # What the planner adds to the estimate is 15 %.
     assert measured.peak / 1.15 <= size.peak_bytes <= 1.6 * measured.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "packed", "bytes_per_pair"),
+    [
+        ("llama", 1, False, 0),  # causal attention needs no mask
+        ("llama", 3, False, 3),  # one of booleans, for every row
+        ("llama", 1, True, 1),
+        ("gemma3", 1, False, 1),  # that of a window, 6 tokens here
+        ("gemma3", 2, False, 2 * 2),  # and that of whole texts
+        ("gemma2", 2, False, 2 * 2 * 4),  # numbers that are added to scores
+        ("llama-prefix", 1, False, 1),  # texts do not begin where keys do
+    ],
+)
+def test_masks(name, rows, packed, bytes_per_pair, tmp_path):
+    parts = cut(save_tiny(name.removesuffix("-prefix"), tmp_path))
+    window = getattr(parts.model.config, "sliding_window", None)
+    model = prefix.attach(parts.model, 4, seed=0) if name.endswith("prefix") else parts.model
+    size = measure_masks(parts, model, rows, 4000, packed)
+    assert size.kept_bytes == pytest.approx(bytes_per_pair * 4000**2, rel=1e-3)
+    assert size.made_bytes <= 4 * size.kept_bytes  # positions are compared, masks combined
+    assert getattr(parts.model.config, "sliding_window", None) == window
+
+
+def test_a_window_longer_than_the_text_needs_no_mask(tmp_path):
+    parts = cut(save_tiny("gemma3", tmp_path))
+    parts.model.config.sliding_window = 4096
+    assert measure_masks(parts, parts.model, 1, 4000, False).kept_bytes == 0
+    assert measure_masks(parts, parts.model, 1, 5000, False).kept_bytes == 5000**2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plan_counts_a_mask_for_every_lane(packed, tmp_path, monkeypatch):
+    model = save_tiny("llama", tmp_path / "model")
+    config = make_config(model, None, tmp_path / "out", method="zo", zo={"perturbations": 3})
+    session = Session(config)
+    shapes = [BatchShape.of_text(1 + (not packed), 90, 7, True, some) for some in (packed, False)]
+    with_masks = session.plan(shapes[0]).demand.step_bytes
+    monkeypatch.setattr("finetune.session.measure_masks", lambda *_: MaskSize(0, 0))
+    without = session.plan(shapes[1]).demand.step_bytes
+    session.close()
+    assert with_masks - without == 7 * 90**2 * (1 if packed else 2)

@@ -82,7 +82,9 @@ def scored_shape(config: Config, longest: int, sequences_per_row: int = 1) -> Ba
     options = config.training
     sequences = options.batch_size * sequences_per_row
     rows = min(options.micro_batch_size, sequences)
-    return BatchShape.of_text(rows, longest, -(-sequences // rows) * config.variants, train=config.method != "zo")
+    return BatchShape.of_text(
+        rows, longest, -(-sequences // rows) * config.variants, config.method != "zo", config.dataset.packing
+    )
 
 
 def generated_shape(config: Config, session: Session, longest: int) -> BatchShape:
