@@ -46,7 +46,11 @@ METHODS: dict[str, dict[str, object]] = {
         "zo.rounding": "nearest", "zo.fold_steps": 1,
     } | ZO,
     "lozo": {
-        "method": "zo", "training.max_steps": 500, "training.learning_rate": 1e-5, "zo.noise": "low_rank",
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 3e-5, "zo.noise": "low_rank",
+    } | ZO,
+    "lozo-products": {
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 3e-5, "zo.noise": "low_rank",
+        "zo.perturb": "products",
     } | ZO,
     "fzoo": {
         "method": "zo", "training.max_steps": 125, "training.learning_rate": 4e-4, "zo.estimator": "fzoo",
@@ -55,6 +59,10 @@ METHODS: dict[str, dict[str, object]] = {
     "zo-lora": {
         "method": "zo", "training.max_steps": 500, "training.learning_rate": 5e-4, "zo.parameters": "lora",
         "zo.epsilon": 1e-2,
+    } | ZO,
+    "zo-prefix": {
+        "method": "zo", "training.max_steps": 500, "training.learning_rate": 1e-2, "zo.parameters": "prefix",
+        "zo.epsilon": 1e-1,
     } | ZO,
 }  # fmt: skip
 TASKS: dict[str, dict[str, object]] = {
