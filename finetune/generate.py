@@ -15,6 +15,7 @@ from finetune.session import BatchShape, PlannedRun, Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.dry_run import measure_visit
+from offload.skeleton import cache_argument
 from offload.streamed_model import StreamedModel
 
 
@@ -89,14 +90,14 @@ def decode(
     each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
-    before = prefix.length(streamed.model)
+    cache_key, before = cache_argument(streamed.parts.model), prefix.length(streamed.model)
     caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         versions = [variants[i] for i in going] if variants else ()
         outputs = streamed.forward(
-            [{"input_ids": news[i], "past_key_values": caches[i], "use_cache": True} for i in going], versions
+            [{"input_ids": news[i], cache_key: caches[i], "use_cache": True} for i in going], versions
         )
         tokens = []
         for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
@@ -238,7 +239,8 @@ def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, promp
     # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
     probe = DynamicCache(config=session.parts.model.config)
     inputs = BatchShape.of_text(1, prompt_tokens, 1, train=False).inputs
-    measure_visit(session.parts, session.model, inputs | {"past_key_values": probe, "use_cache": True}, train=False)
+    inputs |= {cache_argument(session.parts.model): probe, "use_cache": True}
+    measure_visit(session.parts, session.model, inputs, train=False)
     text_config = session.parts.model.config.get_text_config(decoder=True)
     filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
     sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)

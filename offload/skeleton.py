@@ -7,6 +7,7 @@ tables, scales) get their real values from the model's own initialisation.
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -95,6 +96,11 @@ def set_placeholders(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def is_placeholder(parameter: torch.Tensor) -> bool:
     """Whether a parameter has a shape and no memory behind it."""
     return parameter.numel() > 1 and parameter.untyped_storage().nbytes() < parameter.nbytes
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The keyword under which the model's forward takes a key-value cache; Transformers has renamed it within version 5."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -21,6 +21,7 @@ from torch import nn
 
 from finetune.methods.adapters import task_type
 from memory.errors import UserError
+from offload.skeleton import cache_argument
 from offload.streamed_model import StreamedModel
 
 
@@ -49,7 +50,7 @@ def take_over(model: nn.Module) -> None:
     """Lets a model that PEFT has given a prefix drop keys and values, and take caches; others stay as they are."""
     if length(model):
         model.get_prompt = partial(_passing_prompt, model.get_prompt)
-        model.forward = partial(_forward, model, model.forward)
+        model.forward = partial(_forward, model)
 
 
 def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> None:
@@ -60,8 +61,8 @@ def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> Non
     config = base.config.get_text_config()
     ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
     cache = DynamicCache(config=base.config)
-    inputs = {"input_ids": ids.to(streamed.device.torch_device), "past_key_values": cache, "use_cache": True}
-    streamed.forward([inputs | {"without_prefix": True}])
+    ids = ids.to(streamed.device.torch_device)
+    streamed.forward([{"input_ids": ids, cache_argument(base): cache, "use_cache": True, "without_prefix": True}])
     values = [x[0].transpose(0, 1).reshape(count, -1) for layer in cache.layers for x in (layer.keys, layer.values)]
     _set_values(model, torch.cat(values, dim=1))
 
@@ -84,15 +85,19 @@ def _set_values(model: nn.Module, values: torch.Tensor) -> None:
     weight.data.copy_(values)
 
 
-def _forward(
-    model: nn.Module, forward: Any, *, past_key_values: Any = None, without_prefix: bool = False, **inputs: Any
-) -> Any:
-    if past_key_values is None:
-        return forward(**inputs)
-    if not without_prefix and not past_key_values.get_seq_length():
-        for index, layer in enumerate(model.get_prompt(inputs["input_ids"].shape[0]).layers):
-            past_key_values.update(layer.keys, layer.values, index)
-    return model.base_model(past_key_values=past_key_values, **inputs)
+def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool = False, **inputs: Any) -> Any:
+    """PEFT's forward for a prefix, and one for a cache that comes in."""
+    key = cache_argument(model.base_model)
+    cache, batch_size = inputs.pop(key, None), input_ids.shape[0]
+    if cache is None:
+        cache = model.get_prompt(batch_size)
+        if inputs.get("attention_mask") is not None:
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask.new_ones(batch_size, length(model)), mask], dim=1)
+    elif not without_prefix and not cache.get_seq_length():
+        for index, layer in enumerate(model.get_prompt(batch_size).layers):
+            cache.update(layer.keys, layer.values, index)
+    return model.base_model(input_ids=input_ids, **inputs, **{key: cache})
 
 
 def _passing_prompt(get_prompt: Any, batch_size: int, **arguments: Any) -> Any:
