@@ -8,7 +8,6 @@ Data order, learning rate and random numbers are functions of (seed, step) and n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from memory.errors import UserError
+from memory.new_directory import new_directory
 
 _PREFIX = "step-"
 
@@ -32,26 +32,19 @@ def save_state(
     """Commits the state after `step` updates. about: JSON values that must match at resume. Raises UserError: disk full."""
     from safetensors.torch import save_file
 
-    final, temporary = folder / f"{_PREFIX}{step:08d}", folder / f".{_PREFIX}{step:08d}.{os.getpid()}"
+    final = folder / f"{_PREFIX}{step:08d}"
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in trainable.items()}
+    for name, parameter in trainable.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        tensors = {f"parameter.{name}": parameter.detach() for name, parameter in trainable.items()}
-        for name, parameter in trainable.items():
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value.detach()
-        _write(temporary / "state.json", json.dumps({"step": step, **about}, indent=2).encode())
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors"
-        )
-        _sync(temporary / "tensors.safetensors")
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(folder)
+        with new_directory(final) as temporary:
+            (temporary / "state.json").write_text(json.dumps({"step": step, **about}, indent=2))
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors"
+            )
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot save the state after step {step} in {folder}: {error.strerror or error}. The states saved before are "
             "intact; make room and go on with --resume"
@@ -123,20 +116,3 @@ def _differences(found: Mapping[str, Any], about: Mapping[str, Any], prefix: str
         elif then != now:
             words.append(f"{prefix}{key}: {then!r} then, {now!r} now")
     return words
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if path.is_file():
-            os.fchmod(descriptor, 0o600)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from pathlib import Path
 
 from torch import nn
 
 from memory.errors import UserError
+from memory.new_directory import new_directory
 
 
 def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
@@ -27,18 +27,11 @@ def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
 
 def save(model: nn.Module, directory: Path) -> None:
     """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(mode=0o700, parents=True)
-        # Embedding and head are placeholders here: PEFT must not take them along.
-        model.save_pretrained(temporary, save_embedding_layers=False)
-        for path in temporary.iterdir():
-            path.chmod(0o600)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
+        with new_directory(directory) as temporary:
+            # Embedding and head are placeholders here: PEFT must not take them along.
+            model.save_pretrained(temporary, save_embedding_layers=False)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "
             "go on with --resume: the training state is saved"
