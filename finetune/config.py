@@ -267,14 +267,10 @@ class ZerothOrderOptions(_Section):
             raise ValueError("expected no momentum with low_rank noise, whose V changes every fold_steps steps")
         if self.noise == "low_rank" and self.rounding == "stochastic":
             raise ValueError("expected rounding exact or nearest with low_rank noise, found stochastic")
-        if self.perturb == "products":
-            if self.noise != "low_rank" or self.parameters != "all":
-                raise ValueError(
-                    f"expected noise low_rank and parameters all with perturb products, found {self.noise} and "
-                    f"{self.parameters}"
-                )
-            if self.rounding != "exact":
-                raise ValueError(f"expected rounding exact with perturb products, found {self.rounding}")
+        if self.perturb == "products" and (self.noise != "low_rank" or self.parameters != "all"):
+            raise ValueError(
+                f"expected noise low_rank and parameters all with perturb products, found {self.noise} and {self.parameters}"
+            )
         return self
 
     @property

@@ -96,7 +96,7 @@ class MatrixNoise:
         self._visit: tuple[tuple[int, int], torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def factors(self, pending: Sequence[noise.Group], seed: int, coefficient: float, shared_seed: int) -> Factors:
-        """Of the variant with so much noise on top of `pending`, groups of rounding "exact"."""
+        """Of the variant with so much noise on top of `pending`; groups are rounded when they are folded, not here."""
         scale = prod(group.scale for group in pending)
         if not coefficient:
             seed = shared_seed = 0

@@ -119,7 +119,6 @@ def test_slots_need_no_room_for_matrices(models):  # noqa: F811
     [
         ({}, "noise low_rank and parameters all with perturb products, found rademacher and all"),
         ({"noise": "low_rank", "parameters": "lora"}, "found low_rank and lora"),
-        ({"noise": "low_rank", "rounding": "nearest"}, "rounding exact with perturb products, found nearest"),
     ],
 )
 def test_refusals(options, message):

@@ -40,6 +40,8 @@ class PlainProducts(PlainMezo):
     def end_group(self, step: int) -> None:
         self.windows.append((*self.sum_of_group(), self.shared_seed))
         super().end_group(step)
+        if self.zo.rounding == "nearest":
+            self.values = {name: value.bfloat16().float() for name, value in self.values.items()}
         if step % self.zo.steps_between_folds == 0:
             self.bases = {name: self.values[name].clone() for name in self.matrices}
             self.windows = []
@@ -102,10 +104,11 @@ def test_architectures(name, dtype, device, checkpoint, tokens, tmp_path, monkey
 
 @pytest.mark.parametrize("engine", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_folds(dtype, engine, checkpoint, tokens, tmp_path):
-    """Two windows are factors, then they are folded into fp32 weights, which are converted at each use."""
+@pytest.mark.parametrize("rounding", ["exact", "nearest"])
+def test_folds(rounding, dtype, engine, checkpoint, tokens, tmp_path):
+    """Two windows are factors, then they are folded into fp32 weights, which are converted at each use, or into bf16 ones."""
     config = zo_config(
-        checkpoint("llama-tied", torch.bfloat16), tokens, tmp_path / "out", ZO | {"rank": 16},
+        checkpoint("llama-tied", torch.bfloat16), tokens, tmp_path / "out", ZO | {"rank": 16, "rounding": rounding},
         training={"max_steps": 11}, engine={"dtype": dtype, **engine},
     )  # fmt: skip
     assert config.zo.steps_between_folds == 4
