@@ -17,9 +17,10 @@ import numpy as np
 
 from finetune.config import Config
 from finetune.data import TokenDataset, prepare
+from finetune.planned_run import BatchShape, PlannedRun
 from finetune.progress import Progress
 from finetune.scoring import Asked, TextRows, score
-from finetune.session import BatchShape, PlannedRun, Session
+from finetune.session import Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.plan import PlanRefused
@@ -165,7 +166,7 @@ def _measure(
         return _measure_tensors(streamed, rows, shape, progress)
     totals: dict[int, float] = {}
     tokens = done = 0
-    micro_batches = _micro_batches(rows, shape.rows)
+    micro_batches = _micro_batches(rows, shape)
     while lanes := list(islice(micro_batches, shape.micro_batches)):
         for scores, lane in zip(score(streamed, lanes, rows.pad_token_id), lanes, strict=True):
             accounts = np.concatenate([one.accounts for one in lane])
@@ -177,13 +178,15 @@ def _measure(
     return rows.result(totals, tokens)
 
 
-def _micro_batches(rows: TextRows, capacity: int) -> Iterator[list[Asked]]:
-    """Sequences together as long as, padded to the longest, they are at most `capacity` tokens."""
+def _micro_batches(rows: TextRows, shape: BatchShape) -> Iterator[list[Asked]]:
+    """Sequences together as long as, padded to the longest, they are no more tokens than `shape` has, and the mask that
+    padding asks for is one that was planned."""
     batch: list[Asked] = []
     longest = 0
     for one in (one for row in rows for one in row):
         longer = max(longest, len(one.input_ids))
-        if batch and (len(batch) + 1) * longer > capacity:
+        count = len(batch) + 1
+        if batch and (count * longer > shape.rows or count * longer**2 > shape.mask_pairs):
             yield batch
             batch, longer = [], len(one.input_ids)
         batch.append(one)

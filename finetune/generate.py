@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from finetune.config import Config
-from finetune.methods import prefix
-from finetune.session import BatchShape, PlannedRun, Session
+from finetune.methods.adapters import prefix_length
+from finetune.planned_run import BatchShape, PlannedRun
+from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.dry_run import measure_visit
@@ -90,7 +91,7 @@ def decode(
     each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
-    cache_key, before = cache_argument(streamed.parts.model), prefix.length(streamed.model)
+    cache_key, before = cache_argument(streamed.parts.model), prefix_length(streamed.model)
     caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))
@@ -207,7 +208,8 @@ def _encode(tokenizer: Any, prompt: str, chat: bool | None, config: Config) -> l
 def _room(session: Session, prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that the model has positions for. Raises UserError when the prompt takes them all."""
     positions = getattr(session.parts.model.config.get_text_config(), "max_position_embeddings", None)
-    prompt_tokens += prefix.length(session.model)
+    if positions:
+        positions -= prefix_length(session.model)
     if not positions or prompt_tokens + max_new_tokens <= positions:
         return max_new_tokens
     if prompt_tokens >= positions:

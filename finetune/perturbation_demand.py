@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from finetune.config import ZerothOrderOptions
-from offload.binding import STRIP
+from offload.binding import strips
 from offload.low_rank_products import factor_bytes, matrices_of
 from offload.model_parts import ModelParts
 from offload.perturbed import folded_bytes, noise_keys, variant_layout
@@ -36,6 +36,11 @@ def most_product_groups(options: ZerothOrderOptions, num_steps: int | None) -> i
     return most if num_steps is None else min(most, -(-num_steps // options.group_steps))
 
 
+def _strip_elements(rows: int, columns: int) -> int:
+    """Of the largest strip in which a weight is converted."""
+    return columns * max(strip.stop - strip.start for strip in strips(rows))
+
+
 def perturbation_demand(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbationDemand:
     head, itemsize = parts.head, parts.dtype.itemsize
     units = list(zip(parts.layouts, parts.bindings, parts.prefixes, strict=True))
@@ -52,7 +57,7 @@ def perturbation_demand(parts: ModelParts, options: ZerothOrderOptions, num_step
         factors = [factor_bytes(layout.views[name].shape, options.noise_rank, groups, itemsize) for name in matrices]
         kept += sum(kept for kept, _ in factors)
         # a strip of a weight that is folded in fp32 is converted at each use
-        strip = STRIP * itemsize * max((layout.views[name].shape[1] for name in matrices), default=0)
+        strip = itemsize * max((_strip_elements(*layout.views[name].shape) for name in matrices), default=0)
         visits.append(sum(visit for _, visit in factors) + strip)
     folds = num_steps is None or num_steps > options.steps_between_folds
     widens = folds and options.rounding == "exact"

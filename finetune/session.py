@@ -6,9 +6,8 @@ import contextlib
 import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import nn
 from finetune.config import Config
 from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
+from finetune.planned_run import BatchShape, PlannedRun
 from finetune.weight_demand import (
-    StoreSize,
     largest_piece_bytes,
     make_keeping,
     make_rule,
@@ -32,14 +31,12 @@ from memory.checkpoint import resolve_model
 from memory.errors import UserError
 from memory.generated_code import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.meter import host_bytes
-from memory.plan import Demand, Limits, Plan, Wishes, make_plan
-from memory.simulator import StepTime, simulate_step
-from memory.units import available_host_bytes, format_bytes, parse_bytes
+from memory.plan import Demand, Limits, Wishes, make_plan
+from memory.units import available_host_bytes, parse_bytes
 from offload.block_store import aligned_bytes
-from offload.calibration import Rates
 from offload.devices import Device, choose_device
-from offload.dry_run import VisitSize, measure_masks, measure_visit
-from offload.model_parts import ModelParts, computes_natively, cut, describe_blocks
+from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit
+from offload.model_parts import computes_natively, cut
 from offload.noise import Noise
 from offload.perturbed_model import PerturbedModel
 from offload.skeleton import is_placeholder
@@ -52,130 +49,6 @@ COMPUTE_BOUND_TOKENS = 2048
 """A trained weight takes 8 operations a token and moves some 26 bytes a step: with so many tokens a CPU computes longer than
 its disk moves."""
 HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
-
-
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """The largest micro-batch as the model's keyword arguments, and how many a step has.
-
-    train: whether gradients and optimizer state exist. kept_bytes: what a step holds beside, such as key-value caches.
-    packed: whether a row of text holds several.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    micro_batches: int
-    train: bool
-    kept_bytes: int = 0
-    packed: bool = False
-
-    @classmethod
-    def of_text(
-        cls, micro_batch_size: int, sequence_length: int, micro_batches: int, train: bool, packed: bool = False
-    ) -> BatchShape:
-        ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
-        return cls({"input_ids": ids, "use_cache": False}, micro_batches, train, packed=packed)
-
-    def keeping(self, kept_bytes: int) -> BatchShape:
-        return replace(self, kept_bytes=kept_bytes)
-
-    @property
-    def rows(self) -> int:
-        """Tokens of a text micro-batch, samples of another."""
-        first = next(iter(self.inputs.values()))
-        return first.numel() if "input_ids" in self.inputs else first.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRun:
-    """A plan with what it was made from; `describe` is what `finetune plan` prints."""
-
-    plan: Plan
-    demand: Demand
-    visit: VisitSize
-    parts: ModelParts
-    shape: BatchShape
-    device_kind: str
-    trainable: tuple[nn.Parameter, ...]
-    folded_bytes: int  # of the moved weights that are written while the run goes on
-    store: StoreSize | None  # where the model's own weights are trained
-    variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
-
-    def describe(self) -> str:
-        plan, parts = self.plan, self.parts
-        passes = 2 if self.shape.train else 1
-        read_bytes = passes * sum(size for i, size in enumerate(self.demand.block_bytes) if i not in plan.host_resident)
-        if plan.head_slots < self.demand.head_chunks:
-            read_bytes += self.demand.head_chunks * self.demand.head_chunk_bytes
-        lines = [
-            f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
-            f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
-            f"on {self.device_kind}",
-            f"a step: {self.shape.micro_batches // self.variants} micro-batches of at most "
-            + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape))
-            + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
-            f"blocks: {len(plan.host_resident)} of {len(parts.blocks)} resident, lookahead {plan.host_lookahead}; block inputs "
-            + ("on disk" if plan.activation_slots else "in memory")
-            + f"; disk read a step at most {format_bytes(read_bytes)}",
-        ]
-        if self.store is not None:
-            lines.append(
-                f"working store: at most {format_bytes(self.store.num_bytes)} on disk; a step reads "
-                f"{format_bytes(self._store_read_bytes)} of it and writes {format_bytes(self.store.write_bytes)}"
-            )
-        lines.append(
-            f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed"
-        )
-        lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.host_parts.items()]
-        if plan.device_budget_bytes is not None:
-            lines.append(
-                f"device memory: {format_bytes(plan.device_peak_bytes)} predicted, "
-                f"{format_bytes(plan.device_budget_bytes)} allowed"
-            )
-            lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
-        return "\n".join(lines)
-
-    @property
-    def _store_read_bytes(self) -> int:
-        """In a step, of masters and state: less what stays in memory."""
-        return int(self.store.read_bytes * (1 - self.plan.kept_pieces / max(1, self.store.pieces)))
-
-    def predict_step(self, rates: Rates) -> StepTime:
-        """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
-        slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it."""
-        rows, store = self.shape.micro_batches, self.store
-        blocks = len(self.parts.blocks)
-        forward = self.visit.flops * rows / rates.flops_per_second
-        head = self.parts.head
-        # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
-        passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
-        head_flops = 2 * passes * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
-        # Recomputation without its last products, the product with the weights again, and for those that are trained their
-        # gradient.
-        backward = (1.8 + (store.trained_share if store is not None else 0)) * forward
-
-        def through(bytes_per_second: float, resident: frozenset[int], lookahead: int) -> StepTime:
-            return simulate_step(
-                blocks,
-                self.demand.block_bytes,
-                [forward] * blocks,
-                [backward] * blocks if self.shape.train else None,
-                head_flops / rates.flops_per_second,
-                bytes_per_second,
-                resident,
-                lookahead,
-            )
-
-        plan = self.plan
-        step = through(rates.read_bytes_per_second, plan.host_resident, plan.host_lookahead)
-        if plan.device_budget_bytes is not None:
-            link = through(rates.copy_bytes_per_second, plan.device_resident, plan.device_lookahead)
-            step = max(step, replace(link, read_bytes=step.read_bytes), key=lambda time: time.seconds)
-        if store is None:
-            return step
-        read_bytes = step.read_bytes + self._store_read_bytes
-        disk_seconds = (read_bytes + store.write_bytes) / rates.read_bytes_per_second
-        seconds = max(step.seconds, disk_seconds)
-        return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
 
 
 class Session:
@@ -371,6 +244,8 @@ class Session:
 
     def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:
         parts, lanes = self.parts, shape.micro_batches
+        if "input_ids" in shape.inputs:
+            prefix.check_positions(self.model, shape.inputs["input_ids"].shape[1])
         trained = self.trained
         names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
         visit = measure_visit(parts, self.model, shape.inputs, shape.train, names)
@@ -401,8 +276,8 @@ class Session:
         head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
         temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
         if "input_ids" in shape.inputs:
-            masks = measure_masks(parts, self.model, *shape.inputs["input_ids"].shape, shape.packed)
-            step += lanes * masks.kept_bytes
+            masks = self._masks(shape)
+            step += lanes * (masks.kept_bytes + prefix.lane_bytes(self.model, itemsize))
             temporaries = max(temporaries, masks.made_bytes)
         if perturbed is not None:
             block_bytes, head_chunk_bytes = perturbed.block_bytes, perturbed.head_chunk_bytes
@@ -464,6 +339,14 @@ class Session:
             host_libraries_bytes=self.device.host_libraries_bytes,
         )
         return demand, visit
+
+    def _masks(self, shape: BatchShape) -> MaskSize:
+        count, length = shape.inputs["input_ids"].shape
+        masks = measure_masks(self.parts, self.model, count, length, shape.packed)
+        if count > 1:
+            return masks
+        short = measure_masks(self.parts, self.model, 2, isqrt(shape.mask_pairs // 2), False)
+        return max(masks, short)
 
     def _perturbation_demand(self) -> PerturbationDemand | None:
         """None: no weights of the model's own are perturbed."""

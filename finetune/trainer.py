@@ -39,9 +39,10 @@ from finetune.methods.objectives import (
 )
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
+from finetune.planned_run import PlannedRun
 from finetune.progress import Progress
 from finetune.report import MetricsWriter, summary_table, write_report
-from finetune.session import PlannedRun, Session
+from finetune.session import Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter

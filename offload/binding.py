@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memory.errors import UserError
 from offload.deferred_products import DeferProducts, values
 
 LAZY_MIN_BYTES = 65536  # smaller weights are converted once, at bind
@@ -37,14 +38,14 @@ class _CastLinear(torch.autograd.Function):
         product = partial(linear_product, rows, stored, bias)
         deferring = DeferProducts.entered
         y = deferring.defer((rows.shape[0], stored.shape[0]), product, [rows]) if deferring else product()
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         stored = ctx.stored
         rows = grad.reshape(-1, grad.shape[-1])
         dx = rows.new_empty(rows.shape[0], stored.shape[1])
-        for strip in _strips(stored.shape[1]):
+        for strip in strips(stored.shape[1]):
             torch.mm(rows, stored[:, strip].to(grad.dtype), out=dx[:, strip])
         return dx.view(*grad.shape[:-1], -1), None, None
 
@@ -54,7 +55,7 @@ def linear_product(rows: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor 
     if stored.dtype == rows.dtype:
         return nn.functional.linear(rows, stored, bias)
     y = rows.new_empty(rows.shape[0], stored.shape[0])
-    for strip in _strips(stored.shape[0]):
+    for strip in strips(stored.shape[0]):
         weight = stored[strip].to(rows.dtype).t()
         if bias is None:
             torch.mm(rows, weight, out=y[:, strip])
@@ -63,9 +64,9 @@ def linear_product(rows: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor 
     return y
 
 
-def _strips(size: int) -> list[slice]:
-    """Nearly equal strips in whole vectors; sizes that are not go in one piece, for a ragged last strip of few rows is
-    multiplied by another kernel, with other rounding."""
+def strips(size: int) -> list[slice]:
+    """How a weight with so many rows is cut where it is converted at each use: nearly equally, in whole vectors; sizes that are
+    not go in one piece, for a ragged last strip of few rows is multiplied by another kernel, with other rounding."""
     if size % 64:
         return [slice(0, size)]
     count = -(-size // STRIP)
@@ -139,7 +140,9 @@ class Binding:
         self._targets = [self._targets[i] for i in kept]
         self._empty = [self._empty[i] for i in kept]
         for name, forward in forwards.items():
-            self._lazy[name] = self.linear_weights[name].forward = forward
+            owner = self.linear_weights[name]
+            self._lazy[name] = owner.forward = forward
+            owner._parameters["weight"] = nn.Parameter(owner.weight.as_subclass(_InItsSlot), requires_grad=False)
 
     def convert_at_bind(self) -> None:
         """From now on every weight is converted when it is bound: for code that reads `weight` itself (DoRA's norm)."""
@@ -149,6 +152,24 @@ class Binding:
             self._targets.append((name, owner, "weight", owner.weight.dtype))
             self._empty.append((owner._parameters, "weight", owner.weight))
         self._lazy = {}
+
+
+_WITHOUT_NUMBERS = {
+    "__get__", "size", "dim", "numel", "stride", "element_size", "untyped_storage", "is_floating_point", "is_contiguous",
+    "detach", "requires_grad_",
+}  # fmt: skip
+
+
+class _InItsSlot(torch.Tensor):
+    """The placeholder of a weight that only its layer's forward knows: shape and dtype are there, numbers are not."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ not in _WITHOUT_NUMBERS:
+            raise UserError(
+                "the model multiplies by a linear layer's weight itself, not through the layer: use zo.perturb weights"
+            )
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 class _LazyForward:

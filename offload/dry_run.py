@@ -75,9 +75,11 @@ def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, p
     if unit < 2:
         return MaskSize(0, 0)
     config, sizes = parts.model.config.get_text_config(), []
-    window = getattr(config, "sliding_window", None)
-    if window and length > window:  # what attends within a window has a mask once a text is longer
-        config.sliding_window = unit - 1
+    windows = {key: getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")}
+    windows = {key: window for key, window in windows.items() if window}
+    for key, window in windows.items():
+        if length > window:  # what attends within a window has a mask once a text is longer
+            setattr(config, key, unit - 1)
     for short in (unit, 2 * unit, 3 * unit):
         inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, short, dtype=torch.int64), "use_cache": False}
         if packed:
@@ -88,8 +90,8 @@ def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, p
         counter = _LiveBytes()
         with counter:
             _first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
-    if window:
-        config.sliding_window = window
+    for key, window in windows.items():
+        setattr(config, key, window)
     kept, peak = (max(0, c - 2 * b + a) * length**2 // (2 * unit**2) for a, b, c in zip(*sizes, strict=True))
     return MaskSize(kept, max(0, peak - kept))
 

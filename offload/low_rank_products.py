@@ -67,7 +67,7 @@ def perturbed_product(
         y *= scale
     if bias is not None:
         y += bias
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class MatrixNoise:
@@ -122,6 +122,8 @@ class MatrixNoise:
 
     def _group_rows(self, pending: Sequence[noise.Group]) -> torch.Tensor:
         """A / sqrt(rank) of every pending group, times the scales of those after it: [rows, rank * groups]."""
+        if len(pending) > len(self._sums):  # a run that goes on with fewer steps than it has done
+            self._summed, self._sums = (), torch.zeros(len(pending), *self._sums.shape[1:], device=self._device)
         for group, known, total in zip_longest(pending, self._summed[: len(pending)], self._sums[: len(pending)]):
             done = 0 if known is None else len(known.updates)
             if known is None or known.shared_seed != group.shared_seed or group.updates[:done] != known.updates:

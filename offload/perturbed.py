@@ -281,7 +281,7 @@ class PerturbedBlocks:
             for name in matrices_of(binding, self._keys[index]) if product_groups else ():
                 self._products[index][name] = PerturbedProduct(binding.linear_weights[name])
                 self._matrices[index][name] = MatrixNoise(
-                    perturbation.noise, self._keys[index][name], layout.views[name].shape, parts.dtype, device,
+                    perturbation.noise, self._keys[index][name], layout.views[name].shape, binding.dtypes[name], device,
                     product_groups,
                 )  # fmt: skip
             binding.multiply_by(self._products[index])
@@ -372,7 +372,7 @@ class PerturbedChunks:
         self._starts = head.starts
         self._product = PerturbedProduct(head.module)
         self._matrices: list[MatrixNoise] = []
-        if product_groups:
+        if product_groups and matrices_of(head.binding, self._keys):
             self._matrices = [
                 MatrixNoise(
                     perturbation.noise, self._keys["weight"], layout.views["weight"].shape, head.binding.dtypes["weight"],

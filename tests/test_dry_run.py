@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.methods import lora, prefix
-from finetune.session import BatchShape, Session
+from finetune.planned_run import BatchShape
+from finetune.session import Session
 from offload.block_store import bind_views
 from offload.devices.base import map_host_bytes
 from offload.dry_run import MaskSize, measure_masks, measure_visit

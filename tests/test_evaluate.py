@@ -13,9 +13,11 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 import finetune.evaluate
-from finetune.data import preparation, worker
-from finetune.evaluate import evaluate, evaluate_open
-from finetune.session import BatchShape, Session
+from finetune.data import Example, preparation, worker
+from finetune.evaluate import _micro_batches, evaluate, evaluate_open
+from finetune.planned_run import BatchShape
+from finetune.scoring import ask_trained
+from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
 
@@ -92,6 +94,19 @@ def test_loss_and_accuracy_are_those_of_whole_logits(kind, model, tmp_path, comp
     assert found["accuracy"] == expected["accuracy"]
     assert 0 < expected["accuracy"] < 1
     assert found["seconds"] > 0
+
+
+def test_rows_are_padded_together_as_far_as_masks_are_planned():
+    def lengths(shape, tokens):
+        rows = [[ask_trained(Example(np.zeros(n, np.int32), np.zeros(n, np.int32)))] for n in tokens]
+        return [[len(one.input_ids) for one in batch] for batch in _micro_batches(rows, shape)]
+
+    alone = BatchShape.of_text(1, 2000, 4, train=False)
+    assert lengths(alone, [2000, 400, 400, 300, 300, 100]) == [[2000], [400], [400], [300, 300], [100]]
+    several = BatchShape.of_text(3, 400, 4, train=False)
+    assert lengths(several, [400, 400, 300, 300, 100]) == [[400, 400, 300], [300, 100]]
+    short = BatchShape.of_text(1, 50, 4, train=False)
+    assert lengths(short, [50, 20, 20, 20]) == [[50], [20, 20], [20]]
 
 
 def test_rows_without_choices_have_no_accuracy(model, tmp_path):

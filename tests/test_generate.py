@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
 from finetune.generate import _plan as plan_prompts
-from finetune.session import BatchShape, Session
+from finetune.planned_run import BatchShape
+from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import models  # noqa: F401  fixture
+from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError, ZerothOrderOptions
 from finetune.perturbation_demand import perturbation_demand
+from memory.errors import UserError
 from offload import noise
+from offload.binding import Binding
 from offload.low_rank_products import Factors, MatrixNoise, perturbed_product
 from offload.model_parts import cut
 
@@ -112,6 +115,18 @@ def test_slots_need_no_room_for_matrices(models):  # noqa: F811
     # two groups of 8 steps: their sums, fp32 [rows, 3] each
     rows = sum(shape[0] for shape in matrices.values()) * len(parts.layouts) + parts.head.module.weight.shape[0]
     assert products.edge_bytes - weights.edge_bytes == rows * 3 * 4 * 2
+
+
+def test_no_rows_and_a_weight_that_is_not_there():
+    weight = torch.randn(ROWS, COLUMNS)
+    assert perturbed_product(torch.empty(0, COLUMNS), weight, Factors(1.0, None, None), None).shape == (0, ROWS)
+    module = nn.Module()
+    module.inner = nn.Linear(3, 4)
+    binding = Binding(module, {"inner.weight": torch.float32}, {"inner.weight": torch.float32})
+    binding.multiply_by({"inner.weight": lambda x: x})
+    assert (module.inner.weight.shape, module.inner.weight.dtype) == ((4, 3), torch.float32)
+    with pytest.raises(UserError, match="use zo.perturb weights"):
+        module.inner.weight @ torch.ones(3)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,14 @@ def test_products_meet_the_weights_of_the_last_fold_even_if_they_were_lost(model
     assert journal_bytes(parts) == journal_bytes(whole)
 
 
+def test_products_of_a_run_that_has_done_more_steps_than_are_asked_for(models, data, tmp_path):  # noqa: F811
+    zo = {"noise": "low_rank", "rank": 3, "perturb": "products"}
+    config = zo_config(models["float32"], data, tmp_path / "out", 11, zo, eval_data=data)
+    evaluation = Trainer(config).train().report["evaluation"]
+    fewer = config.model_copy(update={"resume": True, "training": config.training.model_copy(update={"max_steps": 3})})
+    assert Trainer(fewer).train().report["evaluation"]["loss"] == evaluation["loss"]
+
+
 def test_a_killed_run_goes_on(models, data, tmp_path):  # noqa: F811
     """Killed at random moments until it is done, folds included."""
     steps = 60

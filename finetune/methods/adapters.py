@@ -38,8 +38,19 @@ def save(model: nn.Module, directory: Path) -> None:
         ) from error
 
 
+def prefix_length(model: nn.Module) -> int:
+    """Positions that PEFT's prefix, where `model` has one, takes before every text."""
+    config = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "peft_type", None) == "PREFIX_TUNING" else 0
+
+
 def check_streamable(model: nn.Module) -> None:
-    """Raises UserError when weights of the base are to be trained (`modules_to_save`, `bias`): they are not in memory."""
+    """Raises UserError when weights of the base are to be trained (`modules_to_save`, `bias`): they are not in memory; and for
+    adapters of another kind than LoRA's and prefixes."""
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning and not prefix_length(model):
+        found = config.peft_type.value.lower()
+        raise UserError(f"expected a LoRA adapter or a prefix, found {found}, which cannot be streamed")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not ("lora_" in name or name.startswith("prompt_encoder.")):
             raise UserError(

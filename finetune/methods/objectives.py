@@ -27,9 +27,10 @@ from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.generate import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
 from finetune.micro_batches import make_micro_batches
+from finetune.planned_run import BatchShape
 from finetune.rewards import call_reward, load_reward, token_f1
 from finetune.scoring import Asked, Scores, ask_candidates, ask_trained, score
-from finetune.session import BatchShape, Session
+from finetune.session import Session
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from offload.head import IGNORE_INDEX

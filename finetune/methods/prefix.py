@@ -10,16 +10,18 @@ one block. In generation the caches that come in keep them, and the prefix is pu
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.methods.adapters import task_type
+from finetune.methods.adapters import prefix_length, task_type
 from memory.errors import UserError
 from offload.skeleton import cache_argument
 from offload.streamed_model import StreamedModel
@@ -28,9 +30,17 @@ from offload.streamed_model import StreamedModel
 def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
     """`model` wrapped by PEFT with a fresh prefix of so many positions. Raises UserError for models that cannot have one."""
     from peft import PrefixTuningConfig, get_peft_model
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if task_type(model) is None:
         raise UserError(f"zo.parameters prefix: expected a language model, found {type(model).__name__}")
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise UserError(
+            f"zo.parameters prefix: expected a model whose layers all attend, found {type(model).__name__}: use zo.parameters "
+            "lora"
+        )
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -40,30 +50,39 @@ def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
         raise UserError(f"PEFT has no prefix for {type(model).__name__}: {error}") from error
 
 
-def length(model: nn.Module) -> int:
-    """Positions that a prefix takes before every text."""
-    config = getattr(model, "active_peft_config", None)
-    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
-
-
 def take_over(model: nn.Module) -> None:
     """Lets a model that PEFT has given a prefix drop keys and values, and take caches; others stay as they are."""
-    if length(model):
-        model.get_prompt = partial(_passing_prompt, model.get_prompt)
+    if prefix_length(model):
         model.forward = partial(_forward, model)
+
+
+def lane_bytes(model: nn.Module, itemsize: int) -> int:
+    """What a prefix takes of memory in every lane, in numbers of so many bytes."""
+    return model.prompt_encoder[model.active_adapter].embedding.weight.numel() * itemsize if prefix_length(model) else 0
+
+
+def check_positions(model: nn.Module, num_tokens: int) -> None:
+    """Raises UserError when a prefix leaves no positions for texts of so many tokens."""
+    before = prefix_length(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) if before else None
+    if positions and before + num_tokens > positions:
+        raise UserError(
+            f"a prefix of {before} and texts of {num_tokens} tokens are more than the model's {positions} positions: lower "
+            f"--sequence-length to {positions - before}"
+        )
 
 
 def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> None:
     """Sets the prefix to the keys and values of random tokens, which takes a pass over the weights."""
     from transformers import DynamicCache
 
-    base, count = streamed.parts.model, length(model)
+    base, count = streamed.parts.model, prefix_length(model)
     config = base.config.get_text_config()
     ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
-    cache = DynamicCache(config=base.config)
+    past = DynamicCache(config=base.config)
     ids = ids.to(streamed.device.torch_device)
-    streamed.forward([{"input_ids": ids, cache_argument(base): cache, "use_cache": True, "without_prefix": True}])
-    values = [x[0].transpose(0, 1).reshape(count, -1) for layer in cache.layers for x in (layer.keys, layer.values)]
+    streamed.forward([{"input_ids": ids, cache_argument(base): past, "use_cache": True, "without_prefix": True}])
+    values = [x[0].transpose(0, 1).reshape(count, -1) for layer in past.layers for x in (layer.keys, layer.values)]
     _set_values(model, torch.cat(values, dim=1))
 
 
@@ -72,7 +91,16 @@ def read_values(model: nn.Module, directory: Path) -> None:
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is not there: the prefix that the run began with is needed to go on with it")
-    _set_values(model, load_file(path)["prompt_embeddings"])
+    try:
+        _set_values(model, load_file(path)["prompt_embeddings"])
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): bring it back from a copy, or begin anew without --resume") from error
+
+
+def digest(model: nn.Module) -> str:
+    """Of the prefix's values."""
+    weight = model.prompt_encoder[model.active_adapter].embedding.weight
+    return hashlib.blake2b(weight.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _set_values(model: nn.Module, values: torch.Tensor) -> None:
@@ -87,31 +115,36 @@ def _set_values(model: nn.Module, values: torch.Tensor) -> None:
 
 def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool = False, **inputs: Any) -> Any:
     """PEFT's forward for a prefix, and one for a cache that comes in."""
-    key = cache_argument(model.base_model)
-    cache, batch_size = inputs.pop(key, None), input_ids.shape[0]
-    if cache is None:
-        cache = model.get_prompt(batch_size)
+    key, rows = cache_argument(model.base_model), input_ids.shape[0]
+    past = inputs.pop(key, None)
+    if past is None:
+        past = _passing_cache(model, rows)
         if inputs.get("attention_mask") is not None:
             mask = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.cat([mask.new_ones(batch_size, length(model)), mask], dim=1)
-    elif not without_prefix and not cache.get_seq_length():
-        for index, layer in enumerate(model.get_prompt(batch_size).layers):
-            cache.update(layer.keys, layer.values, index)
-    return model.base_model(input_ids=input_ids, **inputs, **{key: cache})
+            inputs["attention_mask"] = torch.cat([mask.new_ones(rows, prefix_length(model)), mask], dim=1)
+    elif not without_prefix and not past.get_seq_length():
+        for index, layer in enumerate(model.get_prompt(rows).layers):
+            past.update(layer.keys, layer.values, index)
+    return model.base_model(input_ids=input_ids, **inputs, **{key: past})
 
 
-def _passing_prompt(get_prompt: Any, batch_size: int, **arguments: Any) -> Any:
-    """PEFT's cache with the prefix in it, whose layers come back to it after each update."""
-    cache = get_prompt(batch_size, **arguments)
+def _passing_cache(model: nn.Module, rows: int) -> Any:
+    """PEFT's cache with the prefix in it, the same memory for all rows, whose layers forget what they are updated with."""
+    cache = model.get_prompt(1)
     for layer in cache.layers:
-        layer.update = partial(_update_and_forget, layer, layer.update)
+        layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in (layer.keys, layer.values))
+        layer.__class__ = _passing(type(layer))
     return cache
 
 
-def _update_and_forget(layer: Any, update: Any, *arguments: Any, **options: Any) -> Any:
-    before = dict(vars(layer))
-    try:
-        return update(*arguments, **options)
-    finally:
-        vars(layer).clear()
-        vars(layer).update(before)
+@cache
+def _passing(kind: type) -> type:
+    def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return kind.update(self, *arguments, **options)
+        finally:
+            vars(self).clear()
+            vars(self).update(before)
+
+    return type(f"Passing{kind.__name__}", (kind,), {"update": update})

@@ -102,26 +102,44 @@ class ZerothOrder:
             "rounding": options.rounding,
             "seed": config.training.seed,
         }
-        path, initial = config.output / "journal.zo", config.output / "initial-adapter"
-        if config.resume and path.exists():
-            self.journal = Journal.resume(path)
-            check_same_run(path, self.journal.about, about)
-            if config.tunes_prefix:
-                prefix.read_values(session.model, initial)
-                self._model.take_adapters()
-            self._find_folded()
-        else:
-            shutil.rmtree(self._weights, ignore_errors=True)
-            if config.tunes_prefix:
-                prefix.begin_as_tokens(session.model, self._model, config.training.seed)
-                self._model.take_adapters()
-                adapters.save(session.model, initial)  # what the journal adds to
-            self.journal = Journal.create(path, about)
+        path = config.output / "journal.zo"
+        goes_on = config.resume and path.exists()
+        if not goes_on and config.tunes_prefix:
+            prefix.begin_as_tokens(session.model, self._model, config.training.seed)
+            about["initial_adapter"] = prefix.digest(session.model)
+        self.journal = Journal.resume(path) if goes_on else Journal.create(path, about)
+        try:
+            self._begin(about, goes_on)
+        except BaseException:
+            self.journal.close()
+            raise
         self.first_step = self.journal.steps
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
         self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
         self._catch_up()
+
+    def _begin(self, about: dict[str, Any], goes_on: bool) -> None:
+        """What is beside the journal becomes this run's, which has the journal's lock."""
+        config, model, initial = self._config, self._session.model, self._config.output / "initial-adapter"
+        found = dict(self.journal.about)
+        digest = found.pop("initial_adapter", "")
+        check_same_run(self.journal.path, found, {key: value for key, value in about.items() if key != "initial_adapter"})
+        if not self.journal.steps:  # what is there may be an earlier run's
+            shutil.rmtree(self._weights, ignore_errors=True)
+        if config.tunes_prefix:
+            if self.journal.steps:
+                prefix.read_values(model, initial)
+            else:
+                if goes_on:  # after a process that died before its first step
+                    prefix.begin_as_tokens(model, self._model, config.training.seed)
+                adapters.save(model, initial)
+            if prefix.digest(model) != digest:
+                raise UserError(
+                    f"{initial} is not the prefix that this run began with: bring it back, or begin anew without --resume"
+                )
+            self._model.take_adapters()
+        self._find_folded()
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options, training = self._options, self._config.training
