@@ -58,7 +58,7 @@ def take_over(model: nn.Module) -> None:
 
 def lane_bytes(model: nn.Module, itemsize: int) -> int:
     """What a prefix takes of memory in every lane, in numbers of so many bytes."""
-    return model.prompt_encoder[model.active_adapter].embedding.weight.numel() * itemsize if prefix_length(model) else 0
+    return _values(model).numel() * itemsize if prefix_length(model) else 0
 
 
 def check_positions(model: nn.Module, num_tokens: int) -> None:
@@ -99,12 +99,16 @@ def read_values(model: nn.Module, directory: Path) -> None:
 
 def digest(model: nn.Module) -> str:
     """Of the prefix's values."""
-    weight = model.prompt_encoder[model.active_adapter].embedding.weight
-    return hashlib.blake2b(weight.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_values(model).detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _values(model: nn.Module) -> nn.Parameter:
+    """fp32 [positions, 2 * layers * key-value heads * head size]: of every layer its keys, then its values."""
+    return model.prompt_encoder[model.active_adapter].embedding.weight
 
 
 def _set_values(model: nn.Module, values: torch.Tensor) -> None:
-    weight = model.prompt_encoder[model.active_adapter].embedding.weight
+    weight = _values(model)
     if values.shape != weight.shape:
         raise UserError(
             f"PEFT has no prefix for {type(model.get_base_model()).__name__}: it takes keys and values of "
