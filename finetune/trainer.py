@@ -367,6 +367,7 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
     parts = {
         "resumable states": copies * adapter_bytes,
         "adapter": adapter_bytes,
+        "the prefix that it begins as": adapter_bytes if config.tunes_prefix else 0,
         "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
         "working store": max(0, planned.store.num_bytes - existing) if planned.store else 0,
         "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),

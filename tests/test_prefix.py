@@ -67,6 +67,11 @@ def test_a_plan_counts_the_prefix_of_every_lane(models, data, tmp_path):  # noqa
     assert steps[1] - steps[0] == pytest.approx(8 * 100 * numbers * 2, rel=0.01)
 
 
+def test_the_disk_has_room_for_both_ends(models, data, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=r"adapter 1\.7 KiB, the prefix that it begins as 1\.7 KiB"):
+        Trainer(zo_config(models["float32"], data, tmp_path, 3, ZO, disk="3KiB")).train()
+
+
 def test_a_run_goes_on_from_its_own_prefix_only(models, data, tmp_path):  # noqa: F811
     config = zo_config(models["float32"], data, tmp_path / "out", 5, ZO)
     Trainer(config, callbacks=[StopAfter(2)]).train()
