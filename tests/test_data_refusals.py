@@ -138,7 +138,13 @@ def test_bad_files(plain, chatml, tmp_path, here):
     assert message([{"text": "the"}], str(tmp_path / "empty")).startswith("the tokenizer of ")
 
 
-def test_cache_is_used_again_until_something_changes(chatml, tmp_path, here, monkeypatch):
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_cache_is_used_again_until_something_changes(chatml, tmp_path, here, monkeypatch, capfd):
     made = []
     run = preparation._run_worker
     monkeypatch.setattr(preparation, "_run_worker", lambda job, path: (made.append(1), run(job, path)))
@@ -162,9 +168,24 @@ def test_cache_is_used_again_until_something_changes(chatml, tmp_path, here, mon
     assert [runs(), runs()] == [1, 0]
     assert [runs([{"text": "the"}]), runs([{"text": "the"}]), runs([{"text": "cat"}])] == [1, 0, 1]
     folder = make(path, str(model), tmp_path).path
+    whole = TokenDataset.open(folder)
     with open(folder / "tokens.int32", "ab") as stream:
         stream.write(b"torn")
     with pytest.raises(DataError, match="tokens.int32: expected 16 bytes, found 20"):
+        TokenDataset.open(folder)
+    assert [runs(), runs()] == [1, 0]
+    for name in ("tokens.int32", "labels.int32", "offsets.int64", "meta.json"):
+        flip(folder / name)
+        with pytest.raises(DataError, match=f"{name} is damaged|is not a token cache"):
+            TokenDataset.open(folder)
+        assert [runs(), runs()] == [1, 0]
+    assert "tokens.int32 is damaged: its checksum does not fit; it is made again from the data" in capfd.readouterr().err
+    assert TokenDataset.open(folder).digest == whole.digest
+    other = make([{"text": "the mat"}], str(model), tmp_path)
+    assert other.digest != whole.digest and other.meta["tokens"] == whole.meta["tokens"]
+    folder.rename(tmp_path / "held")
+    other.path.rename(folder)
+    with pytest.raises(DataError, match=f"expected the token cache of this name, found {other.path.name}"):
         TokenDataset.open(folder)
     assert [runs(), runs()] == [1, 0]
     (folder / "meta.json").unlink()

@@ -4,15 +4,17 @@
     labels.int32    as long; -100 where a token is not trained
     offsets.int64   number of examples + 1; example i is tokens[offsets[i]:offsets[i + 1]]
     answers.int32   choices only: per row, which of its candidates is the right one
-    meta.json       counts, tokenizer and form; written last
+    meta.json       counts, tokenizer, form, and checksums of the arrays and of itself; written last
 
-A folder appears under its name by one rename, complete or not at all.
+A folder appears under its name by one rename, complete or not at all. When it is opened all of it is read and checked, in
+small blocks: tokens that were damaged or exchanged are not trained on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from finetune.data.errors import DataError
+from memory.sealed import crc_text, file_checksum, json_digest, seal, unseal
 
 MASKED = -100
-FORMAT_VERSION = 1  # part of every cache key: raise it when the same rows would give other tokens
+FORMAT_VERSION = 2  # part of every cache key: raise it when the same rows would give other tokens
 _ITEM_BYTES = {"tokens.int32": 4, "labels.int32": 4, "offsets.int64": 8, "answers.int32": 4}
 
 
@@ -52,10 +55,10 @@ class TokenDataset:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenDataset:
-        """Raises DataError where the folder is not a whole cache of this version."""
+        """Raises DataError where the folder is not a whole, undamaged cache of this version and under its own name."""
         path = Path(path)
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            meta = unseal(json.loads((path / "meta.json").read_text(encoding="utf-8")))
             if meta["format_version"] != FORMAT_VERSION:
                 raise DataError(f"{path}: token cache of version {meta['format_version']}, expected {FORMAT_VERSION}")
             counts = {
@@ -68,13 +71,23 @@ class TokenDataset:
             for name, count in counts.items():
                 wanted, found = count * _ITEM_BYTES[name], (path / name).stat().st_size
                 if found != wanted:
-                    raise DataError(f"{path / name}: expected {wanted} bytes, found {found}: remove the folder")
+                    raise DataError(f"{path / name}: expected {wanted} bytes, found {found}")
+            if meta["name"] != path.name:
+                raise DataError(f"{path}: expected the token cache of this name, found {meta['name']}")
+            for name, checksum in meta["checksums"].items():
+                if file_checksum(path / name) != checksum:
+                    raise DataError(f"{path / name} is damaged: its checksum does not fit")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a token cache: {type(error).__name__}: {error}") from error
         return cls(path, meta)
 
     def __len__(self) -> int:
         return self.meta["examples"]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all examples and their order, in hexadecimal: another one where a token, label, length or answer differs."""
+        return json_digest(self.meta["checksums"])
 
     def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
@@ -114,6 +127,7 @@ class CacheWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = {name: open(folder / name, "wb", opener=_private) for name in _ITEM_BYTES}
+        self._checksums = dict.fromkeys(_ITEM_BYTES, 0)
         self.examples = 0
         self.tokens = 0
         self.label_tokens = 0
@@ -132,15 +146,24 @@ class CacheWriter:
         self._write("answers.int32", [choice])
 
     def _write(self, name: str, values: np.ndarray | list[int]) -> None:
-        self._files[name].write(np.asarray(values, dtype=name.rpartition(".")[2]).tobytes())
+        data = np.asarray(values, dtype=name.rpartition(".")[2]).tobytes()
+        self._files[name].write(data)
+        self._checksums[name] = zlib.crc32(data, self._checksums[name])
 
     def finish(self, meta: dict[str, Any]) -> None:
         for stream in self._files.values():
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-        counts = {"examples": self.examples, "tokens": self.tokens, "label_tokens": self.label_tokens}
-        text = json.dumps({"format_version": FORMAT_VERSION, **counts, **meta}, ensure_ascii=False, indent=1)
+        about = {
+            "format_version": FORMAT_VERSION,
+            "name": self._folder.name,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "label_tokens": self.label_tokens,
+            "checksums": {name: crc_text(value) for name, value in self._checksums.items()},
+        }
+        text = json.dumps(seal(about | meta), ensure_ascii=False, indent=1)
         with open(self._folder / "meta.json", "w", opener=_private, encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()

@@ -62,7 +62,8 @@ def prepare(
                       their likelihoods can be compared: see TokenDataset.num_choices and .answers
 
     A cache is made in a separate process, under a temporary name, and renamed when whole. It is used again while the
-    files (path, size, time of change), the tokenizer's files, these options and the tokenizer libraries are the same.
+    files (path, size, time of change), the tokenizer's files, these options and the tokenizer libraries are the same, and
+    made again when it is damaged.
     Raises DataError for data, tokenizer or template that cannot be used, and when the process dies.
     """
     if form != "auto" and form not in FORMS:
@@ -92,10 +93,12 @@ def prepare(
             "fingerprint": fingerprint,
         }
         key = _key(sources, options)
-        try:
-            return TokenDataset.open(cache_dir / key)
-        except DataError:
-            shutil.rmtree(cache_dir / key, ignore_errors=True)  # absent, or damaged
+        if (cache_dir / key).exists():
+            try:
+                return TokenDataset.open(cache_dir / key)
+            except DataError as error:
+                print(f"note: {error}; it is made again from the data", file=sys.stderr)
+                shutil.rmtree(cache_dir / key, ignore_errors=True)
         folder = Path(scratch) / key
         folder.mkdir(mode=0o700)
         job = {
