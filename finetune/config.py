@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -20,13 +20,14 @@ from pydantic import (
     ConfigDict,
     Field,
     Strict,
+    TypeAdapter,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
+from finetune.config_errors import ConfigError, explain, show
 from finetune.presets import find_preset, preset_names
-from memory.errors import UserError
+from finetune.yaml_text import read_document, read_word, write_document
 from memory.units import parse_bytes
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -44,32 +45,6 @@ SHORTHANDS = {
     "sequence_length": "dataset",
 }
 
-# What other tools call our keys: named in the message about an unknown key.
-_OTHER_NAMES = {
-    "lr": "training.learning_rate",
-    "num_train_epochs": "training.epochs",
-    "per_device_train_batch_size": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.batch_size",
-    "lr_scheduler_type": "training.lr_scheduler",
-    "max_length": "dataset.sequence_length",
-    "max_seq_length": "dataset.sequence_length",
-    "rank": "lora.r",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "output_dir": "output",
-    "model_name_or_path": "model",
-}
-
-
-class ConfigError(UserError):
-    """A configuration that is not valid: `problems` has one line a key."""
-
-    def __init__(self, problems: Sequence[str], origin: str = "the configuration") -> None:
-        self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{count} in {origin}:", *problems]))
-
 
 def _check_amount(amount: Any) -> Any:
     if amount is not None:
@@ -86,7 +61,7 @@ def _check_data(data: Any) -> Any:
         data = _expand_path(data)
         return _sample_path(data.removeprefix("sample:")) if data and data.startswith("sample:") else data
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise ValueError(f"expected a path, a hub id or a sequence of rows, found {_show(data)}")
+        raise ValueError(f"expected a path, a hub id or a sequence of rows, found {show(data)}")
     return data
 
 
@@ -100,7 +75,7 @@ def _sample_path(name: str) -> str:
 def _check_objective(value: Any) -> Any:
     if not callable(value) and value not in OBJECTIVES and not re.fullmatch(r".+:[A-Za-z_]\w*", str(value)):
         raise ValueError(
-            f"expected one of {', '.join(OBJECTIVES)}, FILE.py:FUNCTION or a function, found {_show(value)}"
+            f"expected one of {', '.join(OBJECTIVES)}, FILE.py:FUNCTION or a function, found {show(value)}"
         )
     return value
 
@@ -115,8 +90,19 @@ ModelName = Annotated[str, BeforeValidator(_expand_path), Field(min_length=1)]
 Data = Annotated[Any, BeforeValidator(_check_data)]
 
 
+class Conflict(NamedTuple):
+    """Keys, dotted, whose values do not go together; problem: what was expected and what was found, these keys named."""
+
+    keys: tuple[str, ...]
+    problem: str
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Between keys of this section, which are named without it. `Config` asks all sections and reports everything."""
+        yield from ()
 
 
 class TrainingOptions(_Section):
@@ -160,13 +146,12 @@ class TrainingOptions(_Section):
     """How often the state is committed from which `resume` goes on; Ctrl-C commits too."""
     report_to: list[Literal["tensorboard"]] = []
 
-    @model_validator(mode="after")
-    def _check_together(self) -> TrainingOptions:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(
-                f"expected warmup_steps or warmup_ratio, found both ({self.warmup_steps} and {self.warmup_ratio})"
+            yield Conflict(
+                ("warmup_steps", "warmup_ratio"),
+                f"expected warmup_steps or warmup_ratio, found both ({self.warmup_steps} and {self.warmup_ratio})",
             )
-        return self
 
 
 class DatasetOptions(_Section):
@@ -255,23 +240,30 @@ class ZerothOrderOptions(_Section):
     rounding: Literal["exact", "nearest", "stochastic"] = "exact"
     """How a sum goes into weights stored in 16 bits: exact keeps fp32 weights on disk. MeZO: nearest with fold_steps 1."""
 
-    @model_validator(mode="after")
-    def _check_together(self) -> ZerothOrderOptions:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.estimator == "fzoo" and self.perturbations < 2:
-            raise ValueError(
-                f"expected perturbations of at least 2 for fzoo, which takes their spread, found {self.perturbations}"
+            yield Conflict(
+                ("estimator", "perturbations"),
+                f"expected perturbations of at least 2 for fzoo, which takes their spread, found {self.perturbations}",
             )
         if self.rank and self.noise != "low_rank":
-            raise ValueError(f"expected a rank with low_rank noise only, found {self.rank} with {self.noise}")
-        if self.noise == "low_rank" and self.momentum:
-            raise ValueError("expected no momentum with low_rank noise, whose V changes every fold_steps steps")
-        if self.noise == "low_rank" and self.rounding == "stochastic":
-            raise ValueError("expected rounding exact or nearest with low_rank noise, found stochastic")
-        if self.perturb == "products" and (self.noise != "low_rank" or self.parameters != "all"):
-            raise ValueError(
-                f"expected noise low_rank and parameters all with perturb products, found {self.noise} and {self.parameters}"
+            yield Conflict(
+                ("rank", "noise"), f"expected a rank with low_rank noise only, found {self.rank} with {self.noise}"
             )
-        return self
+        if self.noise == "low_rank" and self.momentum:
+            yield Conflict(
+                ("noise", "momentum"),
+                f"expected no momentum with low_rank noise, whose V changes every fold_steps steps, found {self.momentum}",
+            )
+        if self.noise == "low_rank" and self.rounding == "stochastic":
+            yield Conflict(
+                ("noise", "rounding"), "expected rounding exact or nearest with low_rank noise, found stochastic"
+            )
+        if self.perturb == "products" and (self.noise != "low_rank" or self.parameters != "all"):
+            yield Conflict(
+                ("perturb", "noise", "parameters"),
+                f"expected noise low_rank and parameters all with perturb products, found {self.noise} and {self.parameters}",
+            )
 
     @property
     def group_steps(self) -> int:
@@ -325,11 +317,9 @@ class OptimizerOptions(_Section):
     versions: Annotated[int, Strict(), Field(ge=1, le=2)] = 2
     """Of everything in the working store. 1 halves the disk space, and a process that dies in a step loses the run."""
 
-    @model_validator(mode="after")
-    def _check_together(self) -> OptimizerOptions:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.name == "lamb" and self.state == "8bit":
-            raise ValueError("expected optimizer.state float32 or bfloat16 with lamb, found 8bit")
-        return self
+            yield Conflict(("name", "state"), "expected optimizer.state float32 or bfloat16 with lamb, found 8bit")
 
 
 class SelectionOptions(_Section):
@@ -419,47 +409,62 @@ class Config(_Section):
     selection: SelectionOptions = SelectionOptions()
     engine: EngineOptions = EngineOptions()
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Config:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
-            raise ValueError(
-                f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on"
+            yield Conflict(
+                ("method", "zo.objective", "dataset.packing"),
+                f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on",
             )
         if self.tunes_prefix and self.dataset.packing:
-            raise ValueError(
-                "expected dataset.packing off with zo.parameters prefix, which stands before one text, found it on"
+            yield Conflict(
+                ("method", "zo.parameters", "dataset.packing"),
+                "expected dataset.packing off with zo.parameters prefix, which stands before one text, found it on",
             )
         subspace = self.selection.subspace
         if subspace != "blocks" and self.method != "frugal":
-            raise ValueError(f"expected method frugal with selection.subspace {subspace}, found {self.method}")
+            yield Conflict(
+                ("method", "selection.subspace"),
+                f"expected method frugal with selection.subspace {subspace}, found {self.method}",
+            )
         if subspace != "blocks" and self.selection.layers:
-            raise ValueError(
+            yield Conflict(
+                ("selection.layers", "selection.subspace"),
                 f"expected no selection.layers with selection.subspace {subspace}, which is of all blocks, found "
-                f"{self.selection.layers}"
+                f"{self.selection.layers}",
             )
         if self.method == "frugal" and self.selection.keep_state:
-            raise ValueError(
-                "expected selection.keep_state off with frugal, whose blocks lose their state when they take signs, found it on"
+            yield Conflict(
+                ("method", "selection.keep_state"),
+                "expected selection.keep_state off with frugal, whose blocks lose their state when they take signs, found "
+                "it on",
             )
         if self.train and not self.trains_weights:
-            raise ValueError(f"expected train only with methods that train the model's own weights, found {self.method}")
-        return self
+            yield Conflict(
+                ("method", "train"),
+                f"expected train only with methods that train the model's own weights, found {self.method}",
+            )
 
     def __init__(self, **values: Any) -> None:
         values = _expand_shorthands(values)
-        conflicts = []
-        for key in SHORTHANDS.keys() & values.keys():
+        problems: dict[str, str] = {}
+        for key in sorted(SHORTHANDS.keys() & values.keys()):
             value = values.pop(key)
             full = f"{SHORTHANDS[key]}.{key}"
             other = values[SHORTHANDS[key]]
             other = other[key] if isinstance(other, Mapping) else other
-            conflicts.append(f"{key}: found {_show(value)}, but {full} is {_show(other)}: give one of them")
+            problems[key] = f"{key}: found {show(value)}, but {full} is {show(other)}: give one of them"
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(sorted(conflicts) + _explain(error)) from None
-        if conflicts:
-            raise ConfigError(sorted(conflicts))
+            wrong = explain(error, _SECTIONS, _KEYS)
+            problems |= wrong
+            try:  # what is right may still not go together
+                super().__init__(**_without(values, wrong))
+            except ValidationError:  # what is wrong could not be taken out
+                raise ConfigError(list(problems.values())) from None
+        found = [*problems.values(), *_all_conflicts(self, problems.keys())]
+        if found:
+            raise ConfigError(found)
 
     @property
     def learning_rate(self) -> float:
@@ -501,7 +506,8 @@ class Config(_Section):
         """The configuration in a YAML file or preset, with changes on top.
 
         `source`: a path, or a preset's name where no such file exists. `overrides`: keys to values; a key may be dotted
-        (`training.max_steps`) or a shorthand. `settings`: "key=value" words, the value in YAML; they come last.
+        (`training.max_steps`) or a shorthand. `settings`: "key=value" words, the value as `finetune.yaml_text.read_word` has
+        it; they come last.
 
         Raises ConfigError.
         """
@@ -512,8 +518,14 @@ class Config(_Section):
         changes: dict[str, Any] = {}
         for key, value in (overrides or {}).items():
             _assign(changes, key, value)
+        problems = []
         for setting in settings:
-            _assign(changes, *_parse_setting(setting))
+            try:
+                _assign(changes, *_parse_setting(setting))
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError(problems, "--set")
         try:
             return cls(**_merge(values, _expand_shorthands(changes)))
         except ConfigError as error:
@@ -533,18 +545,39 @@ class Config(_Section):
             if not isinstance(values[key], (str, type(None))):
                 comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"
                 values[key] = None
-        return comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return comments + write_document(values)
 
 
 _SECTIONS: dict[str, type[_Section]] = {
-    "training": TrainingOptions,
-    "dataset": DatasetOptions,
-    "lora": LoraOptions,
-    "zo": ZerothOrderOptions,
-    "engine": EngineOptions,
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
 _KEYS = [key for key in Config.model_fields if key not in _SECTIONS]
 _KEYS += [f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields]
+
+
+def _all_conflicts(config: Config, wrong: Collection[str]) -> Iterator[str]:
+    """A line for each, but for those that keys which are wrong by themselves take part in."""
+    for name in _SECTIONS:
+        for conflict in getattr(config, name).conflicts():
+            if not wrong & {name, *(f"{name}.{key}" for key in conflict.keys)}:
+                yield f"{name}: {conflict.problem}"
+    for conflict in config.conflicts():
+        if not wrong & {part for key in conflict.keys for part in (key, key.partition(".")[0])}:
+            yield f"the keys together: {conflict.problem}"
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """`values` without dotted `keys`; a section that is not a mapping goes with any of its keys."""
+    left = dict(values)
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        if not section or not isinstance(left.get(section), Mapping):
+            left.pop(section or name, None)
+        else:
+            left[section] = {inner: value for inner, value in left[section].items() if str(inner) != name}
+    return {"model": "-"} | left if "model" in keys else left
 
 
 def _find_source(source: str) -> Path:
@@ -566,29 +599,43 @@ def _find_source(source: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values, duplicates = read_document(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"expected YAML, found: {' '.join(str(error).split())}"], str(path)) from None
     except OSError as error:
         raise ConfigError([f"cannot be read: {error.strerror}"], str(path)) from None
+    if duplicates:
+        raise ConfigError(duplicates, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError([f"expected keys and values, found {_show(values)}"], str(path))
+        raise ConfigError([f"expected keys and values, found {show(values)}"], str(path))
     return {str(key): value for key, value in values.items()}
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:
+    """Raises ValueError."""
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError([f"expected key=value, such as training.max_steps=50, found {setting!r}"], "--set")
+        raise ValueError(f"expected key=value, such as training.max_steps=50, found {setting!r}")
+
+    def accepts(value: Any) -> bool:
+        section, _, name = (f"{SHORTHANDS[key]}.{key}" if key in SHORTHANDS else key).rpartition(".")
+        holder = _SECTIONS.get(section) if section else Config
+        field = holder.model_fields.get(name) if holder else None
+        if field is None:
+            return True
+        try:
+            TypeAdapter(field.rebuild_annotation()).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
     try:
-        return key, yaml.safe_load(text)
+        return key, read_word(text, accepts)
     except yaml.YAMLError:
-        raise ConfigError(
-            [f"{key}: expected a YAML value, found {text!r}: quote it, as in {key}='\"...\"'"], "--set"
-        ) from None
+        raise ValueError(f"{key}: expected a YAML value, found {text!r}: quote it, as in {key}='\"...\"'") from None
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -622,71 +669,3 @@ def _expand_shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(inner, Mapping) and inner.get(key, values[key]) == values[key]:
             values[section] = {**inner, key: values.pop(key)}
     return values
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line a key: what was expected and what was found."""
-    expectations: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        location = [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            key = ".".join(location)
-            expectations[key] = [f"unknown key{_nearest(location)}"]
-            found[key] = _show(problem["input"])
-            continue
-        # Behind the key stand tags of a union's members and indices: `lora.target_modules.list[str].0`.
-        if not location:  # a check of several sections together: its words name the keys
-            expectations.setdefault("the keys together", []).append(str(problem["ctx"]["error"]))
-            continue
-        key = location[0] if location[0] not in _SECTIONS else ".".join(location[:2])
-        if problem["type"] == "missing":
-            expectations[key] = [_MISSING.get(key, "missing")]
-        elif problem["type"] == "value_error":  # our own checks say what they expected and found
-            expectations[key] = [str(problem["ctx"]["error"])]
-        else:
-            expected = _expected(problem["type"], problem["msg"], location)
-            lines = expectations.setdefault(key, [])
-            if expected not in lines:
-                lines.append(expected)
-            found.setdefault(key, _show(problem["input"]))
-    return [_problem_line(key, lines, found.get(key)) for key, lines in expectations.items()]
-
-
-_MISSING = {"model": "missing; name a model directory or hub id (--model, or `model:` in the file)"}
-
-
-def _expected(kind: str, message: str, location: Sequence[str]) -> str:
-    if kind == "model_type":
-        return "a mapping of keys to values"
-    if "list[str]" in location:
-        return "a list of strings"
-    expected = message.removeprefix("Input should be ").split(", unable to parse")[0].split(", got a number")[0]
-    return f"a number {expected}" if expected.startswith(("greater", "less")) else expected
-
-
-def _problem_line(key: str, lines: list[str], found: str | None) -> str:
-    if found is None:
-        return f"{key}: {lines[0]}"
-    if lines[0].startswith("unknown key"):
-        return f"{key}: {lines[0]} (value {found})"
-    return f"{key}: expected {' or '.join(lines)}, found {found}"
-
-
-def _nearest(location: Sequence[str]) -> str:
-    *sections, leaf = location
-    leaves = {key.rpartition(".")[2]: key for key in _KEYS} | {section: section for section in _SECTIONS}
-    other = _OTHER_NAMES.get(leaf)
-    here = other is not None and other.rpartition(".")[0] == ".".join(sections)
-    key = other if here else leaves.get(leaf) or other
-    same_section = {name: key for name, key in leaves.items() if key == ".".join([*sections, name])}
-    for names in (same_section, leaves):
-        near = difflib.get_close_matches(leaf, names, n=1)
-        if key is None and near:
-            key = names[near[0]]
-    return f"; nearest: {key}" if key else ""
-
-
-def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, list, dict, type(None))) else type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."

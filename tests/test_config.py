@@ -12,6 +12,7 @@ import yaml
 
 import finetune.config
 from finetune.config import SHORTHANDS, Config, ConfigError, DatasetOptions, LoraOptions, TrainingOptions
+from finetune.config_errors import OTHER_NAMES
 from finetune.presets import find_preset, preset_names, read_presets
 
 
@@ -89,6 +90,10 @@ def test_all_problems_come_together() -> None:
         ({"trainig": {}}, "trainig", "training"),
         ({"lr": 1e-4}, "lr", "training.learning_rate"),
         ({"engine": {"look_ahead": 2}}, "engine.look_ahead", "engine.lookahead"),
+        ({"optimizer": {"nme": "sgd"}}, "optimizer.nme", "optimizer.name"),
+        ({"zo": {"momentm": 0.5}}, "zo.momentm", "zo.momentum"),
+        ({"optimizer": {"momentm": 0.5}}, "optimizer.momentm", "optimizer.momentum"),
+        ({"selection": {"layer": 2}}, "selection.layer", "selection.layers"),
     ],
 )
 def test_unknown_key_names_the_nearest(values: dict, key: str, nearest: str) -> None:
@@ -102,7 +107,7 @@ def test_unknown_key_like_no_other() -> None:
 
 
 def test_every_other_name_points_at_a_key() -> None:
-    assert set(finetune.config._OTHER_NAMES.values()) <= set(finetune.config._KEYS)
+    assert set(OTHER_NAMES.values()) <= set(finetune.config._KEYS)
 
 
 @pytest.mark.parametrize("amount", ["1GiB", "50%", "-2GB", 2**30, None])
@@ -193,15 +198,111 @@ def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("setting", ["training.seed", "=3", "model=[", "model=*x"])
+@pytest.mark.parametrize("setting", ["training.seed", "=3", "model=[", "model='x"])
 def test_setting_that_is_wrong(setting: str) -> None:
     with pytest.raises(ConfigError, match="in --set"):
         Config.load(None, {"model": "m"}, [setting])
 
 
+def test_settings_that_are_wrong_come_together() -> None:
+    with pytest.raises(ConfigError) as error:
+        Config.load(None, {"model": "m"}, ["training.seed", "lora.r=8", "train=[a"])
+    assert [line.split(":")[0] for line in error.value.problems] == [
+        "expected key=value, such as training.max_steps=50, found 'training.seed'", "train",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("output=runs/exp #3", Path("runs/exp #3")),
+        ("data=a #b.jsonl", "a #b.jsonl"),
+        ("data=*.jsonl", "*.jsonl"),
+        ("data=&a", "&a"),
+        ("model=runs/a:", "runs/a:"),
+        ("model=a: b", "a: b"),
+        ("model=- a", "- a"),
+        ("model=no", "no"),
+        ("model=007", "007"),
+        ("model='1'", "1"),
+        ("output=123", Path("123")),
+        ("output=2024-01-01", Path("2024-01-01")),
+        ("output=1_000", Path("1_000")),
+        ("output=1:30", Path("1:30")),
+        ("output=1e-4", Path("1e-4")),
+        ("data=1.5", "1.5"),
+        ("eval_data=null", None),
+        ("resume=yes", True),
+        ("max_steps=1_000", 1000),
+        ("training.seed=0x10", 16),
+        ("training.max_grad_norm=~", None),
+        ("training.learning_rate=1e-4", 1e-4),
+        ("training.lr_scheduler_kwargs={num_cycles: 1e-1}", {"num_cycles": 0.1}),
+        ("lora.extra.rank_pattern={a: 3}", {"rank_pattern": {"a": 3}}),
+        ("lora.extra.layer_replication=1e5", {"layer_replication": 100000.0}),
+        ("lora.init_lora_weights=no", False),
+        ("lora.target_modules=.*_proj # all", ".*_proj # all"),
+        ("lora.target_modules=[on top, b]", ["on top", "b"]),
+    ],
+)
+def test_settings_mean_what_was_typed(setting: str, value: object) -> None:
+    config = Config.load(None, {"model": "m"}, [setting])
+    key = setting.partition("=")[0].split(".")
+    found = getattr(config, key[0]) if key[0] in type(config).model_fields else config.training.max_steps
+    for name in key[1:2]:
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_number_with_a_leading_zero_is_not_octal() -> None:
+    with pytest.raises(ConfigError, match="training.seed: expected a valid integer, found '010'"):
+        Config.load(None, {"model": "m"}, ["training.seed=010"])
+
+
 def test_setting_below_a_value_is_reported_at_its_key() -> None:
     with pytest.raises(ConfigError, match=r"training.seed: expected a valid integer, found \{'x': 1\}"):
         Config.load(None, {"model": "m"}, ["training.seed.x=1"])
+
+
+def test_keys_that_stand_twice(tmp_path: Path) -> None:
+    text = "model: m\nlora: {r: 3, extra: {a: 1, b: {c: 1, c: 2}}}\ntrain: [x, {y: 1, y: 2}]\nmodel: n\nlora: {r: 4}\n"
+    with pytest.raises(ConfigError) as error:
+        Config.load(write(tmp_path / "c.yaml", text))
+    assert error.value.problems == (
+        "lora.extra.b.c: stands twice, in lines 2 and 2: keep one of them",
+        "train.1.y: stands twice, in lines 3 and 3: keep one of them",
+        "model: stands twice, in lines 1 and 4: keep one of them",
+        "lora: stands twice, in lines 2 and 5: keep one of them",
+    )
+
+
+def test_numbers_of_a_file_are_what_they_look_like(tmp_path: Path) -> None:
+    text = (
+        "model: 2024-01-01\noutput: 1:30\nresume: on\n"
+        "training: {lr_scheduler: polynomial, lr_scheduler_kwargs: {lr_end: 1e-9, power: +.5}, learning_rate: 1E3}\n"
+        "lora: &l {extra: {bias: all}}\nzo: {epsilon: 1e-3}\n"
+    )
+    config = Config.load(write(tmp_path / "c.yaml", text))
+    assert (config.model, config.output, config.resume) == ("2024-01-01", Path("1:30"), True)
+    assert config.training.lr_scheduler_kwargs == {"lr_end": 1e-9, "power": 0.5}
+    assert (config.training.learning_rate, config.zo.epsilon) == (1000.0, 1e-3)
+
+
+def test_what_does_not_go_together_comes_with_the_rest() -> None:
+    found = problems(
+        method="full", train=["mlp"], selection={"subspace": "columns"}, optimizer={"name": "lamb", "state": "8bit"},
+        training={"seed": -1, "warmup_steps": 3, "warmup_ratio": 0.1}, zo={"estimator": "fzoo", "perturbations": 0},
+    )  # fmt: skip
+    assert found == {
+        "model": "missing; name a model directory or hub id (--model, or `model:` in the file)",
+        "training.seed": "expected a number greater than or equal to 0, found -1",
+        "zo.perturbations": "expected a number greater than or equal to 1, found 0",  # nothing of what fzoo wants
+        "training": "expected warmup_steps or warmup_ratio, found both (3 and 0.1)",
+        "optimizer": "expected optimizer.state float32 or bfloat16 with lamb, found 8bit",
+        "the keys together": "expected method frugal with selection.subspace columns, found full",
+    }
+    # A method that is none takes no part in what goes together.
+    assert problems(model="m", method="fulll", train=["mlp"]).keys() == {"method"}
 
 
 def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
@@ -213,7 +314,7 @@ def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = Config(
-        model="m", data="ä.jsonl", output="o/p", host_memory="-2GB",
+        model="1e-4", data="ä.jsonl", eval_data="010", output="1:30", host_memory="-2GB",
         training={"learning_rate": 1e-5, "report_to": ["tensorboard"]},
         lora={"target_modules": ["a", "b"], "extra": {"rank_pattern": {"x.y": 3}}, "init_lora_weights": "pissa"},
         engine={"simulated_copy_gbps": 0.5},

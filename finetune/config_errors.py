@@ -1,0 +1,105 @@
+"""What is wrong with a configuration, in one message: a line a key, with what was expected, what was found, the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from memory.errors import UserError
+
+# What other tools call our keys: named in the message about an unknown key.
+OTHER_NAMES = {
+    "lr": "training.learning_rate",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "max_length": "dataset.sequence_length",
+    "max_seq_length": "dataset.sequence_length",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "output_dir": "output",
+    "model_name_or_path": "model",
+}
+
+
+class ConfigError(UserError):
+    """A configuration that is not valid: `problems` has one line a key."""
+
+    def __init__(self, problems: Sequence[str], origin: str = "the configuration") -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{count} in {origin}:", *problems]))
+
+
+def explain(error: ValidationError, sections: Collection[str], keys: Sequence[str]) -> dict[str, str]:
+    """Key -> its line. sections: keys that have keys of their own. keys: all others, dotted."""
+    expectations: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            key = ".".join(location)
+            expectations[key] = [f"unknown key{_nearest(location, sections, keys)}"]
+            found[key] = show(problem["input"])
+            continue
+        # Behind the key stand tags of a union's members and indices: `lora.target_modules.list[str].0`.
+        key = location[0] if location[0] not in sections else ".".join(location[:2])
+        if problem["type"] == "missing":
+            expectations[key] = [_MISSING.get(key, "missing")]
+        elif problem["type"] == "value_error":  # our own checks say what they expected and found
+            expectations[key] = [str(problem["ctx"]["error"])]
+        else:
+            expected = _expected(problem["type"], problem["msg"], location)
+            lines = expectations.setdefault(key, [])
+            if expected not in lines:
+                lines.append(expected)
+            found.setdefault(key, show(problem["input"]))
+    return {key: _problem_line(key, lines, found.get(key)) for key, lines in expectations.items()}
+
+
+_MISSING = {"model": "missing; name a model directory or hub id (--model, or `model:` in the file)"}
+
+
+def _expected(kind: str, message: str, location: Sequence[str]) -> str:
+    if kind == "model_type":
+        return "a mapping of keys to values"
+    if "list[str]" in location:
+        return "a list of strings"
+    expected = message.removeprefix("Input should be ").split(", unable to parse")[0].split(", got a number")[0]
+    return f"a number {expected}" if expected.startswith(("greater", "less")) else expected
+
+
+def _problem_line(key: str, lines: list[str], found: str | None) -> str:
+    if found is None:
+        return f"{key}: {lines[0]}"
+    if lines[0].startswith("unknown key"):
+        return f"{key}: {lines[0]} (value {found})"
+    return f"{key}: expected {' or '.join(lines)}, found {found}"
+
+
+def _nearest(location: Sequence[str], sections: Collection[str], keys: Sequence[str]) -> str:
+    *folders, leaf = location
+    everywhere: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    for key in (*keys, *sections):
+        section, _, name = key.rpartition(".")
+        everywhere.setdefault(name, key)
+        if section == ".".join(folders):
+            inside[name] = key
+    key = OTHER_NAMES.get(leaf) or everywhere.get(leaf)
+    for names in (inside, everywhere):
+        near = difflib.get_close_matches(leaf, names, n=1)
+        if key is None and near:
+            key = names[near[0]]
+    return f"; nearest: {key}" if key else ""
+
+
+def show(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool, list, dict, type(None))) else type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."
