@@ -222,6 +222,7 @@ class PerturbedRows:
         embedding.after_read = self._after_read
 
     def begin(self) -> None:
+        """A pass begins: no lane has entered a variant yet. Before its rows are read."""
         self._made.clear()
         self._variant = None
 
@@ -298,8 +299,6 @@ class PerturbedBlocks:
 
     def begin(self, order: Sequence[int]) -> None:
         self._residents.begin()
-        for rows in self._rows:
-            rows.begin()
         self._variant = None
         self._tier.begin(order)
 

@@ -179,6 +179,11 @@ class PerturbedModel(StreamedModel):
         self._load_edges(parts.edges)
         self.perturbation.pending = ()
 
+    def _prepare(self, inputs: Sequence[dict[str, Any]]) -> None:
+        for rows in self._rows:
+            rows.begin()
+        super()._prepare(inputs)
+
     def _make_weights(self, plan: Plan) -> Weights:
         if self._adapters is not None:
             return _ResidentVariants(self.parts, self.tier, self._residents)

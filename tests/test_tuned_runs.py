@@ -1,0 +1,84 @@
+"""What a run has tuned, measured: in the middle of the run, after it, and once it is exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from text_models import make_config, write_rows
+
+import finetune.trainer
+import offload.model_parts
+import offload.update_units
+from finetune import Config, Trainer
+from finetune.evaluate import evaluate
+from finetune.export import export
+
+LOW_RANK = {"noise": "low_rank", "rank": 4, "perturb": "products"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "lora": {"r": 3, "dropout": 0.1}},
+    "zo": {"method": "zo", "zo": {"fold_steps": 1}},
+    "zo, products": {"method": "zo", "zo": LOW_RANK | {"fold_steps": 2}},
+    "zo, lora": {"method": "zo", "zo": {"parameters": "lora"}, "lora": {"r": 3}},
+    "zo, prefix": {"method": "zo", "zo": {"parameters": "prefix"}},
+    "full": {"method": "full"},
+    "lisa": {"method": "lisa", "selection": {"interval": 1, "layers": 1}},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """So that this model too has embedding rows that are read on demand, and several pieces a unit."""
+    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.update_units, "PIECE_BYTES", 8192)
+
+
+@pytest.fixture(scope="module")
+def other_rows(tmp_path_factory) -> str:
+    """Not the training rows: other tokens, other lengths."""
+    rows = [{"prompt": f"{'hello there ' * (i % 4)}what is it", "completion": " about the world"} for i in range(7)]
+    return write_rows(tmp_path_factory.mktemp("other") / "rows.jsonl", rows)
+
+
+def run_config(model: Path, rows: str, output: Path, method: str, **changes: Any) -> Config:
+    training = {"max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3, "save_steps": 2}
+    return make_config(model, output, data=rows, training=training | changes.pop("training", {}), **METHODS[method], **changes)
+
+
+def measured(config: Config, rows: str, folder: Path) -> float:
+    """The loss of what a run has left: of its adapter, or of the model that it exports."""
+    model, adapter = config.model, None
+    if config.has_adapter:
+        adapter = config.output / "adapter"
+    else:
+        model = folder / "exported"
+        export(config, model)
+    return evaluate(make_config(model, folder / "evaluated", eval_data=rows), adapter)["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_in_the_run_is_that_of_what_it_has_tuned_so_far(
+    method, models, data, other_rows, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    model, inside = models["float32"], []
+
+    def recorded(*arguments):
+        inside.append(evaluate_open(*arguments)["loss"])
+        return {"loss": inside[-1]}
+
+    evaluate_open = finetune.trainer.evaluate_open
+    monkeypatch.setattr(finetune.trainer, "evaluate_open", recorded)
+    whole = run_config(model, data, tmp_path / "whole", method, eval_data=other_rows, training={"eval_steps": 2})
+    Trainer(whole).train()
+    parts = run_config(model, data, tmp_path / "parts", method)
+    Trainer(parts, callbacks=[StopAfter(2)]).train()
+    at_two = measured(parts, other_rows, tmp_path / "two")
+    Trainer(parts.model_copy(update={"resume": True})).train()
+    at_four = measured(parts, other_rows, tmp_path / "four")
+    assert at_two != at_four
+    assert inside[0] == pytest.approx(at_two, rel=2e-6) and inside[-1] == pytest.approx(at_four, rel=2e-6)
+    losses = [[json.loads(line)["loss"] for line in (c.output / "metrics.jsonl").open()] for c in (whole, parts)]
+    assert losses[0] == losses[1]
