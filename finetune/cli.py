@@ -166,7 +166,7 @@ def run(
     settings: SetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Train, and write the adapter, metrics and report into the output directory."""
+    """Train, and write the adapter or the tuned weights, metrics and report into the output directory."""
     loaded = _load_config(context, settings)
     _require(loaded.data, "data to train on", "--data FILE")
     from finetune.trainer import Trainer
@@ -228,7 +228,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OTHER)] = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Print the loss on data, and the accuracy where rows have a prompt and a completion."""
+    """Print the loss on data, and the accuracy where rows have a prompt and one of a few completions."""
     loaded = _load_config(context, settings, data="eval_data")
     _require(loaded.eval_data, "data to evaluate on", "--data FILE")
     from finetune.evaluate import evaluate as evaluate_model
@@ -295,7 +295,10 @@ def export(
     settings: SetFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Write the model that method zo has tuned, as a checkpoint like the original."""
+    """Write the model whose own weights a run has tuned (any method but lora) as a checkpoint like the original.
+
+    An adapter needs no export: it is in the run's output directory, in PEFT's format.
+    """
     loaded = _load_config(context, settings)
     _require(to, "a directory to write to", "--to DIRECTORY")
     from pathlib import Path

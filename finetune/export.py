@@ -18,7 +18,10 @@ from offload.store_export import export_store
 from offload.trained_parts import find_trained
 from offload.working_store import StoredPiece, lock_store, read_manifest
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",
+    ".onnx.data", ".index.json",
+)  # fmt: skip
 
 
 def export(
@@ -30,7 +33,8 @@ def export(
     """Writes `config.model` with the steps of the run in `config.output` to `directory`; returns how many steps.
 
     at_step: as of that step; None: all, the only choice but for method zo. Same files, names, shapes and dtypes as the
-    original, with configuration and tokenizer. Memory does not depend on the model's size. Raises UserError.
+    original, with every file beside its weights, and readable by others as the umask says. Memory does not depend on the
+    model's size. Raises UserError.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
@@ -68,7 +72,7 @@ def _export_locked_store(
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
     export_store(
         parts.checkpoint, find_trained(parts, about["train"]), store / "data", pieces, directory,
-        side_files=_side_files(model), io_backend=config.engine.io_backend, progress=progress,
+        side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
 
@@ -92,7 +96,7 @@ def _export_journal(
     replay(
         checkpoint, sources, keys, journal.noise, journal.groups(first_step, steps), directory,
         stored_dtypes={name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()},
-        side_files=_side_files(model),
+        side_files=_side_files(config, model),
         io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
@@ -105,6 +109,17 @@ def _same_model(config: Config, name: str) -> Path:
     return model
 
 
-def _side_files(model: Path) -> list[Path]:
-    """What stands beside the weights: configuration, tokenizer, chat template."""
-    return [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(_WEIGHTS)]
+def _side_files(config: Config, model: Path) -> dict[Path, Path]:
+    """Path in the model's directory -> file, of all that stands beside the weights, in subdirectories too: configuration,
+    tokenizer, chat templates, the model's own code, licence. Not weights in other formats, nor what runs have left in there."""
+    found = {}
+    for folder, subfolders, names in os.walk(model):
+        inside = Path(folder)
+        subfolders[:] = [
+            name for name in sorted(subfolders)
+            if not name.startswith(".") and (inside / name).resolve() != config.output.resolve()
+        ]  # fmt: skip
+        for path in (inside / name for name in sorted(names)):
+            if path.is_file() and not path.name.endswith(_WEIGHTS):
+                found[path.relative_to(model)] = path
+    return found

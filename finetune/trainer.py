@@ -123,7 +123,11 @@ class Trainer:
             raise UserError(f"there is no trained adapter in {source} yet: call train() first")
         if directory is None:
             return source
-        return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            shutil.copyfile(path, target / path.name)  # others may read it as the umask says: not as the run's own files
+        return target
 
     def _prepare(self, source: Any, session: Session) -> TokenDataset | TensorRows:
         """The rows. Refuses before tokenising what no data could make fit."""

@@ -10,21 +10,23 @@ from pathlib import Path
 
 
 @contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """Gives a temporary directory to fill; at the end of the block its files are private and flushed to disk, and it takes the
-    place of `directory`.
+def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
+    """Gives a temporary directory to fill; at the end of the block its files are flushed to disk, and it takes the place of
+    `directory`.
+
+    private: for the owner alone; else files have the access with which they were made, and the directory what the umask gives.
 
     After an error, which is raised on, nothing is left of it, and what was in `directory` is as it was.
     """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(mode=0o700, parents=True)
+        temporary.mkdir(mode=0o700 if private else 0o777, parents=True)
         yield temporary
-        for path in temporary.iterdir():
-            path.chmod(0o600)
+        for path in (*temporary.rglob("*"), temporary):
+            if private and path.is_file():
+                path.chmod(0o600)
             _flush(path)
-        _flush(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
         _flush(directory.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,17 +13,24 @@ from memory.new_directory import new_directory
 
 
 @contextmanager
-def new_checkpoint(directory: Path, original: Checkpoint, side_files: Sequence[Path]) -> Iterator[Path]:
+def new_checkpoint(
+    directory: Path, original: Checkpoint, side_files: Mapping[Path, Path] | None
+) -> Iterator[Path]:
     """Gives a temporary directory to write weights to, named as those of `original`; at the end of the block the index and
     `side_files` are copied beside them, and the directory takes the place of `directory`, as `new_directory` has it.
+
+    side_files: path in the directory -> file; others may read the directory then as the umask says. None: a run's own weights,
+    private and with nothing beside them.
 
     Raises UserError for an OSError.
     """
     try:
-        with new_directory(directory) as temporary:
+        with new_directory(directory, private=side_files is None) as temporary:
             yield temporary
-            for path in (*original.directory.glob("*.index.json"), *side_files):
-                shutil.copyfile(path, temporary / path.name)
+            indices = {Path(path.name): path for path in original.directory.glob("*.safetensors.index.json")}
+            for name, path in (indices | (side_files or {})).items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / name)
     except OSError as error:
         raise UserError(
             f"cannot write the weights to {directory}: {error.strerror or error}. Make room, or name another directory; "

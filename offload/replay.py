@@ -57,14 +57,14 @@ def replay(
     *,
     stored_dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype | None = None,
-    side_files: Sequence[Path] = (),
+    side_files: Mapping[Path, Path] | None = None,
     io_backend: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes `checkpoint` with `groups` applied to `directory`, which appears only once it is whole and durable.
 
     keys: parameter fqn -> key of its noise; others are copied. stored_dtypes: tensor name -> dtype that rounding rounds to.
-    dtype: what moved tensors become; None: what `stored_dtypes` says. side_files: copied beside the weights.
+    dtype: what moved tensors become; None: what `stored_dtypes` says. side_files: as `new_checkpoint` takes them.
     progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
@@ -174,7 +174,7 @@ class _Writer:
         self, old: Path, new: Path, entries: Sequence[TensorEntry], new_dtypes: Mapping[str, torch.dtype | None]
     ) -> None:
         header, offsets = _header(entries, new_dtypes)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(header)
         source, target = self._io.open(old), self._io.open(new, writable=True)
         chunks = deque(_chunks(entries, offsets, new_dtypes))

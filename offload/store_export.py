@@ -39,14 +39,14 @@ def export_store(
     pieces: Mapping[tuple[str, int], StoredPiece],
     directory: Path,
     *,
-    side_files: Sequence[Path] = (),
+    side_files: Mapping[Path, Path],
     io_backend: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes `checkpoint`, with what `pieces` of the store's file `data` hold in its place, to `directory`.
 
-    The directory appears only once it is whole and durable. Every piece is checked against its checksum. Raises UserError
-    when one is damaged, when the disk is full or the directory cannot be written.
+    side_files: as `new_checkpoint` takes them. The directory appears only once it is whole and durable. Every piece is
+    checked against its checksum. Raises UserError when one is damaged, the disk is full or the directory cannot be written.
     """
     stored = {unit.name: list(_stored_moves(unit, pieces)) for unit in trained.units}
     covered: dict[Path, list[tuple[int, int]]] = defaultdict(list)
@@ -98,7 +98,7 @@ class _Copier:
         self._buffer = self._memory[-self._memory.data_ptr() % 4096 :][:BUFFER_BYTES]
 
     def create(self, old: Path, new: Path) -> int:
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             os.posix_fallocate(file.fileno(), 0, old.stat().st_size)
         return self._io.open(new, writable=True)
 

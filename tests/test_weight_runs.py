@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from functools import partial
@@ -196,14 +197,36 @@ def test_only_what_matches_is_trained(models, data, tmp_path):  # noqa: F811
     assert any("mlp" in name for name in changed) and any("norm" in name for name in changed)
 
 
-def test_the_trainer_saves_the_model(models, data, tmp_path):  # noqa: F811
-    trainer = Trainer(config_of(models["bfloat16"], data, tmp_path / "out", "lisa", 3))
+@pytest.fixture
+def umask():
+    old = os.umask(0o027)
+    yield
+    os.umask(old)
+
+
+def test_the_trainer_saves_the_model(models, data, tmp_path, umask):  # noqa: F811
+    model = shutil.copytree(models["bfloat16"], tmp_path / "bfloat16")
+    beside = {
+        "LICENSE": b"free", "modeling_own.py": b"", "additional_chat_templates/rag.jinja": b"RAG", "a/b/c.txt": b"\0\xff",
+        "onnx/config.json": b"{}",
+    }  # fmt: skip
+    others = ("onnx/model.onnx", "pytorch_model.bin", "pytorch_model.bin.index.json", ".cache/lock", "original/c.00.pth")
+    for name, content in (beside | dict.fromkeys(others, b"x")).items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(content)
+    kept = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()} - set(others)
+    trainer = Trainer(config_of(model, data, model / "out", "lisa", 3))
     trainer.train()
     for call, words in ((trainer.save_model, "expected a directory"), (trainer.evaluate, "save_model")):
         with pytest.raises(UserError, match=words):
             call()
     export(trainer.config, tmp_path / "exported")
-    assert_same_weights(trainer.save_model(tmp_path / "saved"), tmp_path / "exported")
+    saved = trainer.save_model(tmp_path / "saved")
+    assert_same_weights(saved, tmp_path / "exported")
+    assert {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()} == kept
+    assert all((saved / name).read_bytes() == content for name, content in beside.items())
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (saved, *saved.rglob("*"))}
+    assert modes == {(True, 0o750), (False, 0o640)}
     result = evaluate(Config(model=str(tmp_path / "saved"), data=data, host_memory="4GiB"))
     assert 0 < result["loss"] < 20
 
