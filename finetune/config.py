@@ -27,6 +27,7 @@ from pydantic import (
 
 from finetune.config_errors import ConfigError, explain, show
 from finetune.presets import find_preset, preset_names
+from finetune.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
 from finetune.yaml_text import read_document, read_word, write_document
 from memory.units import parse_bytes
 
@@ -129,10 +130,10 @@ class TrainingOptions(_Section):
     ] = "linear"
     """A name of `transformers.SchedulerType`; those that need an evaluation result every step are left out."""
     lr_scheduler_kwargs: dict[str, Any] = {}
-    """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`."""
+    """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`; see `finetune.schedule_options`."""
     warmup_steps: CountOrZero = 0
     warmup_ratio: Share = 0.0
-    """Share of all steps; an alternative to `warmup_steps`."""
+    """Share of all steps, rounded up; an alternative to `warmup_steps`."""
     weight_decay: NonNegative = 0.0
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
@@ -152,6 +153,14 @@ class TrainingOptions(_Section):
                 ("warmup_steps", "warmup_ratio"),
                 f"expected warmup_steps or warmup_ratio, found both ({self.warmup_steps} and {self.warmup_ratio})",
             )
+        schedule, arguments = self.lr_scheduler, self.lr_scheduler_kwargs
+        problems = list(argument_problems(schedule, arguments))
+        for problem in problems:
+            yield Conflict(("lr_scheduler", "lr_scheduler_kwargs"), problem)
+        if self.max_steps and not problems:
+            warmup = warmup_steps(self.warmup_steps, self.warmup_ratio, self.max_steps)
+            if problem := length_problem(schedule, arguments, warmup, self.max_steps):
+                yield Conflict(("max_steps", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), problem)
 
 
 class DatasetOptions(_Section):
@@ -410,6 +419,13 @@ class Config(_Section):
     engine: EngineOptions = EngineOptions()
 
     def conflicts(self) -> Iterator[Conflict]:
+        schedule, arguments = self.training.lr_scheduler, self.training.lr_scheduler_kwargs
+        problem = None
+        if not any(argument_problems(schedule, arguments)):
+            problem = rate_problem(schedule, arguments, self.learning_rate)
+        if problem is not None:
+            keys = ("lr_scheduler", "lr_scheduler_kwargs", "learning_rate")
+            yield Conflict(("method", *(f"training.{key}" for key in keys)), problem)
         if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
             yield Conflict(
                 ("method", "zo.objective", "dataset.packing"),

@@ -37,6 +37,7 @@ from finetune.methods.objectives import (
     full_shape,
     make_objective,
 )
+from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.planned_run import PlannedRun
@@ -162,6 +163,7 @@ class Trainer:
             len(objective.lengths), options.batch_size, options.micro_batch_size, options.seed, objective.lengths,
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
+        schedule_note = check_schedule(options, batches.num_steps)
         shape = objective.shape(session)
         session.num_steps = batches.num_steps
         planned = session.plan(shape)
@@ -179,6 +181,8 @@ class Trainer:
             device_budget_bytes=planned.plan.device_budget_bytes,
         )
         progress.message(planned.describe())
+        if schedule_note is not None:
+            progress.message(f"note: {schedule_note}")
         try:
             return self._run(session, planned, objective, batches, meter, progress)
         finally:

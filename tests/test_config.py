@@ -237,7 +237,7 @@ def test_settings_that_are_wrong_come_together() -> None:
         ("training.seed=0x10", 16),
         ("training.max_grad_norm=~", None),
         ("training.learning_rate=1e-4", 1e-4),
-        ("training.lr_scheduler_kwargs={num_cycles: 1e-1}", {"num_cycles": 0.1}),
+        ("zo.epsilon=1e-1", 0.1),
         ("lora.extra.rank_pattern={a: 3}", {"rank_pattern": {"a": 3}}),
         ("lora.extra.layer_replication=1e5", {"layer_replication": 100000.0}),
         ("lora.init_lora_weights=no", False),

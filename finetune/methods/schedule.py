@@ -7,13 +7,23 @@ from typing import Any
 import torch
 
 from finetune.config import TrainingOptions
+from finetune.schedule_options import length_problem, warmup_note, warmup_steps
+from memory.errors import UserError
+
+
+def check_schedule(options: TrainingOptions, num_steps: int) -> str | None:
+    """What should be said about a schedule over `num_steps`. Raises UserError when these are too few for it."""
+    warmup = warmup_steps(options.warmup_steps, options.warmup_ratio, num_steps)
+    if problem := length_problem(options.lr_scheduler, options.lr_scheduler_kwargs, warmup, num_steps):
+        raise UserError(f"training: {problem}")
+    return warmup_note(options.lr_scheduler, warmup, num_steps)
 
 
 def make_scheduler(options: TrainingOptions, optimizer: torch.optim.Optimizer, num_steps: int, first_step: int) -> Any:
     """`transformers.get_scheduler` for `optimizer`, as after `first_step` steps."""
     from transformers.optimization import get_scheduler
 
-    warmup = options.warmup_steps or int(options.warmup_ratio * num_steps)
+    warmup = warmup_steps(options.warmup_steps, options.warmup_ratio, num_steps)
     scheduler = get_scheduler(
         options.lr_scheduler,
         optimizer,
