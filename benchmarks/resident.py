@@ -22,6 +22,7 @@ from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
+from finetune.methods.weight_decay import undecayed
 from memory.meter import MemoryMeter
 from offload.skeleton import find_blocks
 
@@ -36,6 +37,8 @@ class Masters:
         self._selection = Selection(config, len(blocks))
         self._masters = {name: p.detach().float().clone() for name, p in self._named.items()}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        left_alone = undecayed(model, self._named, config.training)
+        self._decays = {name: 0.0 if name in left_alone else config.training.weight_decay for name in self._named}
 
     def choose(self, step: int) -> None:
         chosen = set(self._selection.blocks(step))
@@ -59,7 +62,7 @@ class Masters:
             if name in self._active:
                 optimizer = self._optimizers.get(name) or torch.optim.AdamW(
                     [torch.nn.Parameter(master)], betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
-                    weight_decay=options.weight_decay,
+                    weight_decay=self._decays[name],
                 )  # fmt: skip
                 self._optimizers[name] = optimizer
                 (group,) = optimizer.param_groups
@@ -67,7 +70,7 @@ class Masters:
                 optimizer.step()
             else:
                 scaled = rate * self._config.selection.sign_scale
-                master.mul_(1 - scaled * options.weight_decay).sub_(gradient.sign(), alpha=scaled)
+                master.mul_(1 - scaled * self._decays[name]).sub_(gradient.sign(), alpha=scaled)
             parameter.copy_(master)
             if (block := self._block_of.get(name)) is not None:
                 change = torch.stack([(master - before).square().sum(), master.square().sum()])

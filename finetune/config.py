@@ -135,6 +135,9 @@ class TrainingOptions(_Section):
     warmup_ratio: Share = 0.0
     """Share of all steps, rounded up; an alternative to `warmup_steps`."""
     weight_decay: NonNegative = 0.0
+    decay_norms_and_biases: Switch = False
+    """Whether weight decay is for all parameters; else norms and biases are left alone, as in Transformers' Trainer. Method zo
+    decays all: its journal has one factor a step. Runs that began before there was a choice have decayed all."""
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8

@@ -424,6 +424,8 @@ def _about(config: Config, examples: int) -> dict[str, Any]:
             "weight_decay": options.weight_decay,
             "max_grad_norm": options.max_grad_norm,
         }
+        if options.weight_decay and not options.decay_norms_and_biases:
+            about["decay_norms_and_biases"] = False  # runs that began before there was a choice have decayed them
     if config.method == "zo":
         about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
         # Runs that began before there was a choice go on.

@@ -10,9 +10,9 @@ and not read again. The first that come are kept, and stay: in an order that is 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -41,12 +41,18 @@ class Direction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit's update. trained: local names; others keep their bytes. scale: of the learning rate."""
+    """One unit's update. trained: local names; others keep their bytes. scale: of the learning rate. undecayed: local names
+    of what weight decay leaves alone."""
 
     unit: UpdateUnit
     trained: frozenset[str]
     rule: Rule
     scale: float = 1.0
+    undecayed: frozenset[str] = frozenset()
+
+    def rule_of(self, name: str) -> Rule:
+        """Of a parameter."""
+        return replace(self.rule, weight_decay=0.0) if name in self.undecayed else self.rule
 
     def piece_indices(self) -> list[int]:
         return [
@@ -209,7 +215,7 @@ class OptimizerStream:
         grad_scale: float,
     ) -> TrustRatios:  # fmt: skip
         """Of all parameters in these pieces; nothing is changed."""
-        ratios = TrustRatios(request.rule)
+        ratios = TrustRatios()
         for index in indices:
             piece, layout, fetched = request.unit.pieces[index], self._format(request, index), self._take(request, index)
             master, _, updates = self._checked(request, index, fetched)
@@ -225,7 +231,7 @@ class OptimizerStream:
                 remainder = master.view(torch.int16)[units] if layout.master_bytes and weights.itemsize == 2 else None
                 gradient = gradients[segment.name].view(-1)[segment.first_element :][: segment.count]
                 ratios.add(
-                    segment.name, masters(weights, remainder), gradient, grad_scale,
+                    segment.name, request.rule_of(segment.name), masters(weights, remainder), gradient, grad_scale,
                     state["first"][units], state["second"][units], updates + 1,
                 )  # fmt: skip
             self._leave(fetched)
@@ -254,13 +260,15 @@ class OptimizerStream:
                     element=_first_element(unit.fqns[segment.name]) + segment.first_element,
                 )
             )  # fmt: skip
-        together = [(segments, 1.0)]
-        if given.ratios is not None:
-            together = [([s], given.ratios[segment.name]) for s, segment in zip(segments, found, strict=True)]
+        # With 8 bit a block of state on the border of two of these is rounded in each.
+        together: dict[tuple[Rule, float], list[update_rules.Segment]] = defaultdict(list)
+        for s, segment in zip(segments, found, strict=True):
+            ratio = 1.0 if given.ratios is None else given.ratios[segment.name]
+            together[request.rule_of(segment.name), ratio].append(s)
         change_sq = weight_sq = 0.0
-        for part, ratio in together:
+        for (rule, ratio), part in together.items():
             sums = update_rules.update(
-                request.rule, updates + 1, given.learning_rate * ratio, part,
+                rule, updates + 1, given.learning_rate * ratio, part,
                 {name: buffer[start : start + num_bytes] for name, (start, num_bytes) in layout.arrays.items()}, piece.units,
                 state_format=self._keeping.state, remainder=master if layout.master_bytes else 0,
                 gradient_scale=1.0 if given.directions else given.grad_scale,

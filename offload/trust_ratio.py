@@ -19,19 +19,18 @@ from offload.update_rules import Rule
 class TrustRatios:
     """Parameter -> ratio, once all its runs of elements were added."""
 
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+    def __init__(self) -> None:
         self._squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(
-        self, name: str, weights: torch.Tensor, gradient: torch.Tensor, gradient_scale: float,
+        self, name: str, rule: Rule, weights: torch.Tensor, gradient: torch.Tensor, gradient_scale: float,
         first: torch.Tensor, second: torch.Tensor, step: int,
     ) -> None:  # fmt: skip
         """A run of elements of parameter `name`, all [count]: weights fp32, gradient fp32 or bf16, state fp32 or bf16.
 
-        step: from 1, of this update, for the bias correction.
+        rule: what updates the parameter. step: from 1, of this update, for the bias correction.
         """
-        (beta1, beta2), rule = self._rule.betas, self._rule
+        beta1, beta2 = rule.betas
         g = scaled(gradient, gradient_scale)
         update = torch.lerp(first.float(), g, 1 - beta1).div_(1 - beta1**step)
         second = (second.float() * beta2).addcmul_(g, g, value=1 - beta2).div_(1 - beta2**step).sqrt_().add_(rule.eps)

@@ -13,6 +13,7 @@ from finetune.data.batches import Row
 from finetune.methods import StepResult, adapters
 from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
+from finetune.methods.weight_decay import undecayed
 from finetune.micro_batches import make_micro_batches
 from finetune.session import Session
 from finetune.state import load_state, save_state
@@ -37,12 +38,15 @@ class FirstOrder:
         self._about = about
         self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
         self._parameters = list(self._trainable.values())
+        left_alone = undecayed(session.model, self._trainable, options)
+        groups = {options.weight_decay: [], 0.0: []}
+        for name, parameter in self._trainable.items():
+            groups[0.0 if name in left_alone else options.weight_decay].append(parameter)
         self.optimizer = torch.optim.AdamW(
-            self._parameters,
+            [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group],
             lr=config.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,
-            weight_decay=options.weight_decay,
         )
         self.first_step = 0
         if config.resume:

@@ -19,6 +19,7 @@ from finetune.methods.first_order import lane_seed
 from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
+from finetune.methods.weight_decay import undecayed
 from finetune.micro_batches import make_micro_batches
 from finetune.session import Session
 from finetune.state import check_same_run
@@ -28,6 +29,7 @@ from offload.io import IOFailure
 from offload.optimizer_stream import Request
 from offload.trained_model import TrainedModel, Update, clip_scale
 from offload.update_rules import Rule
+from offload.update_units import UpdateUnit
 
 
 class WeightTraining:
@@ -47,6 +49,7 @@ class WeightTraining:
         trained = self._model.trained
         self._selection = Selection(config, len(trained.blocks), self._model.tier.resident)
         self._selection.restore(store.notes)
+        self._undecayed = undecayed(session.model, trained.fqns, config.training)
         self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
         self.first_step = store.step
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
@@ -114,14 +117,16 @@ class WeightTraining:
             if not unit.fqns:
                 continue
             if index in chosen:
-                scale = self._selection.importance(index)
-                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._block_rule, scale)
+                requests[unit.name] = self._request(unit, self._block_rule, self._selection.importance(index))
             elif self._selection.method == "frugal":
-                scale = self._config.selection.sign_scale
-                requests[unit.name] = Request(unit, frozenset(unit.fqns), self._signs, scale)
+                requests[unit.name] = self._request(unit, self._signs, self._config.selection.sign_scale)
         for unit in self._ends:
-            requests[unit.name] = Request(unit, frozenset(unit.fqns), self._rule)
+            requests[unit.name] = self._request(unit, self._rule)
         return requests
+
+    def _request(self, unit: UpdateUnit, rule: Rule, scale: float = 1.0) -> Request:
+        left_alone = frozenset(local for local, fqn in unit.fqns.items() if fqn in self._undecayed)
+        return Request(unit, frozenset(unit.fqns), rule, scale, left_alone)
 
     def _forget_state(self, requests: dict[str, Request]) -> None:
         store = self._model.store

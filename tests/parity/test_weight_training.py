@@ -7,6 +7,7 @@ half away from zero (see `offload.update_rules`).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,9 +83,11 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = load_whole(config, config.model).to(reference_device(config))
     blocks = list(find_blocks(model).items())
     selection = Selection(config, len(blocks))
+    decayed = set(tf.Trainer.get_decay_parameter_names(None, model))
     computing = dict(model.named_parameters())
     named = {name: torch.nn.Parameter(p.detach().cpu()) for name, p in computing.items()}
     masters = {name: p.detach().float().clone() for name, p in named.items()}
+    decays = {n: options.weight_decay if n in decayed or options.decay_norms_and_biases else 0.0 for n in named}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     block_of = {name: i for i, (prefix, _) in enumerate(blocks) for name in named if name.startswith(f"{prefix}.")}
     schedule = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
@@ -132,10 +135,10 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             grad = named[name].grad
             before = master.clone()
             if name in signs:
-                master.mul_(1 - rate * options.weight_decay).sub_(grad.float().sign(), alpha=rate)
+                master.mul_(1 - rate * decays[name]).sub_(grad.float().sign(), alpha=rate)
             else:
                 if name not in optimizers:
-                    optimizers[name] = new_optimizer(config, master, name, name in block_of)
+                    optimizers[name] = new_optimizer(config, master, name, name in block_of, decays[name])
                 (group,) = optimizers[name].param_groups
                 group["lr"], group["params"][0].grad = rate, grad.float()
                 optimizers[name].step()
@@ -157,8 +160,8 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 class Lamb:
     """Algorithm 2 of the paper, on one fp32 parameter."""
 
-    def __init__(self, master: torch.Tensor, options: Any) -> None:
-        self._options, self._step = options, 0
+    def __init__(self, master: torch.Tensor, options: Any, decay: float) -> None:
+        self._options, self._decay, self._step = options, decay, 0
         self._first, self._second = torch.zeros_like(master), torch.zeros_like(master)
         self.param_groups: list[dict[str, Any]] = [{"params": [torch.nn.Parameter(master)]}]
 
@@ -170,25 +173,27 @@ class Lamb:
         self._second = options.adam_beta2 * self._second + (1 - options.adam_beta2) * theta.grad**2
         first = self._first / (1 - options.adam_beta1**self._step)
         second = self._second / (1 - options.adam_beta2**self._step)
-        update = first / (second.sqrt() + options.adam_epsilon) + options.weight_decay * theta
+        update = first / (second.sqrt() + options.adam_epsilon) + self._decay * theta
         norms = theta.norm(), update.norm()
         theta -= group["lr"] * (norms[0] / norms[1] if min(norms) > 0 else 1.0) * update
 
 
-def new_optimizer(config: Any, master: torch.Tensor, name: str, in_block: bool) -> torch.optim.Optimizer:
+def new_optimizer(
+    config: Any, master: torch.Tensor, name: str, in_block: bool, decay: float
+) -> torch.optim.Optimizer:
     options = config.training
-    rule = make_rule(config, of_blocks=in_block)
+    rule = replace(make_rule(config, of_blocks=in_block), weight_decay=decay)
     if rule.name in ("apollo", "projection", "columns"):
         return PlainDirections(rule, name, master, options.seed)
     if config.optimizer.name == "adafactor":
         return tf.optimization.Adafactor(
-            [torch.nn.Parameter(master)], lr=1.0, scale_parameter=False, relative_step=False, weight_decay=options.weight_decay
+            [torch.nn.Parameter(master)], lr=1.0, scale_parameter=False, relative_step=False, weight_decay=decay
         )
     if config.optimizer.name == "lamb":
-        return Lamb(master, options)
+        return Lamb(master, options, decay)
     return torch.optim.AdamW(
         [torch.nn.Parameter(master)], betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon, weight_decay=options.weight_decay, foreach=False,
+        eps=options.adam_epsilon, weight_decay=decay, foreach=False,
     )  # fmt: skip
 
 
@@ -329,7 +334,7 @@ def test_thirty_steps_with_little_memory(checkpoint, tokens, tmp_path, monkeypat
     config = weights_config(
         checkpoint("llama"), tokens, tmp_path / "out",
         engine={"resident_blocks": 0, "lookahead": 0, "activations": "disk", "io_backend": "threads"},
-        training={"max_steps": 30},
+        training={"max_steps": 30, "weight_decay": 0.1, "decay_norms_and_biases": True},
     )  # fmt: skip
     expected = reference(config)
     assert_same(streamed(config, tmp_path / "model"), expected)
