@@ -1,18 +1,21 @@
 """The `finetune` command. Torch, Transformers and the configuration are imported inside the commands, when needed.
 
-Exit codes: 0; 1 for a user's mistake, a refused budget or an unexpected error; 2 for wrong usage; 130 after Ctrl-C.
+Exit codes: 0; 1 for a user's mistake, a refused budget or an unexpected error; 2 for wrong usage; after a signal 128 and its
+number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 """
 
 from __future__ import annotations
 
 import functools
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune.signals import ignore_signals, take_signals
 from memory.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,9 +94,9 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, debug: bool, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__)}", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
+            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
         except (typer.Exit, BrokenPipeError):
             raise
         except Exception as error:
@@ -108,6 +111,8 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 def _message(error: Exception) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"error: {error.filename}: {error.strerror}. Mend it, or make room, and try again"
     kind = type(error).__name__
     detail = " ".join(str(error).split())
     if kind == "OutOfMemoryError":  # torch's, which must not be imported for this
@@ -118,9 +123,12 @@ def _message(error: Exception) -> str:
     return f"error: {kind}{f': {detail}' if detail else ''} (run with FINETUNE_DEBUG=1 for the traceback)"
 
 
-def _how_to_go_on(command: str) -> str:
+def _how_to_go_on(command: str, step: int) -> str:
+    """step: the last whole one that is saved; 0: none was done."""
     if command != "run":
         return ""
+    if not step:
+        return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
     return f" Go on from the last committed step with:\n  finetune {shlex.join(words)} --resume"
 
@@ -169,8 +177,11 @@ def run(
     """Train, and write the adapter or the tuned weights, metrics and report into the output directory."""
     loaded = _load_config(context, settings)
     _require(loaded.data, "data to train on", "--data FILE")
+    from finetune.progress import LastingStream
     from finetune.trainer import Trainer
 
+    # A run is not lost because `| head` has seen enough of it.
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     Trainer(loaded).train()
 
 
@@ -348,4 +359,8 @@ def _require(value: object, what: str, remedy: str) -> None:
 
 def main() -> None:
     """The entry point of the `finetune` command."""
-    app(prog_name="finetune")
+    take_signals()
+    try:
+        app(prog_name="finetune")
+    finally:
+        ignore_signals()  # one that is sent twice may come again now

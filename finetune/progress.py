@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Literal, TextIO
 
@@ -16,6 +18,34 @@ _LOG_PHASE_SECONDS = 30.0
 _STEPS_AVERAGED = 10
 
 Phase = Literal["forward", "head", "backward", "update", "fold", "evaluate"]
+
+
+class LastingStream:
+    """A text stream whose reader may go away (`| head`, a terminal that is closed): from then on what is written is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            # What is still in the buffer goes there too: at the end of the process that would be another error.
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
 
 
 class Progress:
@@ -35,7 +65,7 @@ class Progress:
         stream: TextIO | None = None,
     ) -> None:
         """`first_step`: steps done before this run, when it goes on from an earlier one."""
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = LastingStream(sys.stderr if stream is None else stream)
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._total_steps = total_steps
         self._host_budget_bytes = host_budget_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -39,19 +40,20 @@ class MetricsWriter:
     Rows after `resume_step`, the step a run goes on from, are dropped first (0: a new run, all are), so that no step
     stands in the file twice. A last line that a killed process left half written is dropped too. The file is private.
 
-    Raises MetricsError: a damaged row that is not the last.
+    Raises MetricsError: a damaged row that is not the last. UserError: the disk is full.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = _rows_until(path, resume_step) if resume_step and path.exists() else iter(())
         self.last_step = resume_step
+        self._path = path
         _write_atomically(path, kept)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends `row`; numbers that are not finite become null. Further keys than METRIC_KEYS are welcome.
 
-        Raises ValueError: keys are missing, or the step is not after the last one. OSError: the disk is full.
+        Raises ValueError: keys are missing, or the step is not after the last one. OSError, with the path: the disk is full.
         """
         missing = [key for key in METRIC_KEYS if key not in row]
         if missing:
@@ -59,8 +61,14 @@ class MetricsWriter:
         if row["step"] <= self.last_step:
             raise ValueError(f"metrics row of step {row['step']} after step {self.last_step}")
         rest = to_json(row).encode() + b"\n"
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
+        end = os.fstat(self._file).st_size
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, end)  # no half row
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.last_step = row["step"]
 
     def close(self) -> None:
@@ -100,7 +108,10 @@ def _rows_until(path: Path, last_step: int) -> Iterator[str]:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Replaces `path` by `report` as JSON, whole or not at all; the file is private. Not-finite numbers become null."""
+    """Replaces `path` by `report` as JSON, whole or not at all; the file is private. Not-finite numbers become null.
+
+    Raises UserError: the disk is full.
+    """
     _write_atomically(path, iter([to_json(report, indent=2) + "\n"]))
 
 
@@ -127,6 +138,10 @@ def _write_atomically(path: Path, lines: Iterator[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Make room, or mend it, then go on with --resume"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -107,6 +107,7 @@ class Session:
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
+        gc.collect()  # what building the skeleton has left: plans count what the process holds
 
     @property
     def notes(self) -> list[str]:
@@ -378,7 +379,6 @@ def _check_zeroth_order(device: Device, model: nn.Module) -> None:
 
 def _baseline_bytes(adapter_bytes: int) -> int:
     """The process as it is, less the adapters, which move into the arena."""
-    gc.collect()
     trim_malloc()
     return max(0, host_bytes() - adapter_bytes)
 

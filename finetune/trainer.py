@@ -11,13 +11,14 @@ For every step, in plain PyTorch with everything resident, the same bits come fr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
-import threading
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.planned_run import PlannedRun
-from finetune.progress import Progress
+from finetune.progress import LastingStream, Progress
 from finetune.report import MetricsWriter, summary_table, write_report
 from finetune.session import Session
+from finetune.signals import REPEAT_SECONDS, Stopped, StoppedAtOnce, stop_requests
 from finetune.tensor_rows import TensorRows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
@@ -73,7 +75,7 @@ class Trainer:
     def __init__(self, config: Config, callbacks: Sequence[Any] = ()) -> None:
         self.config = config
         self.callbacks = list(callbacks)
-        self._stop_requested = False
+        self._stop_signal: int | None = None
 
     def plan(self) -> PlannedRun:
         """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
@@ -87,18 +89,20 @@ class Trainer:
     def train(self) -> TrainResult:
         """Runs to the end of the schedule, from the saved state where `resume` is set.
 
-        Ctrl-C (and SIGTERM) end the step at its next block, save the state and raise KeyboardInterrupt.
+        Ctrl-C, SIGTERM and SIGHUP end the step at its next block, save the state and raise KeyboardInterrupt; see
+        `finetune.signals` for a second one. A failure in mid-run saves the state too, where that is possible.
         Raises UserError for bad input and PlanRefused for budgets that are too small; nothing is written then but a token
         cache.
         """
         config = self.config
         if config.data is None:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
-        session = Session(config)
-        try:
-            return self._train(session, make_objective(config, session, self._prepare(config.data, session)))
-        finally:
-            session.close()
+        with stop_requests():
+            session = Session(config)
+            try:
+                return self._train(session, make_objective(config, session, self._prepare(config.data, session)))
+            finally:
+                session.close()
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
@@ -172,7 +176,10 @@ class Trainer:
             prepare_rows(config, session.parts.directory, min(config.dataset.sequence_length, shape.rows))
 
         output = config.output
-        output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {output}: {error.strerror}. Name another --output, or mend it") from error
         _check_disk(config, planned)
         meter = MemoryMeter().start()
         progress = Progress(
@@ -184,8 +191,10 @@ class Trainer:
         if schedule_note is not None:
             progress.message(f"note: {schedule_note}")
         try:
-            return self._run(session, planned, objective, batches, meter, progress)
+            with stop_requests(self._ask_to_stop):
+                return self._run(session, planned, objective, batches, meter, progress)
         finally:
+            self._stop_signal = None
             progress.close()
             meter.stop()
 
@@ -202,8 +211,8 @@ class Trainer:
 
         def inside(phase: str, done: int, total: int) -> None:
             # A store of one version must not be left within a step: the run would be lost.
-            if self._stop_requested and not (config.trains_weights and config.optimizer.versions == 1):
-                raise KeyboardInterrupt
+            if not (config.trains_weights and config.optimizer.versions == 1):
+                self._stop_if_asked()
             progress.inside(phase, done, total)
 
         about = _about(config, len(objective.lengths))
@@ -242,7 +251,7 @@ class Trainer:
         started = time.perf_counter()
         traffic = first_traffic = streamed.traffic()
         step = first_step
-        with MetricsWriter(output / "metrics.jsonl", first_step) as metrics, self._interruptible():
+        with MetricsWriter(output / "metrics.jsonl", first_step) as metrics:
             try:
                 while step < batches.num_steps and not callbacks.should_stop:
                     callbacks.call("on_step_begin", step)
@@ -274,13 +283,20 @@ class Trainer:
                         method.save(step)
                         saved_step = step
                         callbacks.call("on_save", step)
-                    if self._stop_requested:
-                        raise KeyboardInterrupt
-            except KeyboardInterrupt:
+                    self._stop_if_asked()
+            except StoppedAtOnce as stop:
+                stop.step = saved_step
+                raise
+            except KeyboardInterrupt as stop:
+                stop.step = step
                 if step > saved_step:
                     method.save(step)
-                method.finish(step)
-                progress.message(f"stopped; the state after step {step} is saved in {output}")
+                if step:
+                    method.finish(step)
+                    progress.message(f"stopped; the state after step {step} is saved in {output}")
+                raise
+            except Exception as error:
+                _rescue(method, step, error, progress)
                 raise
         if step > saved_step:
             method.save(step)
@@ -294,9 +310,10 @@ class Trainer:
         report["measured"] |= _difference(first_traffic, traffic, max(1, len(losses)))
         write_report(output / "report.json", report)
         progress.close()
-        print(summary_table(report))
+        words = summary_table(report)
         if not config.has_adapter:
-            print(f"The tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY")
+            words += f"\nThe tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY"
+        print(words, file=LastingStream(sys.stdout), flush=True)
         return TrainResult(step, float(np.mean(losses)) if losses else float("nan"), report)
 
     def _evaluate_inside(
@@ -345,25 +362,29 @@ class Trainer:
             "arena": None if session.arena is None else _arena_report(session),
         }
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a stop at the next block, the second stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _ask_to_stop(self, number: int) -> None:
+        """From a signal handler: whatever the main thread was about to write, it must not be entered again."""
+        self._stop_signal = number
+        words = (
+            f"\n{signal.Signals(number).name}: stopping at the next block, the last whole step is saved. A second one after "
+            f"{REPEAT_SECONDS:g} s stops at once, and saves nothing more\n"
+        )
+        with contextlib.suppress(OSError):
+            os.write(2, words.encode())
 
-        def ask(number: int, frame: Any) -> None:
-            if self._stop_requested:
-                raise KeyboardInterrupt
-            self._stop_requested = True
+    def _stop_if_asked(self) -> None:
+        if self._stop_signal is not None:
+            raise Stopped(self._stop_signal)
 
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self._stop_requested = False
+
+def _rescue(method: Method, step: int, error: Exception, progress: Progress) -> None:
+    """After a failure in mid-run: keeps what can be kept, and says what that is. Raises UserError in place of an OSError."""
+    left = method.rescue(step)
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{place}{error.strerror or error}. Make room, or mend it. {left}") from error
+    if left not in str(error):
+        progress.message(left)
 
 
 def _check_disk(config: Config, planned: PlannedRun) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -16,7 +19,8 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
 
     private: for the owner alone; else files have the access with which they were made, and the directory what the umask gives.
 
-    After an error, which is raised on, nothing is left of it, and what was in `directory` is as it was.
+    After an error, which is raised on, nothing is left of it, and what was in `directory` is as it was. What safetensors could
+    not write becomes the OSError that it was.
     """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -30,8 +34,10 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
         _flush(directory.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
         raise
 
 

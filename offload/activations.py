@@ -8,6 +8,7 @@ one visit ahead. The file has no name: it is unlinked as soon as it is open, so 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 
+from memory.errors import UserError
 from memory.slab import Lease, SlotPool, round_up
+from offload.io import IOFailure
 
 SPILL_MIN_BYTES = 65536  # smaller tensors (masks, positions, rotary tables) are not worth a disk request
 
@@ -95,7 +98,12 @@ class SpillingActivations(Activations):
         self._free_offsets: dict[int, list[int]] = {}
         self._end = 0
         self.stall_seconds = 0.0
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {directory}, for block inputs on disk: {error.strerror}. Mend it, or name another --output"
+            ) from error
         path = directory / f"activations-{os.getpid()}.scratch"
         self._file = io.open(path, writable=True, create=True)
         path.unlink()
@@ -119,7 +127,8 @@ class SpillingActivations(Activations):
 
     def close(self) -> None:
         while self._writing:
-            self._finish_write(self._writing.popleft())
+            with contextlib.suppress(IOFailure):  # nobody will read it
+                self._finish_write(self._writing.popleft())
         self._io.close_file(self._file)
 
     def _spill(self, saved: SavedTensor) -> None:

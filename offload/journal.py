@@ -88,7 +88,12 @@ class Journal:
                 journal.close()
                 path.replace(path.with_name(f"{path.name}.previous"))
             journal._lock(os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            journal._append(json.dumps(journal.about, sort_keys=True).encode() + b"\n")
+            try:
+                journal._append(json.dumps(journal.about, sort_keys=True).encode() + b"\n")
+            except OSError:
+                journal.close()
+                path.unlink()  # without its header it could not be resumed
+                raise
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)

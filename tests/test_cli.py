@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,9 +199,14 @@ module = types.ModuleType("finetune.trainer")
 class Trainer:
     def __init__(self, config): pass
     def train(self):
-        print("ready", flush=True)
-        time.sleep(60)
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt as stop:
+            stop.step = step
+            raise
 module.Trainer = Trainer
+step = int(sys.argv.pop(1))
 sys.modules["finetune.trainer"] = module
 from finetune.cli import main
 sys.argv[0] = "finetune"
@@ -208,11 +214,20 @@ main()
 """
 
 
-@pytest.mark.parametrize("resume", ["--resume", "--no-resume", "--max-steps=5"])
-def test_ctrl_c_says_how_to_go_on(resume: str) -> None:
-    words = ["run", "--model", "a model", "--data", "d", resume]
+@pytest.mark.parametrize(
+    ("number", "step", "given", "said"),
+    [
+        (signal.SIGINT, 4, ["--resume"], "Go on from the last committed step with:\n  finetune run {} --resume"),
+        (signal.SIGINT, 4, ["--no-resume"], "Go on from the last committed step with:\n  finetune run {} --resume"),
+        (signal.SIGTERM, 4, [], "Go on from the last committed step with:\n  finetune run {} --resume"),
+        (signal.SIGHUP, 0, ["--max-steps=5"], "No step was done. Start again with:\n  finetune run {} --max-steps=5"),
+    ],
+)  # fmt: skip
+def test_a_signal_says_how_to_go_on(number: signal.Signals, step: int, given: list[str], said: str) -> None:
+    """Sent twice, as a wrapper does that forwards what the group has got already."""
+    words = ["run", "--model", "a model", "--data", "d", *given]
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *words],
+        [sys.executable, "-c", INTERRUPTED, str(step), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -220,23 +235,30 @@ def test_ctrl_c_says_how_to_go_on(resume: str) -> None:
     )
     try:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
+        time.sleep(0.01)
+        process.send_signal(number)
         _, message = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130
-    given = " --max-steps=5" if resume.startswith("--max") else ""
-    assert message == (
-        "\nInterrupted. Go on from the last committed step with:\n"
-        f"  finetune run --model 'a model' --data d{given} --resume\n"
-    )
+    assert process.returncode == 128 + number
+    assert message == "\nInterrupted. " + said.format("--model 'a model' --data d") + "\n"
 
 
 def test_ctrl_c_elsewhere(trainer: type[Recorder]) -> None:
     trainer.error = KeyboardInterrupt()
     result = invoke("plan", "--model", "m")
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")
+
+
+def test_a_file_that_cannot_be_used_is_named(trainer: type[Recorder]) -> None:
+    trainer.error = PermissionError(13, "Permission denied", "/a/file")
+    result = invoke("plan", "--model", "m")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: /a/file: Permission denied. Mend it, or make room, and try again\n",
+    )
 
 
 def test_eval_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

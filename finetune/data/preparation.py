@@ -206,6 +206,7 @@ def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
             stderr=stderr,
             env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, "PYTHONPATH": path},
             encoding="utf-8",
+            start_new_session=True,  # a signal to the terminal's group is for us, who end it
         ) as process,
     ):
         try:

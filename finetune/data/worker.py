@@ -7,9 +7,12 @@ print goes to standard error. Its memory does not grow with the data.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +29,7 @@ MAX_CHOICES = 16
 BATCH_ROWS = 256
 BATCH_CHARS = 1 << 18
 ROWS_SEARCHED_FOR_MORE_ERRORS = 100_000
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +236,14 @@ def _vocab_size(job: Job, tokenizer: Any) -> int:
     return max([len(tokenizer), *(size for size in sizes if isinstance(size, int))])
 
 
+def _die_with_parent() -> None:
+    """Also where the parent is killed and can't end us."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> int:
+    _die_with_parent()
     # Libraries may print: keep the way to the parent to ourselves.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

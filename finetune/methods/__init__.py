@@ -40,5 +40,9 @@ class Method(Protocol):
     def finish(self, step: int) -> None:
         """Leaves the model, and what is for the user in the output directory, as after `step` steps."""
 
+    def rescue(self, step: int) -> str:
+        """After a failure in a later step or beside the steps: makes the state after `step` steps durable where that is
+        possible. Returns what is left, and how to go on, in words."""
+
     def close(self) -> None:
         """Gives up files; also after an error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed
 from finetune.micro_batches import make_micro_batches
 from finetune.session import Session
-from finetune.state import load_state, save_state
+from finetune.state import load_state, save_state, saved_states
+from memory.errors import UserError
 
 
 def lane_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -48,6 +50,7 @@ class FirstOrder:
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,
         )
+        self._updating = False  # True as well after an update that failed half-way
         self.first_step = 0
         if config.resume:
             self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, about)
@@ -60,13 +63,25 @@ class FirstOrder:
         loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        self._updating = True
         self.optimizer.step()
         self.scheduler.step()
+        self._updating = False
         self.optimizer.zero_grad()
         return StepResult(loss, batches.tokens, learning_rate, grad_norm)
 
     def save(self, step: int) -> None:
         save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)
+
+    def rescue(self, step: int) -> str:
+        folder = self._config.output / "state"
+        if step and not self._updating:
+            with contextlib.suppress(UserError):  # the failure that has led here may be the reason for this one
+                self.save(step)
+        saved = saved_states(folder)
+        if not saved:
+            return "No state was saved before: begin again (with --resume too, the run begins with its first step)"
+        return f"The newest saved state is {saved[-1]}: go on with --resume"
 
     def finish(self, step: int) -> None:
         adapters.save(self._session.model, self._config.output / "adapter")

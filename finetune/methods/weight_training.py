@@ -104,6 +104,9 @@ class WeightTraining:
     def save(self, step: int) -> None:
         """Every step is durable already."""
 
+    def rescue(self, step: int) -> str:
+        return self._model.store.how_to_go_on
+
     def finish(self, step: int) -> None:
         """The working store is what a run leaves; `finetune export` makes a checkpoint of it."""
 

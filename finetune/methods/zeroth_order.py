@@ -173,6 +173,9 @@ class ZerothOrder:
     def save(self, step: int) -> None:
         """Every step is durable already."""
 
+    def rescue(self, step: int) -> str:
+        return f"{self.journal.path} holds the {self.journal.steps} steps that were done: go on with --resume"
+
     def finish(self, step: int) -> None:
         if self._config.has_adapter:
             self._model.settle_adapters()
