@@ -1,78 +1,223 @@
-"""Transformers' callbacks around our loop: the events, arguments, state and control that they expect."""
+"""Transformers' callbacks around our loop: the events, arguments, state and control that its Trainer gives them.
+
+Their events come in its order: on_step_end, then on_log, on_evaluate and on_save as `control` asks for them, which
+Transformers' own DefaultFlowCallback sets first and others may change; an epoch's end likewise. on_optimizer_step follows an
+update; on_pre_optimizer_step comes where gradients are there together, with LoRA. What a resumed run must know of the steps
+before is in the rows of metrics.jsonl.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from finetune.config import Config
+from finetune.data import BatchPlan
+from finetune.methods import Method
+from finetune.session import Session
+from memory.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+CALLBACK_STATE = "callback_state"
+"""Key of a row of metrics: what callbacks that export a state had as theirs after this step."""
+
+
+@dataclass(slots=True)
+class _Control:
+    """Transformers' TrainerControl, where there are no callbacks."""
+
+    should_training_stop: bool = False
+    should_epoch_stop: bool = False
+    should_evaluate: bool = False
+    should_save: bool = False
 
 
 class Callbacks:
-    """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none."""
+    """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none.
+
+    rows: of the steps that earlier processes have done.
+    """
 
     def __init__(
-        self,
-        callbacks: Sequence[Any],
-        config: Config,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        num_steps: int,
-    ) -> None:
-        self._handler = None
-        callbacks = list(callbacks)
+        self, callbacks: Sequence[Any], config: Config, session: Session, method: Method, batches: BatchPlan,
+        rows: Iterable[Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._handler: Any = None
+        self._control: Any = _Control()
+        self._in_epoch = False
         if not callbacks and not config.training.report_to:
             return
-        from types import SimpleNamespace
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 
-        from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-
+        reporters = []
         if "tensorboard" in config.training.report_to:
             from transformers.integrations import TensorBoardCallback
 
-            callbacks.append(TensorBoardCallback())
-        self._args = SimpleNamespace(
-            output_dir=str(config.output),
-            logging_dir=str(config.output / "tensorboard"),
-            max_steps=num_steps,
-            num_train_epochs=config.training.epochs,
-            learning_rate=config.learning_rate,
-            seed=config.training.seed,
-            to_json_string=lambda: json.dumps(
-                config.model_dump(mode="json", exclude={"data", "eval_data"}), default=str
-            ),
-        )
+            reporters.append(TensorBoardCallback())
+            reporters[0].logging_dir = reporters[0].logging_dir or str(config.output / "tensorboard")
         self._control = TrainerControl()
-        self._state = TrainerState(max_steps=num_steps, is_world_process_zero=True, is_local_process_zero=True)
-        self._handler = CallbackHandler(callbacks, model, None, optimizer, scheduler)
+        self._args = training_arguments(config, batches.num_steps, session.device.torch_device)
+        self._state = TrainerState(
+            max_steps=batches.num_steps, num_train_epochs=ceil(batches.epoch(batches.num_steps)), logging_steps=1,
+            eval_steps=self._args.eval_steps, save_steps=self._args.save_steps,
+            train_batch_size=config.training.micro_batch_size,
+        )  # fmt: skip
+        optimizer = method.optimizer
+        self._handler = CallbackHandler(
+            [DefaultFlowCallback(), *reporters, *callbacks], session.model, None, optimizer, method.scheduler
+        )
+        self._resume(rows)
+        if config.method == "lora":
+            optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
+        optimizer.register_step_post_hook(lambda *_: self._call("on_optimizer_step"))
+        self._call("on_init_end")
+        self._call("on_train_begin")
 
     @property
     def should_stop(self) -> bool:
-        return self._handler is not None and self._control.should_training_stop
+        return self._control.should_training_stop
+
+    @property
+    def should_end_epoch(self) -> bool:
+        return self._control.should_epoch_stop
+
+    @property
+    def should_evaluate(self) -> bool:
+        """Raises UserError when a callback asks for what there is no data for."""
+        if self._control.should_evaluate and self._config.eval_data is None:
+            raise UserError("a callback asked for an evaluation (should_evaluate): expected eval_data, found none")
+        return self._control.should_evaluate
 
     @property
     def should_save(self) -> bool:
-        return self._handler is not None and self._control.should_save
+        return self._control.should_save
 
-    def call(self, event: str, step: int | None = None) -> None:
-        if self._handler is None:
-            return
-        if step is not None:
-            self._state.global_step = step
-        self._control = getattr(self._handler, event)(self._args, self._state, self._control)
+    def step_begin(self) -> None:
+        if self._handler is not None:
+            if not self._in_epoch:
+                self._in_epoch = True
+                self._call("on_epoch_begin")
+            self._call("on_step_begin")
 
-    def logs(self, row: dict[str, Any], step: int) -> None:
+    def step_end(self, row: Mapping[str, Any]) -> None:
+        """row: of metrics. Sets what should be done now."""
+        step, options = row["step"], self._config.training
         if self._handler is None:
+            evaluates = options.eval_steps is not None and self._config.eval_data is not None
+            self._control.should_evaluate = evaluates and step % options.eval_steps == 0
+            self._control.should_save = step % options.save_steps == 0
             return
-        self._state.epoch = row["epoch"]
-        self.call("on_step_end", step)
-        logs = {
-            key: row[key] for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "stall_seconds")
-        }
-        self._state.log_history.append({**logs, "step": step})
-        self._control = self._handler.on_log(self._args, self._state, self._control, logs)
+        self._state.global_step, self._state.epoch = step, row["epoch"]
+        self._state.num_input_tokens_seen += row["tokens"]
+        self._call("on_step_end")
+        if self._control.should_log:
+            self._log(_training_logs(row))
+
+    def epoch_end(self) -> None:
+        """Also where training ends within an epoch. Sets what should be done now."""
+        if self._handler is not None and self._in_epoch:
+            self._in_epoch = False
+            self._call("on_epoch_end")
+        else:
+            self._control.should_evaluate = self._control.should_save = False
+
+    def evaluated(self, metrics: Mapping[str, Any]) -> None:
+        """metrics: "eval_loss" and the like."""
+        self._control.should_evaluate = False
+        if self._handler is not None:
+            logs = dict(metrics)
+            self._log(logs)
+            self._call("on_evaluate", logs)
+            self._take_best(metrics)
+
+    def saved(self) -> None:
+        self._control.should_save = False
+        self._call("on_save")
+
+    def train_end(self, training_loss: float, seconds: float) -> None:
+        if self._handler is not None:
+            self._log({"train_runtime": seconds, "train_loss": training_loss})
+            self._call("on_train_end")
+
+    def exported(self) -> dict[str, list[dict[str, Any]]]:
+        """Name of a class -> what its callbacks want to know again in a resumed run."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for callback in self._stateful():
+            found.setdefault(type(callback).__name__, []).append(dict(callback.state()["attributes"]))
+        return found
+
+    def _call(self, event: str, *more: Any) -> None:
+        if self._handler is not None:
+            self._control = getattr(self._handler, event)(self._args, self._state, self._control, *more)
+
+    def _log(self, logs: dict[str, Any]) -> None:
+        logs["epoch"] = self._state.epoch
+        self._state.log_history.append({**logs, "step": self._state.global_step})
+        self._call("on_log", logs)
+
+    def _take_best(self, metrics: Mapping[str, Any]) -> None:
+        loss, best = metrics.get("eval_loss"), self._state.best_metric
+        if loss is not None and (best is None or loss < best):
+            self._state.best_metric, self._state.best_global_step = loss, self._state.global_step
+
+    def _resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        exported: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            self._state.global_step, self._state.epoch = row["step"], row["epoch"]
+            self._state.num_input_tokens_seen += row["tokens"]
+            measured = {key: value for key, value in row.items() if key.startswith("eval_")}
+            for logs in (_training_logs(row), measured):
+                if logs:
+                    self._state.log_history.append({**logs, "epoch": row["epoch"], "step": row["step"]})
+            self._take_best(measured)
+            exported = row.get(CALLBACK_STATE, exported)
+        waiting = {name: list(states) for name, states in exported.items()}
+        for callback in self._stateful():
+            if states := waiting.get(type(callback).__name__):
+                for name, value in states.pop(0).items():
+                    setattr(callback, name, value)
+
+    def _stateful(self) -> list[Any]:
+        if self._handler is None:
+            return []
+        from transformers.trainer_callback import ExportableState
+
+        return [callback for callback in self._handler.callbacks if isinstance(callback, ExportableState)]
+
+
+def training_arguments(config: Config, num_steps: int, device: torch.device) -> TrainingArguments:
+    """Transformers' arguments that say of a run what `config` says. No device is claimed for them, nothing is written."""
+    from transformers import TrainingArguments
+
+    class Arguments(TrainingArguments):
+        @property
+        def _setup_devices(self) -> torch.device:
+            self.distributed_state, self._n_gpu = None, int(device.type != "cpu")
+            return device
+
+    options = config.training
+    evaluates = options.eval_steps is not None and config.eval_data is not None
+    return Arguments(
+        output_dir=str(config.output), seed=options.seed, max_steps=num_steps, num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.micro_batch_size,
+        gradient_accumulation_steps=ceil(options.batch_size / options.micro_batch_size),
+        learning_rate=config.learning_rate, lr_scheduler_type=options.lr_scheduler,
+        lr_scheduler_kwargs=dict(options.lr_scheduler_kwargs), warmup_steps=options.warmup_steps or options.warmup_ratio,
+        weight_decay=options.weight_decay, adam_beta1=options.adam_beta1, adam_beta2=options.adam_beta2,
+        adam_epsilon=options.adam_epsilon, max_grad_norm=options.max_grad_norm or 0.0,
+        logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=options.save_steps,
+        eval_strategy="steps" if evaluates else "no", eval_steps=options.eval_steps if evaluates else None,
+        metric_for_best_model="loss", greater_is_better=False, load_best_model_at_end=False,
+        report_to=list(options.report_to), use_cpu=device.type == "cpu", do_train=True,
+    )  # fmt: skip
+
+
+def _training_logs(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "stall_seconds")}

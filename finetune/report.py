@@ -35,7 +35,8 @@ class MetricsError(UserError):
 
 
 class MetricsWriter:
-    """Appends one JSON row a step; each row is in the kernel's hands before `write` returns.
+    """Appends one JSON row a step; each row is in the kernel's hands before `write` returns. last_row: the newest, None where
+    there is none.
 
     Rows after `resume_step`, the step a run goes on from, are dropped first (0: a new run, all are), so that no step
     stands in the file twice. A last line that a killed process left half written is dropped too. The file is private.
@@ -46,9 +47,11 @@ class MetricsWriter:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = _rows_until(path, resume_step) if resume_step and path.exists() else iter(())
         self.last_step = resume_step
+        self.last_row: dict[str, Any] | None = None
         self._path = path
-        _write_atomically(path, kept)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._start, self._line = 0, b""  # of the last row
+        _write_atomically(path, self._noted(kept))
+        self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends `row`; numbers that are not finite become null. Further keys than METRIC_KEYS are welcome.
@@ -60,16 +63,46 @@ class MetricsWriter:
             raise ValueError(f"metrics row lacks {', '.join(missing)}")
         if row["step"] <= self.last_step:
             raise ValueError(f"metrics row of step {row['step']} after step {self.last_step}")
-        rest = to_json(row).encode() + b"\n"
-        end = os.fstat(self._file).st_size
+        self._put(row, self._start + len(self._line), b"")
+        self.last_step = row["step"]
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Writes the last step's row once more, with `values` in it; of a row that was lost nothing is written.
+
+        Raises OSError, with the path: the disk is full.
+        """
+        if self.last_row is not None and self.last_row["step"] == self.last_step:
+            self._put({**self.last_row, **values}, self._start, self._line)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All that are in the file."""
+        return read_metrics(self._path)
+
+    def _put(self, row: Mapping[str, Any], start: int, old: bytes) -> None:
+        """Writes the last row of the file where `old` stood."""
+        line = to_json(row).encode() + b"\n"
         try:
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
+            self._replace(line, start)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, end)  # no half row
+                self._replace(old, start)  # no half row
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-        self.last_step = row["step"]
+        self.last_row, self._start, self._line = dict(row), start, line
+
+    def _replace(self, line: bytes, start: int) -> None:
+        """`line` is from now on what the file holds from `start` on."""
+        end = start + len(line)
+        while line:
+            line = line[os.pwrite(self._file, line, end - len(line)) :]
+        os.ftruncate(self._file, end)
+
+    def _noted(self, lines: Iterator[str]) -> Iterator[str]:
+        """The lines, on their way to the beginning of the file."""
+        for line in lines:
+            self._start, self._line = self._start + len(self._line), line.encode()
+            yield line
+        if self._line:
+            self.last_row = json.loads(self._line)
 
     def close(self) -> None:
         if self._file >= 0:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.after_step import AfterStep
 from finetune.callbacks import Callbacks
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, prepare
@@ -237,33 +238,35 @@ class Trainer:
         rates: Rates,
         method: Method,
     ) -> TrainResult:
-        config, options, output, streamed = self.config, self.config.training, self.config.output, session.streamed
+        config, output, streamed = self.config, self.config.output, session.streamed
         first_step = method.first_step
         if first_step:
             progress.message(f"resumed after step {first_step}")
-        callbacks = Callbacks(
-            self.callbacks, config, session.model, method.optimizer, method.scheduler, batches.num_steps
-        )
-        callbacks.call("on_train_begin")
         losses: list[float] = []
         step_seconds: list[float] = []
-        saved_step = first_step
         started = time.perf_counter()
         traffic = first_traffic = streamed.traffic()
         step = first_step
+
+        def measure(step: int) -> dict[str, float]:
+            return self._evaluate_inside(session, planned, progress, step)
+
         with MetricsWriter(output / "metrics.jsonl", first_step) as metrics:
+            callbacks = Callbacks(self.callbacks, config, session, method, batches, metrics.rows())
+            after = AfterStep(method, callbacks, metrics, None if config.eval_data is None else measure)
+            batch = step + batches.skipped(metrics.last_row)
             try:
-                while step < batches.num_steps and not callbacks.should_stop:
-                    callbacks.call("on_step_begin", step)
+                while batch < batches.num_steps and not callbacks.should_stop:
+                    callbacks.step_begin()
                     step_started = time.perf_counter()
-                    result = method.step(step, batches.step(step))
-                    step += 1
+                    result = method.step(step, batches.step(batch))
+                    step, batch = step + 1, batch + 1
                     seconds = time.perf_counter() - step_started
                     before, traffic = traffic, streamed.traffic()
                     meter.sample()
                     row = {
                         "step": step,
-                        "epoch": batches.epoch(step),
+                        "epoch": batches.epoch(batch),
                         **asdict(result),
                         "seconds": seconds,
                         "tokens_per_s": result.tokens / seconds,
@@ -275,22 +278,22 @@ class Trainer:
                     progress.step(row)
                     losses.append(result.loss)
                     step_seconds.append(seconds)
-                    callbacks.logs(row, step)
-                    if options.eval_steps and step % options.eval_steps == 0 and config.eval_data is not None:
-                        self._evaluate_inside(session, planned, progress, step)
-                        traffic = streamed.traffic()
-                    if step % options.save_steps == 0 or callbacks.should_save:
-                        method.save(step)
-                        saved_step = step
-                        callbacks.call("on_save", step)
+                    callbacks.step_end(row)
+                    after.settle(step, last=batch == batches.num_steps or callbacks.should_stop)
+                    if callbacks.should_end_epoch:
+                        batch += -batch % batches.steps_per_epoch
+                        metrics.amend({"epoch": batches.epoch(batch)})
+                    if batch % batches.steps_per_epoch == 0 or batch >= batches.num_steps or callbacks.should_stop:
+                        callbacks.epoch_end()
+                        after.settle(step, last=batch >= batches.num_steps or callbacks.should_stop)
+                    traffic = streamed.traffic()
                     self._stop_if_asked()
             except StoppedAtOnce as stop:
-                stop.step = saved_step
+                stop.step = after.saved_step
                 raise
             except KeyboardInterrupt as stop:
                 stop.step = step
-                if step > saved_step:
-                    method.save(step)
+                after.save(step)
                 if step:
                     method.finish(step)
                     progress.message(f"stopped; the state after step {step} is saved in {output}")
@@ -298,15 +301,14 @@ class Trainer:
             except Exception as error:
                 _rescue(method, step, error, progress)
                 raise
-        if step > saved_step:
-            method.save(step)
-        method.finish(step)
-        evaluation = None
-        if config.eval_data is not None:
-            evaluation = self._evaluate_inside(session, planned, progress, step)
-        callbacks.call("on_train_end", step)
+            after.save(step)
+            method.finish(step)
+            if config.eval_data is not None:
+                after.evaluate(step)
+            training_loss = float(np.mean(losses)) if losses else float("nan")
+            callbacks.train_end(training_loss, time.perf_counter() - started)
         report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
-        report["evaluation"] = evaluation
+        report["evaluation"] = after.evaluation
         report["measured"] |= _difference(first_traffic, traffic, max(1, len(losses)))
         write_report(output / "report.json", report)
         progress.close()
@@ -314,7 +316,7 @@ class Trainer:
         if not config.has_adapter:
             words += f"\nThe tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY"
         print(words, file=LastingStream(sys.stdout), flush=True)
-        return TrainResult(step, float(np.mean(losses)) if losses else float("nan"), report)
+        return TrainResult(step, training_loss, report)
 
     def _evaluate_inside(
         self, session: Session, planned: PlannedRun, progress: Progress, step: int

@@ -87,6 +87,23 @@ def test_rows_that_are_wrong(tmp_path: Path) -> None:
     assert steps(path) == [1, 2, 3, 4]
 
 
+def test_the_last_row_may_be_amended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 3)
+    with MetricsWriter(path, 2) as writer:  # row 3 is dropped
+        assert writer.last_row == row(2)
+        writer.amend({"eval_loss": 0.5, "loss": None})
+        writer.write(row(3, note="ä" * 50))
+        writer.amend({"note": ""})  # a shorter row
+        writer.write(row(4))
+        assert list(writer.rows()) == list(read_metrics(path))
+    expected = [row(1), row(2, eval_loss=0.5, loss=None), row(3, note=""), row(4)]
+    assert list(read_metrics(path)) == expected
+    with MetricsWriter(path, 5) as writer:  # the row of step 5 was lost
+        writer.amend({"eval_loss": 0.5})
+    assert list(read_metrics(path)) == expected
+
+
 def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write_report(path, {"loss": float("nan"), "all": [1.5, float("-inf"), {"x": float("inf")}], "at": Path("a/b")})

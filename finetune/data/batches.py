@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +87,11 @@ class BatchPlan:
     def epoch(self, index: int) -> float:
         """Epochs done when step `index` begins."""
         return index / self.steps_per_epoch
+
+    def skipped(self, row: Mapping[str, Any] | None) -> int:
+        """Steps of the plan that were left out before the last of a run's steps was done, of which `row` of the metrics says
+        the number and the epoch; None: there is no such step."""
+        return 0 if row is None else round(row["epoch"] * self.steps_per_epoch) - row["step"]
 
     def _load_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
