@@ -71,7 +71,7 @@ def _export_locked_store(
     parts = cut(model, trust_remote_code=config.trust_remote_code, trains_weights=True, tile_vocab=about["tile_vocab"])
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
     export_store(
-        parts.checkpoint, find_trained(parts, about["train"]), store / "data", pieces, directory,
+        parts.checkpoint, parts.sources, find_trained(parts, about["train"]), store / "data", pieces, directory,
         side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps

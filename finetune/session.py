@@ -42,7 +42,7 @@ from offload.perturbed_model import PerturbedModel
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
-from offload.trained_parts import TrainedParts, find_trained
+from offload.trained_parts import TrainedParts, check_storage, find_trained
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 COMPUTE_BOUND_TOKENS = 2048
@@ -105,6 +105,8 @@ class Session:
         self.set_training(train)
         self.num_steps = config.training.max_steps  # None: epochs set them, and the trainer will say
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
+        if self.perturbs_all:
+            check_storage(self.parts.sources, self.parts.parameters)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -112,13 +114,18 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """What the user should know about the checkpoint."""
-        unused = self.parts.sources.unused
-        if not unused:
-            return []
-        return [
-            f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
-            f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
+        sources = self.parts.sources
+        notes = [
+            f"note: config.json ties {target} to {source}, but the checkpoint holds both with unlike values: they are two "
+            "weights here, as Transformers has it"
+            for target, source in sources.apart
         ]
+        if unused := sources.unused:
+            notes.append(
+                f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
+                f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
+            )
+        return notes
 
     def set_training(self, training: bool) -> None:
         """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.

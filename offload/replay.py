@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 
 from memory.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
 from offload import noise
-from offload.block_store import TORCH_DTYPES, Extent, ParameterMap, Source
+from offload.block_store import TORCH_DTYPES, Extent, ParameterMap, Source, copies_of
 from offload.checkpoint_directory import new_checkpoint
 from offload.io import IOEngine
 
@@ -103,13 +104,16 @@ def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> Pa
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in old.tensors.values():
         by_file[entry.path].append(entry)
-    moved = ParameterMap()
     known: dict[Source, Source] = {}
-    for name, source in sources.items():
+
+    def move(source: Source) -> Source:
         if source not in known:
             known[source] = _moved(source, by_file, new)
-        moved[name] = known[source]
-    moved.tied, moved.absent, moved.unused = sources.tied, sources.absent, sources.unused
+        return known[source]
+
+    moved = copy(sources)
+    moved.update({name: move(source) for name, source in sources.items()})
+    moved.copies = tuple((move(home), move(again)) for home, again in sources.copies)
     return moved
 
 
@@ -140,8 +144,12 @@ def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_
         itemsize, shape = sources[name].dtype.itemsize, sources[name].shape
         columns = shape[-1] if len(shape) > 1 else 0
         for piece in sources[name].pieces:
-            first = piece.target_offset // itemsize
-            found[piece.path].add(_Piece(piece.file_offset, piece.num_bytes, key, first, columns))
+            for path, offset, num_bytes, skip in (
+                Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
+                *copies_of(sources.copies, piece.path, piece.file_offset, piece.num_bytes),
+            ):
+                first = (piece.target_offset + skip) // itemsize
+                found[path].add(_Piece(offset, num_bytes, key, first, columns))
     return {path: sorted(pieces) for path, pieces in found.items()}
 
 
