@@ -19,6 +19,7 @@ from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.weight_demand import (
+    check_rounding,
     largest_piece_bytes,
     make_keeping,
     make_rule,
@@ -97,6 +98,7 @@ class Session:
         self.trained: TrainedParts | None = None
         if train and config.trains_weights:
             self.trained = find_trained(self.parts, config.train)
+            check_rounding(config, self.parts, self.trained.fqns)
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         if lora.needs_first_visit(self.model):
@@ -107,6 +109,7 @@ class Session:
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
         if self.perturbs_all:
             check_storage(self.parts.sources, self.parts.parameters)
+            check_rounding(config, self.parts, self.parts.parameters)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds

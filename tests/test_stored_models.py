@@ -1,4 +1,4 @@
-"""Checkpoints as savers leave them: tied tables stored twice or under one name only."""
+"""Checkpoints as savers leave them: tied tables stored twice or under one name only, fp16."""
 
 from __future__ import annotations
 
@@ -121,3 +121,35 @@ def test_one_table_without_a_tie_is_refused(tied, data, tmp_path):  # noqa: F811
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(UserError, match=r"lm_head\.weight.*set tie_word_embeddings to true"):
         Trainer(run_config(model, data, tmp_path / "out", "lora")).plan()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", None])
+def test_fp16_weights_train_without_gradients(name, tied, data, tmp_path):  # noqa: F811
+    """All of them, or one among bf16; they are exported in fp16."""
+    values = weights(tied)
+    values = {n: v.half() if name in (None, n) else v.bfloat16() for n, v in values.items()}
+    model = changed(tied, tmp_path / "model", **{n.replace(".", "__"): v for n, v in values.items()})
+    found = tuned(model, data, tmp_path / "out", "zo")
+    assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in values.items()}
+    assert all(not value.equal(values[n]) for n, value in found.items())
+
+
+RANDOM_ROUNDING = {"full": {"optimizer": {"master": "none"}}, "zo": {"zo": {"rounding": "stochastic"}}}
+
+
+@pytest.mark.parametrize("method", RANDOM_ROUNDING)
+def test_what_fp16_weights_cannot_is_refused(method, tied, data, tmp_path):  # noqa: F811
+    key = "model__layers__1__mlp__up_proj__weight"
+    model = changed(tied, tmp_path / "model", **{key: weights(tied)[key.replace("__", ".")].half()})
+    with pytest.raises(UserError, match=r"up_proj\.weight is stored as float16, which .* can't round at random"):
+        Trainer(run_config(model, data, tmp_path / "out", method, **RANDOM_ROUNDING[method])).plan()
+
+
+@pytest.mark.parametrize("method", ["full", "zo"])
+def test_fp64_weights(method, tied, data, tmp_path):  # noqa: F811
+    """No kernel moves them; beneath an adapter they are converted."""
+    model = changed(tied, tmp_path / "model", model__norm__weight=weights(tied)["model.norm.weight"].double())
+    with pytest.raises(UserError, match=r"model\.norm\.weight is stored as float64"):
+        Trainer(run_config(model, data, tmp_path / "out", method)).plan()
+    if method == "full":
+        Trainer(run_config(model, data, tmp_path / "lora", "lora")).train()
