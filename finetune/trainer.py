@@ -223,6 +223,8 @@ class Trainer:
         rates = measure_rates(session.parts, session.device)
         kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": FirstOrder}[config.method]
         method: Method = kind(config, session, objective, batches.num_steps, about)
+        for note in method.notes:
+            progress.message(note)
         try:
             return self._run_steps(session, planned, batches, meter, progress, rates, method)
         finally:

@@ -81,7 +81,7 @@ def test_files_that_are_none(content, adapter):
 def test_the_configuration_belongs_to_the_weights(adapter):
     assert b'"lora_alpha": 8' in (adapter / CONFIG).read_bytes()
     change(adapter / CONFIG, b'"lora_alpha": 8', b'"lora_alpha": 9')
-    with pytest.raises(UserError, match=f"{CONFIG} is not the one that was saved.*load the adapter with PEFT and save it again"):
+    with pytest.raises(UserError, match=f"{CONFIG} is not the one that was saved.*load the adapter with PEFT"):
         adapters.load(base(), adapter, trainable=False)
     PeftModel.from_pretrained(base(), adapter).save_pretrained(adapter)
     loaded = adapters.load(base(), adapter, trainable=False)
