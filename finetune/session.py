@@ -140,9 +140,11 @@ class Session:
             if hasattr(module, "_cache_clear"):
                 module.training = True
 
-    def plan(self, shape: BatchShape) -> PlannedRun:
-        """Raises PlanRefused when the budgets are too small for `shape`."""
+    def plan(self, shape: BatchShape, also: BatchShape | None = None) -> PlannedRun:
+        """also: what must find room between steps. Raises PlanRefused when the budgets are too small for one of them."""
         demand, visit = self._demand(shape)
+        if also is not None:
+            demand = demand.covering(self._demand(also)[0])
         engine = self.config.engine
         activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
         plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, activations))
