@@ -405,7 +405,7 @@ class Config(_Section):
     model's own weights; none: all."""
     output: Annotated[Path, BeforeValidator(_expand_path)] = Path("out")
     host_memory: Amount = None
-    """Limit of the whole process, a promise; None: what the machine or the memory cgroup has."""
+    """Limit of the whole process, a promise; None: 95% of what the machine, or its cgroup, has available at the start."""
     device_memory: Amount = None
     disk: Amount = None
     """Limit of everything written under `output`."""

@@ -72,6 +72,7 @@ class PlannedRun:
     folded_bytes: int  # of the moved weights that are written while the run goes on
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
+    budget_words: str = ""  # where the host budget comes from, if not from the user
 
     def describe(self) -> str:
         plan, parts = self.plan, self.parts
@@ -97,6 +98,7 @@ class PlannedRun:
             )
         lines.append(
             f"host memory: {format_bytes(plan.host_peak_bytes)} predicted, {format_bytes(plan.host_budget_bytes)} allowed"
+            + self.budget_words
         )
         lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.host_parts.items()]
         if plan.device_budget_bytes is not None:

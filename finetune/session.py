@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.weight_demand import (
-    check_rounding,
     largest_piece_bytes,
     make_keeping,
     make_rule,
@@ -33,7 +33,7 @@ from memory.errors import UserError
 from memory.generated_code import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.meter import host_bytes
 from memory.plan import Demand, Limits, Wishes, make_plan
-from memory.units import available_host_bytes, parse_bytes
+from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.block_store import aligned_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit
@@ -43,13 +43,13 @@ from offload.perturbed_model import PerturbedModel
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
-from offload.trained_parts import TrainedParts, check_storage, find_trained
+from offload.trained_parts import TrainedParts, find_trained
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 COMPUTE_BOUND_TOKENS = 2048
 """A trained weight takes 8 operations a token and moves some 26 bytes a step: with so many tokens a CPU computes longer than
 its disk moves."""
-HOST_RESERVE_SHARE = 0.05  # of the machine, left to others when no --host-memory is given
+HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
 
 
 class Session:
@@ -70,6 +70,8 @@ class Session:
             simulated_bytes_per_second=(config.engine.simulated_copy_gbps or float("inf")) * 1e9,
             simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
         )
+        if self.device.shares_host_memory and config.device_memory is not None:
+            print(f"note: --device-memory changes nothing, for this run computes on {self.device.kind}", file=sys.stderr)
         directory = resolve_model(config.model)
         self.parts = cut(
             directory,
@@ -98,7 +100,6 @@ class Session:
         self.trained: TrainedParts | None = None
         if train and config.trains_weights:
             self.trained = find_trained(self.parts, config.train)
-            check_rounding(config, self.parts, self.trained.fqns)
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         if lora.needs_first_visit(self.model):
@@ -107,9 +108,6 @@ class Session:
         self.set_training(train)
         self.num_steps = config.training.max_steps  # None: epochs set them, and the trainer will say
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
-        if self.perturbs_all:
-            check_storage(self.parts.sources, self.parts.parameters)
-            check_rounding(config, self.parts, self.parts.parameters)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -117,18 +115,13 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """What the user should know about the checkpoint."""
-        sources = self.parts.sources
-        notes = [
-            f"note: config.json ties {target} to {source}, but the checkpoint holds both with unlike values: they are two "
-            "weights here, as Transformers has it"
-            for target, source in sources.apart
+        unused = self.parts.sources.unused
+        if not unused:
+            return []
+        return [
+            f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
+            f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
         ]
-        if unused := sources.unused:
-            notes.append(
-                f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
-                f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
-            )
-        return notes
 
     def set_training(self, training: bool) -> None:
         """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.
@@ -140,14 +133,21 @@ class Session:
             if hasattr(module, "_cache_clear"):
                 module.training = True
 
-    def plan(self, shape: BatchShape, also: BatchShape | None = None) -> PlannedRun:
-        """also: what must find room between steps. Raises PlanRefused when the budgets are too small for one of them."""
+    def plan(self, shape: BatchShape, elsewhere: bool = False) -> PlannedRun:
+        """Raises PlanRefused when the budgets are too small for `shape`, UserError when the machine is too small for them.
+
+        elsewhere: the run will be on another machine.
+        """
+        limits = self._limits
+        if limits.host_bytes > total_host_bytes() and not elsewhere:
+            raise UserError(
+                f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
+                f"has, found {self.config.host_memory}: give less, such as 90%"
+            )
         demand, visit = self._demand(shape)
-        if also is not None:
-            demand = demand.covering(self._demand(also)[0])
         engine = self.config.engine
         activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
-        plan = make_plan(demand, self._limits(), Wishes(engine.resident_blocks, engine.lookahead, activations))
+        plan = make_plan(demand, limits, Wishes(engine.resident_blocks, engine.lookahead, activations))
         perturbed = self._perturbation_demand()
         return PlannedRun(
             plan,
@@ -160,6 +160,7 @@ class Session:
             perturbed.folded_bytes if perturbed else 0,
             None if self.trained is None else store_size(self.config, self.trained),
             self.config.variants if self.train else 1,
+            "" if self.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
         )
 
     def open(
@@ -236,17 +237,24 @@ class Session:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def close(self) -> None:
+        """Frees the streamed model and its memory; after that the process holds little more than before."""
         if self.streamed is not None:
             self.streamed.close()
             self.streamed = None
+            gc.collect()  # its parts refer to each other
         self.device.close()
+        if self.arena is not None:
+            self.arena.give_back()
+            self.arena = None
+        trim_malloc()
 
+    @cached_property
     def _limits(self) -> Limits:
-        total = available_host_bytes()
+        """Once, so that all plans of a session have the same."""
         if self.config.host_memory is None:
-            host = int(total * (1 - HOST_RESERVE_SHARE))
+            host = int(available_host_bytes() * (1 - HOST_RESERVE_SHARE))
         else:
-            host = _amount("host_memory", self.config.host_memory, total)
+            host = _amount("host_memory", self.config.host_memory, total_host_bytes())
         device = None
         if not self.device.shares_host_memory:
             if self.config.device_memory is None:

@@ -41,7 +41,7 @@ class ArenaStats:
 
 
 class Arena:
-    """The process's one arena. Made by `install_arena`; stays for the life of the process."""
+    """The process's one arena. Made by `install_arena`; until `give_back`, or for the life of the process."""
 
     def __init__(self, native) -> None:
         self._native = native
@@ -52,6 +52,11 @@ class Arena:
     def reset_peak(self) -> None:
         """Starts the peaks again from what is in use now."""
         self._native.reset_peak()
+
+    def give_back(self) -> None:
+        """From now on torch's tensors come from the C library, as before `install_arena`. What the region still holds stays
+        valid; the rest of it goes back to the system."""
+        self._native.install(1, sys.maxsize)
 
     @contextlib.contextmanager
     def long_lived(self) -> Iterator[None]:

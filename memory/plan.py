@@ -24,11 +24,12 @@ ACTIVATION_SLOTS = 4
 MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
 STATE_SLOTS = 12  # keep a disk busy in both directions
 MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
+SPREAD_BYTES = 4 * MIB  # by which the size of the process itself differs from one start to the next
 TEMPORARIES_FACTOR = 1.15  # fragmentation, and what kernels allocate inside
 
 
 class PlanRefused(UserError):
-    """No plan fits the budget. `smallest_bytes`: the smallest budget of that tier that would."""
+    """No plan fits the budget. `smallest_bytes`: the smallest budget of that tier that would, in this process."""
 
     def __init__(self, message: str, smallest_bytes: int) -> None:
         super().__init__(message)
@@ -76,11 +77,6 @@ class Demand:
     saving_bytes: int = 0
     device_libraries_bytes: int = 0
     host_libraries_bytes: int = 0
-
-    def covering(self, other: Demand) -> Demand:
-        """Of the same model, for batches of either size."""
-        sizes = ("temporaries_bytes", "step_bytes", "boundary_bytes", "boundary_total_bytes", "code_bytes")
-        return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in sizes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,14 +339,14 @@ def _fits(plan: Plan, limits: Limits) -> bool:
 
 
 def _refuse_what_does_not_fit(plan: Plan, demand: Demand, limits: Limits) -> None:
-    tiers = [("host", "--host-memory", plan.host_parts, limits.host_bytes)]
+    tiers = [("host", "--host-memory", plan.host_parts, limits.host_bytes, SPREAD_BYTES)]
     if limits.device_bytes is not None:
-        tiers.append(("device", "--device-memory", plan.device_parts, limits.device_bytes))
-    for tier, flag, parts, budget in tiers:
+        tiers.append(("device", "--device-memory", plan.device_parts, limits.device_bytes, 0))
+    for tier, flag, parts, budget, spread in tiers:
         need = sum(parts.values())
         if need > budget:
             lines = "\n".join(f"    {format_bytes(size):>10}  {name}" for name, size in parts.items())
-            remedies = [f"raise {flag} to {-(-need // MIB)}MiB, the smallest that works"]
+            remedies = [f"raise {flag} to {-(-(need + spread) // MIB)}MiB, the smallest that works"]
             computing = demand.temporaries_bytes + demand.step_bytes
             if computing > demand.state_bytes:
                 remedies.append("lower --sequence-length or --micro-batch-size")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
+
+import psutil
+
+from memory.meter import host_bytes
 
 _PREFIXES = "KMGTP"
 _AMOUNT = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>%|[A-Za-z]*)")
@@ -67,22 +71,30 @@ def format_bytes(num_bytes: int | float) -> str:
     return f"{sign}{size:.0f} B" if unit == "B" else f"{sign}{size:.1f} {unit}"
 
 
-def available_host_bytes() -> int:
+def total_host_bytes() -> int:
     """Host memory that this process can hold at most: physical memory, or a smaller memory cgroup limit (v1 or v2).
 
     The limits of the process' own cgroup and of all its ancestors count, as far as they can be seen from here. Memory
     that other processes use is not subtracted.
     """
-    physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        cgroups = Path("/proc/self/cgroup").read_text()
-        mountinfo = Path("/proc/self/mountinfo").read_text()
-    except OSError:  # not Linux, or no /proc
-        return physical_bytes
-    return min([physical_bytes, *cgroup_limits_bytes(cgroups, mountinfo)])
+    return min([psutil.virtual_memory().total, *(limit.limit_bytes for limit in _cgroup_limits_here())])
 
 
-def cgroup_limits_bytes(cgroups: str, mountinfo: str) -> list[int]:
+def available_host_bytes() -> int:
+    """Host memory that this process can come to hold beside what others use now; what it holds already is in it."""
+    others = [psutil.virtual_memory().available, *(limit.limit_bytes - limit.used_bytes for limit in _cgroup_limits_here())]
+    return min(total_host_bytes(), max(0, min(others)) + host_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupLimit:
+    """used_bytes: without pages of files, which the kernel takes back when it needs to; 0 where it cannot be read."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+def cgroup_limits(cgroups: str, mountinfo: str) -> list[CgroupLimit]:
     """Every memory limit on the path from a process' cgroup to the top, own cgroup first.
 
     `cgroups` is the text of /proc/PID/cgroup, `mountinfo` of /proc/PID/mountinfo (formats: man 7 cgroups, man 5 proc).
@@ -100,13 +112,22 @@ def cgroup_limits_bytes(cgroups: str, mountinfo: str) -> list[int]:
         root, mount_point = (_unescape(field) for field in before.split()[3:5])
         kind, _, options = after.split(" ", 2)
         if kind == "cgroup" and "memory" in options.split(",") and v1_path is not None:
-            limits += _limits_upwards(mount_point, root, v1_path, "memory.limit_in_bytes")
+            limits += _limits_upwards(mount_point, root, v1_path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         elif kind == "cgroup2" and v2_path is not None:
-            limits += _limits_upwards(mount_point, root, v2_path, "memory.max")
+            limits += _limits_upwards(mount_point, root, v2_path, "memory.max", "memory.current", "")
     return limits
 
 
-def _limits_upwards(mount_point: str, mount_root: str, cgroup_path: str, file_name: str) -> list[int]:
+def _cgroup_limits_here() -> list[CgroupLimit]:
+    try:
+        return cgroup_limits(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+    except OSError:  # not Linux, or no /proc
+        return []
+
+
+def _limits_upwards(
+    mount_point: str, mount_root: str, cgroup_path: str, limit_name: str, usage_name: str, stat_prefix: str
+) -> list[CgroupLimit]:
     path = PurePosixPath(cgroup_path)
     # A container without its own cgroup namespace sees the host's path, but has only its own subtree mounted.
     visible = path.is_relative_to(mount_root) and ".." not in path.parts
@@ -114,12 +135,22 @@ def _limits_upwards(mount_point: str, mount_root: str, cgroup_path: str, file_na
     limits = []
     for folder in (below, *below.parents):
         try:
-            text = Path(mount_point, folder, file_name).read_text().strip()
+            text = Path(mount_point, folder, limit_name).read_text().strip()
         except OSError:  # the top of a hierarchy has no limit file; parts of it may be hidden
             continue
         if text.isdigit():  # "max" is no limit
-            limits.append(int(text))
+            limits.append(CgroupLimit(int(text), _used_bytes(Path(mount_point, folder), usage_name, stat_prefix)))
     return limits
+
+
+def _used_bytes(folder: Path, usage_name: str, stat_prefix: str) -> int:
+    try:
+        usage = int((folder / usage_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        files = sum(int(stat[f"{stat_prefix}{kind}_file"]) for kind in ("active", "inactive"))
+    except (OSError, ValueError, KeyError):
+        return 0
+    return max(0, usage - files)
 
 
 def _unescape(field: str) -> str:

@@ -310,3 +310,24 @@ def test_tuned_malloc_returns_large_blocks_when_freed() -> None:
     assert host_bytes() - before < 4 * MIB
     assert trim_malloc() in (True, False)
     """)
+
+
+def test_what_is_given_back_leaves_the_process() -> None:
+    """Run apart: the arena is the process's own. 256 MiB of it are touched; a tensor that is kept stays valid."""
+    code = """
+import torch
+from memory.arena import install_arena
+from memory.meter import host_bytes
+arena = install_arena(300 << 20)
+before = host_bytes()
+kept = torch.full((1 << 20,), 7.0)
+large = torch.ones(252 << 18)
+assert host_bytes() - before > 250 << 20
+del large
+arena.give_back()
+assert host_bytes() - before < 8 << 20, host_bytes() - before
+assert bool((kept == 7).all())
+again = torch.ones(1 << 20)
+assert arena.stats().used_bytes == 0 and float(again.sum()) == 1 << 20
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

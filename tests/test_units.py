@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from memory.units import available_host_bytes, cgroup_limits_bytes, format_bytes, parse_bytes
+from memory.meter import host_bytes
+from memory.units import CgroupLimit, available_host_bytes, cgroup_limits, format_bytes, parse_bytes, total_host_bytes
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_cgroup_v2_counts_the_ancestors(tmp_path: Path) -> None:
     write_limits(tmp_path, "memory.max", {"a": "3000", "a/b": "max", "a/b/c": "5000", "a/other": "1"})
     proc = "23 1 0:22 / /proc rw shared:1 - proc proc rw\n"
     mountinfo = proc + f"41 23 0:38 / {tmp_path} rw shared:9 - cgroup2 cgroup2 rw\n"
-    assert cgroup_limits_bytes("0::/a/b/c\n", mountinfo) == [5000, 3000]
+    assert [one.limit_bytes for one in cgroup_limits("0::/a/b/c\n", mountinfo)] == [5000, 3000]
 
 
 def test_cgroup_v1_memory_beside_an_unlimited_v2(tmp_path: Path) -> None:
@@ -114,16 +115,29 @@ def test_cgroup_v1_memory_beside_an_unlimited_v2(tmp_path: Path) -> None:
         f"36 31 0:33 / {tmp_path}/cpu rw,relatime - cgroup cgroup rw,cpu\n"
         f"41 31 0:38 / {v2} rw,relatime - cgroup2 cgroup2 rw\n"
     )
-    assert cgroup_limits_bytes("4:memory:/job\n1:cpu:/\n0::/\n", mountinfo) == [700, 9223372036854771712]
+    found = cgroup_limits("4:memory:/job\n1:cpu:/\n0::/\n", mountinfo)
+    assert [one.limit_bytes for one in found] == [700, 9223372036854771712]
 
 
 @pytest.mark.parametrize("path", ["/docker/abc", "/docker/abc/../..", "/elsewhere", "/"])
 def test_container_that_sees_only_its_own_subtree(tmp_path: Path, path: str) -> None:
     write_limits(tmp_path, "memory.max", {".": "1234", "docker/abc": "1"})
     mountinfo = f"41 31 0:38 /docker/abc {tmp_path} rw - cgroup2 cgroup2 rw\n"
-    assert cgroup_limits_bytes(f"0::{path}\n", mountinfo) == [1234]
+    assert cgroup_limits(f"0::{path}\n", mountinfo) == [CgroupLimit(1234, 0)]
 
 
-def test_available_host_bytes_is_at_most_physical_memory() -> None:
+@pytest.mark.parametrize(
+    ("kind", "limit", "usage", "prefix"),
+    [("cgroup2", "memory.max", "memory.current", ""), ("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+)
+def test_pages_of_files_in_a_cgroup_are_not_used(tmp_path: Path, kind: str, limit: str, usage: str, prefix: str) -> None:
+    write_limits(tmp_path, limit, {"job": "9000"})
+    write_limits(tmp_path, usage, {"job": "5000"})
+    write_limits(tmp_path, "memory.stat", {"job": f"cache 1\n{prefix}active_file 1200\n{prefix}inactive_file 700"})
+    mountinfo = f"41 31 0:38 / {tmp_path} rw - {kind} x rw,memory\n"
+    assert cgroup_limits("0::/job\n1:memory:/job\n", mountinfo) == [CgroupLimit(9000, 3100)]
+
+
+def test_what_is_available_is_less_than_what_there_is_by_what_others_hold() -> None:
     physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 2**26 < available_host_bytes() <= physical_bytes
+    assert host_bytes() < available_host_bytes() <= total_host_bytes() <= physical_bytes
