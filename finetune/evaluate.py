@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from finetune.config import Config
 from finetune.data import TokenDataset, prepare
+from finetune.data.preparation import describe
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.progress import Progress
 from finetune.scoring import Asked, TextRows, score
@@ -41,7 +43,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     started = time.perf_counter()
     session = Session(config, None if adapter is None else Path(adapter), train=False)
     try:
-        rows = _open_rows(session, config, config.dataset.sequence_length)
+        rows = _open_rows(session, config)
         planned = _plan(session, rows, config.training.micro_batch_size)
         with Progress(1, host_budget_bytes=planned.plan.host_budget_bytes) as progress:
             streamed = session.open(planned, config.output / "scratch")
@@ -53,22 +55,52 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     return result | {"seconds": time.perf_counter() - started}
 
 
-def evaluate_open(session: Session, config: Config, shape: BatchShape) -> dict[str, float]:
-    """The same in the middle of a training run: within the plan made for `shape`, on the model that is open.
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Rows that are measured in the middle of a training run, and the shape of the passes that its plan has room for."""
 
-    Rows that are longer than what a micro-batch of `shape` holds are cut as training rows are. The model is left in
-    eval mode.
+    rows: TextRows | TensorRows
+    shape: BatchShape
+
+
+def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) -> tuple[PlannedRun, HeldOut | None]:
+    """The plan of a training run whose steps have `shape` and which measures `config.eval_data`, where there is any.
+
+    Rows longer than those of a step are planned for. Their tokens are made now: in mid-run that process would come on top
+    of the plan. Raises PlanRefused when the budgets are too small.
     """
+    if config.eval_data is None:
+        return session.plan(shape), None
+    rows = _open_rows(session, config)
+    planned = session.plan(shape)
+    longest = shape.inputs["input_ids"].shape[1] if "input_ids" in shape.inputs else 0
+    if isinstance(rows, TensorRows) or rows.max_length <= longest:
+        return planned, HeldOut(rows, shape)
+    # As many tokens a pass as a step has; where they do not fit, one row.
+    for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // rows.max_length), 1}, reverse=True):
+        longer = BatchShape.of_text(1, rows.max_length, micro_batches, train=False)
+        try:
+            return session.plan(shape, longer), HeldOut(rows, longer)
+        except PlanRefused as error:
+            refused = error
+    raise PlanRefused(
+        f"a row of eval_data has {rows.max_length} tokens, those of training at most {longest}: with eval_data {refused}",
+        refused.smallest_bytes,
+    )
+
+
+def evaluate_open(session: Session, held_out: HeldOut) -> dict[str, float]:
+    """As `evaluate`, on the model that is open in the middle of a training run. It is left in eval mode."""
     started = time.perf_counter()
     session.set_training(False)
-    rows = _open_rows(session, config, min(config.dataset.sequence_length, shape.rows))
-    return _measure(session.streamed, rows, shape) | {"seconds": time.perf_counter() - started}
+    measured = _measure(session.streamed, held_out.rows, held_out.shape)
+    return measured | {"seconds": time.perf_counter() - started}
 
 
-def prepare_rows(config: Config, directory: Path, sequence_length: int) -> TokenDataset:
+def _prepare(config: Config, directory: Path) -> TokenDataset:
     """The token cache of the evaluation data, made now where there is none; with choices where completions are few.
 
-    directory: of the model. Making it takes a process of its own: call this before the model is opened.
+    directory: of the model.
     """
     source = config.eval_data
     if source is None:
@@ -83,7 +115,7 @@ def prepare_rows(config: Config, directory: Path, sequence_length: int) -> Token
             source,
             model=directory,
             cache_dir=config.output / "tokens",
-            sequence_length=sequence_length,
+            sequence_length=options.sequence_length,
             form=options.form,
             completion_only=options.completion_only,
             append_eos=append_eos,
@@ -93,25 +125,19 @@ def prepare_rows(config: Config, directory: Path, sequence_length: int) -> Token
         )
 
     data = tokens(options.append_eos, choices=False)
-    if (data.meta["different_completions"] or 0) < 2:
-        return data
-    # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
-    append_eos = data.meta["eos_token_id"] is not None and options.append_eos is not False
-    data = tokens(append_eos, choices=True)
-    if data.meta["dropped"]:
-        print(
-            f"note: {data.meta['dropped']} of {data.meta['rows']} rows are longer than dataset.sequence_length "
-            f"({sequence_length}) and are left out",
-            file=sys.stderr,
-        )
+    if (data.meta["different_completions"] or 0) >= 2:
+        # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
+        append_eos = data.meta["eos_token_id"] is not None and options.append_eos is not False
+        data = tokens(append_eos, choices=True)
+    print(*describe(data), sep="\n", file=sys.stderr)
     return data
 
 
-def _open_rows(session: Session, config: Config, sequence_length: int) -> TextRows | TensorRows:
+def _open_rows(session: Session, config: Config) -> TextRows | TensorRows:
     source = config.data if config.eval_data is None else config.eval_data
     if TensorRows.fits(source):
         return TensorRows(source)
-    return TextRows(prepare_rows(config, session.parts.directory, sequence_length))
+    return TextRows(_prepare(config, session.parts.directory))
 
 
 def _plan(session: Session, rows: TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:

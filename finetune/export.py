@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from finetune.config import Config
+from finetune.report import last_step
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
 from offload.block_store import TORCH_DTYPES
+from offload.folds import newest_fold
 from offload.journal import Journal
 from offload.model_parts import cut
 from offload.perturbed import noise_keys
-from offload.replay import moved_sources, newest_fold, replay
+from offload.replay import moved_sources, replay
 from offload.store_export import export_store
 from offload.trained_parts import find_trained
 from offload.working_store import StoredPiece, lock_store, read_manifest
@@ -71,7 +74,7 @@ def _export_locked_store(
     parts = cut(model, trust_remote_code=config.trust_remote_code, trains_weights=True, tile_vocab=about["tile_vocab"])
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
     export_store(
-        parts.checkpoint, find_trained(parts, about["train"]), store / "data", pieces, directory,
+        parts.checkpoint, parts.sources, find_trained(parts, about["train"]), store / "data", pieces, directory,
         side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
@@ -83,6 +86,14 @@ def _export_journal(
     journal = Journal.read(path)
     if journal.about["zo"]["parameters"] != "all":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
+    shown = last_step(config.output / "metrics.jsonl")
+    if at_step is None and (journal.torn_bytes or journal.steps < shown):
+        more = f"metrics.jsonl has {shown}" if journal.steps < shown else "there is a part of another"
+        raise UserError(
+            f"{path} has {journal.steps} whole steps, {more}: a process died while it wrote, or its end is damaged. Bring "
+            "it back from a copy, or let the run make the rest again with --resume, or export what is whole with --at-step "
+            f"{journal.steps}"
+        )
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {at_step}")
@@ -90,7 +101,8 @@ def _export_journal(
     parts = cut(model, trust_remote_code=config.trust_remote_code)
     keys = noise_keys(parts.sources, parts.parameters)
     checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
-    if (folded := newest_fold(config.output / "weights", steps)) is not None:
+    folded = newest_fold(config.output / "weights", journal, steps, config.engine.io_backend, _say)
+    if folded is not None:
         first_step, checkpoint = folded
         sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
     replay(
@@ -100,6 +112,10 @@ def _export_journal(
         io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
+
+
+def _say(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 def _same_model(config: Config, name: str) -> Path:

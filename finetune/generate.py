@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from finetune.config import Config
+from finetune.data.chat_template import ChatTemplate
+from finetune.data.encode import prompt_ids
+from finetune.data.preparation import template_text
 from finetune.methods.adapters import prefix_length
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.session import Session
@@ -182,10 +185,8 @@ def load_tokenizer(directory: Path, config: Config) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # Transformers raises whatever its parts do
         raise UserError(f"the tokenizer of {config.model} cannot be loaded: {type(error).__name__}: {error}") from error
-    template = config.dataset.chat_template
-    if template is not None:
-        is_text = "{" in template or "\n" in template
-        tokenizer.chat_template = template if is_text else Path(template).expanduser().read_text(encoding="utf-8")
+    if (template := template_text(config.dataset.chat_template)) is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -195,11 +196,10 @@ def _encode(tokenizer: Any, prompt: str, chat: bool | None, config: Config) -> l
             f"the tokenizer of {config.model} has no chat template: leave --chat out, or set dataset.chat_template"
         )
     if chat or (chat is None and tokenizer.chat_template):
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = ChatTemplate(tokenizer).prompt([{"role": "user", "content": prompt}], config.model)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise UserError("expected a prompt, found one without any token: give --prompt TEXT")
     return ids

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import UserError
+from memory.sealed import SEAL, seal, unseal
 from memory.units import format_bytes
 
 METRIC_KEYS = (
@@ -35,8 +36,8 @@ class MetricsError(UserError):
 
 
 class MetricsWriter:
-    """Appends one JSON row a step; each row is in the kernel's hands before `write` returns. last_row: the newest, None where
-    there is none.
+    """Appends one JSON row a step, with a checksum of itself; each row is in the kernel's hands before `write` returns.
+    last_row: the newest, None where there is none.
 
     Rows after `resume_step`, the step a run goes on from, are dropped first (0: a new run, all are), so that no step
     stands in the file twice. A last line that a killed process left half written is dropped too. The file is private.
@@ -80,7 +81,7 @@ class MetricsWriter:
 
     def _put(self, row: Mapping[str, Any], start: int, old: bytes) -> None:
         """Writes the last row of the file where `old` stood."""
-        line = to_json(row).encode() + b"\n"
+        line = to_json(seal(_finite(row))).encode() + b"\n"
         try:
             self._replace(line, start)
         except OSError as error:
@@ -102,7 +103,7 @@ class MetricsWriter:
             self._start, self._line = self._start + len(self._line), line.encode()
             yield line
         if self._line:
-            self.last_row = json.loads(self._line)
+            self.last_row = unseal(json.loads(self._line))
 
     def close(self) -> None:
         if self._file >= 0:
@@ -128,16 +129,29 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 raise MetricsError(damaged)
             try:
                 row = json.loads(line)
-                if not line.endswith(b"\n") or not isinstance(row["step"], int):
+                if SEAL in row:
+                    row = unseal(row)
+                elif not line.endswith(b"\n") or not isinstance(row["step"], int):
                     raise ValueError("not a row")
-            except (ValueError, KeyError, TypeError):
-                damaged = f"{path}:{number}: expected a row of metrics, found {line[:60]!r}; move the file away"
+            except (ValueError, KeyError, TypeError) as error:
+                why = f"found {line[:60]!r} ({error})"
+                damaged = f"{path}:{number}: expected a row of metrics, {why}; move the file away, and go on with --resume"
                 continue
             yield row
 
 
+def last_step(path: Path) -> int:
+    """The largest step of all rows that are whole; 0 when there is none."""
+    step = 0
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            step = max(step, (unseal(row) if SEAL in row else row)["step"])
+    return step
+
+
 def _rows_until(path: Path, last_step: int) -> Iterator[str]:
-    return (json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= last_step)
+    return (to_json(seal(row)) + "\n" for row in read_metrics(path) if row["step"] <= last_step)
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.weight_demand import (
+    check_rounding,
     largest_piece_bytes,
     make_keeping,
     make_rule,
@@ -43,7 +44,7 @@ from offload.perturbed_model import PerturbedModel
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
-from offload.trained_parts import TrainedParts, find_trained
+from offload.trained_parts import TrainedParts, check_storage, find_trained
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 COMPUTE_BOUND_TOKENS = 2048
@@ -100,6 +101,7 @@ class Session:
         self.trained: TrainedParts | None = None
         if train and config.trains_weights:
             self.trained = find_trained(self.parts, config.train)
+            check_rounding(config, self.parts, self.trained.fqns)
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         if lora.needs_first_visit(self.model):
@@ -108,6 +110,9 @@ class Session:
         self.set_training(train)
         self.num_steps = config.training.max_steps  # None: epochs set them, and the trainer will say
         self.perturbs_all = train and config.method == "zo" and not config.has_adapter
+        if self.perturbs_all:
+            check_storage(self.parts.sources, self.parts.parameters)
+            check_rounding(config, self.parts, self.parts.parameters)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -115,13 +120,18 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """What the user should know about the checkpoint."""
-        unused = self.parts.sources.unused
-        if not unused:
-            return []
-        return [
-            f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
-            f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
+        sources = self.parts.sources
+        notes = [
+            f"note: config.json ties {target} to {source}, but the checkpoint holds both with unlike values: they are two "
+            "weights here, as Transformers has it"
+            for target, source in sources.apart
         ]
+        if unused := sources.unused:
+            notes.append(
+                f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
+                f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
+            )
+        return notes
 
     def set_training(self, training: bool) -> None:
         """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.
@@ -133,10 +143,11 @@ class Session:
             if hasattr(module, "_cache_clear"):
                 module.training = True
 
-    def plan(self, shape: BatchShape, elsewhere: bool = False) -> PlannedRun:
-        """Raises PlanRefused when the budgets are too small for `shape`, UserError when the machine is too small for them.
+    def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
+        """also: what must find room between steps. elsewhere: the run will be on another machine.
 
-        elsewhere: the run will be on another machine.
+        Raises PlanRefused when the budgets are too small for one of them, UserError when the machine is too small for the
+        budgets.
         """
         limits = self._limits
         if limits.host_bytes > total_host_bytes() and not elsewhere:
@@ -145,6 +156,8 @@ class Session:
                 f"has, found {self.config.host_memory}: give less, such as 90%"
             )
         demand, visit = self._demand(shape)
+        if also is not None:
+            demand = demand.covering(self._demand(also)[0])
         engine = self.config.engine
         activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
         plan = make_plan(demand, limits, Wishes(engine.resident_blocks, engine.lookahead, activations))

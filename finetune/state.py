@@ -2,6 +2,7 @@
 
 `state/step-N/` holds the adapter, the optimizer's moments and the position; it is written under another name, flushed and
 renamed, so a directory of that name is whole. The two newest are kept: the one before stays until the next is durable.
+`state.json` has a checksum of itself and one of the tensors: what was damaged or exchanged is refused.
 Data order, learning rate and random numbers are functions of (seed, step) and need no saving.
 """
 
@@ -18,8 +19,10 @@ from torch import nn
 
 from memory.errors import UserError
 from memory.new_directory import new_directory
+from memory.sealed import SEAL, file_checksum, seal, unseal
 
 _PREFIX = "step-"
+_ABOUT, _TENSORS = "state.json", "tensors.safetensors"
 
 
 def save_state(
@@ -40,10 +43,9 @@ def save_state(
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with new_directory(final) as temporary:
-            (temporary / "state.json").write_text(json.dumps({"step": step, **about}, indent=2))
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors"
-            )
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
+            sealed = seal({"step": step, "tensors": file_checksum(temporary / _TENSORS), **about})
+            (temporary / _ABOUT).write_text(json.dumps(sealed, indent=2))
     except OSError as error:
         raise UserError(
             f"cannot save the state after step {step} in {folder}: {error.strerror or error}. The states saved before are "
@@ -64,38 +66,64 @@ def load_state(
 ) -> int:
     """Fills parameters and optimizer from the newest state; returns its step, 0 when there is none.
 
-    Raises UserError when the state belongs to a run with other settings, naming them, or when it is damaged.
+    Raises UserError when the state belongs to a run with other settings, naming them, or when it is damaged, saying whether
+    the one before it is whole.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     states = saved_states(folder)
     if not states:
         return 0
     state = states[-1]
     try:
-        found = json.loads((state / "state.json").read_text())
-        step = found.pop("step")
+        step, found = read_about(state)
         check_same_run(state, found, about)
-        with safe_open(state / "tensors.safetensors", framework="pt") as file, torch.no_grad():
-            names = set(file.keys())
-            expected = {f"parameter.{name}" for name in trainable}
-            if missing := expected - names:
-                raise UserError(
-                    f"cannot resume from {state}: it lacks {sorted(missing)[0]} and {len(missing) - 1} more"
-                )
-            for name, parameter in trainable.items():
-                parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                moments = {
-                    key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names
-                }
-                for key, full_name in moments.items():
-                    value = file.get_tensor(full_name)
-                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device, copy=True)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(
-            f"the saved state {state} is damaged ({error}); remove it to go on from the one before"
-        ) from error
+        _fill(state / _TENSORS, trainable, optimizer)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the saved state {state} is damaged ({error}): {_way_on(states)}") from error
     return step
+
+
+def read_about(state: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a state and what it says of its run. Raises OSError, ValueError, KeyError or TypeError when it is damaged."""
+    found = json.loads((state / _ABOUT).read_text())
+    # States of runs that began before there were checksums have neither of the two.
+    if SEAL in found or "tensors" in found:
+        try:
+            found = unseal(found)
+        except ValueError as error:
+            raise ValueError(f"{_ABOUT}: {error}") from error
+        if file_checksum(state / _TENSORS) != found.pop("tensors"):
+            raise ValueError(f"{_TENSORS}: its checksum does not fit")
+    return found.pop("step"), found
+
+
+def _fill(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
+        if missing := {f"parameter.{name}" for name in trainable} - names:
+            raise ValueError(f"{path.name} lacks {sorted(missing)[0]} and {len(missing) - 1} more")
+        for name, parameter in trainable.items():
+            parameter.copy_(file.get_tensor(f"parameter.{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{name}" in names:
+                    value = file.get_tensor(f"{key}.{name}")
+                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device, copy=True)
+
+
+def _way_on(states: list[Path]) -> str:
+    """What to do when the newest of `states`, oldest first, is damaged."""
+    damaged = [states[-1]]
+    for state in reversed(states[:-1]):
+        try:
+            step, _ = read_about(state)
+        except (OSError, KeyError, ValueError, TypeError):
+            damaged.append(state)
+        else:
+            return f"remove {' and '.join(map(str, damaged))}; --resume then goes on from step {step}, whose state is intact"
+    return f"no other state is intact; remove {damaged[0].parent} and begin again"
 
 
 def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:

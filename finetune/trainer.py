@@ -29,7 +29,8 @@ from finetune.after_step import AfterStep
 from finetune.callbacks import Callbacks
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, prepare
-from finetune.evaluate import evaluate, evaluate_open, prepare_rows
+from finetune.data.preparation import describe
+from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
 from finetune.methods import Method
 from finetune.methods.first_order import FirstOrder
@@ -77,6 +78,7 @@ class Trainer:
         self.config = config
         self.callbacks = list(callbacks)
         self._stop_signal: int | None = None
+        self._held_out: HeldOut | None = None
 
     def plan(self) -> PlannedRun:
         """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
@@ -148,7 +150,7 @@ class Trainer:
             raise
         options = config.dataset
         choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES
-        return prepare(
+        data = prepare(
             source,
             model=session.parts.directory,
             cache_dir=config.output / "tokens",
@@ -160,6 +162,8 @@ class Trainer:
             trust_remote_code=config.trust_remote_code,
             choices=choices,
         )
+        print(*describe(data), sep="\n", file=LastingStream(sys.stderr))
+        return data
 
     def _train(self, session: Session, objective: Objective) -> TrainResult:
         config, options = self.config, self.config.training
@@ -171,10 +175,7 @@ class Trainer:
         schedule_note = check_schedule(options, batches.num_steps)
         shape = objective.shape(session)
         session.num_steps = batches.num_steps
-        planned = session.plan(shape)
-        if config.eval_data is not None and not TensorRows.fits(config.eval_data):
-            # Tokenised now: in mid-run its process would come on top of the plan.
-            prepare_rows(config, session.parts.directory, min(config.dataset.sequence_length, shape.rows))
+        planned, self._held_out = plan_with_evaluation(session, config, shape)
 
         output = config.output
         try:
@@ -223,6 +224,8 @@ class Trainer:
         rates = measure_rates(session.parts, session.device)
         kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": FirstOrder}[config.method]
         method: Method = kind(config, session, objective, batches.num_steps, about)
+        for note in method.notes:
+            progress.message(note)
         try:
             return self._run_steps(session, planned, batches, meter, progress, rates, method)
         finally:
@@ -249,7 +252,7 @@ class Trainer:
         step = first_step
 
         def measure(step: int) -> dict[str, float]:
-            return self._evaluate_inside(session, planned, progress, step)
+            return self._evaluate_inside(session, progress, step)
 
         with MetricsWriter(output / "metrics.jsonl", first_step) as metrics:
             callbacks = Callbacks(self.callbacks, config, session, method, batches, metrics.rows())
@@ -318,10 +321,8 @@ class Trainer:
         print(words, file=LastingStream(sys.stdout), flush=True)
         return TrainResult(step, training_loss, report)
 
-    def _evaluate_inside(
-        self, session: Session, planned: PlannedRun, progress: Progress, step: int
-    ) -> dict[str, float]:
-        results = evaluate_open(session, self.config, planned.shape)
+    def _evaluate_inside(self, session: Session, progress: Progress, step: int) -> dict[str, float]:
+        results = evaluate_open(session, self._held_out)
         session.set_training(True)
         progress.message(f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items()))
         return results

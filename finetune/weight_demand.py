@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
+
 from finetune.config import Config
 from finetune.methods.selection import Selection, interval_of
+from memory.errors import UserError
 from offload.adafactor import TEMPORARY_BYTES
 from offload.model_parts import ModelParts
 from offload.optimizer_stream import FACTORS, Keeping, factors_of
@@ -40,6 +44,17 @@ def make_rule(config: Config, of_blocks: bool = False) -> Rule:
     if of_blocks and subspace != "blocks":
         return replace(rule, name=subspace, interval=interval_of(config), scale=config.selection.sign_scale)
     return rule
+
+
+def check_rounding(config: Config, parts: ModelParts, names: Iterable[str]) -> None:
+    """Raises UserError where these parameters, as they are stored, can't be rounded as configured."""
+    key, remedy = ("zo.rounding stochastic", "nearest") if config.method == "zo" else ("optimizer.master none", "float32")
+    at_random = config.zo.rounding == "stochastic" if config.method == "zo" else config.optimizer.master == "none"
+    fp16 = next((name for name in sorted(names) if parts.sources[name].dtype == torch.float16), None)
+    if at_random and fp16 is not None:
+        raise UserError(
+            f"{fp16} is stored as float16, which {key} can't round at random: set it to {remedy}, or save the model in bfloat16"
+        )
 
 
 def make_keeping(config: Config) -> Keeping:

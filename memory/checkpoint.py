@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -55,12 +55,17 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a model directory by name. `found` says in words which files they came from."""
+    """All tensors of a model directory by name. `found` says in words which files they came from.
+
+    lost: tensors that the index names, in shards that don't hold them. Transformers passes them over, which is right for an
+    end of a tie and nothing else.
+    """
 
     directory: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
     found: str
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -98,8 +103,8 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     Taken, in this order: `model.safetensors`; the shards named by `model.safetensors.index.json`; the same with one
     variant name (`model.fp16.safetensors`); all `*.safetensors` files where there is no index.
 
-    Raises CheckpointError when there are none, when a shard or a tensor of the index is missing, or when a header is
-    unsound or disagrees with the file's size.
+    Raises CheckpointError when there are none, when a shard of the index is missing, when two files hold one tensor, or when
+    a header is unsound or disagrees with the file's size.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -167,16 +172,21 @@ def _check_shards_complete(directory: Path, files: list[str]) -> None:
 
 
 def _from_files(directory: Path, names: list[str], found: str) -> Checkpoint:
+    tensors = _tensors_of(directory, names)
+    return Checkpoint(directory, tuple(directory / name for name in names), tensors, found)
+
+
+def _tensors_of(directory: Path, names: list[str]) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for name in names:
         for entry in read_header(directory / name):
             if entry.name in tensors:
                 raise CheckpointError(
                     f"{directory}: tensor '{entry.name}' is in both {tensors[entry.name].path.name} and {name}, "
-                    "expected once: remove the files that aren't part of the model"
+                    "expected once: remove the files that aren't part of the model, or save it again"
                 )
             tensors[entry.name] = entry
-    return Checkpoint(directory, tuple(directory / name for name in names), tensors, found)
+    return tensors
 
 
 def _from_index(directory: Path, index_name: str) -> Checkpoint:
@@ -199,19 +209,11 @@ def _from_index(directory: Path, index_name: str) -> Checkpoint:
             f"{index_path} names {len(shards)} shards and {len(missing)} are missing, the first {missing[0]}: "
             "download the model again"
         )
-    tensors: dict[str, TensorEntry] = {}
-    for name in shards:
-        for entry in read_header(directory / name):
-            # A tensor that the index doesn't name is kept (Transformers loads it too); one named elsewhere isn't.
-            if weight_map.get(entry.name, name) == name:
-                tensors.setdefault(entry.name, entry)
-    for tensor, name in weight_map.items():
-        if tensor not in tensors:
-            raise CheckpointError(
-                f"{index_path}: tensor '{tensor}' should be in {name}, which doesn't hold it: download the model again"
-            )
+    # Transformers takes what a shard holds, whatever the index says of it.
+    tensors = _tensors_of(directory, shards)
+    lost = {tensor: name for tensor, name in weight_map.items() if tensor not in tensors}
     found = f"{index_name}, {len(shards)} shard(s)"
-    return Checkpoint(directory, tuple(directory / name for name in shards), tensors, found)
+    return Checkpoint(directory, tuple(directory / name for name in shards), tensors, found, lost)
 
 
 def _stays_inside(name: str) -> bool:

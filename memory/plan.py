@@ -78,6 +78,11 @@ class Demand:
     device_libraries_bytes: int = 0
     host_libraries_bytes: int = 0
 
+    def covering(self, other: Demand) -> Demand:
+        """Of the same model, for batches of either size."""
+        sizes = ("temporaries_bytes", "step_bytes", "boundary_bytes", "boundary_total_bytes", "code_bytes")
+        return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in sizes})
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -17,8 +17,8 @@ _BLOCK_BYTES = 1 << 20
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, JSON values without the key SEAL, with a checksum of them all under it, in front."""
-    return {SEAL: json_digest(values), **values}
+    """`values`, JSON values without the key SEAL, and a checksum of them all under it."""
+    return {**values, SEAL: json_digest(values)}
 
 
 def unseal(found: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ TORCH_DTYPES = {
     "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
 
-_COMPARE_BYTES = 1 << 20
+_COMPARED_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,8 @@ class ParameterMap(dict[str, Source]):
     """Every parameter and persistent buffer of a model by fully qualified name; tied ones share one Source.
 
     tied: name -> the name whose bytes it uses, for every tie that holds in this checkpoint (see `map_parameters`).
+    copies: (home, copy) of every tied weight that the checkpoint holds once more; what changes the one must change the other.
+    apart: (target, source) of ties that the configuration asks for and that don't hold, for both are there and unlike.
     absent: names that Transformers lets a checkpoint leave out and that this one does; they have no Source, the model's
         own initialisation gives their values.
     unused: checkpoint tensors that no parameter takes, less those Transformers knows to ignore. Worth a warning.
@@ -70,6 +72,8 @@ class ParameterMap(dict[str, Source]):
     def __init__(self) -> None:
         super().__init__()
         self.tied: dict[str, str] = {}
+        self.copies: tuple[tuple[Source, Source], ...] = ()
+        self.apart: tuple[tuple[str, str], ...] = ()
         self.absent: tuple[str, ...] = ()
         self.unused: tuple[str, ...] = ()
 
@@ -78,7 +82,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
     """Say for each parameter and persistent buffer of `model` (on any device, meta too) where its bytes come from.
 
     Names, conversions and ties follow `convert_and_load_state_dict_in_model` and `PreTrainedModel.tie_weights`. Where a
-    checkpoint holds both ends of a tie they are compared, as Transformers does: equal bytes make one home, unlike ones
+    checkpoint holds both ends of a tie they are compared, as Transformers does: equal values make one home, unlike ones
     stay two parameters that are not in `tied`, whatever the configuration says.
 
     Raises CheckpointError for quantised weights, missing parameters, shapes or dtypes that don't fit, and conversions
@@ -162,8 +166,12 @@ def _tie(model: PreTrainedModel, tensors: Mapping[str, Tensor], sources: Paramet
             others = (other for other, its_source in ties if its_source == source and other in sources)
             source = next(others, source)
         if target in sources and source in sources:
-            if _same_bytes(sources[target], sources[source]):
-                _alias(sources, target, source)
+            if not _same_values(sources[target], sources[source]):
+                sources.apart += ((target, source),)
+                continue
+            if sources[target] != sources[source]:
+                sources.copies += ((sources[source], sources[target]),)
+            _alias(sources, target, source)
         elif source in sources:
             _alias(sources, target, source)
         elif target in sources:
@@ -205,25 +213,62 @@ def _check_complete(
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise CheckpointError(
             f"{checkpoint.directory}: {len(names)} parameter(s) of {type(model).__name__} are not in the checkpoint "
-            f"({checkpoint.found}): {', '.join(names[:8])}{more}. Is it another model's, or one without this head?"
+            f"({checkpoint.found}): {', '.join(names[:8])}{more}. {_why_missing(model, checkpoint, names)}"
         )
 
 
-def _same_bytes(first: Source, second: Source) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+def _why_missing(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str]) -> str:
+    if checkpoint.lost:
+        tensor, file = next(iter(checkpoint.lost.items()))
+        return f"'{tensor}' should be in {file}, which doesn't hold it: download the model again"
+    ties = model._tied_weights_keys
+    if isinstance(ties, Mapping) and set(names) <= set(ties):
+        return (
+            f"If it is one with {ties[names[0]]}, set tie_word_embeddings to true in config.json; else the model was saved "
+            "without its head"
+        )
+    return "Is it another model's, or one without this head?"
+
+
+def _same_values(first: Source, second: Source) -> bool:
+    """Whether two tensors hold the same numbers, in whatever dtypes."""
+    if first.shape != second.shape:
         return False
-    if first.pieces == second.pieces:
+    if first == second:
         return True
-    starts = range(0, first.num_bytes, _COMPARE_BYTES)
-    return all(_read(first, start, _COMPARE_BYTES) == _read(second, start, _COMPARE_BYTES) for start in starts)
+    same_dtype, count = first.dtype == second.dtype, prod(first.shape)
+    for start in range(0, count, _COMPARED_ELEMENTS):
+        a, b = (_read(source, start, min(start + _COMPARED_ELEMENTS, count)) for source in (first, second))
+        if not (a == b if same_dtype else _numbers(a, first.dtype).equal(_numbers(b, second.dtype))):
+            return False
+    return True
 
 
-def _read(source: Source, start: int, num_bytes: int) -> bytes:
-    parts = []
-    for extent in _cut(source, start, min(start + num_bytes, source.num_bytes)):
+def _numbers(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).double()
+
+
+def _read(source: Source, start: int, stop: int) -> bytes:
+    """Elements [start, stop)."""
+    itemsize, parts = source.dtype.itemsize, []
+    for extent in _cut(source, start * itemsize, stop * itemsize):
         with open(extent.path, "rb") as file:
             parts.append(os.pread(file.fileno(), extent.num_bytes, extent.file_offset))
     return b"".join(parts)
+
+
+def copies_of(copies: Iterable[tuple[Source, Source]], path: Path, offset: int, num_bytes: int) -> list[Extent]:
+    """Where else bytes [offset, offset + num_bytes) of a file are kept, by `ParameterMap.copies`; target offsets count from
+    `offset`."""
+    found = []
+    for home, copy in copies:
+        for piece in home.pieces:
+            low, high = max(offset, piece.file_offset), min(offset + num_bytes, piece.file_offset + piece.num_bytes)
+            if piece.path == path and low < high:
+                shift = piece.target_offset - piece.file_offset
+                extents = _cut(copy, low + shift, high + shift)
+                found += [e._replace(target_offset=e.target_offset - shift - offset) for e in extents]
+    return found
 
 
 def _cut(source: Source, start: int, stop: int) -> Iterator[Extent]:

@@ -16,8 +16,8 @@ from memory.new_directory import new_directory
 def new_checkpoint(
     directory: Path, original: Checkpoint, side_files: Mapping[Path, Path] | None
 ) -> Iterator[Path]:
-    """Gives a temporary directory to write weights to, named as those of `original`; at the end of the block the index and
-    `side_files` are copied beside them, and the directory takes the place of `directory`, as `new_directory` has it.
+    """Gives a temporary directory with the index of `original` and `side_files`, to write weights to that are named as its; at
+    the end of the block it takes the place of `directory`, as `new_directory` has it.
 
     side_files: path in the directory -> file; others may read the directory then as the umask says. None: a run's own weights,
     private and with nothing beside them.
@@ -26,11 +26,11 @@ def new_checkpoint(
     """
     try:
         with new_directory(directory, private=side_files is None) as temporary:
-            yield temporary
             indices = {Path(path.name): path for path in original.directory.glob("*.safetensors.index.json")}
             for name, path in (indices | (side_files or {})).items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, temporary / name)
+            yield temporary
     except OSError as error:
         raise UserError(
             f"cannot write the weights to {directory}: {error.strerror or error}. Make room, or name another directory; "

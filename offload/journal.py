@@ -1,6 +1,7 @@
 """The journal of a zeroth-order run: what each step added to the weights, as seeds and scalars. It is the checkpoint.
 
-A file of one header line (JSON) and one record a step: some 40 bytes for one perturbation, so 20,000 steps are under 1 MB.
+A file of one header line (JSON with a checksum) and one record a step: some 40 bytes for one perturbation, so 20,000 steps are
+under 1 MB.
 A record is on disk (fdatasync) before its step counts; a record that a killed process left half written is cut off.
 
 [Note: groups]
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import UserError
+from memory.sealed import SEAL, seal, unseal
 from offload.noise import Group, Noise, Update
 
 _FIXED = struct.Struct("<IdfHH")  # step, scale, learning rate, number of updates, number of scalars
@@ -68,13 +70,15 @@ class Journal:
     """Appends records, gives pending groups. Holds all records in memory: 20,000 steps are a few MB.
 
     about: JSON values in the header. Those that say how records are to be applied: "noise" and "rank" (of
-    `offload.noise.Noise`), "group_steps", "rounding" (of whole groups) and "seed".
+    `offload.noise.Noise`), "group_steps", "rounding" (of whole groups) and "seed". torn_bytes: what stood behind the last
+    whole record when the file was read.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], records: list[Record]) -> None:
         self.path = path
         self.about = dict(about)
         self.records = records
+        self.torn_bytes = 0
         self._file = -1
 
     @classmethod
@@ -89,7 +93,7 @@ class Journal:
                 path.replace(path.with_name(f"{path.name}.previous"))
             journal._lock(os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
-                journal._append(json.dumps(journal.about, sort_keys=True).encode() + b"\n")
+                journal._append(json.dumps(seal(journal.about)).encode() + b"\n")
             except OSError:
                 journal.close()
                 path.unlink()  # without its header it could not be resumed
@@ -129,30 +133,43 @@ class Journal:
             about = json.loads(data[:end])
             if not isinstance(about, dict) or not about.keys() >= {"noise", "rank", "group_steps", "rounding", "seed"}:
                 raise ValueError("not the header of a journal")
+            if SEAL in about:  # those of runs that began before there were checksums have none
+                about = unseal(about)
         except ValueError as error:
-            raise UserError(f"{path} is not the journal of a zeroth-order run, or its header is damaged") from error
+            raise UserError(
+                f"{path} is not the journal of a zeroth-order run, or its header is damaged ({error}): bring it back "
+                "from a copy"
+            ) from error
         records: list[Record] = []
         while (found := Record.unpack(data, end)) is not None:
             record, end = found
             if record.step != len(records):
-                raise UserError(f"{path} is damaged: expected the record of step {len(records)}, found {record.step}")
-            records.append(record)
-        # A process that is killed leaves half a record at the end, never one with whole records behind it.
-        following = (len(records) + 1).to_bytes(4, "little")
-        at = data.find(following, end)
-        while at >= 0:
-            if Record.unpack(data, at) is not None:
                 raise UserError(
-                    f"{path} is damaged: the record of step {len(records) + 1} does not match its checksum, those after it do. "
+                    f"{path} is damaged: expected the record of step {len(records) + 1}, found that of {record.step + 1}. "
                     "Bring the file back from a copy; it was not changed"
                 )
-            at = data.find(following, at + 1)
-        return cls(path, about, records), end
+            records.append(record)
+        # A process that is killed leaves half a record at the end, never one with whole records behind it.
+        if _has_record(data, end, len(records)):
+            raise UserError(
+                f"{path} is damaged: the record of step {len(records) + 1} does not match its checksum, there are whole ones "
+                "behind it. Bring the file back from a copy; it was not changed"
+            )
+        journal = cls(path, about, records)
+        journal.torn_bytes = len(data) - end
+        return journal, end
 
     @property
     def steps(self) -> int:
         """Steps that count."""
         return len(self.records)
+
+    def digest(self, num_steps: int) -> str:
+        """Of what this run is and of its first `num_steps` steps, in hexadecimal."""
+        digest = hashlib.blake2b(json.dumps(self.about, sort_keys=True).encode(), digest_size=16)
+        for record in self.records[:num_steps]:
+            digest.update(record.pack())
+        return digest.hexdigest()
 
     @property
     def noise(self) -> Noise:
@@ -228,6 +245,16 @@ class Journal:
             os.ftruncate(self._file, start)  # no half record before a later one
             os.lseek(self._file, start, os.SEEK_SET)
             raise
+
+
+def _has_record(data: bytes, start: int, first_step: int) -> bool:
+    """Whether a whole record of step `first_step` or later stands anywhere behind byte `start`."""
+    last_step = first_step + (len(data) - start) // _FIXED.size
+    for at in range(start + 1, len(data) - _FIXED.size):
+        (step,) = _CHECK.unpack_from(data, at)
+        if first_step <= step <= last_step and Record.unpack(data, at) is not None:
+            return True
+    return False
 
 
 def combine(records: Sequence[Record]) -> Group:

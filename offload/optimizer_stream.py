@@ -69,8 +69,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PieceFormat:
-    """How a piece lies in a buffer and on disk: weights, remainders of masters, state; each part in whole pages."""
+    """How a piece lies in a buffer and on disk: weights, masters, state; each part in whole pages.
 
+    whole_masters: masters are fp32 [units], as those of fp16 weights must be, which are no part of them; else they are the
+    remainders of bf16 weights, int16 [units].
+    """
+
+    whole_masters: bool
     master_offset: int
     master_bytes: int
     state_offset: int
@@ -86,22 +91,24 @@ class PieceFormat:
 @dataclass(frozen=True, slots=True)
 class Keeping:
     """What is kept beside weights. masters: whether 16-bit weights have an fp32 master; without, every update is rounded
-    stochastically."""
+    stochastically, which fp16 weights can't be."""
 
     state: StateFormat = StateFormat()
     masters: bool = True
 
     def piece_format(self, unit: UpdateUnit, index: int, rule: Rule) -> PieceFormat:
         if index == FACTORS:
-            return PieceFormat(0, 0, 0, factors_of(rule).factor_bytes(unit, rule), {})
+            return PieceFormat(False, 0, 0, 0, factors_of(rule).factor_bytes(unit, rule), {})
         piece = unit.pieces[index]
-        master_bytes = round_up(2 * piece.units) if self.masters and unit.itemsize == 2 else 0
+        whole = self.masters and any(segment.view.dtype == torch.float16 for segment in piece.segments)
+        each = 4 if whole else 2 if self.masters and unit.itemsize == 2 else 0
+        master_bytes = round_up(each * piece.units)
         start = piece.num_bytes + master_bytes
         arrays, end = {}, start
         for name, num_bytes in self.state.array_bytes(rule, piece.units).items():
             arrays[name] = (end, num_bytes)
             end += round_up(num_bytes, 64)
-        return PieceFormat(piece.num_bytes, master_bytes, start, round_up(end - start), arrays)
+        return PieceFormat(whole, piece.num_bytes, master_bytes, start, round_up(end - start), arrays)
 
 
 @dataclass(slots=True)
@@ -201,7 +208,7 @@ class OptimizerStream:
     ) -> Mapping[str, Direction]:
         """Takes the gradients into the unit's factors, and starts to write these."""
         fetched = self._take(request, FACTORS)
-        _, state, updates = self._checked(request, FACTORS, fetched)
+        _, state, updates = self._checked(request, FACTORS, fetched, None)
         gradients = {name: grad for name, grad in gradients.items() if name in request.trained}
         directions = factors_of(request.rule).directions(
             request.unit, request.rule, state, gradients, grad_scale, self._seed
@@ -218,17 +225,19 @@ class OptimizerStream:
         ratios = TrustRatios()
         for index in indices:
             piece, layout, fetched = request.unit.pieces[index], self._format(request, index), self._take(request, index)
-            master, _, updates = self._checked(request, index, fetched)
+            master, _, updates = self._checked(request, index, fetched, image)
             dtype = torch.float32 if self._keeping.state.name == "float32" else torch.bfloat16
             state = {
                 name: fetched.lease.buffer[start : start + num_bytes].view(dtype)
                 for name, (start, num_bytes) in layout.arrays.items()
             }
             for segment in _segments(request, index, gradients):
-                unit = (segment.offset - piece.start) // request.unit.itemsize
-                units = slice(unit, unit + segment.count)
-                weights = image[segment.offset : segment.end].view(segment.view.dtype)
-                remainder = master.view(torch.int16)[units] if layout.master_bytes and weights.itemsize == 2 else None
+                units, weights = _units(request.unit, piece, segment), _weights(image, segment)
+                remainder = None
+                if layout.whole_masters and weights.itemsize == 2:
+                    weights = master.view(torch.float32)[units]
+                elif layout.master_bytes and weights.itemsize == 2:
+                    remainder = master.view(torch.int16)[units]
                 gradient = gradients[segment.name].view(-1)[segment.first_element :][: segment.count]
                 ratios.add(
                     segment.name, request.rule_of(segment.name), masters(weights, remainder), gradient, grad_scale,
@@ -244,19 +253,23 @@ class OptimizerStream:
         unit, piece = request.unit, request.unit.pieces[index]
         layout = self._format(request, index)
         buffer = fetched.lease.buffer[: layout.num_bytes]
-        master, _, updates = self._checked(request, index, fetched)
+        master, _, updates = self._checked(request, index, fetched, image)
         found = _segments(request, index, given.gradients)
-        moved_along, segments = [], []
+        moved_along, segments, rounded = [], [], []
         for segment in found:
             along = given.gradients[segment.name].view(-1)[segment.first_element :]
             if given.directions:
                 along = given.directions[segment.name].of(segment.first_element, segment.count)
             moved_along.append(along)  # it must live as long as its address is used
+            units, weights = _units(unit, piece, segment), _weights(image, segment)
+            copy = buffer.data_ptr() + segment.offset - piece.start
+            if layout.whole_masters and weights.itemsize == 2:
+                masters_of = master.view(torch.float32)[units]
+                rounded.append((weights, masters_of))
+                weights, copy = masters_of, 0
             segments.append(
                 update_rules.Segment(
-                    (segment.offset - piece.start) // unit.itemsize, segment.count,
-                    image.data_ptr() + segment.offset, segment.view.dtype, along.data_ptr(), along.dtype,
-                    copy=buffer.data_ptr() + segment.offset - piece.start,
+                    units.start, segment.count, weights.data_ptr(), weights.dtype, along.data_ptr(), along.dtype, copy=copy,
                     element=_first_element(unit.fqns[segment.name]) + segment.first_element,
                 )
             )  # fmt: skip
@@ -270,19 +283,25 @@ class OptimizerStream:
             sums = update_rules.update(
                 rule, updates + 1, given.learning_rate * ratio, part,
                 {name: buffer[start : start + num_bytes] for name, (start, num_bytes) in layout.arrays.items()}, piece.units,
-                state_format=self._keeping.state, remainder=master if layout.master_bytes else 0,
+                state_format=self._keeping.state,
+                remainder=master if layout.master_bytes and not layout.whole_masters else 0,
                 gradient_scale=1.0 if given.directions else given.grad_scale,
                 rounding="nearest" if self._keeping.masters else "stochastic", seed=given.seed, threads=self._threads,
             )  # fmt: skip
             change_sq, weight_sq = change_sq + sums.change_sq, weight_sq + sums.weight_sq
-        if piece.others or len(segments) < len(piece.segments):
+        for weights, masters_of in rounded:
+            weights.copy_(masters_of)
+        if piece.others or rounded or len(segments) < len(piece.segments):
             # Else only gaps between weights are not what is in the slot.
             buffer[: piece.num_bytes].copy_(image[piece.start : piece.start + piece.num_bytes])
         self._write(request, index, fetched, updates + 1)
         return Sums(change_sq, weight_sq)
 
-    def _checked(self, request: Request, index: int, fetched: _Fetched) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Masters and state of a piece that was fetched, bytes; zeros for what was never written. Third: earlier updates."""
+    def _checked(
+        self, request: Request, index: int, fetched: _Fetched, image: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Masters and state of a piece that was fetched, bytes; for what was never written zeros, and masters that are the
+        weights of `image`. Third: earlier updates."""
         unit, stored, layout = request.unit, fetched.stored, self._format(request, index)
         piece = None if index == FACTORS else unit.pieces[index]
         master = fetched.lease.buffer[layout.master_offset : layout.state_offset]
@@ -290,6 +309,9 @@ class OptimizerStream:
         updates = 0
         if stored is None or not stored.master_bytes:
             master.zero_()
+            if layout.whole_masters:
+                for segment in piece.segments:
+                    master.view(torch.float32)[_units(unit, piece, segment)].copy_(_weights(image, segment))
         elif not fetched.kept:
             self._check(unit, piece, master, stored.master_sum, "master weights")
         if stored is None or not stored.state_bytes:
@@ -453,6 +475,16 @@ def _segments(request: Request, index: int, gradients: Mapping[str, torch.Tensor
     """Of a piece, what is updated."""
     segments = request.unit.pieces[index].segments
     return [segment for segment in segments if segment.name in request.trained and segment.name in gradients]
+
+
+def _units(unit: UpdateUnit, piece: Piece, segment: Segment) -> slice:
+    """Where the state of a segment's elements is in the piece's arrays."""
+    first = (segment.offset - piece.start) // unit.itemsize
+    return slice(first, first + segment.count)
+
+
+def _weights(image: torch.Tensor, segment: Segment) -> torch.Tensor:
+    return image[segment.offset : segment.end].view(segment.view.dtype)
 
 
 def _first_element(fqn: str) -> int:

@@ -149,16 +149,18 @@ class PerturbedModel(StreamedModel):
         self._residents.begin()
         self._residents.enter(0)
 
-    def fold(self, directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def fold(
+        self, directory: Path, steps: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
         """Writes the weights with all pending updates to `directory` and goes on from there; nothing is pending then.
 
-        See [Note: where moved weights live].
+        steps: the digest of all steps that the weights then hold. See [Note: where moved weights live].
         """
         rounds = any(group.rounding != "exact" for group in self.perturbation.pending)
         replay(
             self.parts.checkpoint, self.parts.sources, self.keys, self.perturbation.noise, self.perturbation.pending,
             directory, stored_dtypes=self.stored_dtypes, dtype=None if rounds else torch.float32,
-            io_backend=self.io.backend, progress=progress,
+            steps=steps, io_backend=self.io.backend, progress=progress,
         )  # fmt: skip
         self.move_to(read_checkpoint(directory))
 

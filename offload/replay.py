@@ -10,16 +10,19 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from memory.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_checkpoint
+from memory.checkpoint import Checkpoint, TensorEntry
 from offload import noise
-from offload.block_store import TORCH_DTYPES, Extent, ParameterMap, Source
+from offload.block_store import TORCH_DTYPES, Extent, ParameterMap, Source, copies_of
 from offload.checkpoint_directory import new_checkpoint
+from offload.folds import Piece, write_checksums
 from offload.io import IOEngine
+from offload.update_rules import checksum
 
 CHUNK_BYTES = 2 << 20  # of the original, per buffer
 BUFFERS = 4
@@ -57,6 +60,7 @@ def replay(
     *,
     stored_dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype | None = None,
+    steps: str | None = None,
     side_files: Mapping[Path, Path] | None = None,
     io_backend: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -64,7 +68,8 @@ def replay(
     """Writes `checkpoint` with `groups` applied to `directory`, which appears only once it is whole and durable.
 
     keys: parameter fqn -> key of its noise; others are copied. stored_dtypes: tensor name -> dtype that rounding rounds to.
-    dtype: what moved tensors become; None: what `stored_dtypes` says. side_files: as `new_checkpoint` takes them.
+    dtype: what moved tensors become; None: what `stored_dtypes` says. steps: the digest of the steps that are in the result,
+    kept beside it with checksums (`offload.folds`); None: neither is. side_files: as `new_checkpoint` takes them.
     progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
@@ -81,21 +86,8 @@ def replay(
         for path in checkpoint.files:
             entries = sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda e: e.offset)
             writer.write_file(path, temporary / path.name, entries, new_dtypes)
-
-
-def newest_fold(folder: Path, last_step: int) -> tuple[int, Checkpoint] | None:
-    """The newest whole checkpoint among a run's folded weights that holds no step after `last_step`, and its step.
-
-    A damaged one is passed over: the journal is complete, so older weights do as well.
-    """
-    for directory in sorted(folder.glob("step-*"), reverse=True):
-        step = int(directory.name.removeprefix("step-"))
-        if step <= last_step:
-            try:
-                return step, read_checkpoint(directory)
-            except CheckpointError:
-                continue
-    return None
+        if steps is not None:
+            write_checksums(temporary, steps, writer.written)
 
 
 def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> ParameterMap:
@@ -103,13 +95,16 @@ def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> Pa
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in old.tensors.values():
         by_file[entry.path].append(entry)
-    moved = ParameterMap()
     known: dict[Source, Source] = {}
-    for name, source in sources.items():
+
+    def move(source: Source) -> Source:
         if source not in known:
             known[source] = _moved(source, by_file, new)
-        moved[name] = known[source]
-    moved.tied, moved.absent, moved.unused = sources.tied, sources.absent, sources.unused
+        return known[source]
+
+    moved = copy(sources)
+    moved.update({name: move(source) for name, source in sources.items()})
+    moved.copies = tuple((move(home), move(again)) for home, again in sources.copies)
     return moved
 
 
@@ -140,8 +135,12 @@ def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_
         itemsize, shape = sources[name].dtype.itemsize, sources[name].shape
         columns = shape[-1] if len(shape) > 1 else 0
         for piece in sources[name].pieces:
-            first = piece.target_offset // itemsize
-            found[piece.path].add(_Piece(piece.file_offset, piece.num_bytes, key, first, columns))
+            for path, offset, num_bytes, skip in (
+                Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
+                *copies_of(sources.copies, piece.path, piece.file_offset, piece.num_bytes),
+            ):
+                first = (piece.target_offset + skip) // itemsize
+                found[path].add(_Piece(offset, num_bytes, key, first, columns))
     return {path: sorted(pieces) for path, pieces in found.items()}
 
 
@@ -166,6 +165,7 @@ class _Writer:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._progress = progress
+        self.written: dict[str, list[Piece]] = defaultdict(list)
         self._buffer = torch.empty(BUFFER_BYTES + 4096, dtype=torch.uint8)
         start = -self._buffer.data_ptr() % 4096
         self._buffers = self._buffer[start : start + BUFFER_BYTES].split(3 * CHUNK_BYTES)
@@ -176,6 +176,7 @@ class _Writer:
         header, offsets = _header(entries, new_dtypes)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(header)
+        self._note(new, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         source, target = self._io.open(old), self._io.open(new, writable=True)
         chunks = deque(_chunks(entries, offsets, new_dtypes))
         pieces = self._pieces.get(old, [])
@@ -201,6 +202,7 @@ class _Writer:
                 first_piece += 1
             result = buffer[CHUNK_BYTES : CHUNK_BYTES + chunk.new_bytes]
             self._fill(chunk, buffer[: chunk.num_bytes], result, pieces, first_piece, new_dtypes[chunk.entry.name])
+            self._note(new, chunk.new_offset, result)
             ticket = self._io.submit_writes([(target, chunk.new_offset, chunk.new_bytes, result.data_ptr())])
             writing.append((buffer, ticket))
             while writing and (self._io.done(writing[0][1]) or not free and not chunks):
@@ -214,6 +216,9 @@ class _Writer:
         self._io.sync(target)
         self._io.close_file(target)
         self._io.close_file(source)
+
+    def _note(self, path: Path, offset: int, written: torch.Tensor) -> None:
+        self.written[path.name].append((offset, written.numel(), checksum(written, written.numel())))
 
     def _fill(
         self,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memory.checkpoint import Checkpoint
+from offload.block_store import ParameterMap, copies_of
 from offload.checkpoint_directory import new_checkpoint
 from offload.io import IOEngine
 from offload.optimizer_stream import damaged
@@ -34,6 +35,7 @@ class _Move(NamedTuple):
 
 def export_store(
     checkpoint: Checkpoint,
+    sources: ParameterMap,
     trained: TrainedParts,
     data: Path,
     pieces: Mapping[tuple[str, int], StoredPiece],
@@ -48,7 +50,7 @@ def export_store(
     side_files: as `new_checkpoint` takes them. The directory appears only once it is whole and durable. Every piece is
     checked against its checksum. Raises UserError when one is damaged, the disk is full or the directory cannot be written.
     """
-    stored = {unit.name: list(_stored_moves(unit, pieces)) for unit in trained.units}
+    stored = {unit.name: list(_stored_moves(unit, sources, pieces)) for unit in trained.units}
     covered: dict[Path, list[tuple[int, int]]] = defaultdict(list)
     for moves in stored.values():
         for _, move in moves:
@@ -63,22 +65,26 @@ def export_store(
             io.sync(target)
 
 
-def _moves(unit: UpdateUnit) -> Iterator[_Move]:
-    """Where the trained bytes of the image come from in the original: read ranges cut to the trained parameters."""
+def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[_Move]:
+    """Where the trained bytes of the image come from in the original, and where it holds them once more: read ranges cut to
+    the trained parameters."""
     for name in unit.fqns:
         view = unit.layout.views[name]
         low, high = view.slot_offset, view.slot_offset + prod(view.shape) * view.dtype.itemsize
         for read in unit.layout.reads:
             start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
             if start < stop:
-                yield _Move(start, stop - start, read.path, read.file_offset + start - read.slot_offset)
+                offset = read.file_offset + start - read.slot_offset
+                yield _Move(start, stop - start, read.path, offset)
+                for path, at, num_bytes, skip in copies_of(sources.copies, read.path, offset, stop - start):
+                    yield _Move(start + skip, num_bytes, path, at)
 
 
 def _stored_moves(
-    unit: UpdateUnit, pieces: Mapping[tuple[str, int], StoredPiece]
+    unit: UpdateUnit, sources: ParameterMap, pieces: Mapping[tuple[str, int], StoredPiece]
 ) -> Iterator[tuple[int, _Move]]:
     """(index of the piece, move) for what the store has of the unit."""
-    moves = list(_moves(unit))
+    moves = list(_moves(unit, sources))
     for index, piece in enumerate(unit.pieces):
         if (unit.name, index) in pieces:
             for move in moves:

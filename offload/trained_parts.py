@@ -6,12 +6,14 @@ The input embedding is a unit of its own per run of rows, unless it is tied to t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from memory.errors import UserError
-from offload.block_store import Extent, Source, layout_block
+from offload.block_store import Extent, ParameterMap, Source, layout_block
 from offload.head import HEAD_CHUNK_BYTES
 from offload.model_parts import ModelParts, slice_rows
 from offload.update_units import UpdateUnit, make_unit
@@ -50,9 +52,10 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     """patterns: regular expressions, searched in fully qualified names; none: everything is trained.
 
     Units have only parameters that match; a unit without any stays, empty. Raises UserError for a pattern that is none or
-    matches nothing.
+    matches nothing, and as `check_storage`.
     """
     wanted = _matching(parts, patterns)
+    check_storage(parts.sources, wanted)
     home = {name: parts.sources.tied.get(name, name) for name in wanted}
     source_of = {parts.sources[name]: name for name in reversed(sorted(home.values()))}
     wanted = {source_of[parts.sources[name]] for name in home.values()}
@@ -94,6 +97,28 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     return TrainedParts(
         blocks, tuple(head), tuple(table), edges, tied, tuple(dict.fromkeys(name for name in order if name in wanted))
     )
+
+
+def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
+    """Raises UserError unless these parameters can be written as they are stored: in a dtype that the kernels move, and what
+    is stored twice in one dtype."""
+    for name in sorted(names):
+        source = sources[name]
+        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{name} is stored as {_word(source.dtype)}, expected bfloat16, float16 or float32: save the model in one of "
+                "these, or train an adapter (--method lora)"
+            )
+        again = next((copy for home, copy in sources.copies if home == source and copy.dtype != home.dtype), None)
+        if again is not None:
+            raise UserError(
+                f"{name} is stored twice, as {_word(source.dtype)} and as {_word(again.dtype)}, and both would have to change: "
+                "save the model again in one dtype, or train an adapter (--method lora)"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refuse_shared(parts: ModelParts, wanted: set[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from finetune.data import TokenDataset, prepare
+from finetune.data import TokenDataset, preparation, prepare, worker
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -52,6 +52,16 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 def make(source, model: str, tmp_path: Path, **options) -> TokenDataset:
     return prepare(source, model=model, cache_dir=tmp_path / "cache", **{"sequence_length": 200, **options})
+
+
+def prepare_in_this_process(monkeypatch) -> None:
+    """The same code, without the seconds that a new process takes to start."""
+
+    def run(job, stderr_path):
+        # With remote code allowed, torch is left importable, which the other tests of this process need.
+        worker.run(worker.Job(**{**job, "trust_remote_code": True}), lambda rows, tokens: None)
+
+    monkeypatch.setattr(preparation, "_run_worker", run)
 
 
 def texts(model: str, data: TokenDataset) -> list[tuple[str, list[str]]]:

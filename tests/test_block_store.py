@@ -248,7 +248,10 @@ def test_tied_weights_have_one_home(tmp_path: Path) -> None:
     assert layout.read_bytes == embedding.nbytes
 
     edit(tmp_path, lm_head__weight=embedding)
-    assert mapped(tmp_path).tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    sources = mapped(tmp_path)
+    assert sources.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    ((home, copy),) = sources.copies
+    assert home == sources["lm_head.weight"] != copy and read_source(copy).equal(embedding)
 
     edit(tmp_path, model__embed_tokens__weight=None)
     assert mapped(tmp_path).tied == {"model.embed_tokens.weight": "lm_head.weight"}
@@ -278,6 +281,16 @@ def test_missing_parameters_are_listed(tmp_path: Path) -> None:
         CheckpointError,
         match=r"2 parameter\(s\) of LlamaForCausalLM.*model\.layers\.1\.mlp\.up_proj\.weight, model\.norm",
     ):
+        mapped(tmp_path)
+
+
+def test_a_missing_parameter_that_the_index_names_is_a_bad_download(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    file = tmp_path / places["model.norm.weight"]
+    save_file({name: value for name, value in load_file(file).items() if name != "model.norm.weight"}, file)
+    with pytest.raises(CheckpointError, match=rf"'model\.norm\.weight' should be in {file.name}, which doesn't hold it"):
         mapped(tmp_path)
 
 

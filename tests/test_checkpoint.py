@@ -147,10 +147,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
-    shard(tmp_path, {"m-1.safetensors": ["a"], "m-2.safetensors": ["c"]})
-    edit_index(tmp_path, zz="m-2.safetensors")
-    with pytest.raises(CheckpointError, match=r"'zz' should be in m-2\.safetensors"):
+def test_a_tensor_that_its_shard_lacks_is_lost(tmp_path: Path) -> None:
+    """Whether that matters the model says."""
+    shard(tmp_path, {"m-1.safetensors": ["a", "b"], "m-2.safetensors": ["c"]})
+    edit_index(tmp_path, zz="m-2.safetensors", a="m-2.safetensors")
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.lost == {"zz": "m-2.safetensors"}
+    assert {name: entry.path.name for name, entry in checkpoint.tensors.items()} == {
+        "a": "m-1.safetensors",
+        "b": "m-1.safetensors",
+        "c": "m-2.safetensors",
+    }
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """Transformers takes the last one, whatever the index says."""
+    shard(tmp_path, {"m-1.safetensors": ["a", "b"], "m-2.safetensors": ["a"]})
+    with pytest.raises(CheckpointError, match=r"'a' is in both m-1\.safetensors and m-2\.safetensors"):
         read_checkpoint(tmp_path)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import sys
 from pathlib import Path
@@ -11,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_tools import CHAT, CHATML, LINES, make, texts, write_jsonl, write_tokenizer
+from data_tools import CHAT, CHATML, LINES, make, prepare_in_this_process, texts, write_jsonl, write_tokenizer
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from finetune.data import DataError, preparation, sources, worker
+from finetune.data import DataError, json_rows, sources
+from finetune.data.preparation import describe
 
 GENERATION = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
@@ -46,13 +50,7 @@ def chatml(tmp_path_factory) -> str:
 
 @pytest.fixture
 def here(monkeypatch) -> None:
-    """Prepare in this process: the same code, without the seconds that a new process takes to start."""
-
-    def run(job, stderr_path):
-        # With remote code allowed, torch is left importable, which the other tests of this process need.
-        worker.run(worker.Job(**{**job, "trust_remote_code": True}), lambda rows, tokens: None)
-
-    monkeypatch.setattr(preparation, "_run_worker", run)
+    prepare_in_this_process(monkeypatch)
 
 
 CHAT_TEXT = (
@@ -105,7 +103,15 @@ def test_messages_of_several_kinds(chatml, tmp_path, here):
 
 def test_a_template_that_writes_the_last_turn_otherwise(chatml, tmp_path, here):
     data = make([{"messages": CHAT}], chatml, tmp_path, chat_template=THINKING)
-    assert texts(chatml, data)[0][1] == ["the cat<|im_end|>", "<think></think>the mat<|im_end|>"]
+    # Each turn as the model would write it after the prompt that it is given: the first has an example of its own.
+    head = CHAT_TEXT[: CHAT_TEXT.index("<|im_start|>user\nwhat")]
+    assert texts(chatml, data) == [
+        (head.replace("the cat", "<think></think>the cat"), ["<think></think>the cat<|im_end|>"]),
+        (CHAT_TEXT.replace("the mat", "<think></think>the mat"), ["<think></think>the mat<|im_end|>"]),
+    ]
+    assert data.meta["notes"] == [
+        "1 conversations became several examples: the chat template writes turns otherwise once others follow"
+    ]
     with pytest.raises(DataError, match=r"data\[0\]: the chat template writes .* give a chat_template with"):
         make([{"messages": CHAT}], chatml, tmp_path, chat_template=UPPER)
 
@@ -131,6 +137,10 @@ def test_prompt_completion(plain, tmp_path, here):
         ("<s>hello world</s>", ["hello world</s>"]),
     ]
     assert data.pad_token_id == 2 and data.meta["eos_token_id"] == 1
+    # Text that brings the special tokens itself has them once, too.
+    whole = [{"text": "<s>hello world</s>"}], [{"prompt": "<s>the cat It was", "completion": " great</s>"}]
+    found = [texts(plain, make(rows_, plain, tmp_path))[0][0] for rows_ in whole]
+    assert found == ["<s>hello world</s>", "<s>the cat It was great</s>"]
     bare = make(rows, plain, tmp_path, append_eos=False, completion_only=False)
     assert [trained for _, trained in texts(plain, bare)][0] == ["<s>the cat It was great"]
     # The prompt's tokens are those of the prompt alone, so that generation continues from the same ones.
@@ -182,6 +192,15 @@ def test_pretokenised_rows(plain, tmp_path, here):
     data = make(rows, plain, tmp_path)
     assert [data[i].input_ids.tolist() for i in range(2)] == [[5, 6, 7], [5, 6, 7]]
     assert [data[i].labels.tolist() for i in range(2)] == [[5, 6, 7], [-100, 6, 9]]
+    rows = [
+        {"input_ids": [2, 2, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "labels": [2, 2, -100, 6, 7]},
+        {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 0]},
+        {"input_ids": [5, 6, 7], "assistant_masks": [False, False, True]},
+        {"input_ids": [5, 6, 7], "attention_mask": [0, 0, 0]},
+    ]
+    masked = make(rows, plain, tmp_path)
+    assert [masked[i].input_ids.tolist() for i in range(3)] == [[5, 6, 7]] * 3 and masked.meta["dropped"] == 1
+    assert [masked[i].labels.tolist() for i in range(3)] == [[-100, 6, 7], [-100, 6, -100], [-100, -100, 7]]
     assert data.meta["label_tokens"] == 4  # nothing predicts a first token
     with pytest.raises(DataError, match=r"data\[0\]: expected input_ids\[1\] between 0 and \d+, found 70000: was"):
         make([{"input_ids": [5, 70000]}], plain, tmp_path)
@@ -199,21 +218,41 @@ def test_truncated_and_dropped_are_counted(plain, tmp_path, here):
     data = make(rows, plain, tmp_path, sequence_length=20)
     assert len(data) == 2 and data.lengths.max() == 20
     assert [data.meta[key] for key in ("rows", "truncated", "dropped")] == [3, 1, 1]
+    assert describe(data) == ["data: 3 rows, 1 cut at 20 tokens, 1 of 3 left out: nothing trained is left of them"]
     with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token in its first 20"):
         make(rows[1:2], plain, tmp_path, sequence_length=20)
+    with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token$"):
+        make([{"input_ids": [5, 6], "labels": [-100, -100]}], plain, tmp_path)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".json array", ".parquet", ".parquet groups"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".jsonl", ".json", ".json array", ".json arrays", ".json objects", ".jsonl.gz", ".json.bz2 array", ".jsonl.xz",
+        ".parquet", ".parquet groups",
+    ],
+)  # fmt: skip
 def test_file_formats_give_the_same_tokens(plain, tmp_path, here, monkeypatch, suffix):
-    monkeypatch.setattr(sources, "JSON_BUFFER_CHARS", 37)
-    rows = [{"prompt": f"the cat {i} [" + "é,]}" * (i % 8), "completion": ' "hello"', "id": i} for i in range(45)]
+    monkeypatch.setattr(json_rows, "JSON_BUFFER_CHARS", 37)
+    rows = [
+        {"prompt": f"the cat {i} [" + "é,]}" * (i % 8), "completion": ' "hello"', "id": float("nan")} for i in range(45)
+    ]
     path = tmp_path / f"rows{suffix.split()[0]}"
+    lines = "\ufeff" + "".join(json.dumps(row) + "\r\n\n" for row in rows)
+    array = "\ufeff" + json.dumps(rows, indent=2, ensure_ascii=False)
     if suffix == ".json array":
-        path.write_text("\ufeff" + json.dumps(rows, indent=2, ensure_ascii=False))
+        path.write_text(array)
+    elif suffix == ".json arrays":  # joined, with an empty one between, and an object after
+        path.write_text(f"\ufeff{json.dumps(rows[:9])}[]\n\ufeff{json.dumps(rows[9:-1])}\n{json.dumps(rows[-1])}")
+    elif suffix == ".json objects":
+        path.write_text("".join(json.dumps(row, indent=1) for row in rows))
+    elif path.suffix in (".gz", ".bz2", ".xz"):
+        module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[path.suffix]
+        path.write_bytes(module.compress((array if "array" in suffix else lines).encode()))
     elif suffix.startswith(".parquet"):
         parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=7 if "groups" in suffix else None)
     else:
-        path.write_text("\ufeff" + "".join(json.dumps(row) + "\r\n\n" for row in rows))
+        path.write_text(lines)
     data, wanted = make(path, plain, tmp_path), make(rows, plain, tmp_path)
     assert texts(plain, data) == texts(plain, wanted) and len(data) == 45
     assert texts(plain, data)[3][1] == [' "hello"</s>']

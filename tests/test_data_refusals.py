@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from data_tools import CHAT, CHATML, make, write_jsonl, write_tokenizer
+from data_tools import CHAT, CHATML, make, prepare_in_this_process, write_jsonl, write_tokenizer
 from pyarrow import parquet
 
-from finetune.data import DataError, TokenDataset, preparation, worker
+from finetune.data import DataError, TokenDataset, preparation
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,7 @@ def chatml(tmp_path_factory) -> str:
 
 @pytest.fixture
 def here(monkeypatch) -> None:
-    """Prepare in this process: the same code, without the seconds that a new process takes to start."""
-
-    def run(job, stderr_path):
-        # With remote code allowed, torch is left importable, which the other tests of this process need.
-        worker.run(worker.Job(**{**job, "trust_remote_code": True}), lambda rows, tokens: None)
-
-    monkeypatch.setattr(preparation, "_run_worker", run)
+    prepare_in_this_process(monkeypatch)
 
 
 GOOD = '{"prompt": "the", "completion": " cat"}'
@@ -81,8 +76,36 @@ BAD_MESSAGES = [
     ({"input_ids": [1, 2], "labels": [1]}, 'expected "labels" as long as "input_ids" (2), found 1'),
     ({"input_ids": [1, 2], "labels": [1, -7]}, "expected labels[1] between 0 and"),
     ({"input_ids": [1, 2], "attention_mask": [1, 3]}, 'expected "attention_mask" of 0 and 1, found 3'),
+    ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask[1] is 0 between tokens that are attended to"),
+    ({"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}, 'found "labels" and "completion_mask"'),
+    ({"messages": [*CHAT[:1], CHAT[1] | {"weight": 0.5}]}, "messages[1].weight: expected 0 or 1 (false or true), found 0.5"),
+    ({"messages": [CHAT[0] | {"train": True}, CHAT[1]]}, 'messages[0] has "train" set, but only turns of the assistant'),
+    ({"messages": [CHAT[0], CHAT[1] | {"train": True, "weight": 0}]}, "messages[1]: weight and train contradict each other"),
+    ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{}]}]}, 'messages[1] has "train_detail", which is not known here'),
+    ({"messages": [CHAT[0] | {"images": ["a.png"]}, CHAT[1]]}, 'messages[0] has "images", which is not known here: only'),
+    ({"messages": CHAT, "weight": 0.1}, 'found a row of "weight" 0.1'),
+    ({"messages": CHAT, "conversations": CHAT[:2]}, 'found "messages" and "conversations" that differ'),
+    ({"messages": [{"role": "system", "content": "a"}, *CHAT], "system": "b"}, 'found "system" and a first message'),
+    ({"messages": CHAT, "system": ["a"]}, 'expected "system" to be a string, found a list'),
+    ({"messages": CHAT, "history": [["only"]]}, "expected history[0] to be a pair of strings, found ['only']"),
+    ({"messages": CHAT, "tools": [{}], "functions": [{"name": "f"}]}, 'found both "tools" and "functions"'),
+    ({"messages": CHAT, "tools": [3]}, 'expected "tools" to be a list of JSON schemas, found a list'),
+    ({"messages": CHAT, "chat_template_kwargs": {"tools": []}}, 'expected "chat_template_kwargs" to be an object of options'),
+    ({"messages": CHAT, "image": "a.png"}, 'found "image": only text is trained on here'),
+    ({"messages": [*CHAT[:1], {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "expected messages[1].tool_calls[0] to be a"),
+    (
+        {"messages": [*CHAT[:1], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+        "expected messages[1].tool_calls[0].arguments to be an object, found a string",
+    ),
+    (
+        {"messages": [*CHAT[:1], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]},
+        "messages[1].tool_calls is not JSON: Out of range float",
+    ),
+    ({"prompt": "the", "completion": " cat", "system": "it"}, '"system" belongs to a conversation, and this row is none'),
+    ({"instruction": "the", "input": float("nan"), "output": "cat"}, 'expected "input" to be a string, found NaN'),
+    ({"data": [{"text": "the"}]}, 'expected a row with "messages"'),
     ({"question": "x", "answer": "y"}, 'expected a row with "messages", "conversations", "prompt" and "completion"'),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_MESSAGES)
@@ -104,6 +127,36 @@ def test_bad_files(plain, chatml, tmp_path, here):
     assert message(array) == "a.json:2: expected an object in the array, found '7]'"
     array.write_text('[{"text": "the"},\n {"text": "cat"')
     assert message(array).startswith("a.json:2: the array's element is not JSON")
+    array.write_text('[{"text": "the"},\n')
+    assert message(array) == "a.json:2: the file ends within the array: it was cut, or not written to its end"
+    array.write_text('[{"text": "the"}\n{"text": "cat"}]')
+    assert message(array) == """a.json:2: expected a comma or the array's end, found '{"text": "cat"}]'"""
+    array.write_text('[{"text": "the"}]\n} x')
+    assert message(array) == "a.json:2: expected an array or an object of JSON, found '} x'"
+    array.write_text('[{"text": "the"},\n {"text": "cat", "text": "mat"}]')
+    twice = 'the key "text" stands twice in one object'
+    assert message(array) == f"a.json:2: the array's element cannot be read: {twice}"
+    array.write_text('[{"text": "the", "n": ' + "[" * 100_000)
+    assert message(array) == "a.json:1: the array's element cannot be read: nested too deeply"
+    array.write_text('{\n"rows": [{"text": "the"}]}')
+    assert message(array).endswith('found "rows": write the list under "rows" alone to the file')
+    (tmp_path / "d.jsonl").write_text(f'{GOOD}\n{{"text": "cat", "text": "mat"}}\n')
+    assert message(tmp_path / "d.jsonl").endswith(
+        f"d.jsonl:2: expected one JSON object, found what is not JSON: {twice}"
+    )
+    (tmp_path / "d.jsonl").write_text(f'{GOOD}\n{{"prompt": "a", "completion": "b", "n": {"9" * 5000}}}\n')
+    assert message(tmp_path / "d.jsonl").endswith("not JSON: an integer of thousands of digits")
+    (tmp_path / "g.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 99)[:-9])
+    assert message(tmp_path / "g.jsonl.gz").startswith(f"cannot decompress {tmp_path / 'g.jsonl.gz'}: ")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "z.jsonl.zst").write_bytes(b"")
+    assert message(tmp_path / "folder").endswith(
+        "z.jsonl.zst: a .jsonl file in .zst is not read here: decompress it first"
+    )
+    alpaca = {"instruction": "the", "output": "cat", "history": [["a", "b"]]}
+    assert message([alpaca]).startswith(
+        'data[0]: "history" belongs to a conversation, and this row is none: give a chat_'
+    )
     (tmp_path / "l.jsonl").write_bytes((GOOD + '\n{"prompt": "é", "completion": "x"}\n').encode("latin-1"))
     assert message(tmp_path / "l.jsonl").startswith("l.jsonl:2: not UTF-8 (byte 13 of the line)")
     (tmp_path / "l.txt").write_bytes("the\né".encode("latin-1"))

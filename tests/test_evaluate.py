@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import finetune.evaluate
 from finetune.data import Example, preparation, worker
-from finetune.evaluate import _micro_batches, evaluate, evaluate_open
+from finetune.evaluate import _micro_batches, evaluate, evaluate_open, plan_with_evaluation
 from finetune.planned_run import BatchShape
 from finetune.scoring import ask_trained
 from finetune.session import Session
@@ -143,7 +143,7 @@ def test_lanes_share_a_pass_when_nothing_is_resident(tmp_path):
         config = make_config(model, tmp_path / "out", eval_data=pairs(ONE_TOKEN, 40), engine=engine)
         session = Session(config, None, train=False)
         try:
-            rows = finetune.evaluate._open_rows(session, config, 64)
+            rows = finetune.evaluate._open_rows(session, config)
             planned = finetune.evaluate._plan(session, rows, 1)
             streamed = session.open(planned, tmp_path / "scratch")
             before = streamed.traffic().read_bytes
@@ -158,16 +158,20 @@ def test_lanes_share_a_pass_when_nothing_is_resident(tmp_path):
     assert read < 3 * blocks  # one pass for all, and what is prefetched for a next one
 
 
-def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path):
+@pytest.mark.parametrize("longest", [40, 9])  # as long as any row, and shorter than most
+def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest):
     rows = pairs(UNLIKE)
     config = make_config(model, tmp_path / "out", eval_data=rows, lora={"dropout": 0.5})
     alone = evaluate(config)
     session = Session(config)
     try:
-        longest = 40
         shape = BatchShape.of_text(2, longest, 3, train=True)
-        session.open(session.plan(shape), tmp_path / "scratch")
-        inside = evaluate_open(session, config, shape)
+        planned, held_out = plan_with_evaluation(session, config, shape)
+        covered = session.plan(held_out.shape).demand
+        assert planned.demand.temporaries_bytes >= covered.temporaries_bytes
+        assert planned.demand.step_bytes >= covered.step_bytes
+        session.open(planned, tmp_path / "scratch")
+        inside = evaluate_open(session, held_out)
     finally:
         session.close()
     assert not any(module.training for module in session.model.modules())
@@ -196,7 +200,7 @@ def test_training_data_is_measured_where_there_is_no_other(model, tmp_path, caps
 def test_rows_that_are_cut_are_named(model, tmp_path, capsys):
     rows = [{"prompt": "the cat " * 40, "completion": " great"}, *pairs(ONE_TOKEN, 12)]
     found = evaluate(make_config(model, tmp_path, eval_data=rows))
-    assert "1 of 13 rows are longer than dataset.sequence_length (64)" in capsys.readouterr().err
+    assert "data: 13 rows, 1 of 13 left out: longer than sequence_length (64)" in capsys.readouterr().err
     assert found["examples"] == 12
 
 

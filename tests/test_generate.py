@@ -6,19 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from data_tools import CHATML
+from data_tools import CHATML, make, prepare_in_this_process, write_tokenizer
 from text_models import make_adapter, make_config, plain_model, write_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
+from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
 
+# As vision models': contents are lists of parts.
+PARTS = CHATML.replace("{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}")
 PROMPTS = ["the cat sat on the mat", "hello", "what is it about the user and the great world"]
 
 
@@ -121,6 +127,30 @@ def test_the_chat_template_is_used_where_there_is_one(llama, tmp_path):
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert "".join(generate(config, None, [PROMPTS[1]], max_new_tokens=10)) == expected
     assert "".join(generate(config, None, [PROMPTS[1]], max_new_tokens=10, chat=False)) != expected
+
+
+@pytest.mark.parametrize("template", [None, CHATML, PARTS])
+def test_the_prompt_is_what_training_puts_before_a_completion(tmp_path, monkeypatch, template):
+    prepare_in_this_process(monkeypatch)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = write_tokenizer(folder, template)
+    # A tokenizer that ends every text: no prompt is the end of one.
+    core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    core.save(str(folder / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer("hello")["input_ids"][-1] == 1
+    config = make_config(folder, tmp_path)
+    for prompt in ("hello", "<s>hello"):
+        row = {"prompt": prompt, "completion": " world"}
+        if template:
+            row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "world"}]}
+        example = make([row], model, tmp_path)[0]
+        before = example.input_ids[example.labels == -100]
+        before = before[: np.flatnonzero(example.labels != -100)[0]].tolist()
+        assert encode_prompt(tokenizer, prompt, None, config) == before
+        assert before.count(0) == (0 if template and prompt == "hello" else 1)  # the template writes none
 
 
 def test_chat_without_a_template_is_refused(tmp_path):

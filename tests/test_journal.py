@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_a_half_written_record_does_not_count(journal, cut):
     journal.close()
     data = journal.path.read_bytes()
     journal.path.write_bytes(data[:-cut])
-    assert Journal.read(journal.path).steps == 6
+    assert Journal.read(journal.path).steps == 6 and Journal.read(journal.path).torn_bytes == len(record(6).pack()) - cut
     resumed = Journal.resume(journal.path)
     assert resumed.steps == 6
     resumed.append(record(6))
@@ -60,6 +61,41 @@ def test_a_flipped_bit_is_noticed_and_nothing_is_cut_off(journal, byte):
         with pytest.raises(UserError, match="step 5 does not match its checksum"):
             opened(journal.path)
     assert journal.path.read_bytes() == data
+
+
+def test_damage_of_several_records_is_noticed(journal):
+    """Also what stands between whole records, and records that were cut out."""
+    journal.close()
+    data, size = journal.path.read_bytes(), len(record(0).pack())
+    blank = data[: -4 * size] + b"\0" * 2 * size + data[-2 * size :]
+    for changed in (blank, data[:-size] + b"#" + data[-size:], data[: -3 * size] + data[-size:]):
+        journal.path.write_bytes(changed)
+        with pytest.raises(UserError, match="is damaged: .*(whole ones behind it|step 5, found that of 7).*from a copy"):
+            Journal.resume(journal.path)
+        assert journal.path.read_bytes() == changed
+
+
+def test_the_header_is_checked(journal):
+    journal.close()
+    data = journal.path.read_bytes()
+    assert data.count(b'"group_steps": 3') == 1
+    journal.path.write_bytes(data.replace(b'"group_steps": 3', b'"group_steps": 2'))
+    with pytest.raises(UserError, match="header is damaged .its checksum does not fit.: bring it back from a copy"):
+        Journal.read(journal.path)
+    records = data[data.index(b"\n") :]
+    journal.path.write_bytes(json.dumps(ABOUT).encode() + records)  # as before there were checksums
+    assert Journal.read(journal.path).about == ABOUT and Journal.read(journal.path).steps == 7
+
+
+def test_a_digest_is_of_the_run_and_of_its_first_steps(journal, tmp_path):
+    other = Journal.create(tmp_path / "other", ABOUT | {"seed": 2})
+    for step in range(7):
+        other.append(record(step, scale=1.0 if step < 5 else 0.5))
+    same = Journal(tmp_path / "none", dict(reversed(ABOUT.items())), journal.records[:4])
+    assert same.digest(4) == journal.digest(4) == Journal.read(journal.path).digest(4)
+    assert len({journal.digest(4), journal.digest(5), other.digest(4), other.digest(5)}) == 4
+    other.about = ABOUT
+    assert other.digest(5) == journal.digest(5) and other.digest(6) != journal.digest(6)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}\n", b"[1]\n", b"\xff\xfe", b'{"noise": "x"}\n'])

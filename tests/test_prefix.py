@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers as tf
 from peft import PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import journal_bytes, zo_config
 from text_models import CONFIGS, make_config, write_model
@@ -72,7 +71,7 @@ def test_the_disk_has_room_for_both_ends(models, data, tmp_path):  # noqa: F811
         Trainer(zo_config(models["float32"], data, tmp_path, 3, ZO, disk="3KiB")).train()
 
 
-def test_a_run_goes_on_from_its_own_prefix_only(models, data, tmp_path):  # noqa: F811
+def test_a_run_goes_on_from_its_own_prefix_only(models, data, tmp_path, monkeypatch, capfd):  # noqa: F811
     config = zo_config(models["float32"], data, tmp_path / "out", 5, ZO)
     Trainer(config, callbacks=[StopAfter(2)]).train()
     path = config.output / "initial-adapter" / "adapter_model.safetensors"
@@ -85,18 +84,19 @@ def test_a_run_goes_on_from_its_own_prefix_only(models, data, tmp_path):  # noqa
     journal.close()
     assert path.read_bytes() == kept
 
+    whole = zo_config(models["float32"], data, tmp_path / "whole", 5, ZO)
+    Trainer(whole).train()
     again = config.model_copy(update={"resume": True})
-    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="is not the prefix that this run began with"):
-        Trainer(again).train()
-    path.write_bytes(kept[:-5])
-    with pytest.raises(UserError, match="is damaged"):
-        Trainer(again).train()
-    path.unlink()
-    with pytest.raises(UserError, match="is needed to go on with it"):
-        Trainer(again).train()
-    path.write_bytes(kept)
+    with monkeypatch.context() as patch:
+        # As on a machine that rounds otherwise, where the seed does not give the same prefix.
+        patch.setattr(prefix, "begin_as_tokens", lambda *_: None)
+        for damage in (lambda: path.write_bytes(kept[:-5]), lambda: path.write_bytes(kept[:-1] + b"?"), path.unlink):
+            damage()
+            with pytest.raises(UserError, match="is not the prefix that this run began with"):
+                Trainer(again).train()
     assert Trainer(again).train().global_step == 5
+    assert path.read_bytes() == kept and journal_bytes(config) == journal_bytes(whole)
+    assert "was damaged or lost; it is made again from the seed" in capfd.readouterr().err
 
 
 def test_a_run_that_died_before_its_prefix_was_saved_goes_on(models, data, tmp_path, monkeypatch):  # noqa: F811

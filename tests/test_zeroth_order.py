@@ -94,15 +94,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(zo, models, data, tmp_pa
         assert not all(value.equal(weights(model)[name]) for name, value in weights(tmp_path / "a").items())
 
 
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("zo", [SETTINGS["exact"], SETTINGS["stochastic"]], ids=["exact", "stochastic"])
-def test_folded_weights_are_only_a_shortcut(zo, models, data, tmp_path):  # noqa: F811
+def test_folded_weights_are_only_a_shortcut(zo, models, data, tmp_path, capfd):  # noqa: F811
     """Export, and a resumed run, give the same weights with and without what was folded."""
     config = zo_config(models["bfloat16"], data, tmp_path / "out", 8, zo)
     Trainer(config).train()
     assert [path.name for path in (config.output / "weights").iterdir()] == ["step-00000006"]
     for step in (8, 6, 4, 0):
         export(config, tmp_path / f"with-{step}", at_step=step)
-    for path in (config.output / "weights" / "step-00000006").iterdir():
+    folded = config.output / "weights" / "step-00000006"
+    capfd.readouterr()
+    for number, path in enumerate(sorted(folded.iterdir())):
+        damage(path)
+        export(config, tmp_path / f"damaged-{number}")
+        assert_same_weights(tmp_path / f"damaged-{number}", tmp_path / "with-8")
+        assert f"{folded} is passed over" in capfd.readouterr().err
+    for path in folded.iterdir():
         path.unlink()
     for step in (8, 6, 4, 0):
         export(config, tmp_path / f"without-{step}", at_step=step)
@@ -251,6 +264,36 @@ def test_a_full_disk_while_folding_loses_nothing(models, data, tmp_path, monkeyp
     assert Journal.read(config.output / "journal.zo").steps == 3 and not list((config.output / "weights").iterdir())
     Trainer(config.model_copy(update={"resume": True})).train()
     assert journal_bytes(config) == journal_bytes(whole)
+
+
+def test_weights_that_another_run_has_folded_are_not_taken(models, data, tmp_path, capfd):  # noqa: F811
+    one, other = (zo_config(models["float32"], data, tmp_path / str(i), 7, training={"learning_rate": i}) for i in (1, 2))
+    Trainer(one).train()
+    export(one, tmp_path / "before")
+    Trainer(other).train()
+    (one.output / "weights").rename(tmp_path / "held")
+    (other.output / "weights").rename(one.output / "weights")
+    export(one, tmp_path / "after")
+    assert_same_weights(tmp_path / "after", tmp_path / "before")
+    assert "made of other steps than this journal's" in capfd.readouterr().err
+
+
+def test_a_journal_whose_end_is_lost_is_not_exported_for_the_whole(models, data, tmp_path):  # noqa: F811
+    config = zo_config(models["float32"], data, tmp_path / "out", 4)
+    Trainer(config).train()
+    export(config, tmp_path / "before")
+    journal = config.output / "journal.zo"
+    content = journal.read_bytes()
+    size = len(Journal.read(journal).records[-1].pack())
+    for kept in (content[:-size], content[:-1], content[:-1] + b"?"):
+        journal.write_bytes(kept)
+        with pytest.raises(UserError, match=r"has 3 whole steps, .* with --at-step 3"):
+            export(config, tmp_path / "after")
+    export(config, tmp_path / "three", at_step=3)
+    Trainer(config.model_copy(update={"resume": True})).train()
+    assert journal.read_bytes() == content
+    export(config, tmp_path / "after")
+    assert_same_weights(tmp_path / "after", tmp_path / "before")
 
 
 class TestExportRefuses:

@@ -26,7 +26,7 @@ from finetune.data.errors import DataError
 from memory.sealed import crc_text, file_checksum, json_digest, seal, unseal
 
 MASKED = -100
-FORMAT_VERSION = 2  # part of every cache key: raise it when the same rows would give other tokens
+FORMAT_VERSION = 3  # part of every cache key: raise it when the same rows would give other tokens
 _ITEM_BYTES = {"tokens.int32": 4, "labels.int32": 4, "offsets.int64": 8, "answers.int32": 4}
 
 
@@ -41,7 +41,7 @@ class Example:
 class TokenDataset:
     """Examples of a token cache, read from the memory map when they are asked for.
 
-    `meta` holds, among others: form, rows (of the source), examples, tokens, label_tokens, truncated, dropped,
+    `meta` holds, among others: form, rows (of the source), examples, tokens, label_tokens, truncated, dropped, notes,
     sequence_length, tokenizer (fingerprint), eos_token_id, choices (texts of the candidates, or null),
     different_completions (of prompt + completion rows; null when there are more than choices can compare, or none).
     """

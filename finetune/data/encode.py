@@ -2,32 +2,29 @@
 
 Which tokens are trained:
 
-- Chat: the assistant's turns with what ends them. From the template's {% generation %} blocks where it has them. Else
-  the conversation is rendered once whole and once up to each assistant turn; what the whole text adds between the
-  generation prompt and the end of the turn is trained. This needs a template whose rendering of a part is how the
-  whole begins; another is refused. The text is tokenised whole, so tokens are those that the model meets in use.
+- Chat: the assistant's turns with what ends them, see `finetune.data.chat_template`. The text is tokenised whole, so tokens
+  are those that the model meets in use; but a token that would reach over the end of a prompt, which nothing could generate
+  after that prompt, is cut there.
 - Pair: the completion. The prompt is tokenised alone, as it is in use; the rest is the completion's tokens in context
   where the prompt's tokens stay the same there, else the completion tokenised alone. Either way the boundary between
-  prompt and completion is a boundary between tokens. The tokenizer's leading special tokens (bos) stand once in front.
+  prompt and completion is a boundary between tokens. The tokenizer's leading special tokens (bos) stand once in front,
+  whether the tokenizer or the text itself brings them.
 - TextPiece: everything; consecutive runs of `sequence_length` tokens, bos before the first, eos after the last.
 - Tokens: as given.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.cache import MASKED
+from finetune.data.chat_template import ChatTemplate, Rendered
 from finetune.data.errors import DataError
 from finetune.data.forms import Chat, Pair, Parsed, TextPiece, Tokens
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +60,12 @@ class Encoder:
         self._sequence_length = sequence_length
         self._completion_only = completion_only
         self._append_eos = append_eos
-        self._prefix = _leading_special_ids(tokenizer)
-        # Longest first: one special token may begin another.
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._enders = tuple(sorted(special, key=len, reverse=True))
+        self._prefix = leading_special_ids(tokenizer)
+        self.template = ChatTemplate(tokenizer)
         self._carry: list[int] = []  # tokens of a document that do not fill a sequence yet
 
     def encode(self, batch: Sequence[tuple[str, Parsed]]) -> Iterator[Encoded]:
-        """Yield the sequences of (place, row) in order: one a row, any number for a TextPiece.
+        """Yield the sequences of (place, row) in order: one a row, any number for a TextPiece, one or more for a Chat.
 
         Raises DataError naming the place.
         """
@@ -80,7 +75,7 @@ class Encoder:
         for place, row in batch:
             match row:
                 case Chat():
-                    yield next(chats)
+                    yield from next(chats)
                 case Pair():
                     yield next(pairs)
                 case TextPiece():
@@ -111,7 +106,7 @@ class Encoder:
         return self._cut(row.input_ids, np.asarray(row.labels, np.int32))
 
     def _chunks(self, piece: TextPiece, ids: list[int]) -> Iterator[Encoded]:
-        self._carry += (self._prefix if piece.first else []) + ids
+        self._carry += with_prefix(self._prefix, ids) if piece.first else ids
         if piece.last:
             self._carry = self._with_eos(self._carry, self._append_eos is not False)
         limit = self._sequence_length
@@ -128,14 +123,14 @@ class Encoder:
         alone = dict(zip(unstable, self._ids([rows[i].completion for i in unstable]), strict=True))
         for index, prompt in enumerate(prompts):
             completion = alone.get(index, joint[index][len(prompt) :])
-            head = self._prefix + prompt
+            head = with_prefix(self._prefix, prompt)
             ids = head + self._with_eos(completion, self._append_eos is not False)
             labels = np.asarray(ids, np.int32)
             if self._completion_only:
                 labels[: len(head)] = MASKED
             yield self._cut(ids, labels)
 
-    def _encode_chats(self, rows: list[tuple[str, Chat]]) -> Iterator[Encoded]:
+    def _encode_chats(self, rows: list[tuple[str, Chat]]) -> Iterator[list[Encoded]]:
         if not rows:
             return
         place = rows[0][0]
@@ -149,96 +144,57 @@ class Encoder:
                 f"{place}: training on completions of conversations needs a tokenizer that knows offsets, and "
                 f"{type(self._tokenizer).__name__} does not: use completion_only=false, or prompt and completion"
             )
-        rendered = [self._render_trained(row, place) for place, row in rows]
+        rendered = [self.template.examples(row, place, completion_only=self._completion_only) for place, row in rows]
+        encoded = self._encode_rendered([one for examples in rendered for one in examples])
+        for examples in rendered:
+            yield [next(encoded) for _ in examples]
+
+    def _encode_rendered(self, examples: list[Rendered]) -> Iterator[Encoded]:
         out = self._tokenizer(
-            [text for text, _ in rendered],
+            [one.text for one in examples],
             add_special_tokens=False,
             return_offsets_mapping=self._completion_only,
             verbose=False,
         )
-        for index, (_, spans) in enumerate(rendered):
+        for index, one in enumerate(examples):
             ids = out["input_ids"][index]
             labels = np.asarray(ids, np.int32)
             if self._completion_only:
-                # A token belongs to the span it starts in: one that began in the prompt is the prompt's.
-                starts = np.asarray([start for start, _ in out["offset_mapping"][index]], np.int64)
+                ids, starts = self._cut_at_prompts(one, ids, np.asarray(out["offset_mapping"][index]).reshape(-1, 2))
                 trained = np.zeros(len(ids), bool)
-                for start, end in spans:
+                for start, end in one.spans:
                     trained |= (starts >= start) & (starts < end)
-                labels[~trained] = MASKED
+                labels = np.where(trained, np.asarray(ids, np.int32), MASKED).astype(np.int32)
             longer = self._with_eos(ids, self._append_eos)
             labels = np.append(labels, np.asarray(longer[len(ids) :], np.int32))
             yield self._cut(longer, labels)
 
-    def _render(self, chat: Chat, messages: list[dict[str, Any]], place: str, *, prompt: bool) -> tuple[str, list]:
-        """The text of some messages, and the (start, end) of its generation blocks."""
-        template = self._tokenizer.get_chat_template(tools=chat.tools)
-        try:
-            texts, blocks = render_jinja_template(
-                [messages],
-                tools=chat.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=_GENERATION.search(template) is not None,
-                add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise DataError(f"{place}: the chat template refuses the conversation: {error}") from error
-        return texts[0], list(blocks[0]) if blocks else []
-
-    def _render_trained(self, chat: Chat, place: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the (start, end) of what is trained in it, in characters."""
-        text, blocks = self._render(chat, chat.messages, place, prompt=False)
-        if not self._completion_only:
-            return text, []
-        if _GENERATION.search(self._tokenizer.get_chat_template(tools=chat.tools)):
-            start = self._turn_start(chat, chat.trained_from, text, place) if chat.trained_from else 0
-            return text, [block for block in blocks if block[0] >= start]
-        turns = [
-            index
-            for index, message in enumerate(chat.messages)
-            if message["role"] == "assistant" and index >= chat.trained_from
+    def _cut_at_prompts(self, one: Rendered, ids: list[int], offsets: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The ids, and where in the text each begins, with no token reaching over the begin of a trained span."""
+        begins = [begin for begin, _ in one.spans if ((offsets[:, 0] < begin) & (begin < offsets[:, 1])).any()]
+        if not begins:
+            return ids, offsets[:, 0]
+        bounds = [0, *sorted(begins), len(one.text)]
+        pieces = [one.text[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        out = self._tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [
+            [bound + start for start, _ in mapping]
+            for bound, mapping in zip(bounds[:-1], out["offset_mapping"], strict=True)
         ]
-        return text, [self._turn(chat, index, text, place) for index in turns]
-
-    def _turn_start(self, chat: Chat, index: int, text: str, place: str) -> int:
-        """Where message `index` begins to differ from the prompt that asks for it."""
-        if index == 0:
-            raise DataError(
-                f"{place}: the conversation begins with the assistant: put a user message first, or use a chat "
-                "template with {% generation %} blocks"
-            )
-        head, _ = self._render(chat, chat.messages[:index], place, prompt=True)
-        if not text.startswith(head):
-            raise self._unstable(place, f"the messages before message {index}")
-        return len(head)
-
-    def _turn(self, chat: Chat, index: int, text: str, place: str) -> tuple[int, int]:
-        start = self._turn_start(chat, index, text, place)
-        head, _ = self._render(chat, chat.messages[: index + 1], place, prompt=False)
-        if text.startswith(head) and len(head) > start:
-            turn = head[start:]
-            body = turn.rstrip()
-            # White space after the token that ends a turn is never generated: the turn is over by then.
-            return start, start + (len(body) if body.endswith(self._enders) else len(turn))
-        # Templates that write a last turn otherwise than an earlier one (Qwen3's reasoning): the turn ends where its
-        # content and the token after it do.
-        content = (chat.messages[index].get("content") or "").strip()
-        found = text.find(content, start) if content else -1
-        if found < 0:
-            raise self._unstable(place, f"message {index}")
-        end = found + len(content)
-        ender = next((ender for ender in self._enders if text.startswith(ender, end)), "")
-        return start, end + len(ender)
-
-    def _unstable(self, place: str, what: str) -> DataError:
-        return DataError(
-            f"{place}: the chat template writes {what} differently once others follow, so what the assistant said "
-            "cannot be told apart: give a chat_template with {% generation %} blocks, or set completion_only to false"
-        )
+        return [token for piece in out["input_ids"] for token in piece], np.concatenate(starts).astype(np.int64)
 
 
-def _leading_special_ids(tokenizer: Any) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a prompt as they stand in front of a completion in training: nothing that would end the text."""
+    return with_prefix(leading_special_ids(tokenizer), tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
+    """The tokenizer's leading special tokens once, where the text brings them too."""
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def leading_special_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of a text of its own accord: [bos] or nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

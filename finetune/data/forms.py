@@ -1,30 +1,38 @@
 """What a row may look like, checked and brought to one of four shapes: Chat, Pair, TextPiece, Tokens.
 
 form               columns
-messages           messages: [{role, content}, ...], or conversations: [{from, value}, ...]; tools
-prompt_completion  prompt, completion: both strings, or both lists of messages
-alpaca             instruction, output, and input where there is one
+messages           messages: [{role, content}, ...], or conversations: [{from, value}, ...]; where there are any, system,
+                   history, tools (or functions) and chat_template_kwargs
+prompt_completion  prompt, completion: both strings, or both lists of messages, which may have what messages may
+alpaca             instruction, output, and input where there is one; with a chat template what messages may have
 text               text
-input_ids          input_ids; where there are any, labels (-100: not trained) and attention_mask (0: removed)
+input_ids          input_ids; where there are any, labels (-100: not trained) or a mask of what is trained
+                   (completion_mask, assistant_masks), and attention_mask (0: padding, removed)
+
+A row that has the columns of several forms is of the first: input_ids, messages, conversations, prompt_completion, alpaca,
+text.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from finetune.data.cache import MASKED
 from finetune.data.errors import DataError
-from finetune.data.sources import TextPiece
+from finetune.data.messages import (
+    Message,
+    check_text,
+    kind_of,
+    parse_history,
+    parse_messages,
+    parse_system,
+    parse_tools,
+)
+from finetune.data.sources import MEDIA, TextPiece
 
 FORMS = ("messages", "prompt_completion", "alpaca", "text", "input_ids")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "model": "assistant", "assistant": "assistant", "system": "system", "developer": "developer", "tool": "tool",
-    "observation": "tool", "function": "tool", "function_response": "tool",
-}  # fmt: skip
 # https://github.com/tatsu-lab/stanford_alpaca#data-release
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -35,19 +43,21 @@ _ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_JSON_TYPES = {
-    str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number",
-    type(None): "null",
-}  # fmt: skip
+_NAMES = {str: "a string", list: "a list", dict: "an object"}
+# Columns that belong to a conversation.
+_CONTEXT = ("system", "history", "tools", "functions", "chat_template_kwargs")
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation; the assistant's turns from index `trained_from` on are trained."""
+    """A conversation. trained: indices of the assistant's turns that are trained. excludes: the row says of a message that it
+    is not to be trained. options: what the row gives the chat template beside messages and tools."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
+    trained: list[int]
+    excludes: bool = False
     tools: list[dict[str, Any]] | None = None
-    trained_from: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +95,21 @@ def detect_form(row: Any, place: str) -> str:
         if needed <= keys:
             return form
     found = ", ".join(f'"{key}"' for key in list(row)[:12]) or "no keys"
+    inner = next(
+        (key for key, value in row.items() if isinstance(value, list) and value[:1] and _is_row(value[0])), None
+    )
+    todo = "rename the columns" if inner is None else f'write the list under "{inner}" alone to the file'
     raise DataError(
         f'{place}: expected a row with "messages", "conversations", "prompt" and "completion", "instruction" and '
-        f'"output", "text", or "input_ids"; found {found}: rename the columns'
+        f'"output", "text", or "input_ids"; found {found}: {todo}'
     )
+
+
+def _is_row(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and bool(detect_form(value, ""))
+    except DataError:
+        return False
 
 
 def parse(row: Any, form: str, place: str, *, chat: bool) -> Parsed:
@@ -101,18 +122,17 @@ def parse(row: Any, form: str, place: str, *, chat: bool) -> Parsed:
         if form != "text":
             raise DataError(f'{place}: a .txt file holds plain text, but the form asked for is "{form}"')
         return row
-    return _PARSERS[form](_object(row, place), place, chat)
+    row = _object(row, place)
+    if form not in ("text", "input_ids") and (media := sorted(key for key in MEDIA & row.keys() if row[key])):
+        raise DataError(f'{place}: found "{media[0]}": only text is trained on here: remove the column, or the rows')
+    return _PARSERS[form](row, place, chat)
 
 
 def _object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected one JSON object, found {_kind(row)}")
+        raise DataError(f"{place}: expected one JSON object, found {kind_of(row)}")
     # Parquet and hub rows say null where JSON lines leave a key out.
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _kind(value: Any) -> str:
-    return _JSON_TYPES.get(type(value), type(value).__name__)
 
 
 def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
@@ -120,93 +140,57 @@ def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
         found = ", ".join(f'"{k}"' for k in list(row)[:12]) or "no keys"
         raise DataError(f'{place}: expected "{key}", found {found}')
     if not isinstance(row[key], kind):
-        raise DataError(f'{place}: expected "{key}" to be {_JSON_TYPES[kind]}, found {_kind(row[key])}')
-    return _text(row[key], key, place) if kind is str else row[key]
-
-
-def _text(value: str, key: str, place: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        where = f"character {error.start + 1}"
-        raise DataError(f'{place}: "{key}" holds half of a surrogate pair at {where}: not text') from None
-    return value
+        raise DataError(f'{place}: expected "{key}" to be {_NAMES[kind]}, found {kind_of(row[key])}')
+    return check_text(row[key], key, place) if kind is str else row[key]
 
 
 def _parse_messages(row: dict[str, Any], place: str, chat: bool) -> Chat:
     key = "messages" if "messages" in row else "conversations"
-    messages = _messages(row, key, place)
-    if key == "conversations" and isinstance(row.get("system"), str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    if row.get("conversations", row[key]) != row[key]:
+        raise DataError(f'{place}: found "messages" and "conversations" that differ: keep one of them')
+    if row.get("weight", 1) != 1:
+        raise DataError(f'{place}: found a row of "weight" {row["weight"]!r}: every row counts as one here: remove it')
+    messages, flags = parse_messages(_get(row, key, list, place), key, place)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f'{place}: "{key}" has no message of the assistant: there is nothing to learn in it')
-    return Chat(messages, _tools(row, place))
+    return _chat(row, messages, flags, place)
 
 
-def _messages(row: dict[str, Any], key: str, place: str) -> list[dict[str, Any]]:
-    rows = _get(row, key, list, place)
-    if not rows:
-        raise DataError(f'{place}: "{key}" is an empty list')
-    return [_message(message, f"{key}[{index}]", place) for index, message in enumerate(rows)]
+def _chat(row: dict[str, Any], messages: list[Message], flags: list[bool], place: str) -> Chat:
+    """The conversation with what the row's other columns say of it."""
+    system, history = parse_system(row, place), parse_history(row, place)
+    if messages[0]["role"] == "system":
+        if system and system[0]["content"] != messages[0]["content"]:
+            raise DataError(f'{place}: found "system" and a first message of the system that differ: keep one of them')
+        system, messages, flags = messages[:1], messages[1:], flags[1:]
+    options = row.get("chat_template_kwargs", {})
+    if not isinstance(options, dict) or {"messages", "tools", "add_generation_prompt"} & options.keys():
+        raise DataError(f'{place}: expected "chat_template_kwargs" to be an object of options, found {options!r:.80}')
+    messages, flags = [*system, *history, *messages], [True] * len(system + history) + flags
+    trained = [i for i, one in enumerate(messages) if one["role"] == "assistant" and flags[i]]
+    return Chat(messages, trained, not all(flags), parse_tools(row, place), options)
 
 
-def _message(message: Any, key: str, place: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise DataError(f'{place}: expected {key} to be an object with "role" and "content", found {_kind(message)}')
-    message = {k: value for k, value in message.items() if value is not None}
-    if "role" not in message and "from" in message:
-        speaker = message.pop("from")
-        role = _SHAREGPT_ROLES.get(speaker if isinstance(speaker, str) else None)
-        if role is None:
-            raise DataError(f"{place}: {key}.from: expected one of {', '.join(_SHAREGPT_ROLES)}, found {speaker!r}")
-        message = {"role": role, "content": message.pop("value", None), **message}
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(f"{place}: {key}.role: expected one of {', '.join(ROLES)}, found {role!r}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = message["content"] = _joined_parts(content, key, place)
-    if content is None and message.get("tool_calls"):
-        return message
-    if not isinstance(content, str):
-        raise DataError(f"{place}: expected {key}.content to be a string, found {_kind(content)}")
-    if role == "assistant" and not content and not message.get("tool_calls"):
-        raise DataError(f"{place}: {key}: the assistant's message is empty: remove the row or fill it")
-    _text(content, f"{key}.content", place)
-    return message
-
-
-def _joined_parts(parts: list[Any], key: str, place: str) -> str:
-    for part in parts:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise DataError(f'{place}: {key}.content: expected parts of type "text", found {kind!r}')
-    return "".join(part["text"] for part in parts)
-
-
-def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):  # as datasets with columns of one type have it
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f'{place}: "tools" is a string that is not JSON: {error.msg}') from error
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f'{place}: expected "tools" to be a list of JSON schemas, found {_kind(tools)}')
-    return tools or None
+def _refuse_context(row: dict[str, Any], place: str, remedy: str) -> None:
+    if found := [key for key in _CONTEXT if row.get(key)]:
+        raise DataError(f'{place}: "{found[0]}" belongs to a conversation, and this row is none: {remedy}')
 
 
 def _parse_prompt_completion(row: dict[str, Any], place: str, chat: bool) -> Chat | Pair:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        head, tail = _messages(row, "prompt", place), _messages(row, "completion", place)
+        head, head_flags = parse_messages(prompt, "prompt", place)
+        tail, tail_flags = parse_messages(completion, "completion", place)
         if not any(message["role"] == "assistant" for message in tail):
             raise DataError(f'{place}: "completion" has no message of the assistant')
-        return Chat(head + tail, _tools(row, place), trained_from=len(head))
+        parsed = _chat(row, head + tail, head_flags + tail_flags, place)
+        # What is before the completion is given, history too.
+        return replace(parsed, trained=[i for i in parsed.trained if i >= len(parsed.messages) - len(tail)])
     prompt = _get(row, "prompt", str, place)
     completion = _get(row, "completion", str, place)
     if not completion:
         raise DataError(f'{place}: "completion" is empty: there is nothing to learn in the row')
+    _refuse_context(row, place, "give prompt and completion as lists of messages, or write it into the prompt")
     return Pair(prompt, completion)
 
 
@@ -217,7 +201,9 @@ def _parse_alpaca(row: dict[str, Any], place: str, chat: bool) -> Chat | Pair:
         raise DataError(f'{place}: "output" is empty: there is nothing to learn in the row')
     if chat:
         question = f"{instruction}\n\n{context}" if context else instruction
-        return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": output}])
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        return _chat(row, messages, [True, True], place)
+    _refuse_context(row, place, "give a chat_template, through which such rows then go")
     template = _ALPACA_INPUT if context else _ALPACA
     return Pair(template.format(instruction=instruction, input=context), output)
 
@@ -231,24 +217,46 @@ def _parse_text(row: dict[str, Any], place: str, chat: bool) -> TextPiece:
 
 def _parse_tokens(row: dict[str, Any], place: str, chat: bool) -> Tokens:
     ids = _integers(row, "input_ids", place)
-    labels = _integers(row, "labels", place) if "labels" in row else list(ids)
-    mask = _integers(row, "attention_mask", place) if "attention_mask" in row else [1] * len(ids)
     if not ids:
         raise DataError(f'{place}: "input_ids" is an empty list')
-    for key, values in (("labels", labels), ("attention_mask", mask)):
-        if len(values) != len(ids):
-            raise DataError(f'{place}: expected "{key}" as long as "input_ids" ({len(ids)}), found {len(values)}')
-    if set(mask) - {0, 1}:
-        raise DataError(f'{place}: expected "attention_mask" of 0 and 1, found {max(set(mask) - {0, 1})}')
-    kept = [index for index, kept in enumerate(mask) if kept]
-    return Tokens([ids[index] for index in kept], [labels[index] for index in kept])
+    labels = _same_length(row, "labels", ids, place) or list(ids)
+    for key in ("completion_mask", "assistant_masks"):
+        if trained := _mask(row, key, ids, place):
+            if "labels" in row:
+                raise DataError(
+                    f'{place}: found "labels" and "{key}", which both say what is trained: keep one of them'
+                )
+            labels = [label if one else MASKED for label, one in zip(labels, trained, strict=True)]
+    kept = _mask(row, "attention_mask", ids, place) or [1] * len(ids)
+    start, end = kept.index(1) if 1 in kept else 0, len(kept) - kept[::-1].index(1) if 1 in kept else 0
+    if not all(kept[start:end]):
+        where = start + kept[start:end].index(0)
+        raise DataError(
+            f"{place}: attention_mask[{where}] is 0 between tokens that are attended to: only padding at the ends can be "
+            "left out"
+        )
+    return Tokens(ids[start:end], labels[start:end])
+
+
+def _same_length(row: dict[str, Any], key: str, ids: list[int], place: str) -> list[int] | None:
+    values = _integers(row, key, place) if key in row else None
+    if values is not None and len(values) != len(ids):
+        raise DataError(f'{place}: expected "{key}" as long as "input_ids" ({len(ids)}), found {len(values)}')
+    return values
+
+
+def _mask(row: dict[str, Any], key: str, ids: list[int], place: str) -> list[int] | None:
+    values = _same_length(row, key, ids, place)
+    if values is not None and set(values) - {0, 1}:
+        raise DataError(f'{place}: expected "{key}" of 0 and 1, found {max(set(values) - {0, 1})}')
+    return values
 
 
 def _integers(row: dict[str, Any], key: str, place: str) -> list[int]:
     values = _get(row, key, list, place)
     for index, value in enumerate(values):
-        if type(value) is not int:
-            raise DataError(f"{place}: expected {key}[{index}] to be an integer, found {_kind(value)}")
+        if type(value) is not int and not (key.endswith(("mask", "masks")) and type(value) is bool):
+            raise DataError(f"{place}: expected {key}[{index}] to be an integer, found {kind_of(value)}")
     return values
 
 

@@ -24,7 +24,7 @@ import finetune
 from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
-from finetune.data.sources import COLUMNS, File, HubSplit, resolve
+from finetune.data.sources import COLUMNS, MEDIA, File, HubSplit, resolve, without_added_nulls
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
 _TOKENIZER_FILES = (
@@ -87,7 +87,7 @@ def prepare(
             "form": form,
             "completion_only": completion_only,
             "append_eos": append_eos,
-            "chat_template": _template_text(chat_template),
+            "chat_template": template_text(chat_template),
             "trust_remote_code": trust_remote_code,
             "choices": choices,
             "fingerprint": fingerprint,
@@ -115,6 +115,21 @@ def prepare(
             # Another run made the same cache meanwhile; if it is not whole, opening it says so.
             pass
         return TokenDataset.open(cache_dir / key)
+
+
+def describe(data: TokenDataset) -> list[str]:
+    """What became of the rows, in lines for the user: how many there are, which are cut or left out, and notes."""
+    meta = data.meta
+    compared = meta["choices"] is not None
+    count = meta["rows"] if compared else len(data) + meta["dropped"]
+    parts = [f"{meta['rows']:,} rows"] + ([f"{count:,} examples"] if count != meta["rows"] else [])
+    if meta["truncated"]:
+        parts.append(f"{meta['truncated']:,} cut at {meta['sequence_length']:,} tokens")
+    if meta["dropped"]:
+        longer = f"longer than sequence_length ({meta['sequence_length']:,})"
+        why = longer if compared else "nothing trained is left of them"
+        parts.append(f"{meta['dropped']:,} of {count:,} left out: {why}")
+    return [f"{'+'.join(meta['sources'])}: {', '.join(parts)}", *(f"note: {note}" for note in meta["notes"])]
 
 
 def _tokenizer_folder(model: str) -> Path:
@@ -154,7 +169,7 @@ def _key(sources: list[File | HubSplit], options: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _template_text(template: str | None) -> str | None:
+def template_text(template: str | None) -> str | None:
     if template is None or "{" in template or "\n" in template:
         return template
     try:
@@ -168,15 +183,21 @@ def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> File:
     if isinstance(rows, Mapping):  # a datasets.DatasetDict
         raise DataError(f"data: expected rows, found a mapping with {', '.join(map(str, rows))}: hand over one of them")
     digest = hashlib.sha256()
+    from_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise DataError(f"data[{index}]: expected a dict, found {type(row).__name__}")
             # Other columns may hold anything; their names alone are kept, for messages about missing ones.
             known = {key: value if key in COLUMNS else None for key, value in row.items()}
+            if from_arrow:
+                known = {key: without_added_nulls(value) for key, value in known.items()}
+            # a picture, an array, or anything else that is there
+            media = {key: row[key] for key in MEDIA & known.keys()}
+            known |= {key: True for key, one in media.items() if one or not isinstance(one, list | str | None)}
             try:
                 line = json.dumps(known, default=_plain).encode() + b"\n"
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"data[{index}]: expected strings, numbers, lists and dicts: {error}") from error
             digest.update(line)
             stream.write(line)

@@ -2,29 +2,38 @@
 
 A row's place is "file:line" for text formats and "file:row" (from 1) for Parquet and hub data.
 Memory does not grow with a file's size: JSONL is read by line, JSON arrays by element, Parquet by row group, and
-a .txt file, which is one document, in pieces cut at line ends.
+a .txt file, which is one document, in pieces cut at line ends. What gzip, bzip2 and xz wrote is read through them.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import glob
-import json
+import gzip
+import io
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.data.errors import DataError
+from finetune.data.json_rows import MAX_ROW_CHARS, json_documents, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 # Every column that some form reads; others are not even loaded from Parquet.
 COLUMNS = frozenset(
-    "messages conversations system tools prompt completion instruction input output text input_ids labels "
-    "attention_mask".split()
+    "messages conversations system history tools functions chat_template_kwargs weight prompt completion instruction "
+    "input output text input_ids labels attention_mask completion_mask assistant_masks".split()
 )
+# Columns that a model of text cannot be given: that a row has one is all that is read of them.
+MEDIA = frozenset("image images video videos audio audios".split())
 TEXT_PIECE_CHARS = 1 << 18
-JSON_BUFFER_CHARS = 1 << 16
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED = (*_OPENERS, ".zst", ".zip", ".lz4", ".br")
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(?P<part>:((?P<config>[\w.-]+):)?(?P<split>.+))?")
 
 
@@ -49,6 +58,11 @@ class File:
     @property
     def name(self) -> str:
         return "data" if self.sha256 else Path(self.path).name
+
+    @property
+    def format(self) -> str:
+        """One of SUFFIXES."""
+        return _format(Path(self.path))
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": self.sha256} if self.sha256 else asdict(self)
@@ -80,7 +94,8 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file() and p.name[0] != ".")
+        # What is compressed otherwise than can be read is refused by its name, not passed over.
+        found = sorted(p for p in path.iterdir() if _format(p) in SUFFIXES and p.is_file() and p.name[0] != ".")
         if (path / "state.json").exists() and (path / "dataset_info.json").exists():
             raise DataError(
                 f"{text} was written by datasets' save_to_disk, which is not read here: write it with to_parquet() or "
@@ -92,7 +107,7 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
     if path.exists():
         return [_file(path)]
     hub = None if isinstance(source, Path) else _HUB.fullmatch(text)
-    if hub and Path(hub["id"]).suffix in SUFFIXES:
+    if hub and _format(Path(hub["id"])) in SUFFIXES:
         hub = None
     # "hubid:train[:100]" has the brackets of a glob too; the colon tells.
     if glob.has_magic(text) and not (hub and hub["part"]):
@@ -111,89 +126,87 @@ def read_rows(source: File | HubSplit) -> Iterator[tuple[str, Any]]:
     if isinstance(source, HubSplit):
         yield from _hub_rows(source)
         return
-    reader = {".txt": _text_pieces, ".parquet": _parquet_rows}.get(Path(source.path).suffix, _json_rows)
+    reader = {".txt": _text_pieces, ".parquet": _parquet_rows}.get(source.format, _json_rows)
     try:
         yield from reader(source)
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"cannot decompress {source.path}: {error}: the file is damaged or was cut") from error
+
+
+def without_added_nulls(value: Any) -> Any:
+    """A row of Arrow's without the keys that are null: a column of objects has one type, so that each object there has
+    the keys of all, those that it was not given as null."""
+    if isinstance(value, dict):
+        return {key: without_added_nulls(one) for key, one in value.items() if one is not None}
+    return [without_added_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _format(path: Path) -> str:
+    """The suffix that says what a file holds: the one before that of a compression."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _open(file: File) -> IO[bytes]:
+    return _OPENERS.get(Path(file.path).suffix, open)(file.path, "rb")
 
 
 def _file(path: Path) -> File:
-    if path.suffix not in SUFFIXES:
+    if _format(path) not in SUFFIXES:
         raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
+    if path.suffix in _COMPRESSED and (path.suffix not in _OPENERS or _format(path) == ".parquet"):
+        raise DataError(f"{path}: a {_format(path)} file in {path.suffix} is not read here: decompress it first")
     stat = path.stat()
     return File(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 def _json_rows(file: File) -> Iterator[tuple[str, Any]]:
-    with open(file.path, "rb") as stream:
-        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A .json file may hold an array or, as often, JSON lines.
-    yield from _array_elements(file) if head[:1] == b"[" and not file.path.endswith(".jsonl") else _lines(file)
+    """A .json file may hold arrays, objects over several lines or, as often, JSON lines."""
+    if not file.format == ".json" or _is_json_lines(file):
+        yield from _lines(file)
+        return
+    with _open(file) as stream:
+        yield from json_documents(io.TextIOWrapper(stream, encoding="utf-8-sig"), file.name)
+
+
+def _is_json_lines(file: File) -> bool:
+    """Whether the first line is an object of its own, or no JSON at all: lines are named one by one then."""
+    with _open(file) as stream:
+        while line := stream.readline(4096):
+            start = line.removeprefix(codecs.BOM_UTF8).lstrip()
+            if start[:1] == b"{":
+                try:
+                    parse_json((start + (b"" if line.endswith(b"\n") else stream.readline(MAX_ROW_CHARS))).decode())
+                except UnicodeDecodeError:
+                    return True
+                except ValueError:
+                    return False
+            if start:
+                return start[:1] != b"["
+    return True
 
 
 def _lines(file: File) -> Iterator[tuple[str, Any]]:
-    with open(file.path, "rb") as stream:
+    with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             # Rows handed over in memory are named as Python does: data[0] is the first.
             place = f"data[{number - 1}]" if file.sha256 else f"{file.name}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                yield place, json.loads(line)
+                row = parse_json(line.decode())
             except UnicodeDecodeError as error:
-                yield place, DataError(f"{place}: not UTF-8 (byte {error.start + 1} of the line): save it as UTF-8")
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield place, DataError(f"{place}: expected one JSON object, found what is not JSON: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (column {error.colno})"
-    return "nested too deeply"
-
-
-def _array_elements(file: File) -> Iterator[tuple[str, Any]]:
-    """Elements of one JSON array of objects, parsed as the file is read."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
-    buffer, line, opened, want = "", 1, False, JSON_BUFFER_CHARS
-    with open(file.path, encoding="utf-8-sig") as stream:
-        while True:
-            try:
-                more = stream.read(want)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file.name}: not UTF-8 after line {line}: save the file as UTF-8") from error
-            buffer += more
-            position = 0
-            while True:
-                start = space.match(buffer, position).end()
-                if buffer[start : start + 1] == ("," if opened else "["):
-                    start, opened = space.match(buffer, start + 1).end(), True
-                line += buffer.count("\n", position, start)
-                position = start
-                place = f"{file.name}:{line}"
-                if buffer[start : start + 1] == "]":
-                    return
-                if start < len(buffer) and buffer[start] not in ",{":
-                    raise DataError(f"{place}: expected an object in the array, found {buffer[start : start + 20]!r}")
-                try:
-                    row, position = decoder.raw_decode(buffer, start)
-                except json.JSONDecodeError as error:
-                    if not more:
-                        raise DataError(f"{place}: the array's element is not JSON: {error.msg}") from error
-                    break
-                line += buffer.count("\n", start, position)
-                yield place, row
-            # An element longer than the buffer: read in growing steps, so that parsing it again stays cheap.
-            want = JSON_BUFFER_CHARS if position else 2 * want
-            buffer = buffer[position:]
+                row = DataError(f"{place}: not UTF-8 (byte {error.start + 1} of the line): save it as UTF-8")
+            except ValueError as error:
+                row = DataError(f"{place}: expected one JSON object, found what is not JSON: {error}")
+            yield place, row
 
 
 def _text_pieces(file: File) -> Iterator[tuple[str, Any]]:
-    with open(file.path, encoding="utf-8-sig", newline="") as stream:
+    with _open(file) as binary:
+        stream = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
         line, first, held = 1, True, ""
         while True:
             try:
@@ -222,11 +235,12 @@ def _parquet_rows(file: File) -> Iterator[tuple[str, Any]]:
         with parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
             known = [name for name in names if name in COLUMNS]
+            media = dict.fromkeys(MEDIA.intersection(names), True)
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=known or names):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file.name}:{number}", row
+                    yield f"{file.name}:{number}", without_added_nulls(row) | media
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.name}: cannot be read as Parquet: {error}") from error
 
@@ -262,7 +276,8 @@ def _hub_rows(source: HubSplit) -> Iterator[tuple[str, Any]]:
             f"{type(error).__name__}: {error}"
         ) from error
     known = [name for name in rows.column_names if name in COLUMNS]
+    media = dict.fromkeys(MEDIA.intersection(rows.column_names), True)
     if known:
         rows = rows.select_columns(known)
     for number, row in enumerate(rows, 1):
-        yield f"{source.name}:{number}", row
+        yield f"{source.name}:{number}", without_added_nulls(row) | media

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         append_eos=append_eos,
     )
     writer = CacheWriter(Path(job.folder))
-    truncated = dropped = 0
+    truncated = dropped = dropped_short = 0
     for batch in _batches(rows):
         if choices:
             expanded = [(place, Pair(row.prompt, choice)) for place, row in batch for choice in choices]
@@ -93,11 +94,14 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
                     truncated += one.truncated
                 else:
                     dropped += 1
+                    dropped_short += not one.truncated
         report(rows.count, writer.tokens)
     names = ", ".join(source.name for source in sources)
     if not writer.examples:
-        why = f"none has a trained token in its first {job.sequence_length}: raise sequence_length"
-        raise DataError(f"{names}: no example is left of {rows.count} rows: {why if dropped else 'the data is empty'}")
+        why = "none has a trained token" if dropped else "the data is empty"
+        if dropped > dropped_short:
+            why += f" in its first {job.sequence_length}: raise sequence_length"
+        raise DataError(f"{names}: no example is left of {rows.count} rows: {why}")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     writer.finish(
         {
@@ -106,6 +110,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "rows": rows.count,
             "truncated": truncated,
             "dropped": dropped,
+            "notes": _notes(encoder.template.counts),
             "sequence_length": job.sequence_length,
             "completion_only": job.completion_only,
             "tokenizer": job.fingerprint,
@@ -115,6 +120,16 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "different_completions": len(rows.completions) if 0 < len(rows.completions) <= MAX_CHOICES else None,
         }
     )
+
+
+def _notes(counts: Counter[str]) -> list[str]:
+    """What the user should know of how conversations became examples."""
+    said = {
+        "split": "{} conversations became several examples: the chat template writes turns otherwise once others follow",
+        "put back": "{} thoughts that the chat template leaves out stand where its generation prompt opens them",
+        "unopened": "{} turns are trained as the chat template writes them, without what its generation prompt adds to it",
+    }
+    return [words.format(f"{counts[key]:,}") for key, words in said.items() if counts[key]]
 
 
 class _Rows:

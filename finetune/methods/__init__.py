@@ -24,10 +24,12 @@ class StepResult:
 class Method(Protocol):
     """The trainer's view of a method that is under way.
 
-    first_step: steps that earlier processes have done. optimizer, scheduler: what callbacks are shown.
+    first_step: steps that earlier processes have done. notes: what the user should know of how it went on. optimizer,
+    scheduler: what callbacks are shown.
     """
 
     first_step: int
+    notes: list[str]
     optimizer: torch.optim.Optimizer
     scheduler: Any
 

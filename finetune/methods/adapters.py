@@ -5,23 +5,28 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
+from finetune.methods.adapter_seal import CONFIG, WEIGHTS, check_adapter, seal_adapter
 from memory.errors import UserError
 from memory.new_directory import new_directory
 
 
 def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
-    """`model` with the adapter saved in `directory`. Raises UserError when it is not there or does not fit the model."""
+    """`model` with the adapter saved in `directory`. Raises UserError when it is not there, is damaged or does not fit the
+    model."""
     from peft import PeftModel
 
-    if not (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} is not an adapter: expected adapter_config.json in it")
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} is not an adapter: expected {name} in it")
+    check_adapter(directory)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, KeyError, SafetensorError) as error:
         raise UserError(f"the adapter in {directory} does not fit this model: {error}") from error
 
 
@@ -31,6 +36,7 @@ def save(model: nn.Module, directory: Path) -> None:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
             model.save_pretrained(temporary, save_embedding_layers=False)
+            seal_adapter(temporary)
     except OSError as error:
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "

@@ -52,6 +52,7 @@ class FirstOrder:
         )
         self._updating = False  # True as well after an update that failed half-way
         self.first_step = 0
+        self.notes: list[str] = []
         if config.resume:
             self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, about)
         self.scheduler = make_scheduler(options, self.optimizer, num_steps, self.first_step)

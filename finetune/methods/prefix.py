@@ -86,15 +86,13 @@ def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> Non
     _set_values(model, torch.cat(values, dim=1))
 
 
-def read_values(model: nn.Module, directory: Path) -> None:
-    """Sets the prefix to that saved in `directory`. Raises UserError when it is not there."""
-    path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path} is not there: the prefix that the run began with is needed to go on with it")
+def read_values(model: nn.Module, directory: Path, digest_of_values: str) -> bool:
+    """Sets the prefix to that saved in `directory`; False when the one with this digest is not there."""
     try:
-        _set_values(model, load_file(path)["prompt_embeddings"])
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}): bring it back from a copy, or begin anew without --resume") from error
+        _set_values(model, load_file(directory / "adapter_model.safetensors")["prompt_embeddings"])
+    except (OSError, SafetensorError, KeyError, UserError):
+        return False
+    return digest(model) == digest_of_values
 
 
 def digest(model: nn.Module) -> str:

@@ -52,6 +52,7 @@ class WeightTraining:
         self._undecayed = undecayed(session.model, trained.fqns, config.training)
         self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
         self.first_step = store.step
+        self.notes: list[str] = []
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
         self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)

@@ -39,11 +39,11 @@ from finetune.methods.schedule import make_scheduler
 from finetune.session import Session
 from finetune.state import check_same_run
 from memory.errors import UserError
+from offload.folds import newest_fold
 from offload.journal import Journal, Record
 from offload.noise import Update
 from offload.perturbed import Variant
 from offload.perturbed_model import PerturbedModel
-from offload.replay import newest_fold
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
 CLIP_MIN_HISTORY = 10
@@ -94,6 +94,7 @@ class ZerothOrder:
         self._session = session
         self._model: PerturbedModel = session.streamed
         self._weights = config.output / "weights"
+        self.notes: list[str] = []
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
         about = about | {
             "noise": options.noise,
@@ -128,16 +129,17 @@ class ZerothOrder:
         if not self.journal.steps:  # what is there may be an earlier run's
             shutil.rmtree(self._weights, ignore_errors=True)
         if config.tunes_prefix:
-            if self.journal.steps:
-                prefix.read_values(model, initial)
-            else:
-                if goes_on:  # after a process that died before its first step
+            if not (self.journal.steps and prefix.read_values(model, initial, digest)):
+                if goes_on:
                     prefix.begin_as_tokens(model, self._model, config.training.seed)
+                if prefix.digest(model) != digest:
+                    raise UserError(
+                        f"{initial} is not the prefix that this run began with, and the one that is made of the seed here is "
+                        "another: bring it back from a copy, or begin anew without --resume"
+                    )
+                if self.journal.steps:
+                    self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
                 adapters.save(model, initial)
-            if prefix.digest(model) != digest:
-                raise UserError(
-                    f"{initial} is not the prefix that this run began with: bring it back, or begin anew without --resume"
-                )
             self._model.take_adapters()
         self._find_folded()
 
@@ -210,22 +212,23 @@ class ZerothOrder:
             self._model.fold_adapters()
         else:
             directory = self._weights / f"step-{step:08d}"
-            self._model.fold(directory, partial(self._model.engine.progress, "fold"))
+            self._model.fold(directory, self.journal.digest(step), partial(self._model.engine.progress, "fold"))
             for old in self._weights.iterdir():
                 if old != directory:
                     shutil.rmtree(old, ignore_errors=True)
         self._folded = step
 
     def _find_folded(self) -> None:
-        """Goes on from the newest folded weights, or folds into fresh adapters what whole groups have added."""
+        """Goes on from the newest folded weights that are whole, or folds into fresh adapters what whole groups have added."""
         whole = self.journal.steps - self.journal.steps % self._options.group_steps
         if self._config.has_adapter:
             self._model.perturbation.pending = self.journal.groups(0, whole)
             self._model.fold_adapters()
             self._folded = whole
             return
-        if (folded := newest_fold(self._weights, whole)) is not None:
-            self._folded, checkpoint = folded
+        found = newest_fold(self._weights, self.journal, whole, self._model.io.backend, self.notes.append)
+        if found is not None:
+            self._folded, checkpoint = found
             self._model.move_to(checkpoint)
         between = self._options.steps_between_folds
         due = max(0, self.journal.steps - 1) // between * between
