@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from finetune.config import Config
 from finetune.data.chat_template import ChatTemplate
-from finetune.data.encode import prompt_ids
+from finetune.data.encode import check_ids, prompt_ids
 from finetune.data.preparation import template_text
 from finetune.methods.adapters import prefix_length
 from finetune.planned_run import BatchShape, PlannedRun
@@ -53,6 +54,7 @@ def generate(
             raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
         tokenizer = load_tokenizer(session.parts.directory, config)
         ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
+        check_ids(tokenizer, list(chain.from_iterable(ids)), session.model.get_input_embeddings().weight.shape[0])
         max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)
         planned = _plan(session, ids, max_new_tokens)
         streamed = session.open(planned, config.output / "scratch")
@@ -173,7 +175,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
         path = directory / name
         if not found and path.is_file():
             values = json.loads(path.read_text(encoding="utf-8"))
-            value = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
+            value = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
             found.update(value if isinstance(value, list) else [] if value is None else [value])
     return frozenset(found if tokenizer_eos is None else found | {tokenizer_eos})
 

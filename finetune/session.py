@@ -41,6 +41,7 @@ from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit
 from offload.model_parts import computes_natively, cut
 from offload.noise import Noise
 from offload.perturbed_model import PerturbedModel
+from offload.positions import longest_row
 from offload.skeleton import is_placeholder
 from offload.streamed_model import StreamedModel
 from offload.trained_model import TrainedModel
@@ -113,6 +114,7 @@ class Session:
         if self.perturbs_all:
             check_storage(self.parts.sources, self.parts.parameters)
             check_rounding(config, self.parts, self.parts.parameters)
+        self._longest_row = 0  # of those that were planned for
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -280,6 +282,7 @@ class Session:
         parts, lanes = self.parts, shape.micro_batches
         if "input_ids" in shape.inputs:
             prefix.check_positions(self.model, shape.inputs["input_ids"].shape[1])
+            self._check_positions(shape)
         trained = self.trained
         names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
         visit = measure_visit(parts, self.model, shape.inputs, shape.train, names)
@@ -373,6 +376,19 @@ class Session:
             host_libraries_bytes=self.device.host_libraries_bytes,
         )
         return demand, visit
+
+    def _check_positions(self, shape: BatchShape) -> None:
+        length, kind = shape.inputs["input_ids"].shape[1], type(self.parts.model).__name__
+        if length > self._longest_row:
+            if (limit := longest_row(self.parts, self.model, shape.inputs)) < length:
+                raise UserError(
+                    f"rows of {length} tokens are longer than the {limit} positions of {kind}: give --sequence-length {limit} "
+                    "or less"
+                )
+            made_for = getattr(self.parts.model.config.get_text_config(), "max_position_embeddings", None) or length
+            if length > made_for >= self._longest_row and not shape.packed:
+                print(f"note: rows of {length} tokens are longer than the {made_for} that {kind} was made for", file=sys.stderr)
+            self._longest_row = length
 
     def _masks(self, shape: BatchShape) -> MaskSize:
         count, length = shape.inputs["input_ids"].shape

@@ -58,6 +58,11 @@ def measure_visit(
     return replace(size, boundary_bytes=hidden.nbytes)
 
 
+def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """The way of `measure_visit`, without measuring. Raises what the model raises."""
+    _run_on_meta(parts, *_first_call(parts, model, inputs), False, frozenset())
+
+
 class MaskSize(NamedTuple):
     """Bytes of what one micro-batch holds that grows with the square of its length: attention masks. kept: while it is on
     its way through the model. made: more than that while they are made."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memory.errors import UserError
 from offload.block_store import Source, plan_rows
 
 
@@ -67,7 +68,7 @@ class RowsOnDemand:
         """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
         ids = torch.unique(ids.cpu())
         if ids.numel() and (ids[0] < 0 or ids[-1] >= self._source.shape[0]):
-            raise IndexError(
+            raise UserError(
                 f"token id {int(ids[-1] if ids[-1] >= self._source.shape[0] else ids[0])} is outside the embedding table "
                 f"of {self._source.shape[0]} rows: is the tokenizer that of this model?"
             )

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from memory.errors import UserError
 from offload.block_store import Extent, Source
 from offload.embedding import RowsOnDemand
 from offload.io import IOEngine
@@ -57,7 +58,7 @@ def test_ids_outside_the_table_are_named(wrong, table):
     _, source = table
     with IOEngine("threads") as io:
         rows = RowsOnDemand(placeholder(nn.Embedding), source, torch.float32, io, torch.device("cpu"))
-        with pytest.raises(IndexError, match=f"token id {wrong} is outside the embedding table of {ROWS} rows"):
+        with pytest.raises(UserError, match=f"token id {wrong} is outside the embedding table of {ROWS} rows"):
             rows.read(torch.tensor([1, wrong, 5]))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as savers leave them: tied tables stored twice or under one name only, fp16."""
+"""Checkpoints as savers leave them: tied tables stored twice or under one name only, fp16, tokenizers that have grown."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from test_zeroth_order import weights
-from text_models import make_config, write_model
+from text_models import VOCAB, make_config, write_model, write_rows
 
 from finetune import Config, Trainer
+from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.generate import generate
 from memory.errors import UserError
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -153,3 +155,36 @@ def test_fp64_weights(method, tied, data, tmp_path):  # noqa: F811
         Trainer(run_config(model, data, tmp_path / "out", method)).plan()
     if method == "full":
         Trainer(run_config(model, data, tmp_path / "lora", "lora")).train()
+
+
+@pytest.fixture(scope="session")
+def grown(tied, tmp_path_factory) -> Path:
+    """The tokenizer has more tokens than the model's table has rows, and pads with one of them."""
+    model = changed(tied, tmp_path_factory.mktemp("grown") / "model")
+    tokenizer = tf.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<more {i}>" for i in range(VOCAB - len(tokenizer))])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"], "pad_token": "<|padding|>"})
+    config = (model / "config.json").read_text()
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text(config)
+    assert VOCAB <= min(tokenizer.convert_tokens_to_ids("<|call|>"), tokenizer.pad_token_id)
+    return model
+
+
+def test_tokens_beyond_the_embedding_are_refused(grown, tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.streamed_model.StreamedModel.__init__", None)  # before weights are read
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a word", "completion": " and <|call|> me"}])
+    config = run_config(grown, rows, tmp_path / "out", "lora")
+    prompts = generate(config, None, ["words", "and <|call|> me"])
+    for use in (Trainer(config).train, lambda: evaluate(config), lambda: next(prompts)):
+        with pytest.raises(UserError, match=rf"'<\|call\|>' has id \d+.*has {VOCAB} rows"):
+            use()
+
+
+def test_padding_beyond_the_embedding_is_no_matter(grown, tied, data, tmp_path):  # noqa: F811
+    """Padded positions are masked: the losses are those of a tokenizer that was not grown."""
+    for model in (grown, tied):
+        Trainer(run_config(model, data, tmp_path / model.name, "lora")).train()
+    metrics = [(tmp_path / model.name / "metrics.jsonl").read_text().splitlines() for model in (grown, tied)]
+    grown_losses, losses = ([json.loads(line)["loss"] for line in lines] for lines in metrics)
+    assert grown_losses == losses

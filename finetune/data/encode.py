@@ -40,7 +40,7 @@ class Encoder:
     """Encodes batches of parsed rows in order.
 
     tokenizer        a Transformers tokenizer; for chats it must give offsets (a "fast" one)
-    vocab_size       ids of pre-tokenised rows must be below it
+    vocab_size       ids must be below it
     append_eos       True, False, or None: True for pairs and text, left to the template for chats
     """
 
@@ -88,6 +88,7 @@ class Encoder:
 
     def _cut(self, ids: list[int], labels: np.ndarray) -> Encoded:
         limit = self._sequence_length
+        check_ids(self._tokenizer, ids[:limit], self._vocab_size)
         return Encoded(np.asarray(ids[:limit], np.int32), labels[:limit], len(ids) > limit)
 
     def _with_eos(self, ids: list[int], wanted: bool | None) -> list[int]:
@@ -182,6 +183,16 @@ class Encoder:
             for bound, mapping in zip(bounds[:-1], out["offset_mapping"], strict=True)
         ]
         return [token for piece in out["input_ids"] for token in piece], np.concatenate(starts).astype(np.int64)
+
+
+def check_ids(tokenizer: Any, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises DataError for a token that the model, whose embedding has `vocab_size` rows, does not know."""
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise DataError(
+            f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's embedding has {vocab_size} "
+            f"rows; the tokenizer knows {len(tokenizer)} tokens: leave it out, or give a model that was resized for it "
+            "(resize_token_embeddings)"
+        )
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:

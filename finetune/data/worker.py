@@ -65,9 +65,10 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
 
     # Candidates are compared by their own likelihood; an eos after them would only add noise.
     append_eos = False if choices and job.append_eos is None else job.append_eos
+    vocab_size = _vocab_size(job, tokenizer)
     encoder = Encoder(
         tokenizer,
-        vocab_size=_vocab_size(job, tokenizer),
+        vocab_size=vocab_size,
         sequence_length=job.sequence_length,
         completion_only=job.completion_only,
         append_eos=append_eos,
@@ -102,7 +103,9 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         if dropped > dropped_short:
             why += f" in its first {job.sequence_length}: raise sequence_length"
         raise DataError(f"{names}: no example is left of {rows.count} rows: {why}")
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    # A padding token that was added to the tokenizer alone has no row in the model's table: any other does as well.
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((i for i in pads if i is not None and i < vocab_size), 0)
     writer.finish(
         {
             "form": "+".join(sorted(rows.forms)),
@@ -242,13 +245,14 @@ def _load_tokenizer(job: Job) -> Any:
 
 
 def _vocab_size(job: Job, tokenizer: Any) -> int:
-    """The larger of tokenizer and model: a model's table is often padded."""
+    """Rows of the model's embedding, which is often longer than its tokenizer, and shorter where tokens were added to that
+    alone; of the tokenizer where config.json does not say."""
     try:
         config = json.loads((Path(job.tokenizer) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return len(tokenizer)
-    sizes = (config.get("vocab_size"), config.get("text_config", {}).get("vocab_size"))
-    return max([len(tokenizer), *(size for size in sizes if isinstance(size, int))])
+    sizes = (config.get("vocab_size"), (config.get("text_config") or {}).get("vocab_size"))
+    return max((size for size in sizes if isinstance(size, int)), default=len(tokenizer))
 
 
 def _die_with_parent() -> None:
