@@ -25,16 +25,16 @@ class AfterStep:
         self._callbacks = callbacks
         self._metrics = metrics
         self._evaluate = evaluate
-        self._evaluated_step = -1
+        self._evaluated_step = self._left_step = -1
         self._exported = callbacks.exported()
         self.saved_step = method.first_step
         self.evaluation: dict[str, float] | None = None
 
     def settle(self, step: int, last: bool) -> None:
-        """Does what is due now. The last step is durable before it is evaluated, which may take long."""
+        """Does what is due now. What the last step leaves is there before it is evaluated, which may take long."""
         callbacks = self._callbacks
         if last:
-            self.save(step)
+            self.leave(step)
         if callbacks.should_evaluate or last and self._evaluate is not None:
             self.evaluate(step)
         if callbacks.should_save:
@@ -43,6 +43,13 @@ class AfterStep:
         if (exported := callbacks.exported()) != self._exported:
             self._metrics.amend({CALLBACK_STATE: exported})
             self._exported = exported
+
+    def leave(self, step: int) -> None:
+        """The state, and what is for the user in the output directory, are as after `step`."""
+        self.save(step)
+        if step > self._left_step:
+            self._method.finish(step)
+            self._left_step = step
 
     def save(self, step: int) -> None:
         if step > self.saved_step:

@@ -41,7 +41,7 @@ class _Control:
 class Callbacks:
     """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none.
 
-    rows: of the steps that earlier processes have done.
+    rows: of the steps that earlier processes have done. Raises UserError when a callback cannot serve the run.
     """
 
     def __init__(
@@ -77,8 +77,13 @@ class Callbacks:
         if config.method == "lora":
             optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
         optimizer.register_step_post_hook(lambda *_: self._call("on_optimizer_step"))
-        self._call("on_init_end")
-        self._call("on_train_begin")
+        try:
+            self._call("on_init_end")
+            self._call("on_train_begin")
+        except AssertionError as error:  # Transformers' own ask so for what they need
+            raise UserError(
+                f"a callback cannot serve this run: {error}. training.eval_steps and eval_data give it evaluations"
+            ) from error
 
     @property
     def should_stop(self) -> bool:

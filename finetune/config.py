@@ -654,7 +654,9 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
     try:
         return key, read_word(text, accepts)
     except yaml.YAMLError:
-        raise ValueError(f"{key}: expected a YAML value, found {text!r}: quote it, as in {key}='\"...\"'") from None
+        raise ValueError(
+            f"{key}: expected a YAML value in which each key stands once, found {text!r}; text is quoted as in {key}='\"...\"'"
+        ) from None
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

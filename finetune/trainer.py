@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ class Trainer:
         config = self.config
         if config.data is None:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
+        if "tensorboard" in config.training.report_to and find_spec("tensorboard") is None:
+            raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
         with stop_requests():
             session = Session(config)
             try:
@@ -296,16 +299,14 @@ class Trainer:
                 raise
             except KeyboardInterrupt as stop:
                 stop.step = step
-                after.save(step)
                 if step:
-                    method.finish(step)
+                    after.leave(step)
                     progress.message(f"stopped; the state after step {step} is saved in {output}")
                 raise
             except Exception as error:
                 _rescue(method, step, error, progress)
                 raise
-            after.save(step)
-            method.finish(step)
+            after.leave(step)
             if config.eval_data is not None:
                 after.evaluate(step)
             training_loss = float(np.mean(losses)) if losses else float("nan")

@@ -61,11 +61,14 @@ def read_word(text: str, accepts: Callable[[Any], bool]) -> Any:
 
     What begins with a bracket, a brace or a quote is YAML. All else is one scalar as it stands (no comments, no mappings):
     a number, a truth value or null where it looks like one and the key takes it, else the text.
-    Raises yaml.YAMLError.
+    Raises yaml.YAMLError, also for a key that stands twice.
     """
     text = text.strip()
     if text[:1] in tuple("[{'\""):
-        return yaml.load(text, Loader)  # noqa: S506, a SafeLoader
+        value, duplicates = read_document(text)
+        if duplicates:
+            raise yaml.YAMLError(duplicates[0])
+        return value
     loader = Loader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))

@@ -188,3 +188,5 @@ def test_an_evaluation_of_no_data_is_refused(model, data, tmp_path):
     config = run_config(model, data, tmp_path, training={"eval_steps": None}).model_copy(update={"eval_data": None})
     with pytest.raises(UserError, match="a callback asked for an evaluation.*expected eval_data, found none"):
         Trainer(config, [Recorder({("step_end", 1): {"should_evaluate": True}})]).train()
+    with pytest.raises(UserError, match="cannot serve this run: EarlyStoppingCallback requires .* training.eval_steps"):
+        Trainer(config, [EarlyStoppingCallback()]).train()

@@ -198,7 +198,7 @@ def test_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("setting", ["training.seed", "=3", "model=[", "model='x"])
+@pytest.mark.parametrize("setting", ["training.seed", "=3", "model=[", "model='x", "lora={r: 3, r: 4}"])
 def test_setting_that_is_wrong(setting: str) -> None:
     with pytest.raises(ConfigError, match="in --set"):
         Config.load(None, {"model": "m"}, [setting])
