@@ -138,9 +138,9 @@ def test_prompt_completion(plain, tmp_path, here):
     ]
     assert data.pad_token_id == 2 and data.meta["eos_token_id"] == 1
     # Text that brings the special tokens itself has them once, too.
-    whole = [{"text": "<s>hello world</s>"}], [{"prompt": "<s>the cat It was", "completion": " great</s>"}]
+    whole = [{"text": "<s>hello world</s>\n"}], [{"prompt": "<s>the cat It was", "completion": " great</s>"}]
     found = [texts(plain, make(rows_, plain, tmp_path))[0][0] for rows_ in whole]
-    assert found == ["<s>hello world</s>", "<s>the cat It was great</s>"]
+    assert found == ["<s>hello world</s>\n", "<s>the cat It was great</s>"]
     bare = make(rows, plain, tmp_path, append_eos=False, completion_only=False)
     assert [trained for _, trained in texts(plain, bare)][0] == ["<s>the cat It was great"]
     # The prompt's tokens are those of the prompt alone, so that generation continues from the same ones.
@@ -235,10 +235,10 @@ def test_truncated_and_dropped_are_counted(plain, tmp_path, here):
 def test_file_formats_give_the_same_tokens(plain, tmp_path, here, monkeypatch, suffix):
     monkeypatch.setattr(json_rows, "JSON_BUFFER_CHARS", 37)
     rows = [
-        {"prompt": f"the cat {i} [" + "é,]}" * (i % 8), "completion": ' "hello"', "id": float("nan")} for i in range(45)
+        {"prompt": f"the cat {i} [" + "é\u2028,]}" * (i % 8), "completion": ' "hello"', "id": float("nan")} for i in range(45)
     ]
     path = tmp_path / f"rows{suffix.split()[0]}"
-    lines = "\ufeff" + "".join(json.dumps(row) + "\r\n\n" for row in rows)
+    lines = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n\n" for row in rows)
     array = "\ufeff" + json.dumps(rows, indent=2, ensure_ascii=False)
     if suffix == ".json array":
         path.write_text(array)

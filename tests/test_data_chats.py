@@ -29,6 +29,8 @@ OPENS_THOUGHT = (
     "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
 )
 # As Qwen3-Thinking: the prompt opens a thought, and a last turn has it.
+# As Phi-3: the last turn is followed by one more token.
+ENDS_TWICE = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
 KEEPS_THOUGHT = DROPS_THOUGHTS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 HEAD = (
     "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -87,6 +89,7 @@ def thinking(first: str | None, second: str | None) -> list[dict]:
             DROPS_THOUGHTS, [CHAT[0], thinking("hello", None)[1], turn("tool", "it"), thinking(None, "world")[3]],
             [["<think>\nhello\n</think>\n\nthe cat<|im_end|>", "<think>\nworld\n</think>\n\nthe mat<|im_end|>"]],
         ),
+        (ENDS_TWICE, CHAT, [["the cat<|im_end|>", "the mat<|im_end|>\n</s>"]]),
         (KEEPS_THOUGHT, thinking(None, "world")[2:], [["world\n</think>\n\nthe mat<|im_end|>"]]),
         (KEEPS_THOUGHT, thinking(None, None)[2:], [["\n</think>\n\nthe mat<|im_end|>"]]),
         (OPENS_THOUGHT, thinking(None, None), [["the cat</s>", "the mat</s>"]]),
@@ -123,6 +126,17 @@ def test_how_conversations_were_taken_is_said(chatml, tmp_path):
     assert "4 thoughts that the chat template leaves out" in notes(OPENS_THOUGHT, thinking("hello", "it"))[1]
     assert "4 turns are trained as the chat template writes them" in notes(OPENS_THOUGHT, thinking(None, None))[0]
     assert notes(CHATML, CHAT) == []
+
+
+def test_a_thought_that_the_prompt_has_closed_is_refused(chatml, tmp_path):
+    closed = "<think>\n{% if not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+    template = DROPS_THOUGHTS.replace("assistant\n{% endif %}", f"assistant\n{closed}")
+    row = {"messages": thinking(None, "world")[2:]}
+    with pytest.raises(DataError, match="leaves no room for what it thinks .'world'.: give chat_template_kwargs, such as"):
+        make([row], chatml, tmp_path, chat_template=template)
+    row["chat_template_kwargs"] = {"enable_thinking": True}
+    data = make([row], chatml, tmp_path, chat_template=template)
+    assert texts(chatml, data)[0][1] == ["world\n</think>\n\nthe mat<|im_end|>"]
 
 
 def test_a_thought_that_no_prompt_opens_is_not_dropped(chatml, tmp_path):
@@ -214,8 +228,12 @@ def test_calls_of_other_templates(chatml, tmp_path):
     )
     data = make([{"messages": [CHAT[0], call]}], chatml, tmp_path, chat_template=null)
     assert texts(chatml, data)[0][1] == ['move{"x": 0, "to": null}<|im_end|>']
-    with pytest.raises(DataError, match="does not write the call of move in message 1"):
-        make([{"messages": [CHAT[0], call]}], chatml, tmp_path, chat_template=CHATML)
+    # Not written, though the tools' schemas have the name and the key.
+    silent = CHATML.replace("{% for message", "{{ tools | tojson }}{% for message", 1)
+    schema = {"type": "function", "function": {"name": "move", "parameters": {"properties": {"x": {}, "to": {}}}}}
+    for row, template in (({}, CHATML), ({"tools": [schema]}, silent)):
+        with pytest.raises(DataError, match="does not write the call of move in message 1"):
+            make([{"messages": [CHAT[0], call], **row}], chatml, tmp_path, chat_template=template)
 
 
 def tool_row(name: str, arguments: dict) -> dict:

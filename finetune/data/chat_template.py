@@ -36,6 +36,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SENTINEL = "\ue000\ue001\ue002"  # nothing that a template would change
 _Text = tuple[str, list[tuple[int, int]]]
 """The text of some messages, and the (start, end) of the template's generation blocks in it."""
+_REFUSES = "refuses the conversation"
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # as Transformers knows them
 
@@ -89,29 +90,43 @@ class ChatTemplate:
             return [Rendered(text, [(0, len(text))])]
         examples = [Rendered(text)]
         for index in reversed(chat.trained):
-            turn = self._turn(chat, index, whole, place)
-            said = turn.text[: turn.spans[-1][1]] if turn.spans else ""
-            home = next((one for one in examples if one.text.startswith(said)), None)
-            if home is None:
-                home = Rendered(turn.text)
-                examples.append(home)
-            home.spans.extend(turn.spans)
+            self._place(self._turn(chat, index, whole, place), examples)
         trained = [one for one in examples if one.spans]
         self.counts["split"] += len(trained) > 1
         return trained[::-1] or examples
+
+    def _place(self, turn: Rendered, examples: list[Rendered]) -> None:
+        """Adds the turn to the first example whose text begins with it, or as one of its own."""
+        for end in self._ends(turn):
+            for one in examples:
+                if one.text.startswith(turn.text[:end]):
+                    one.spans.extend((a, min(b, end)) for a, b in turn.spans if a < end)
+                    return
+        examples.append(turn)
+
+    def _ends(self, turn: Rendered) -> Iterator[int]:
+        """Where the turn ends, and where it does without what a template writes after the last turn's end alone (Phi-3)."""
+        end = turn.spans[-1][1] if turn.spans else 0
+        yield end
+        body = turn.text[:end].rstrip()
+        if ender := next((one for one in self._enders if body.endswith(one)), ""):
+            body = body.removesuffix(ender).rstrip()
+            if body.endswith(self._enders) and len(body) > turn.spans[0][0]:
+                yield len(body)
 
     # What the template takes.
 
     def _find_style(self, chat: Chat, place: str) -> _Text:
         """The conversation in a style that the template takes, which is kept for those that follow."""
-        found, problem = self._try(chat, self._style)
-        if problem is None:
-            return found
-        for style in _styles(chat):
-            found, other = self._try(chat, style)
-            if other is None:
+        problems = []
+        for style in chain([self._style], _styles(chat)):
+            found, problem = self._try(chat, style)
+            if problem is None:
                 self._style = style
                 return found
+            problems.append(problem)
+        # What a template lacks says more than what it stumbles over when it is given something odd.
+        problem = next((one for one in problems if not one.startswith(_REFUSES)), problems[0])
         raise DataError(f"{place}: the chat template {problem}")
 
     def _try(self, chat: Chat, style: Style) -> tuple[_Text, str | None]:
@@ -119,21 +134,26 @@ class ChatTemplate:
         try:
             found = self._render(chat, chat.messages, style)
         except Exception as error:  # a template is a program: it raises what it likes
-            return ("", []), f"refuses the conversation: {error}"
+            return ("", []), f"{_REFUSES}: {error}"
         return found, self._problem(chat, found[0], style)
 
     def _problem(self, chat: Chat, text: str, style: Style) -> str | None:
         for index, message in enumerate(chat.messages):
             content = message.get("content") or ""
-            if not (_is_written(content, text) or self._is_transformed(chat, index, style)):
+            if not (_is_written(content, text) or self._writes(chat, index, {"content": _SENTINEL}, style)):
                 return (
                     f"does not write the content of message {index} (role {message['role']}): use another chat_template, "
                     "or rows without such messages"
                 )
-            for call in message.get("tool_calls", ()):
-                if not _is_call_written(call["function"], text, style):
-                    name = call["function"]["name"]
-                    return f"does not write the call of {name} in message {index} as a call: use another chat_template"
+            calls = message.get("tool_calls", [])
+            # Names and keys may stand in the text for the tools: a call with another one tells.
+            probe = {**calls[0], "function": {"name": "f", "arguments": {_SENTINEL: ""}}} if calls else {}
+            if calls and not (
+                all(_is_call_written(call["function"], text, style) for call in calls)
+                and self._writes(chat, index, {"tool_calls": [probe]}, style)
+            ):
+                name = calls[0]["function"]["name"]
+                return f"does not write the call of {name} in message {index} as a call: use another chat_template"
         if style.parts and "{'type': 'text', 'text':" in text:
             return "writes a list of parts as Python does: use another chat_template, or contents that are strings"
         for tool in chat.tools or ():
@@ -141,10 +161,10 @@ class ChatTemplate:
                 return f'does not write the tool {name}: use another chat_template, or rows without "tools"'
         return None
 
-    def _is_transformed(self, chat: Chat, index: int, style: Style) -> bool:
-        """Whether the template writes the message at all, if not in the very words."""
+    def _writes(self, chat: Chat, index: int, words: Message, style: Style) -> bool:
+        """Whether the template writes `words`, which have the sentinel in them, where message `index` has others."""
         messages = list(chat.messages)
-        messages[index] = {**messages[index], "content": _SENTINEL}
+        messages[index] = messages[index] | words
         try:
             return _SENTINEL in self._render(chat, messages, style)[0]
         except Exception:
@@ -212,6 +232,12 @@ class ChatTemplate:
         plain = self._text(chat, messages[:-1], place)
         probe = self._text(chat, [*messages[:-1], {"role": "assistant", "content": _SENTINEL}], place)
         start = len(commonprefix([asked, probe.partition(_SENTINEL)[0]]))
+        if _THOUGHT_END in asked[len(plain) :] and (thinking := _thinking(messages[-1])):
+            raise DataError(
+                f"{place}: the prompt that asks for message {index} leaves no room for what it thinks "
+                f'({_thought_of(thinking)[:40]!r}): give chat_template_kwargs, such as {{"enable_thinking": true}}, another '
+                "chat_template, or rows without thoughts"
+            )
         if _SENTINEL not in probe or start < len(plain) or not text.startswith(asked[:start]):
             raise DataError(
                 f"{place}: the chat template writes the messages before message {index} differently once others follow, so "

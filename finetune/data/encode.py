@@ -91,9 +91,11 @@ class Encoder:
         check_ids(self._tokenizer, ids[:limit], self._vocab_size)
         return Encoded(np.asarray(ids[:limit], np.int32), labels[:limit], len(ids) > limit)
 
-    def _with_eos(self, ids: list[int], wanted: bool | None) -> list[int]:
+    def _with_eos(self, ids: list[int], text: str, wanted: bool | None) -> list[int]:
+        """With the end token, unless `text`, which the ids end with, has it at its end."""
         eos = self._tokenizer.eos_token_id
-        return [*ids, eos] if wanted and eos is not None and ids[-1:] != [eos] else ids
+        has_it = eos is None or ids[-1:] == [eos] or text.rstrip().endswith(self._tokenizer.eos_token)
+        return [*ids, eos] if wanted and not has_it else ids
 
     def _encode_tokens(self, row: Tokens, place: str) -> Encoded:
         for key, low, values in (("input_ids", 0, row.input_ids), ("labels", MASKED, row.labels)):
@@ -109,7 +111,7 @@ class Encoder:
     def _chunks(self, piece: TextPiece, ids: list[int]) -> Iterator[Encoded]:
         self._carry += with_prefix(self._prefix, ids) if piece.first else ids
         if piece.last:
-            self._carry = self._with_eos(self._carry, self._append_eos is not False)
+            self._carry = self._with_eos(self._carry, piece.text, self._append_eos is not False)
         limit = self._sequence_length
         whole = len(self._carry) // limit * limit
         for start in range(0, len(self._carry) if piece.last else whole, limit):
@@ -125,7 +127,7 @@ class Encoder:
         for index, prompt in enumerate(prompts):
             completion = alone.get(index, joint[index][len(prompt) :])
             head = with_prefix(self._prefix, prompt)
-            ids = head + self._with_eos(completion, self._append_eos is not False)
+            ids = head + self._with_eos(completion, rows[index].completion, self._append_eos is not False)
             labels = np.asarray(ids, np.int32)
             if self._completion_only:
                 labels[: len(head)] = MASKED
@@ -166,7 +168,7 @@ class Encoder:
                 for start, end in one.spans:
                     trained |= (starts >= start) & (starts < end)
                 labels = np.where(trained, np.asarray(ids, np.int32), MASKED).astype(np.int32)
-            longer = self._with_eos(ids, self._append_eos)
+            longer = self._with_eos(ids, one.text, self._append_eos)
             labels = np.append(labels, np.asarray(longer[len(ids) :], np.int32))
             yield self._cut(longer, labels)
 
