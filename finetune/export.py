@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.config import Config
 from finetune.report import last_step
+from finetune.run_directory import reading, recorded
+from finetune.run_identity import check_model, check_same_run, recorded_setting
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
 from offload.block_store import TORCH_DTYPES
@@ -26,12 +29,15 @@ _WEIGHTS = (
     ".onnx.data", ".index.json",
 )  # fmt: skip
 
+Progress = Callable[[int, int], None]
+"""Is told the bytes that are done, and of all."""
+
 
 def export(
     config: Config,
     directory: Path,
     at_step: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> int:
     """Writes `config.model` with the steps of the run in `config.output` to `directory`; returns how many steps.
 
@@ -41,10 +47,13 @@ def export(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
-    if (config.output / "journal.zo").is_file():
-        return _export_journal(config, config.output / "journal.zo", directory, at_step, progress)
-    if (config.output / "store" / "manifest.json").is_file():
-        return _export_store(config, config.output / "store", directory, at_step, progress)
+    run = recorded(config.output)
+    method = run["method"] if run else None
+    with reading(config.output) as is_free:
+        if (config.output / "journal.zo").is_file() and method in (None, "zo"):
+            return _export_journal(config, run, is_free, directory, at_step, progress)
+        if (config.output / "store" / "manifest.json").is_file() and method not in ("lora", "zo"):
+            return _export_store(config, run, directory, at_step, progress)
     raise UserError(
         f"{config.output} has neither journal.zo nor store/manifest.json: export writes models whose own weights were tuned. "
         f"An adapter needs no export, it is in {config.output / 'adapter'}"
@@ -52,39 +61,55 @@ def export(
 
 
 def _export_store(
-    config: Config, store: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+    config: Config, run: Mapping[str, Any] | None, directory: Path, at_step: int | None, progress: Progress
 ) -> int:
-    lock = lock_store(store)  # a run that goes on would write where this reads
+    lock = lock_store(config.output / "store")  # a run that goes on would write where this reads
     try:
-        return _export_locked_store(config, store, directory, at_step, progress)
+        return _export_locked_store(config, run, directory, at_step, progress)
     finally:
         os.close(lock)
 
 
 def _export_locked_store(
-    config: Config, store: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+    config: Config, run: Mapping[str, Any] | None, directory: Path, at_step: int | None, progress: Progress
 ) -> int:
+    store = config.output / "store"
     manifest = read_manifest(store)
     steps, about = manifest["step"], manifest["about"]
+    if run is not None:
+        check_same_run(store, about, run)
     if at_step not in (None, steps):
         raise UserError(f"--at-step: a working store keeps its newest step only, which is {steps}; found {at_step}")
     if manifest["writing"]:
         raise UserError(f"{store} keeps one version of the weights and a process died while it wrote: they are a mixture")
-    model = _same_model(config, about["model"])
-    parts = cut(model, trust_remote_code=config.trust_remote_code, trains_weights=True, tile_vocab=about["tile_vocab"])
+    model = resolve_model(config.model)
+    parts = cut(
+        model, trust_remote_code=config.trust_remote_code, trains_weights=True,
+        tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
+    )  # fmt: skip
+    check_model(f"the run in {config.output}", about["model"], parts, config.model)
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
     export_store(
-        parts.checkpoint, parts.sources, find_trained(parts, about["train"]), store / "data", pieces, directory,
+        parts.checkpoint, parts.sources, find_trained(parts, recorded_setting(about, "train")), store / "data", pieces,
+        directory,
         side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
 
 
 def _export_journal(
-    config: Config, path: Path, directory: Path, at_step: int | None, progress: Callable[[int, int], None]
+    config: Config,
+    run: Mapping[str, Any] | None,
+    is_free: bool,
+    directory: Path,
+    at_step: int | None,
+    progress: Progress,
 ) -> int:
+    path = config.output / "journal.zo"
     journal = Journal.read(path)
-    if journal.about["zo"]["parameters"] != "all":
+    if run is not None:
+        check_same_run(path, journal.about, run)
+    if recorded_setting(journal.about, "zo.parameters") != "all":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
     shown = last_step(config.output / "metrics.jsonl")
     if at_step is None and (journal.torn_bytes or journal.steps < shown):
@@ -97,11 +122,14 @@ def _export_journal(
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {at_step}")
-    model = _same_model(config, journal.about["model"])
+    model = resolve_model(config.model)
     parts = cut(model, trust_remote_code=config.trust_remote_code)
+    check_model(f"the run in {config.output}", journal.about["model"], parts, config.model)
     keys = noise_keys(parts.sources, parts.parameters)
     checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
-    folded = newest_fold(config.output / "weights", journal, steps, config.engine.io_backend, _say)
+    # A run that is under way removes folded weights; the journal alone gives the same.
+    weights = config.output / "weights"
+    folded = newest_fold(weights, journal, steps, config.engine.io_backend, _say) if is_free else None
     if folded is not None:
         first_step, checkpoint = folded
         sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
@@ -116,13 +144,6 @@ def _export_journal(
 
 def _say(note: str) -> None:
     print(note, file=sys.stderr)
-
-
-def _same_model(config: Config, name: str) -> Path:
-    model = resolve_model(config.model)
-    if model.name != name:
-        raise UserError(f"the run in {config.output} tuned {name}, --model names {model.name}")
-    return model
 
 
 def _side_files(config: Config, model: Path) -> dict[Path, Path]:

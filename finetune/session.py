@@ -19,6 +19,7 @@ from finetune.config import Config
 from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
+from finetune.run_identity import model_name
 from finetune.weight_demand import (
     check_rounding,
     largest_piece_bytes,
@@ -85,6 +86,8 @@ class Session:
         )
         self.device.warm_up(self.parts.dtype)
         self.model: nn.Module = self.parts.model
+        # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
+        self.model.name_or_path = self.model.config._name_or_path = model_name(config.model)
         if adapter is not None:
             self.model = adapters.load(self.model, adapter, trainable=train)
         elif train and config.has_adapter:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.run_identity import check_same_run
 from memory.errors import UserError
 from memory.new_directory import new_directory
 from memory.sealed import SEAL, file_checksum, seal, unseal
@@ -32,7 +33,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     about: dict[str, Any],
 ) -> Path:
-    """Commits the state after `step` updates. about: JSON values that must match at resume. Raises UserError: disk full."""
+    """Commits the state after `step` updates. about: JSON values that say which run it is. Raises UserError: disk full."""
     from safetensors.torch import save_file
 
     final = folder / f"{_PREFIX}{step:08d}"
@@ -51,7 +52,7 @@ def save_state(
             f"cannot save the state after step {step} in {folder}: {error.strerror or error}. The states saved before are "
             "intact; make room and go on with --resume"
         ) from error
-    for old in sorted(saved_states(folder))[:-2]:
+    for old in [state for state in saved_states(folder) if state.name <= final.name][:-2]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -66,8 +67,7 @@ def load_state(
 ) -> int:
     """Fills parameters and optimizer from the newest state; returns its step, 0 when there is none.
 
-    Raises UserError when the state belongs to a run with other settings, naming them, or when it is damaged, saying whether
-    the one before it is whole.
+    Raises UserError when the state is another run's, or damaged, saying whether the one before it is whole.
     """
     from safetensors import SafetensorError
 
@@ -124,23 +124,3 @@ def _way_on(states: list[Path]) -> str:
         else:
             return f"remove {' and '.join(map(str, damaged))}; --resume then goes on from step {step}, whose state is intact"
     return f"no other state is intact; remove {damaged[0].parent} and begin again"
-
-
-def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the settings that differ, unless `found` in `place` is what this run would have written."""
-    if different := _differences(found, about):
-        raise UserError(
-            f"cannot resume from {place}: the run was started with other settings ({'; '.join(different)}). "
-            "Use the same settings, or another --output"
-        )
-
-
-def _differences(found: Mapping[str, Any], about: Mapping[str, Any], prefix: str = "") -> list[str]:
-    words = []
-    for key in sorted(found.keys() | about.keys()):
-        then, now = found.get(key), about.get(key)
-        if isinstance(then, Mapping) and isinstance(now, Mapping):
-            words += _differences(then, now, f"{prefix}{key}.")
-        elif then != now:
-            words.append(f"{prefix}{key}: {then!r} then, {now!r} now")
-    return words

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+SAMPLED_ROWS = 1024
 
 
 class TensorRows:
@@ -34,7 +37,29 @@ class TensorRows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def digest(self) -> str:
+        """Of the samples and their order, 128 bits in hexadecimal. Of a list or tuple all of it; of a sequence that makes its
+        rows when they are asked for, their number and 1024 of them, and no values where they are others each time."""
+        indices: Sequence[int] = range(len(self._rows))
+        in_memory = isinstance(self._rows, (list, tuple))
+        if not in_memory:
+            indices = indices[:: -(-len(indices) // SAMPLED_ROWS)]
+        with_values = in_memory or _digest([self._rows[0]], True) == _digest([self._rows[0]], True)
+        return _digest((self._rows[index] for index in indices), with_values, len(self._rows))
+
     def collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The samples stacked: each tensor [B, ...]."""
         rows = [self._rows[index] for index in indices]
         return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+
+
+def _digest(rows: Iterable[Mapping[str, Any]], with_values: bool, count: int = 1) -> str:
+    digest = hashlib.blake2b(str(count).encode(), digest_size=16)
+    for row in rows:
+        for key in sorted(row):
+            value = torch.as_tensor(row[key]).cpu()
+            digest.update(f"{key}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
+            if with_values:
+                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

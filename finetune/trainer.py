@@ -12,7 +12,6 @@ For every step, in plain PyTorch with everything resident, the same bits come fr
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -47,6 +46,8 @@ from finetune.methods.zeroth_order import ZerothOrder
 from finetune.planned_run import PlannedRun
 from finetune.progress import LastingStream, Progress
 from finetune.report import MetricsWriter, summary_table, write_report
+from finetune.run_directory import RunDirectory
+from finetune.run_identity import RunIdentity
 from finetune.session import Session
 from finetune.signals import REPEAT_SECONDS, Stopped, StoppedAtOnce, stop_requests
 from finetune.tensor_rows import TensorRows
@@ -54,7 +55,6 @@ from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
-from offload import update_units
 from offload.calibration import Rates, measure_rates
 from offload.streamed_model import Traffic
 
@@ -103,12 +103,17 @@ class Trainer:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
         if "tensorboard" in config.training.report_to and find_spec("tensorboard") is None:
             raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
+        directory = RunDirectory(config.output)
         with stop_requests():
             session = Session(config)
             try:
-                return self._train(session, make_objective(config, session, self._prepare(config.data, session)))
+                data = self._prepare(config.data, session, directory)
+                objective = make_objective(config, session, data)
+                identity = RunIdentity.of(config, session.parts, data, len(objective.lengths))
+                return self._train(session, objective, directory, identity)
             finally:
                 session.close()
+                directory.close()
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
@@ -140,10 +145,12 @@ class Trainer:
             shutil.copyfile(path, target / path.name)  # others may read it as the umask says: not as the run's own files
         return target
 
-    def _prepare(self, source: Any, session: Session) -> TokenDataset | TensorRows:
-        """The rows. Refuses before tokenising what no data could make fit."""
+    def _prepare(self, source: Any, session: Session, directory: RunDirectory) -> TokenDataset | TensorRows:
+        """The rows; the directory is taken. Refuses before tokenising what no data could make fit."""
         config = self.config
+        inputs = [session.parts.directory, *_local_paths(config.data, config.eval_data)]
         if TensorRows.fits(source):
+            directory.take(config, inputs)
             return TensorRows(source)
         longest = config.dataset.sequence_length
         try:
@@ -151,6 +158,7 @@ class Trainer:
         except PlanRefused:
             session.plan(full_shape(config, session, longest))  # refuses too, and names the budget that full rows need
             raise
+        directory.take(config, inputs)
         options = config.dataset
         choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES
         data = prepare(
@@ -168,7 +176,9 @@ class Trainer:
         print(*describe(data), sep="\n", file=LastingStream(sys.stderr))
         return data
 
-    def _train(self, session: Session, objective: Objective) -> TrainResult:
+    def _train(
+        self, session: Session, objective: Objective, directory: RunDirectory, identity: RunIdentity
+    ) -> TrainResult:
         config, options = self.config, self.config.training
         packing = config.dataset.sequence_length if config.dataset.packing else None
         batches = BatchPlan(
@@ -180,24 +190,21 @@ class Trainer:
         session.num_steps = batches.num_steps
         planned, self._held_out = plan_with_evaluation(session, config, shape)
 
-        output = config.output
-        try:
-            output.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {output}: {error.strerror}. Name another --output, or mend it") from error
-        _check_disk(config, planned)
+        _check_disk(config, planned, directory.earlier_bytes)
+        about = directory.begin(identity, batches.num_steps)
         meter = MemoryMeter().start()
         progress = Progress(
             batches.num_steps,
             host_budget_bytes=planned.plan.host_budget_bytes,
             device_budget_bytes=planned.plan.device_budget_bytes,
         )
-        progress.message(planned.describe())
+        for note in [planned.describe(), *directory.notes]:
+            progress.message(note)
         if schedule_note is not None:
             progress.message(f"note: {schedule_note}")
         try:
             with stop_requests(self._ask_to_stop):
-                return self._run(session, planned, objective, batches, meter, progress)
+                return self._run(session, planned, objective, batches, meter, progress, about)
         finally:
             self._stop_signal = None
             progress.close()
@@ -211,6 +218,7 @@ class Trainer:
         batches: BatchPlan,
         meter: MemoryMeter,
         progress: Progress,
+        about: dict[str, Any],
     ) -> TrainResult:
         config, output = self.config, self.config.output
 
@@ -220,7 +228,6 @@ class Trainer:
                 self._stop_if_asked()
             progress.inside(phase, done, total)
 
-        about = _about(config, len(objective.lengths))
         streamed = session.open(planned, output / "scratch", inside, about)
         for note in [*session.notes, *streamed.notes]:
             progress.message(note)
@@ -391,8 +398,12 @@ def _rescue(method: Method, step: int, error: Exception, progress: Progress) -> 
         progress.message(left)
 
 
-def _check_disk(config: Config, planned: PlannedRun) -> None:
-    """Raises UserError unless what the run will write fits `--disk` and the file system."""
+def _local_paths(*sources: Any) -> list[Path]:
+    return [Path(source) for source in sources if isinstance(source, (str, os.PathLike)) and os.path.exists(source)]
+
+
+def _check_disk(config: Config, planned: PlannedRun, earlier_bytes: int) -> None:
+    """Raises UserError unless what the run will write fits the file system, and with that of earlier runs `--disk`."""
     adapter_bytes = sum(p.nbytes for p in planned.trainable)
     copies = 3 * 3 if config.method == "lora" else 0  # two kept and one being written, each with AdamW's two moments
     data = config.output / "store" / "data"
@@ -408,59 +419,15 @@ def _check_disk(config: Config, planned: PlannedRun) -> None:
     }
     need = sum(parts.values())
     free = shutil.disk_usage(config.output).free
-    allowed = free if config.disk is None else min(free, parse_bytes(config.disk, free))
+    allowed = free if config.disk is None else min(free, max(0, parse_bytes(config.disk, free) - earlier_bytes))
     if need > allowed:
         raise UserError(
             f"the run writes up to {format_bytes(need)} under {config.output} ("
             + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-            + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}: "
-            "make room, name another --output, or raise --disk"
+            + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}"
+            + (f" beside {format_bytes(earlier_bytes)} of earlier runs: " if earlier_bytes and allowed < free else ": ")
+            + "make room, name another --output, or raise --disk"
         )
-
-
-def _about(config: Config, examples: int) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the run that was interrupted."""
-    options = config.training
-    about = {
-        "model": Path(config.model).name,
-        "method": config.method,
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "micro_batch_size": options.micro_batch_size,
-        "learning_rate": config.learning_rate,
-        "packing": config.dataset.packing,
-        "examples": examples,
-    }
-    if config.has_adapter and not config.tunes_prefix:
-        about["lora"] = json.loads(json.dumps(config.lora.peft_arguments(), default=str))
-    if config.trains_weights:
-        unused = {"versions"} if config.optimizer.name == "apollo" else {"versions", "refresh_steps", "scale"}
-        if config.optimizer.name != "apollo" and config.selection.subspace == "blocks":
-            unused.add("rank")
-        about |= {
-            "train": list(config.train),
-            "tile_vocab": config.engine.loss_tile_vocab,
-            "piece_bytes": update_units.PIECE_BYTES,
-            "optimizer": config.optimizer.model_dump(exclude=unused),
-            "selection": config.selection.model_dump(
-                exclude={"subspace"} if config.selection.subspace == "blocks" else None
-            ),
-            "adam": [options.adam_beta1, options.adam_beta2, options.adam_epsilon],
-            "weight_decay": options.weight_decay,
-            "max_grad_norm": options.max_grad_norm,
-        }
-        if options.weight_decay and not options.decay_norms_and_biases:
-            about["decay_norms_and_biases"] = False  # runs that began before there was a choice have decayed them
-    if config.method == "zo":
-        about["zo"] = config.zo.model_dump() | {"fold_steps": config.zo.group_steps}
-        # Runs that began before there was a choice go on.
-        if config.zo.perturb == "weights":
-            del about["zo"]["perturb"]
-        if not config.tunes_prefix:
-            del about["zo"]["prefix_tokens"]
-        if callable(config.zo.objective):
-            about["zo"]["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
-    return about
 
 
 def _difference(first: Traffic, last: Traffic, steps: int = 1) -> dict[str, float]:

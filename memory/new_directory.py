@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 @contextmanager
 def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
     """Gives a temporary directory to fill; at the end of the block its files are flushed to disk, and it takes the place of
-    `directory`.
+    `directory`. Where that holds files of other names they stay, and those of the same names are replaced one by one.
 
     private: for the owner alone; else files have the access with which they were made, and the directory what the umask gives.
 
@@ -31,14 +31,24 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
             if private and path.is_file():
                 path.chmod(0o600)
             _flush(path)
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
+        if directory.is_dir() and _names(directory) - _names(temporary):
+            for path in temporary.iterdir():
+                path.replace(directory / path.name)
+            temporary.rmdir()
+            _flush(directory)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
         _flush(directory.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
         raise
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 def _flush(path: Path) -> None:

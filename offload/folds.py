@@ -29,7 +29,7 @@ from offload.update_rules import checksum
 
 CHECKSUMS = "checksums.json"
 _BUFFERS = 4
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d{8}")
 
 Piece = tuple[int, int, int]
 """(offset in its file, bytes, update_rules.checksum of them)"""
@@ -42,6 +42,11 @@ def write_checksums(directory: Path, steps: str, weights: Mapping[str, Sequence[
     (directory / CHECKSUMS).write_text(json.dumps(content, separators=(",", ":")))
 
 
+def folds(folder: Path) -> list[Path]:
+    """The checkpoints among a run's folded weights, oldest first; what else is in `folder` is somebody else's."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
 def newest_fold(
     folder: Path, journal: Journal, last_step: int, io_backend: str, passed_over: Callable[[str], None]
 ) -> tuple[int, Checkpoint] | None:
@@ -49,13 +54,15 @@ def newest_fold(
 
     passed_over: is told of each that cannot be used, and why.
     """
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    for step in sorted((step for step in found if step <= last_step), reverse=True):
+    for path in reversed(folds(folder)):
+        step = int(path.name.removeprefix("step-"))
+        if step > last_step:
+            continue
         try:
-            _check(found[step], journal.digest(step), io_backend)
-            return step, read_checkpoint(found[step])
+            _check(path, journal.digest(step), io_backend)
+            return step, read_checkpoint(path)
         except CheckpointError as error:
-            passed_over(f"note: {found[step]} is passed over, older weights and the journal do as well: {error}")
+            passed_over(f"note: {path} is passed over, older weights and the journal do as well: {error}")
     return None
 
 

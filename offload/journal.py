@@ -13,7 +13,7 @@ how often weights are folded to disk, or whether at all, changes no bit. A step'
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memory import file_lock
 from memory.errors import UserError
 from memory.sealed import SEAL, seal, unseal
 from offload.noise import Group, Noise, Update
@@ -83,25 +84,22 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, about: Mapping[str, Any]) -> Journal:
-        """A new journal; one that is at `path` is kept beside it as `.previous`. Raises UserError when it cannot be
-        written, or is another process's."""
+        """A new journal, which appears once its header is whole. Raises UserError when it cannot be written, or there is one
+        at `path`."""
         journal = cls(path, about, [])
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             if path.exists():
-                journal._lock(os.O_RDWR)
-                journal.close()
-                path.replace(path.with_name(f"{path.name}.previous"))
-            journal._lock(os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                journal._append(json.dumps(seal(journal.about)).encode() + b"\n")
-            except OSError:
-                journal.close()
-                path.unlink()  # without its header it could not be resumed
-                raise
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            journal._lock(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            journal._append(json.dumps(seal(journal.about)).encode() + b"\n")
+            temporary.rename(path)
             directory = os.open(path.parent, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
         except OSError as error:
+            journal.close()
+            temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write the journal {path}: {error.strerror}") from error
         return journal
 
@@ -115,7 +113,7 @@ class Journal:
         """The journal at `path`, to be appended to; a half-written last record is cut off."""
         journal, end = cls._open(path)
         try:
-            journal._lock(os.O_RDWR)
+            journal._lock(path, os.O_RDWR)
             os.ftruncate(journal._file, end)
             os.lseek(journal._file, end, os.SEEK_SET)
         except OSError as error:
@@ -223,11 +221,12 @@ class Journal:
             os.close(self._file)
             self._file = -1
 
-    def _lock(self, flags: int) -> None:
-        """Opens the file; the lock ends with the descriptor, also when the process is killed."""
-        self._file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+    def _lock(self, path: Path, flags: int) -> None:
+        """Opens the file at `path`, which is or will be the journal; the lock ends with the descriptor, also when the process
+        is killed."""
+        self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file_lock.lock(self._file)
         except BlockingIOError:
             self.close()
             raise UserError(

@@ -23,7 +23,6 @@ leaves a mixture of two steps: the manifest says so from before the first such w
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from memory import file_lock
 from memory.errors import UserError
 from memory.extent_allocator import ExtentAllocator
 from memory.units import format_bytes
@@ -105,14 +105,10 @@ class WorkingStore:
 
     def _open(self, resume: bool) -> None:
         if self._manifest.exists():
-            content = read_manifest(self.directory)
-            if not resume and content["step"]:
-                raise UserError(
-                    f"{self.directory} holds a run of {content['step']} steps: go on with --resume, or name another "
-                    "--output (or delete the directory, if the run is not wanted)"
-                )
             if resume:
-                self._take(content)
+                self._take(read_manifest(self.directory))
+            else:
+                check_unused(self.directory)
         self._allocator = ExtentAllocator(place for piece in self.pieces.values() for place in piece.ranges if place[1])
         self.file = self._io.open(self.path, writable=True, create=True)
         self._size = os.stat(self.path).st_size
@@ -228,13 +224,22 @@ def lock_store(directory: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot open the working store {directory}: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        file_lock.lock(lock)
+    except BlockingIOError:
         os.close(lock)
         raise UserError(
             f"the working store {directory} is open in another process: wait for it, or name another --output"
         ) from None
     return lock
+
+
+def check_unused(directory: Path) -> None:
+    """Raises UserError when the store in `directory` has committed steps, which a new run would lose."""
+    if step := read_manifest(directory)["step"]:
+        raise UserError(
+            f"{directory} holds a run of {step} steps: go on with --resume, or name another --output (or delete the directory, "
+            "if the run is not wanted)"
+        )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

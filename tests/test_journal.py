@@ -132,12 +132,13 @@ def test_a_full_disk_leaves_no_half_record(journal, monkeypatch):
 
 
 def test_one_writer_and_no_journal_is_overwritten(journal):
-    for opened in (lambda: Journal.resume(journal.path), lambda: Journal.create(journal.path, ABOUT)):
-        with pytest.raises(UserError, match="in use by another process"):
-            opened()
+    with pytest.raises(UserError, match="in use by another process"):
+        Journal.resume(journal.path)
     journal.close()
-    assert Journal.create(journal.path, ABOUT).steps == 0
-    assert Journal.read(journal.path.with_name("journal.zo.previous")).steps == 7
+    with pytest.raises(UserError, match="File exists"):
+        Journal.create(journal.path, ABOUT)
+    assert Journal.read(journal.path).steps == 7
+    assert [path.name for path in journal.path.parent.iterdir()] == ["journal.zo"]
 
 
 def test_steps_follow_each_other(journal):

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,12 +26,15 @@ from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.sources import COLUMNS, MEDIA, File, HubSplit, resolve, without_added_nulls
+from memory.file_lock import lock
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
 _TOKENIZER_FILES = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*", "config.json", "tokenization_*.py",
 )  # fmt: skip
+
+_PREPARING = ".preparing-"
 
 
 def prepare(
@@ -76,7 +80,7 @@ def prepare(
     except OSError as error:
         raise DataError(f"the folder for token caches, {cache_dir}, cannot be made: {error.strerror}") from error
     tokenizer = _tokenizer_folder(str(model))
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache_dir) as scratch:
+    with _preparing(cache_dir), tempfile.TemporaryDirectory(prefix=_PREPARING, dir=cache_dir) as scratch:
         if isinstance(source, str | Path):
             sources = resolve(source)
         else:
@@ -130,6 +134,21 @@ def describe(data: TokenDataset) -> list[str]:
         why = longer if compared else "nothing trained is left of them"
         parts.append(f"{meta['dropped']:,} of {count:,} left out: {why}")
     return [f"{'+'.join(meta['sources'])}: {', '.join(parts)}", *(f"note: {note}" for note in meta["notes"])]
+
+
+@contextmanager
+def _preparing(cache_dir: Path) -> Iterator[None]:
+    """Removes what killed processes have left, where no other process prepares anything; while it lasts, none does that."""
+    folder = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(BlockingIOError):
+            if lock(folder):
+                for path in cache_dir.glob(f"{_PREPARING}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+        lock(folder, shared=True, wait=True)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _tokenizer_folder(model: str) -> Path:

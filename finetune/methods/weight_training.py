@@ -21,8 +21,8 @@ from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
 from finetune.methods.weight_decay import undecayed
 from finetune.micro_batches import make_micro_batches
+from finetune.run_identity import check_same_run
 from finetune.session import Session
-from finetune.state import check_same_run
 from finetune.weight_demand import make_rule
 from memory.errors import UserError
 from offload.io import IOFailure

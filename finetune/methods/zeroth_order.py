@@ -36,10 +36,10 @@ from finetune.data.batches import Row
 from finetune.methods import StepResult, adapters, prefix
 from finetune.methods.objectives import Objective
 from finetune.methods.schedule import make_scheduler
+from finetune.run_identity import check_same_run
 from finetune.session import Session
-from finetune.state import check_same_run
 from memory.errors import UserError
-from offload.folds import newest_fold
+from offload.folds import folds, newest_fold
 from offload.journal import Journal, Record
 from offload.noise import Update
 from offload.perturbed import Variant
@@ -123,11 +123,8 @@ class ZerothOrder:
     def _begin(self, about: dict[str, Any], goes_on: bool) -> None:
         """What is beside the journal becomes this run's, which has the journal's lock."""
         config, model, initial = self._config, self._session.model, self._config.output / "initial-adapter"
-        found = dict(self.journal.about)
-        digest = found.pop("initial_adapter", "")
-        check_same_run(self.journal.path, found, {key: value for key, value in about.items() if key != "initial_adapter"})
-        if not self.journal.steps:  # what is there may be an earlier run's
-            shutil.rmtree(self._weights, ignore_errors=True)
+        check_same_run(self.journal.path, self.journal.about, about)
+        digest = self.journal.about.get("initial_adapter", "")
         if config.tunes_prefix:
             if not (self.journal.steps and prefix.read_values(model, initial, digest)):
                 if goes_on:
@@ -213,7 +210,7 @@ class ZerothOrder:
         else:
             directory = self._weights / f"step-{step:08d}"
             self._model.fold(directory, self.journal.digest(step), partial(self._model.engine.progress, "fold"))
-            for old in self._weights.iterdir():
+            for old in folds(self._weights):
                 if old != directory:
                     shutil.rmtree(old, ignore_errors=True)
         self._folded = step
