@@ -129,7 +129,8 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
         append_eos = data.meta["eos_token_id"] is not None and options.append_eos is not False
         data = tokens(append_eos, choices=True)
-    print(*describe(data), sep="\n", file=sys.stderr)
+    for line in describe(data):
+        print(line, file=sys.stderr)
     return data
 
 

@@ -173,7 +173,8 @@ class Trainer:
             trust_remote_code=config.trust_remote_code,
             choices=choices,
         )
-        print(*describe(data), sep="\n", file=LastingStream(sys.stderr))
+        for line in describe(data):
+            print(line, file=LastingStream(sys.stderr))
         return data
 
     def _train(

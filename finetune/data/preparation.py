@@ -122,8 +122,11 @@ def prepare(
 
 
 def describe(data: TokenDataset) -> list[str]:
-    """What became of the rows, in lines for the user: how many there are, which are cut or left out, and notes."""
+    """What became of the rows, in lines for the user: how many there are, which are cut or left out, and notes. Nothing of
+    those that came as tokens."""
     meta = data.meta
+    if "rows" not in meta:
+        return []
     compared = meta["choices"] is not None
     count = meta["rows"] if compared else len(data) + meta["dropped"]
     parts = [f"{meta['rows']:,} rows"] + ([f"{count:,} examples"] if count != meta["rows"] else [])
