@@ -9,21 +9,24 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.config import Config
 from finetune.data import TokenDataset, prepare
 from finetune.data.preparation import describe
+from finetune.micro_batches import make_micro_batches
+from finetune.model_kinds import refuse_text
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.progress import Progress
 from finetune.scoring import Asked, TextRows, score
 from finetune.session import Session
-from finetune.tensor_rows import TensorRows
+from finetune.tensor_rows import TensorRows, open_tensor_rows
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.streamed_model import StreamedModel
@@ -72,9 +75,16 @@ def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) ->
     if config.eval_data is None:
         return session.plan(shape), None
     rows = _open_rows(session, config)
+    if isinstance(rows, TensorRows) != (shape.samples is not None):
+        kinds = ("text", "rows of tensors") if shape.samples is None else ("rows of tensors", "text")
+        raise UserError(f"eval_data: expected {kinds[0]}, as the training data are, found {kinds[1]}")
+    if isinstance(rows, TensorRows):
+        longest = rows.longest(shape.samples)
+        measured = BatchShape(rows.collate(longest), shape.micro_batches, train=False, samples=len(longest))
+        return session.plan(shape, measured), HeldOut(rows, measured)
     planned = session.plan(shape)
-    longest = shape.inputs["input_ids"].shape[1] if "input_ids" in shape.inputs else 0
-    if isinstance(rows, TensorRows) or rows.max_length <= longest:
+    longest = shape.inputs["input_ids"].shape[1]
+    if rows.max_length <= longest:
         return planned, HeldOut(rows, shape)
     # As many tokens a pass as a step has; where they do not fit, one row.
     for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // rows.max_length), 1}, reverse=True):
@@ -136,16 +146,18 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
 
 def _open_rows(session: Session, config: Config) -> TextRows | TensorRows:
     source = config.data if config.eval_data is None else config.eval_data
-    if TensorRows.fits(source):
-        return TensorRows(source)
+    tensors = open_tensor_rows(source, session.parts)
+    if tensors is not None:
+        return tensors
+    refuse_text(session.parts)
     return TextRows(_prepare(config, session.parts.directory))
 
 
 def _plan(session: Session, rows: TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
-        sample = rows.collate(range(min(micro_batch_size, len(rows))))
-        shape = BatchShape({k: v for k, v in sample.items() if k != "labels"}, 1, train=False)
+        longest = rows.longest(micro_batch_size)
+        shape = BatchShape(rows.collate(longest), 1, train=False, samples=len(longest))
         return _least_reading(session, shape, -(-len(rows) // micro_batch_size), PASS_TOKENS)
     together = min(max(micro_batch_size, MICRO_BATCH_TOKENS // rows.max_length), len(rows))
     try:
@@ -178,7 +190,7 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
             return best
         lanes = min(2 * lanes, limit)
         try:
-            planned = session.plan(BatchShape(shape.inputs, lanes, train=False))
+            planned = session.plan(replace(shape, micro_batches=lanes))
         except PlanRefused:
             return best
 
@@ -226,20 +238,27 @@ def _measure_tensors(
     streamed: StreamedModel, rows: TensorRows, shape: BatchShape, progress: Callable[[int, int], None]
 ) -> dict[str, float]:
     """Samples of tensors: the model's own loss, and accuracy where labels are the classes of logits [B, classes]."""
-    device = streamed.device.torch_device
-    size = next(iter(shape.inputs.values())).shape[0]
-    starts = iter(range(0, len(rows), size))
-    total, right, classified = 0.0, 0, 0
-    while group := list(islice(starts, shape.micro_batches)):
-        batches = [rows.collate(range(start, min(start + size, len(rows)))) for start in group]
-        batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-        for batch, output in zip(batches, streamed.forward(batches), strict=True):
-            count = len(next(iter(batch.values())))
-            total += float(output.loss) * count
-            labels, logits = batch.get("labels"), getattr(output, "logits", None)
-            if logits is not None and logits.ndim == 2 and not labels.is_floating_point() and labels.ndim == 1:
+    size = shape.samples
+    starts = range(0, len(rows), size)
+    total, items, right, classified = 0.0, 0, 0, 0
+    for first in range(0, len(starts), shape.micro_batches):
+        group = [
+            [(row,) for row in range(start, min(start + size, len(rows)))]
+            for start in starts[first : first + shape.micro_batches]
+        ]
+        batches = make_micro_batches(rows, group, streamed.device.torch_device)
+        found = streamed.step_losses(batches.inputs, batches.labels)
+        total += float(found.losses) * (1 if found.is_sum else found.num_items)
+        items += found.num_items
+        for labels, output in zip(batches.labels, found.outputs, strict=True):
+            logits = getattr(output, "logits", None)
+            if isinstance(logits, torch.Tensor) and logits.ndim == 2 and _are_classes(labels):
                 right += int((logits.argmax(dim=1) == labels).sum())
-                classified += count
-        progress(min(group[-1] + size, len(rows)), len(rows))
-    result: dict[str, Any] = {"loss": total / len(rows), "examples": len(rows)}
+                classified += len(labels)
+        progress(group[-1][-1][0] + 1, len(rows))
+    result: dict[str, Any] = {"loss": total / max(1, items), "examples": len(rows)}
     return result | ({"accuracy": right / classified} if classified else {})
+
+
+def _are_classes(labels: torch.Tensor | None) -> bool:
+    return labels is not None and labels.ndim == 1 and not labels.is_floating_point()

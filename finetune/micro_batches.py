@@ -15,11 +15,11 @@ from finetune.tensor_rows import TensorRows
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """inputs: keyword arguments of the model's forward, one dict a micro-batch. labels: int64, one a micro-batch.
-    tokens: of the step, without padding (samples, for data of tensors)."""
+    """inputs: keyword arguments of the model's forward, one dict a micro-batch. labels: its `labels`, one a micro-batch; None
+    where rows have none. tokens: of the step, without padding (samples, for data of tensors)."""
 
     inputs: list[dict[str, Any]]
-    labels: list[torch.Tensor]
+    labels: list[torch.Tensor | None]
     tokens: int
 
 
@@ -36,6 +36,7 @@ def make_micro_batches(
             examples = [[data[index] for index in row] for row in rows]
             tokens += sum(len(example.input_ids) for row in examples for example in row)
             batch = {**collate(examples, data.pad_token_id), "use_cache": False}
-        labels.append(batch.pop("labels").to(device))
-        inputs.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        labels.append(batch.pop("labels", None))
+        inputs.append(batch)
     return MicroBatches(inputs, labels, tokens)

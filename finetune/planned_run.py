@@ -25,7 +25,7 @@ class BatchShape:
     """The largest micro-batch as the model's keyword arguments, and how many a step has.
 
     train: whether gradients and optimizer state exist. kept_bytes: what a step holds beside, such as key-value caches.
-    packed: whether a row of text holds several.
+    packed: whether a row of text holds several. samples: of rows of tensors, whose labels are in `inputs` too; None: text.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -33,6 +33,7 @@ class BatchShape:
     train: bool
     kept_bytes: int = 0
     packed: bool = False
+    samples: int | None = None
 
     @classmethod
     def of_text(
@@ -53,9 +54,10 @@ class BatchShape:
 
     @property
     def rows(self) -> int:
-        """Tokens of a text micro-batch, samples of another."""
-        first = next(iter(self.inputs.values()))
-        return first.numel() if "input_ids" in self.inputs else first.shape[0]
+        """Tokens of a micro-batch, of input or labels; samples, where it has none."""
+        names = ("input_ids", "decoder_input_ids", "labels")
+        tokens = [t.numel() for name, t in self.inputs.items() if name in names and t.ndim == 2 and not t.is_floating_point()]
+        return max([self.samples or 0, *tokens])
 
 
 @dataclass(frozen=True, slots=True)

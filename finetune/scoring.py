@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from finetune.data import Example, TokenDataset, collate
-from offload.head import IGNORE_INDEX, DeferredLogits
+from offload.head import IGNORE_INDEX
 from offload.streamed_model import StreamedModel
 
 
@@ -149,13 +149,10 @@ def score(
             losses = functional.cross_entropy(asked, target, reduction="none")
             results.append(Scores(losses.cpu().numpy(), (asked.argmax(dim=1) == target).cpu().numpy()))
             continue
-        # The head shifts labels by one, as a model's own loss does: a label in front and a hidden state at the end that
-        # nobody asks for.
-        hidden = output.logits.hidden[np.append(row, row[-1]), np.append(position, position[-1])]
-        logits.append(DeferredLogits(hidden[None], output.logits.operations))
-        labels.append(functional.pad(target, (1, 0), value=IGNORE_INDEX)[None])
+        logits.append(output.logits[row, position])
+        labels.append(target)
     del outputs
     if streamed.head is not None:
         found = streamed.head.token_scores(logits, labels, variants)
-        results = [Scores(*(values[0, :-1].cpu().numpy() for values in one)) for one in found]
+        results = [Scores(*(values.cpu().numpy() for values in one)) for one in found]
     return results

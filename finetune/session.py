@@ -38,7 +38,7 @@ from memory.plan import Demand, Limits, Wishes, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.block_store import aligned_bytes
 from offload.devices import Device, choose_device
-from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit
+from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
 from offload.model_parts import computes_natively, cut
 from offload.noise import Noise
 from offload.perturbed_model import PerturbedModel
@@ -283,12 +283,13 @@ class Session:
 
     def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:
         parts, lanes = self.parts, shape.micro_batches
-        if "input_ids" in shape.inputs:
+        if shape.samples is None:
             prefix.check_positions(self.model, shape.inputs["input_ids"].shape[1])
             self._check_positions(shape)
         trained = self.trained
         names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
-        visit = measure_visit(parts, self.model, shape.inputs, shape.train, names)
+        measured = (parts, self.model, shape.inputs, shape.train, names)
+        visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
         itemsize = parts.dtype.itemsize
         adapter_bytes = sum(p.nbytes for p in self.trainable)
         state = adapter_bytes
@@ -308,6 +309,9 @@ class Session:
             # hidden states of every lane before the head and their gradients; a head in chunks keeps sums in fp32
             per_row = hidden_size * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64
             step += lanes * shape.rows * per_row
+        elif (output := self.model.get_output_embeddings()) is not None:  # whole logits, of every lane until the loss is there
+            logits_bytes = shape.rows * output.weight.shape[0] * itemsize
+            loss_bytes, step = 3 * logits_bytes, step + lanes * logits_bytes
         for _, _, source in parts.embeddings:
             row_bytes = source.num_bytes // source.shape[0] + prod(source.shape[1:]) * itemsize
             step += min(lanes * shape.rows, source.shape[0]) * row_bytes
@@ -315,7 +319,7 @@ class Session:
         block_bytes = [layout.num_bytes for layout in parts.layouts]
         head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
         temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
-        if "input_ids" in shape.inputs:
+        if shape.samples is None or "input_ids" in shape.inputs:
             masks = self._masks(shape)
             step += lanes * (masks.kept_bytes + prefix.lane_bytes(self.model, itemsize))
             temporaries = max(temporaries, masks.made_bytes)
@@ -395,6 +399,8 @@ class Session:
 
     def _masks(self, shape: BatchShape) -> MaskSize:
         count, length = shape.inputs["input_ids"].shape
+        if shape.samples is not None:  # short texts would not do without the rows' other tensors: one of numbers is assumed
+            return MaskSize(count * length**2 * self.parts.dtype.itemsize, 0)
         masks = measure_masks(self.parts, self.model, count, length, shape.packed)
         if count > 1:
             return masks

@@ -43,6 +43,7 @@ from finetune.methods.objectives import (
 from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
+from finetune.model_kinds import refuse_text
 from finetune.planned_run import PlannedRun
 from finetune.progress import LastingStream, Progress
 from finetune.report import MetricsWriter, summary_table, write_report
@@ -50,7 +51,7 @@ from finetune.run_directory import RunDirectory
 from finetune.run_identity import RunIdentity
 from finetune.session import Session
 from finetune.signals import REPEAT_SECONDS, Stopped, StoppedAtOnce, stop_requests
-from finetune.tensor_rows import TensorRows
+from finetune.tensor_rows import TensorRows, open_tensor_rows
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
@@ -82,10 +83,14 @@ class Trainer:
         self._held_out: HeldOut | None = None
 
     def plan(self) -> PlannedRun:
-        """What would live where for a full-length step; reads no data and no weights. Raises PlanRefused."""
+        """What would live where for a full-length step; reads no weights, of data only rows of tensors. Raises PlanRefused."""
         config = self.config
         session = Session(config)
         try:
+            tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
+            if tensors is not None:
+                return session.plan(make_objective(config, session, tensors).shape(session), elsewhere=True)
+            refuse_text(session.parts)
             return session.plan(full_shape(config, session, config.dataset.sequence_length), elsewhere=True)
         finally:
             session.close()
@@ -149,9 +154,11 @@ class Trainer:
         """The rows; the directory is taken. Refuses before tokenising what no data could make fit."""
         config = self.config
         inputs = [session.parts.directory, *_local_paths(config.data, config.eval_data)]
-        if TensorRows.fits(source):
+        tensors = open_tensor_rows(source, session.parts)
+        if tensors is not None:
             directory.take(config, inputs)
-            return TensorRows(source)
+            return tensors
+        refuse_text(session.parts)
         longest = config.dataset.sequence_length
         try:
             session.plan(full_shape(config, session, min(16, longest)))

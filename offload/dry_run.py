@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -21,7 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from memory.errors import UserError
+from offload.head import DeferredLogits, DeferredLoss
+from offload.lanes import collected_keys, run_capturing
 from offload.model_parts import ModelParts
+from offload.own_loss import own_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,84 @@ def measure_visit(
     kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
     """
     first, args, kwargs = _first_call(parts, model, inputs)
+    return _measure_call(parts, first, args, kwargs, train, trained)[0]
+
+
+def _measure_call(
+    parts: ModelParts,
+    first: int,
+    args: tuple,
+    kwargs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None,
+) -> tuple[VisitSize, Any]:
+    """Of the largest block of the kind of block `first`, called so; and what its output is, None where it can't run on meta."""
     same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
     index = max(same, key=lambda i: parts.layouts[i].num_bytes)
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    output = None
     try:
-        size = _run_on_meta(parts, index, args, kwargs, train, trained[index] if trained else frozenset())
+        size, output = _run_on_meta(parts, index, args, kwargs, train, trained[index] if trained else frozenset())
     except (NotImplementedError, RuntimeError, TypeError):
         size = _estimate(parts, index, hidden)
-    return replace(size, boundary_bytes=hidden.nbytes)
+    return replace(size, boundary_bytes=hidden.nbytes), output
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """size: the largest of every kind of block that was reached. loss: the model's own, None where the walk ended before."""
+
+    size: VisitSize
+    loss: DeferredLoss | torch.Tensor | None
+
+
+def walk(
+    parts: ModelParts,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+) -> Walk:
+    """`measure_visit` for models of several kinds of blocks, and what the model's own loss asks of its logits.
+
+    inputs: with labels. The model runs on placeholders from its first block to its last and to its loss: blocks on meta, one of
+    each kind and shape, what is between them as it is. It ends where a block can't run there, and where logits would be whole.
+
+    Raises UserError for a loss that can't be tiled, and for inputs that the model's forward refuses.
+    """
+    found: dict[Any, tuple[VisitSize, Any]] = {}
+
+    def visit(index: int, *args: Any, **kwargs: Any) -> Any:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        key = type(parts.blocks[index]), str(shapes)
+        if key not in found:
+            with _forwards(parts, own_forwards):  # and outside of what hooks collect for this pass
+                found[key], _ = run_capturing(_measure_call, (parts, index, args, kwargs, train, trained), {}, ())
+        output = found[key][1]
+        if output is None or set(collected_keys()) - {"hidden_states"}:  # what hooks collect inside of a block would be missing
+            raise _Captured
+        return tree_map_only(_Outline, lambda one: torch.zeros(one.shape, dtype=one.dtype), output)
+
+    head = model.get_output_embeddings()
+    own = None if head is None else head.__dict__.get("forward")
+    if head is not None:
+        tiled = parts.head is not None
+        head.forward = partial(DeferredLogits, vocab_size=head.weight.shape[0]) if tiled else _capture
+    loss, own_forwards = None, [block.__dict__.get("forward") for block in parts.blocks]
+    try:
+        with _instead_of_blocks(parts, visit), torch.no_grad(), contextlib.suppress(_Captured):
+            loss = own_loss(parts.model, model(**inputs))
+    except (IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if not found:  # nothing but the inputs has gone in yet
+            raise UserError(f"{type(parts.model).__name__} can't take such rows ({', '.join(inputs)}): {error}") from error
+    finally:
+        if own is not None:
+            head.forward = own
+        elif head is not None:
+            del head.forward
+    sizes = [size for size, _ in found.values()]
+    most = {name: max(getattr(size, name) for size in sizes) for name in ("peak_bytes", "flops", "boundary_bytes")}
+    return Walk(VisitSize(**most), loss)
 
 
 def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -105,6 +179,14 @@ class _Captured(Exception):
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """Of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def _first_call(
     parts: ModelParts, model: nn.Module, inputs: dict[str, Any], there: Callable[[], None] = lambda: None
 ) -> tuple[int, tuple, dict[str, Any]]:
@@ -116,24 +198,41 @@ def _first_call(
         there()
         raise _Captured
 
-    forwards = [block.__dict__.get("forward") for block in parts.blocks]
-    try:
-        for index, block in enumerate(parts.blocks):
-            block.forward = partial(capture, index)
-        with torch.no_grad(), contextlib.suppress(_Captured):
-            model(**inputs)
-    finally:
-        for block, forward in zip(parts.blocks, forwards, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
+    with _instead_of_blocks(parts, capture), torch.no_grad(), contextlib.suppress(_Captured):
+        model(**inputs)
     return calls[0]
+
+
+def _capture(*args: Any, **kwargs: Any):
+    raise _Captured
+
+
+@contextlib.contextmanager
+def _instead_of_blocks(parts: ModelParts, visit: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of block i is `visit(i, ...)`."""
+    with _forwards(parts, [partial(visit, index) for index in range(len(parts.blocks))]):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(parts: ModelParts, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
+    """Inside, the blocks have these forwards; None: their class's own."""
+    before = [block.__dict__.pop("forward", None) for block in parts.blocks]
+    try:
+        for block, forward in zip(parts.blocks, forwards, strict=True):
+            if forward is not None:
+                block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(parts.blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
-) -> VisitSize:
+) -> tuple[VisitSize, Any]:
     block, binding = parts.blocks[index], parts.bindings[index]
     views = {
         name: torch.empty(view.shape, dtype=view.dtype, device="meta")
@@ -157,7 +256,7 @@ def _run_on_meta(
         with counter, _MetaAttention():
             binding.bind(views, trained)
             with torch.no_grad():
-                block(*args, **kwargs)
+                outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
             flops = counter.flops
             if train:
                 next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
@@ -171,7 +270,7 @@ def _run_on_meta(
             module._parameters[name] = parameter
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
-    return VisitSize(counter.peak_bytes, flops)
+    return VisitSize(counter.peak_bytes, flops), outline
 
 
 def _empty_cache_layer(layer: Any) -> None:

@@ -7,6 +7,7 @@ times. Gradients of a block's parameters are complete when its backward visit en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch import nn
 
 from offload.activations import Activations, SavedTensor
 from offload.deferred_products import Needless
-from offload.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad
+from offload.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad, run_capturing
 
 
 class Weights(Protocol):
@@ -72,15 +73,21 @@ class Engine:
         for forward in self._forwards:
             forward.__self__.__dict__.pop("forward", None)
 
-    def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
+    def forward(
+        self,
+        inputs: Sequence[dict[str, Any]],
+        variants: Sequence[int] = (),
+        around: Sequence[AbstractContextManager] = (),
+    ) -> list[Any]:
         """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
 
-        variants: which version of the weights each input meets, in ascending order; empty: there is only one.
+        variants: which version of the weights each input meets, in ascending order; empty: there is only one. around: as in
+        `Lane`, for each input.
         """
         self.weights.begin(self.order + self.order)
         with torch.no_grad():
             lanes = [
-                Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0)
+                Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0, around[i] if around else None)
                 for i, kwargs in enumerate(inputs)
             ]
             self._run_forward(lanes, visits=None)
@@ -91,6 +98,7 @@ class Engine:
         inputs: Sequence[dict[str, Any]],
         seeds: Sequence[int],
         objective: Callable[[list[Any]], torch.Tensor],
+        around: Sequence[AbstractContextManager] = (),
     ) -> torch.Tensor:
         """One forward and backward over all micro-batches; gradients are left in `.grad` of the trainable parameters.
 
@@ -98,11 +106,12 @@ class Engine:
         seeds: the lanes' random seeds.
         objective: takes the lanes' model outputs, runs backward from the loss through what follows the last block, and
             returns the loss, fp32 [].
+        around: as in `Lane`, for each input.
         """
         self.weights.begin(self.order + self.order[::-1] + self.order)
         visits: list[Visit] = []
         lanes = [
-            Lane(i, partial(self.model, **kwargs), seed)
+            Lane(i, partial(self.model, **kwargs), seed, around=around[i] if around else None)
             for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True))
         ]
         with torch.enable_grad():
@@ -146,7 +155,7 @@ class Engine:
             record = lane.record(call, self.activations)
             visit.records.append(record)
         with torch.no_grad():
-            output = self._forwards[call.index](*call.args, **call.kwargs)
+            output = run_capturing(self._forwards[call.index], call.args, call.kwargs, call.captured)
         lane.leave_random_state()
         return output if record is None else lane.anchored(output, record)
 

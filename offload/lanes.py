@@ -8,11 +8,19 @@ A block runs without a graph, so its outputs have no history. They are handed to
 `Anchor` node: the outer graph (residuals, norms, losses between blocks) ends there, and backward through it leaves the
 gradient in the visit's record. The graph keeps the node, never the tensor, so block outputs can be dropped or moved
 to disk as soon as the model is done with them.
+
+[Note: captured outputs]
+Transformers collects some outputs by hooks on modules, into the lists of a context variable that the model's forward sets: the
+logits of routers, of which the model makes a loss afterwards. A block runs outside of its lane's context, so it is given lists
+of its own, and what they hold then is treated as outputs of the block: anchored, appended to the lane's lists, and found again
+by its recomputation, through which the gradient of that loss goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +44,8 @@ class BlockCall:
     args: tuple
     kwargs: dict[str, Any]
     grad_enabled: bool
+    captured: tuple[str, ...] = ()
+    """What hooks of Transformers are to collect inside of the block. See [Note: captured outputs]."""
 
 
 @dataclass(slots=True)
@@ -47,6 +57,7 @@ class Record:
     leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
     edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
     random_state: RandomState
+    captured: tuple[str, ...] = ()
     output_grads: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -69,10 +80,18 @@ class Anchor(torch.autograd.Function):
 class Lane:
     """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
 
-    variant: which version of the weights it meets, where a step has several.
+    variant: which version of the weights it meets, where a step has several. around: entered while the model's own code
+    runs, not while blocks do.
     """
 
-    def __init__(self, index: int, run: Callable[[], Any], seed: int | None, variant: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        run: Callable[[], Any],
+        seed: int | None,
+        variant: int = 0,
+        around: AbstractContextManager | None = None,
+    ) -> None:
         self.index = index
         self.variant = variant
         self.call: BlockCall | None = None
@@ -80,6 +99,7 @@ class Lane:
         self._greenlet = greenlet(run)
         self._greenlet.lane = self
         self._seed = seed
+        self._around = contextlib.nullcontext() if around is None else around
         self._random_state: RandomState | None = None
         self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._token = torch.empty(0, requires_grad=True)
@@ -93,16 +113,20 @@ class Lane:
 
     def park(self, call: BlockCall) -> Any:
         """Called inside the lane by a wrapped block; returns the block's output once the engine has computed it."""
-        result = self._greenlet.parent.switch(call)
+        call.captured = collected_keys()
+        output, captured = self._greenlet.parent.switch(call)
         torch.set_grad_enabled(call.grad_enabled)
-        return result
+        for key, values in captured.items():
+            _collector().get()[key].extend(values)
+        return output
 
     def resume(self, value: Any = None) -> None:
         """Called by the engine: runs the lane to its next block or to its end. Restores the caller's grad mode."""
         grad_enabled = torch.is_grad_enabled()
         self.enter_random_state()
         try:
-            result = self._greenlet.switch() if self._random_state is None else self._greenlet.switch(value)
+            with self._around:
+                result = self._greenlet.switch() if self._random_state is None else self._greenlet.switch(value)
         finally:
             torch.set_grad_enabled(grad_enabled)
         self.leave_random_state()
@@ -138,7 +162,7 @@ class Lane:
                 value = saved
             leaves.append(value)
             edges.append(edge)
-        return Record(self, spec, leaves, edges, get_random_state())
+        return Record(self, spec, leaves, edges, get_random_state(), call.captured)
 
     def anchored(self, output: Any, record: Record) -> Any:
         """`output` with every floating-point tensor in it anchored to `record`."""
@@ -192,7 +216,30 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any], needless
 def _run(record: Record, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
     """The visit's outputs, flattened."""
     set_random_state(record.random_state)
-    return tree_flatten(forward(*args, **kwargs))[0]
+    return tree_flatten(run_capturing(forward, args, kwargs, record.captured))[0]
+
+
+def run_capturing(
+    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], keys: tuple[str, ...]
+) -> tuple[Any, dict[str, list[Any]]]:
+    """The block's output, and what hooks inside of it collect under `keys`. See [Note: captured outputs]."""
+    captured: dict[str, list[Any]] = {key: [] for key in keys}
+    token = _collector().set(captured)
+    try:
+        return forward(*args, **kwargs), captured
+    finally:
+        _collector().reset(token)
+
+
+def collected_keys() -> tuple[str, ...]:
+    """What hooks of Transformers collect now, for the forward that runs."""
+    return tuple(key for key, values in (_collector().get() or {}).items() if isinstance(values, list))
+
+
+def _collector() -> Any:
+    from transformers.utils import output_capturing
+
+    return output_capturing._active_collector
 
 
 def release(record: Record) -> None:

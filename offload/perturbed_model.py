@@ -117,16 +117,8 @@ class PerturbedModel(StreamedModel):
 
         inputs, labels and the loss as in `train_step`, without gradients.
         """
-        lanes = [variant for variant in range(len(variants)) for _ in inputs]
         with self.under(variants):
-            if self.head is None:
-                inputs = [{**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]
-                outputs = self.forward(inputs * len(variants), lanes)
-                each = torch.stack([output.loss.float().cpu() / len(inputs) for output in outputs])
-                return each.view(len(variants), len(inputs)).sum(dim=1)
-            outputs = self.forward(list(inputs) * len(variants), lanes)
-            num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
-            return self.head.losses([output.logits for output in outputs], labels, num_items, len(variants))
+            return self.step_losses(inputs, labels, len(variants)).losses
 
     def take_adapters(self) -> None:
         """The adapters' values are now what is perturbed and moved."""

@@ -20,7 +20,13 @@ from memory.errors import UserError
 def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The architecture that config.json names, all tensors on meta, in eval mode. Raises UserError when it is unknown."""
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        initialization,
+    )
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -28,6 +34,8 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
         raise UserError(f"cannot read the model's configuration in {directory}: {error}") from error
     architectures = getattr(config, "architectures", None) or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and model_class is MODEL_MAPPING.get(type(config), ()):
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # saved without a head, which may be the embedding
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
         if model_class is not None:
             model = model_class._from_config(config, dtype=dtype)
@@ -39,6 +47,10 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
                     f"{directory}: Transformers has no class for architectures={architectures}. If the checkpoint brings "
                     f"its own code and you trust it, pass --trust-remote-code. ({error})"
                 ) from error
+    for module in model.modules():
+        # A pass keeps no keys and values unless it is asked to: a block that is recomputed would add them a second time.
+        if getattr(getattr(module, "config", None), "use_cache", None):
+            module.config.use_cache = False
     return model.eval()
 
 

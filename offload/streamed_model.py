@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from offload.engine import Engine, Weights
 from offload.head import HeadChunk, TiledHead
 from offload.io import IOEngine
 from offload.model_parts import EdgeTensor, HeadPart, ModelParts
+from offload.own_loss import LossItems, own_loss, shares
 from offload.streamer import DeviceTier, HostTier, Tier
 
 
@@ -34,6 +35,16 @@ class Traffic:
     read_bytes: int
     write_bytes: int
     stall_seconds: float
+
+
+class StepLosses(NamedTuple):
+    """losses: fp32 [variants]. num_items: that one of them is a mean of (samples, where is_sum says that it is a sum).
+    outputs: the model's own, of all lanes."""
+
+    losses: torch.Tensor
+    num_items: int
+    is_sum: bool
+    outputs: list[Any]
 
 
 class StreamedModel:
@@ -108,24 +119,54 @@ class StreamedModel:
     def train_step(
         self,
         inputs: Sequence[dict[str, Any]],
-        labels: Sequence[torch.Tensor],
+        labels: Sequence[torch.Tensor | None],
         seeds: Sequence[int],
     ) -> torch.Tensor:
         """Forward and backward of one step; the loss, fp32 []. Gradients are left in `.grad`.
 
-        inputs: keyword arguments of the model's forward per micro-batch. labels: int64 per micro-batch.
-        With a tiled head the loss is the mean over all labelled tokens of the step; without one, the mean of the
-        micro-batches' own losses.
+        inputs: keyword arguments of the model's forward per micro-batch. labels: what it takes as `labels`; None where the
+        loss is of other arguments.
+        The loss is that of the model's own forward, of all rows of the step together: each micro-batch's counts as its share
+        of the labelled tokens (or of what else the loss is a mean of).
         """
         self._prepare(inputs)
-        if self.head is None:
-            inputs = [{**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]
-            return self.engine.train_step(inputs, seeds, _mean_of_own_losses)
-        num_items = max(1, sum(int((y[..., 1:] != -100).sum()) for y in labels))
-        head = self.head
-        return self.engine.train_step(
-            inputs, seeds, lambda outputs: head.loss_and_backward([o.logits for o in outputs], labels, num_items)
-        )
+        inputs = _labelled(inputs, labels)
+        if self.head is not None:
+            head = self.head
+            return self.engine.train_step(inputs, seeds, lambda outputs: head.loss_and_backward(self._losses_of(outputs)))
+        items = [LossItems() for _ in inputs]
+
+        def backward(outputs: list[Any]) -> torch.Tensor:
+            total = torch.zeros((), dtype=torch.float32)
+            for own, share in zip(self._losses_of(outputs), shares(items, inputs)[0], strict=True):
+                loss = own * share
+                loss.backward()
+                total = total + loss.detach().float().cpu()
+            return total
+
+        return self.engine.train_step(inputs, seeds, backward, items)
+
+    def step_losses(
+        self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor | None], variants: int = 1
+    ) -> StepLosses:
+        """The loss as in `train_step`, without gradients, under every variant of the weights; each block is fetched once."""
+        self._prepare(inputs)
+        inputs = _labelled(inputs, labels)
+        lanes = [variant for variant in range(variants) for _ in inputs]
+        if self.head is not None:
+            outputs = self.engine.forward(inputs * variants, lanes)
+            losses = self._losses_of(outputs)
+            num_items = sum(loss.num_items for loss in losses[: len(inputs)])
+            return StepLosses(self.head.losses(losses, variants), num_items, False, outputs)
+        items = [LossItems() for _ in lanes]
+        outputs = self.engine.forward(inputs * variants, lanes, items)
+        parts, num_items = shares(items[: len(inputs)], inputs)
+        own = [loss * share for loss, share in zip(self._losses_of(outputs), parts * variants, strict=True)]
+        each = torch.stack([loss.float().cpu() for loss in own]).view(variants, len(inputs))
+        return StepLosses(each.sum(dim=1), num_items, items[0].is_sum, outputs)
+
+    def _losses_of(self, outputs: Sequence[Any]) -> list[Any]:
+        return [own_loss(self.parts.model, output) for output in outputs]
 
     def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
         """Model outputs without gradients; `logits` are deferred where the head is tiled. variants as in the engine."""
@@ -279,10 +320,7 @@ def all_if(slots: int, count: int) -> frozenset[int]:
     return frozenset(range(count)) if slots == count else frozenset()
 
 
-def _mean_of_own_losses(outputs: list[Any]) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float32)
-    for output in outputs:
-        loss = output.loss / len(outputs)
-        loss.backward()
-        total = total + loss.detach().float().cpu()
-    return total
+def _labelled(
+    inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor | None]
+) -> list[dict[str, Any]]:
+    return [kwargs if y is None else {**kwargs, "labels": y} for kwargs, y in zip(inputs, labels, strict=True)]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from memory.errors import UserError
 from offload.head import DeferredLogits, HeadChunk, TiledHead, default_tiles
 
 VOCAB, HIDDEN = 101, 24
@@ -79,12 +81,17 @@ class Case:
             total = total + loss.detach()
         return total, grads
 
+    def deferred(self, hidden, operation=identity):
+        """What a causal language model's own loss makes of deferred logits."""
+        pairs = zip(hidden, self.labels, strict=True)
+        return [ForCausalLMLoss(operation(self.head(h)), labels, VOCAB) for h, labels in pairs]
+
     def tiled(self, tile_tokens: int, tile_vocab: int, operation=identity):
         chunks = Chunks(self.head, tile_vocab)
         outer = [hidden.clone().requires_grad_() for hidden in self.hidden]
         tiled = TiledHead(self.head, chunks, len(chunks.starts), tile_tokens)
         try:
-            loss = tiled.loss_and_backward([operation(self.head(h)) for h in outer], self.labels, self.num_items)
+            loss = tiled.loss_and_backward(self.deferred(outer, operation))
         finally:
             del self.head.forward
         assert chunks.held == 0
@@ -108,8 +115,7 @@ def test_losses_of_variants(tile_tokens, tile_vocab):
     original = case.head.weight.data.clone()
     chunks = Scaled(case.head, tile_vocab)
     tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
-    logits = [case.head(hidden) for _ in scales for hidden in case.hidden]
-    found = tiled.losses(logits, case.labels, case.num_items, len(scales))
+    found = tiled.losses([loss for _ in scales for loss in case.deferred(case.hidden)], len(scales))
     del case.head.forward
     assert chunks.visits == list(range(len(chunks.starts))) and not found.requires_grad
     for loss, scale in zip(found, scales, strict=True):
@@ -174,7 +180,7 @@ def test_gradients_of_the_head_itself(tile_tokens, tile_vocab, dtype, bias, oper
     outer = [hidden.clone().requires_grad_() for hidden in case.hidden]
     tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
     try:
-        tiled.loss_and_backward([operation(case.head(h)) for h in outer], case.labels, case.num_items)
+        tiled.loss_and_backward(case.deferred(outer, operation))
     finally:
         del case.head.forward
     count = len(chunks.starts)
@@ -213,24 +219,73 @@ def test_token_scores_and_last_logits(tile_tokens, tile_vocab, operation):
         whole = [operation(case.head(hidden)) for hidden in case.hidden]
         tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
         deferred = [operation(case.head(hidden)) for hidden in case.hidden]
-        scores = tiled.token_scores(deferred, case.labels)
+        scores = tiled.token_scores([one.view(-1, VOCAB) for one in deferred], [y.flatten() for y in case.labels])
         last = tiled.last_logits(deferred)
     for (found, likeliest), logits, labels in zip(scores, whole, case.labels, strict=True):
-        expected = torch.zeros(labels.shape)
-        shifted = labels[:, 1:]
-        expected[:, :-1] = functional.cross_entropy(logits[:, :-1].transpose(1, 2), shifted, reduction="none")
-        assert found.shape == labels.shape
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        expected = functional.cross_entropy(logits, labels, reduction="none")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert (found[labels.roll(-1, 1) == -100] == 0).all()
-        assert likeliest[:, :-1].equal(logits[:, :-1].argmax(dim=2) == shifted) and not likeliest[:, -1].any()
+        assert (found[labels == -100] == 0).all() and not likeliest[labels == -100].any()
+        assert likeliest[labels != -100].equal((logits.argmax(dim=1) == labels)[labels != -100])
     for found, logits in zip(last, whole, strict=True):
         torch.testing.assert_close(found, logits[:, -1], rtol=1e-5, atol=1e-5)
     assert chunks.held == 0
 
 
-def test_other_operations_on_logits_are_refused():
-    with pytest.raises(NotImplementedError, match="softmax"):
-        torch.softmax(DeferredLogits(torch.zeros(1, 2, 3)), dim=-1)
+NEED_WHOLE_LOGITS = {
+    "softmax": lambda x: torch.softmax(x, dim=-1),
+    "a choice of tokens": lambda x: x[..., :3],
+    "a choice of tokens at the end": lambda x: x[..., None],
+    "rows mixed with columns": lambda x: x.view(-1, 2 * VOCAB),
+    "a factor for each row": lambda x: x * torch.ones(2, 11, 1),
+    "label smoothing": lambda x: functional.cross_entropy(x[0], torch.zeros(11, dtype=torch.int64), label_smoothing=0.1),
+    "a method": lambda x: x.argmax(dim=-1),
+    "a function of the loss": lambda x: torch.exp(ForCausalLMLoss(x, torch.zeros(2, 11, dtype=torch.int64), VOCAB)),
+}
+
+
+@pytest.mark.parametrize("name", NEED_WHOLE_LOGITS)
+def test_what_needs_whole_logits_is_refused(name):
+    with pytest.raises(UserError, match="tiled loss"):
+        NEED_WHOLE_LOGITS[name](DeferredLogits(torch.zeros(2, 11, HIDDEN), VOCAB))
+
+
+OWN_LOSSES = {
+    "as given": lambda logits, labels, extra: functional.cross_entropy(logits.view(-1, VOCAB), labels.reshape(-1)),
+    "a bias for each token": lambda logits, labels, extra: functional.cross_entropy(
+        (logits + extra["bias"]).view(-1, logits.size(-1)), labels.view(-1)
+    ),
+    "chosen rows": lambda logits, labels, extra: functional.cross_entropy(
+        logits[..., :-1, :][labels[:, 1:] != 7].contiguous(), labels[:, 1:][labels[:, 1:] != 7]
+    ),
+    "another label that is ignored": lambda logits, labels, extra: nn.CrossEntropyLoss(ignore_index=5)(
+        logits.view(-1, VOCAB), labels.clamp(min=5).view(-1)
+    ),
+    "with a loss added": lambda logits, labels, extra: 0.02 * extra["router"].pow(2).sum()
+    + ForCausalLMLoss(logits, labels, VOCAB),
+    "two terms": lambda logits, labels, extra: ForCausalLMLoss(logits, labels, VOCAB)
+    + 0.3 * functional.cross_entropy(logits[:, 0], labels[:, -1]) / 2,
+}
+
+
+@pytest.mark.parametrize("tile_tokens, tile_vocab", [(64, VOCAB), (5, 33)])
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_a_models_own_loss(name, tile_tokens, tile_vocab):
+    """Of one lane, whatever its code does with logits and labels: the value and the gradients that whole logits have."""
+    case, own = Case(), OWN_LOSSES[name]
+    labels = case.labels[0]
+    extra = {"bias": torch.linspace(-2, 2, VOCAB)[None], "router": torch.ones(3, requires_grad=True)}
+    hidden = [case.hidden[0].clone().requires_grad_() for _ in range(2)]
+    expected = own(case.head(hidden[0]), labels, extra)
+    expected.backward()
+    router, extra["router"].grad = extra["router"].grad, None
+    chunks = Chunks(case.head, tile_vocab)
+    tiled = TiledHead(case.head, chunks, len(chunks.starts), tile_tokens)
+    found = tiled.loss_and_backward([own(case.head(hidden[1]), labels, extra)])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden[1].grad, hidden[0].grad, rtol=1e-4, atol=1e-6)
+    assert extra["router"].grad is router is None or extra["router"].grad.equal(router)
+    assert tiled.losses([own(case.head(hidden[1]), labels, extra)], 1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("vocab, row_bytes", [(101, 64), (49152, 1152), (128_256, 8192), (262_144, 4 * 5376)])

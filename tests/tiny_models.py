@@ -195,6 +195,15 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), reduction="sum")
 
 
+def loss_shares(config: Config, batches: list[dict[str, torch.Tensor]]) -> tuple[list[float], int]:
+    """Of a step's micro-batches: by what the own loss of each, a mean over its items, counts for the step's; items in all."""
+    is_text = isinstance(config.data, TokenDataset)
+    labels = [batch["labels"] for batch in batches]
+    items = [int((y[:, 1:] != -100).sum()) if is_text else len(y) for y in labels]
+    count = max(1, sum(items))
+    return [n / count for n in items], count
+
+
 def reference_run(config: Config) -> Run:
     """See [Note: the reference]."""
     options = config.training
@@ -205,15 +214,18 @@ def reference_run(config: Config) -> Run:
     scheduler = get_scheduler("linear", optimizer, options.warmup_steps, options.max_steps)
     losses = []
     for step, batches in enumerate(plain_batches(config)):
-        count = max(1, sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches))
+        shares, count = loss_shares(config, batches)
         total = torch.zeros(())
         for index, batch in enumerate(batches):
             labels = batch.pop("labels")
             torch.manual_seed(lane_seed(options.seed, step, index))
             if isinstance(config.data, TokenDataset):
-                loss = token_loss(model(**batch).logits, labels) / count
+                output = model(**batch)
+                loss = token_loss(output.logits, labels) / count
+                if getattr(output, "aux_loss", None) is not None:  # of its router, as its own loss has it
+                    loss = loss + model.config.router_aux_loss_coef * output.aux_loss * shares[index]
             else:
-                loss = model(**batch, labels=labels).loss / len(batches)
+                loss = model(**batch, labels=labels).loss * shares[index]
             loss.backward()
             total = total + loss.detach().float()
         torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)

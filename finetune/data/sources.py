@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,13 +121,17 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
     return [HubSplit(hub["id"], hub["config"], hub["split"] or "train", _hub_commit(hub["id"]))]
 
 
-def read_rows(source: File | HubSplit) -> Iterator[tuple[str, Any]]:
+def read_rows(source: File | HubSplit, every_column: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) in order. A row that cannot be read is a DataError in the row's stead, so that a caller can
-    count further ones; a source that cannot be read at all raises it."""
+    count further ones; a source that cannot be read at all raises it.
+
+    every_column: of Parquet, not only those that some form of text reads.
+    """
     if isinstance(source, HubSplit):
         yield from _hub_rows(source)
         return
-    reader = {".txt": _text_pieces, ".parquet": _parquet_rows}.get(source.format, _json_rows)
+    parquet_rows = partial(_parquet_rows, every_column=every_column)
+    reader = {".txt": _text_pieces, ".parquet": parquet_rows}.get(source.format, _json_rows)
     try:
         yield from reader(source)
     except OSError as error:
@@ -225,7 +230,7 @@ def _text_pieces(file: File) -> Iterator[tuple[str, Any]]:
             held, first = held[cut:], False
 
 
-def _parquet_rows(file: File) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: File, every_column: bool) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -234,8 +239,8 @@ def _parquet_rows(file: File) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
-            known = [name for name in names if name in COLUMNS]
-            media = dict.fromkeys(MEDIA.intersection(names), True)
+            known = [name for name in names if name in COLUMNS and not every_column]
+            media = {} if every_column else dict.fromkeys(MEDIA.intersection(names), True)
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=known or names):
                 for row in batch.to_pylist():

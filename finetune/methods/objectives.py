@@ -60,6 +60,8 @@ class Objective(Protocol):
 def make_objective(config: Config, session: Session, data: TokenDataset | TensorRows) -> Objective:
     """data: for `classification` and `accuracy` prepared with choices. Raises UserError for data that does not suit."""
     word = config.zo.objective if config.method == "zo" else "loss"
+    if isinstance(data, TensorRows) and config.dataset.packing:
+        raise UserError("dataset.packing: expected it off with rows of tensors, each of which is computed alone, found it on")
     if word == "loss":
         return TokenLoss(config, data)
     if isinstance(data, TensorRows):
@@ -103,7 +105,7 @@ def generated_shape(config: Config, session: Session, longest: int) -> BatchShap
 
 
 class TokenLoss:
-    """Mean cross entropy of the trained tokens; the loss of the model's own forward for data of tensors."""
+    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it."""
 
     def __init__(self, config: Config, data: TokenDataset | TensorRows) -> None:
         self._config = config
@@ -115,8 +117,8 @@ class TokenLoss:
         shape = scored_shape(self._config, packing or int(self.lengths.max()))
         if not isinstance(self.data, TensorRows):
             return shape
-        sample = self.data.collate(range(min(shape.inputs["input_ids"].shape[0], len(self.data))))
-        return replace(shape, inputs={k: v for k, v in sample.items() if k != "labels"})
+        longest = self.data.longest(shape.inputs["input_ids"].shape[0])
+        return replace(shape, inputs=self.data.collate(longest), samples=len(longest), packed=False)
 
     def values(
         self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]

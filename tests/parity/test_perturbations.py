@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import CONFIGS, load_plain, make_config, plain_batches, reference_device, token_loss
+from tiny_models import CONFIGS, load_plain, loss_shares, make_config, plain_batches, reference_device, token_loss
 
 import offload.model_parts
 import offload.noise
@@ -107,15 +107,15 @@ class PlainMezo:
 
     @torch.no_grad()
     def loss(self, batches: list[dict[str, torch.Tensor]]) -> float:
-        count = max(1, sum(int((b["labels"][..., 1:] != -100).sum()) for b in batches))
+        shares, count = loss_shares(self.config, batches)
         total = torch.zeros(())
-        for batch in batches:
+        for batch, share in zip(batches, shares, strict=True):
             batch = dict(batch)
             labels = batch.pop("labels")
             if isinstance(self.config.data, TokenDataset):
                 total = total + token_loss(self.model(**batch).logits, labels) / count
             else:
-                total = total + self.model(**batch, labels=labels).loss.float() / len(batches)
+                total = total + (self.model(**batch, labels=labels).loss * share).float()
         return total.item()
 
     def end_group(self, step: int) -> None:

@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
-from tiny_models import aligned_copies, make_config, plain_batches, reference_device, token_loss
+from tiny_models import aligned_copies, loss_shares, make_config, plain_batches, reference_device, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
@@ -106,7 +106,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             parameter.requires_grad_(name in active or name in signs)
         if not selection.keeps_state:
             optimizers = {name: value for name, value in optimizers.items() if name in active}
-        count = max(1, sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batches))
+        shares, count = loss_shares(config, batches)
         total = torch.zeros(())
         for index, batch in enumerate(batches):
             labels = batch.pop("labels")
@@ -114,7 +114,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             if isinstance(config.data, TokenDataset):
                 loss = token_loss(model(**batch).logits, labels) / count
             else:
-                loss = model(**batch, labels=labels).loss / len(batches)
+                loss = model(**batch, labels=labels).loss * shares[index]
             loss.backward()
             total = total + loss.detach().float()
         losses.append(total.item())

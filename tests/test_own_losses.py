@@ -1,0 +1,197 @@
+"""Each model has the loss that its own forward has, of all rows of a step, however they are cut into micro-batches.
+
+The reference is plain PyTorch and PEFT: one batch of all rows, the model's own `forward(labels=...)`, autograd over all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from tiny_models import make_config
+
+from finetune.trainer import Trainer
+
+VOCAB = 101
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+BART = {
+    "vocab_size": VOCAB, "d_model": 40, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "decoder_start_token_id": 2, **IDS,
+}  # fmt: skip
+T5 = {
+    "vocab_size": VOCAB, "d_model": 40, "d_kv": 10, "d_ff": 56, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+BERT = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 40}
+VISION = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+
+
+def numbers(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(length: int, seed: int, ignored: int = 0) -> torch.Tensor:
+    found = torch.randint(3, VOCAB - 5, (length,), generator=torch.Generator().manual_seed(seed))
+    found[:ignored] = -100
+    return found
+
+
+def sequences(i: int) -> dict[str, Any]:
+    """Source and target of unlike lengths; some targets have labels that do not count."""
+    return {"input_ids": ids(5 + i, i), "labels": ids(9 - i, 10 + i, ignored=i)}
+
+
+def tokens(i: int) -> dict[str, Any]:
+    return {"input_ids": ids(5 + i, i), "labels": ids(5 + i, 20 + i, ignored=2 * i)}
+
+
+def speech(i: int) -> dict[str, Any]:
+    return {"input_features": numbers(8, 20, seed=i), "labels": ids(4, i, ignored=i % 3)}
+
+
+def picture_and_text(i: int) -> dict[str, Any]:
+    """Four tokens stand for the patches of the picture."""
+    text = torch.cat([torch.full((4,), VOCAB - 1), ids(6 + i, i)])
+    labels = torch.cat([torch.full((4 + i,), -100), text[4 + i :]])
+    return {"input_ids": text, "labels": labels, "pixel_values": numbers(3, 8, 8, seed=i)}
+
+
+def classes(i: int) -> dict[str, Any]:
+    return {"input_ids": ids(5 + i, i).tolist(), "labels": i % 3}
+
+
+def targets(i: int) -> dict[str, Any]:
+    return {"input_ids": ids(5 + i, i).numpy(), "labels": 0.3 * i}
+
+
+def several_classes(i: int) -> dict[str, Any]:
+    return {"input_ids": ids(5 + i, i), "labels": torch.tensor([1.0, 0.0, i % 2])}
+
+
+def answers(i: int) -> dict[str, Any]:
+    return {"input_ids": ids(9, i), "start_positions": i % 9, "end_positions": (i + 3) % 9}
+
+
+@dataclass(frozen=True)
+class Kind:
+    model: type
+    config: Callable[[], tf.PreTrainedConfig]
+    row: Callable[[int], dict[str, Any]]
+
+
+def vision_encoder_decoder() -> tf.PreTrainedConfig:
+    encoder = tf.ViTConfig(**VISION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    decoder = tf.GPT2Config(
+        vocab_size=VOCAB, n_positions=37, n_embd=40, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **IDS
+    )
+    config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return config
+
+
+def llava() -> tf.PreTrainedConfig:
+    vision = tf.CLIPVisionConfig(**VISION)
+    text = tf.LlamaConfig(**TEXT, **IDS)
+    return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB - 1)
+
+
+KINDS = {
+    "t5": Kind(tf.T5ForConditionalGeneration, lambda: tf.T5Config(**T5), sequences),
+    "t5, head of its own": Kind(tf.T5ForConditionalGeneration, lambda: tf.T5Config(**T5, tie_word_embeddings=False), sequences),
+    "bart": Kind(tf.BartForConditionalGeneration, lambda: tf.BartConfig(**BART, **NO_DROPOUT), sequences),
+    "pegasus": Kind(tf.PegasusForConditionalGeneration, lambda: tf.PegasusConfig(**BART, **NO_DROPOUT), sequences),
+    "whisper": Kind(
+        tf.WhisperForConditionalGeneration,
+        lambda: tf.WhisperConfig(
+            **BART, **NO_DROPOUT, num_mel_bins=8, max_source_positions=10, max_target_positions=12, suppress_tokens=[]
+        ),
+        speech,
+    ),
+    "switch, whose router has losses": Kind(
+        tf.SwitchTransformersForConditionalGeneration,
+        lambda: tf.SwitchTransformersConfig(
+            **T5, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3,
+            router_jitter_noise=0.0,
+        ),
+        sequences,
+    ),
+    "vision-encoder-decoder": Kind(
+        tf.VisionEncoderDecoderModel, vision_encoder_decoder,
+        lambda i: {"pixel_values": numbers(3, 8, 8, seed=i), "labels": ids(6, i, ignored=i)},
+    ),
+    "llava": Kind(tf.LlavaForConditionalGeneration, llava, picture_and_text),
+    "masked language model": Kind(tf.BertForMaskedLM, lambda: tf.BertConfig(**BERT), tokens),
+    "token classes": Kind(
+        tf.BertForTokenClassification, lambda: tf.BertConfig(**BERT, num_labels=VOCAB), tokens
+    ),
+    "classes": Kind(tf.LlamaForSequenceClassification, lambda: tf.LlamaConfig(**TEXT, **IDS, num_labels=3), classes),
+    "regression": Kind(tf.BertForSequenceClassification, lambda: tf.BertConfig(**BERT, num_labels=1), targets),
+    "several classes": Kind(
+        tf.BertForSequenceClassification,
+        lambda: tf.BertConfig(**BERT, num_labels=3, problem_type="multi_label_classification"), several_classes,
+    ),
+    "answers": Kind(tf.BertForQuestionAnswering, lambda: tf.BertConfig(**BERT), answers),
+    "decoder that does not shift": Kind(tf.BartForCausalLM, lambda: tf.BartConfig(**BART, **NO_DROPOUT), tokens),
+}  # fmt: skip
+
+
+def save(kind: Kind, folder: Path) -> Path:
+    torch.manual_seed(7)
+    model = kind.model(kind.config())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape), alpha=0.06)
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_step(kind: Kind, folder: Path, lora: dict[str, Any]) -> tuple[float, float]:
+    """(loss, norm of the adapter's gradients) of one batch of five rows."""
+    from finetune.tensor_rows import TensorRows
+
+    model = kind.model.from_pretrained(folder)
+    torch.manual_seed(11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(**lora)).train()
+    batch = TensorRows([kind.row(i) for i in range(5)]).collate(range(5))
+    loss = model(**batch).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return loss.item(), float(torch.nn.utils.get_total_norm(grads))
+
+
+def streamed_step(kind: Kind, folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    training = {"max_steps": 1, "max_grad_norm": None, "warmup_steps": 0}
+    rows = [kind.row(i) for i in range(5)]
+    config = make_config(folder, rows, out, training=training, **changes)
+    Trainer(config).train()
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+
+
+LORA = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "init_lora_weights": "gaussian"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_loss_and_gradient_are_the_models_own(name, tmp_path):
+    kind = KINDS[name]
+    folder = save(kind, tmp_path / "model")
+    loss, norm = plain_step(kind, folder, LORA)
+    lora = {"r": 3, "alpha": 7, "dropout": 0.0, "init_lora_weights": "gaussian"}
+    found = streamed_step(kind, folder, tmp_path / "out", lora=lora)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-3
