@@ -19,6 +19,8 @@ from finetune.signals import ignore_signals, take_signals
 from memory.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from finetune.config import Config
 
 app = typer.Typer(
@@ -40,7 +42,7 @@ MethodFlag = Annotated[
 ]
 OutputFlag = Annotated[str | None, typer.Option("--output", help="Directory for everything that is written.")]
 AdapterFlag = Annotated[
-    str | None, typer.Option("--adapter", help="Directory of a PEFT adapter; none: the model alone.")
+    str | None, typer.Option("--adapter", help="Directory of a PEFT adapter, or of a run. [default: a run in --output]")
 ]
 HostMemoryFlag = Annotated[
     str | None,
@@ -140,6 +142,16 @@ def _load_config(context: typer.Context, settings: list[str] | None, **renamed: 
     flags = {name: value for name, value in context.params.items() if value is not None}
     overrides = {renamed.get(name, name): value for name, value in flags.items() if name not in _NOT_KEYS}
     return Config.load(flags.get("config"), overrides, settings or ())
+
+
+def _named_run(config: Config) -> Path | None:
+    """Where there is a run in an --output that was named: what it has tuned is asked for, not the model as it was."""
+    if "output" not in config.model_fields_set:
+        return None
+    if any((config.output / name).exists() for name in ("adapter", "journal.zo", "store")):
+        return config.output
+    typer.echo(f"note: no run has ended in {config.output}: this is the model as it is", err=True)
+    return None
 
 
 _NOT_KEYS = {
@@ -245,7 +257,7 @@ def evaluate(
     from finetune.evaluate import evaluate as evaluate_model
     from finetune.report import to_json
 
-    result = evaluate_model(loaded, adapter)
+    result = evaluate_model(loaded, adapter or _named_run(loaded))
     if as_json:
         typer.echo(to_json(result))
     else:
@@ -285,7 +297,7 @@ def generate(
     from finetune.generate import generate as generate_text
 
     pieces = generate_text(
-        loaded, adapter, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        loaded, adapter or _named_run(loaded), [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         seed=sampling_seed, chat=chat,
     )  # fmt: skip
     for piece in pieces:

@@ -36,7 +36,8 @@ PASS_TOKENS = 1 << 15  # one pass over the weights serves at most so many: beyon
 
 
 def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, float]:
-    """Measures the model, with `adapter` where one is given, on `config.eval_data` (else on `config.data`).
+    """Measures the model on `config.eval_data` (else on `config.data`), with `adapter`: a PEFT adapter, or the directory of a
+    run, whose adapter or tuned weights are used.
 
     Returns loss (mean cross entropy of the trained tokens, in nats), perplexity, tokens (that the loss is over),
     examples and seconds; accuracy too, where rows are a prompt with one of at most 16 completions. Samples of tensors

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.report import last_step
 from finetune.run_directory import reading, recorded
 from finetune.run_identity import check_model, check_same_run, recorded_setting
+from finetune.tuned_weights import check_whole
 from memory.checkpoint import resolve_model
 from memory.errors import UserError
 from offload.block_store import TORCH_DTYPES
@@ -111,14 +111,8 @@ def _export_journal(
         check_same_run(path, journal.about, run)
     if recorded_setting(journal.about, "zo.parameters") != "all":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
-    shown = last_step(config.output / "metrics.jsonl")
-    if at_step is None and (journal.torn_bytes or journal.steps < shown):
-        more = f"metrics.jsonl has {shown}" if journal.steps < shown else "there is a part of another"
-        raise UserError(
-            f"{path} has {journal.steps} whole steps, {more}: a process died while it wrote, or its end is damaged. Bring "
-            "it back from a copy, or let the run make the rest again with --resume, or export what is whole with --at-step "
-            f"{journal.steps}"
-        )
+    if at_step is None:
+        check_whole(journal, config.output, f", or export what is whole with --at-step {journal.steps}")
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {at_step}")

@@ -38,6 +38,7 @@ def generate(
     """Yields what the model says after each prompt, in pieces of whole characters; with several prompts the texts come
     one after the other with an empty line between.
 
+    adapter: of a PEFT adapter, or of a run, whose adapter or tuned weights are used; None: the model as it is.
     temperature: 0 takes the likeliest token. top_p: samples among the likeliest tokens that together have this
     probability (Holtzman et al. 2020, nucleus sampling). seed: of the sampling; prompt i uses seed + i.
     chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template.

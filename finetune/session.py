@@ -20,6 +20,7 @@ from finetune.methods import adapters, lora, prefix
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.run_identity import model_name
+from finetune.tuned_weights import JournalWeights, StoredWeights, find_result
 from finetune.weight_demand import (
     check_rounding,
     largest_piece_bytes,
@@ -61,11 +62,22 @@ class Session:
     def __init__(self, config: Config, adapter: Path | None = None, train: bool = True) -> None:
         """Builds the skeleton with its adapter; reads configuration and headers only.
 
-        adapter: a saved adapter to start from; None: a fresh one when training, the bare model otherwise.
-        Raises UserError for whatever is wrong with model, adapter or device.
+        adapter: a saved adapter, or the directory of a run, whose result is used: its adapter, or the weights that it has
+        tuned. None: a fresh adapter when training, the bare model otherwise.
+        Raises UserError for whatever is wrong with model, adapter, run or device.
         """
         self.config = config
         self.train = train
+        result = None if adapter is None else find_result(config, adapter)
+        self.tuned = result if isinstance(result, (StoredWeights, JournalWeights)) else None
+        try:
+            self._build(None if self.tuned else result)
+        except BaseException:
+            self._release_tuned()
+            raise
+
+    def _build(self, adapter: Path | None) -> None:
+        config, train = self.config, self.train
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
         self.device = choose_device(
@@ -84,6 +96,9 @@ class Session:
             tile_vocab=config.engine.loss_tile_vocab,
             trains_weights=train and config.trains_weights,
         )
+        if self.tuned is not None:
+            self.parts = self.tuned.place(self.parts)
+            print(f"note: with the weights that the run has tuned in {self.tuned.num_steps} steps", file=sys.stderr)
         self.device.warm_up(self.parts.dtype)
         self.model: nn.Module = self.parts.model
         # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
@@ -230,6 +245,11 @@ class Session:
                 product_groups=most_product_groups(self.config.zo, self.num_steps),
                 **options,
             )
+        elif isinstance(self.tuned, JournalWeights):
+            self.streamed = PerturbedModel(
+                self.parts, plan, self.device, scratch, noise=self.tuned.journal.noise, **options
+            )
+            self.tuned.move(self.streamed)
         elif self.trained is not None:
             self.streamed = TrainedModel(
                 self.parts,
@@ -265,6 +285,12 @@ class Session:
             self.arena.give_back()
             self.arena = None
         trim_malloc()
+        self._release_tuned()
+
+    def _release_tuned(self) -> None:
+        if self.tuned is not None:
+            self.tuned.close()
+            self.tuned = None
 
     @cached_property
     def _limits(self) -> Limits:
@@ -408,7 +434,9 @@ class Session:
         return max(masks, short)
 
     def _perturbation_demand(self) -> PerturbationDemand | None:
-        """None: no weights of the model's own are perturbed."""
+        """None: no weights of the model's own are perturbed or moved."""
+        if isinstance(self.tuned, JournalWeights):
+            return self.tuned.demand(self.parts)
         return perturbation_demand(self.parts, self.config.zo, self.num_steps) if self.perturbs_all else None
 
     def _saving_bytes(self, adapter_bytes: int) -> int:

@@ -121,13 +121,10 @@ class Trainer:
                 directory.close()
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
-        """Loss (and accuracy for prompt+completion data) of the trained adapter on `data`, default `config.eval_data`."""
+        """Loss (and accuracy for prompt+completion data) of what was trained, the adapter or the model itself, on `data`,
+        default `config.eval_data`."""
         config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
-        if not config.has_adapter:
-            raise UserError(
-                "the model itself was tuned: write it with save_model(DIRECTORY), then evaluate that directory as a model"
-            )
-        return evaluate(config, config.output / "adapter")
+        return evaluate(config, config.output)
 
     def save_model(self, directory: str | Path | None = None) -> Path:
         """Copies the trained adapter, in PEFT's format, to `directory`; None: it is already in `output/adapter`.

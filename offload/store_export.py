@@ -24,7 +24,7 @@ from offload.working_store import StoredPiece
 BUFFER_BYTES = 4 << 20
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
     """`num_bytes` bytes from `image_offset` of a unit's image on belong at `file_offset` of a file of the checkpoint."""
 
     image_offset: int
@@ -50,7 +50,7 @@ def export_store(
     side_files: as `new_checkpoint` takes them. The directory appears only once it is whole and durable. Every piece is
     checked against its checksum. Raises UserError when one is damaged, the disk is full or the directory cannot be written.
     """
-    stored = {unit.name: list(_stored_moves(unit, sources, pieces)) for unit in trained.units}
+    stored = {unit.name: list(stored_moves(unit, sources, pieces)) for unit in trained.units}
     covered: dict[Path, list[tuple[int, int]]] = defaultdict(list)
     for moves in stored.values():
         for _, move in moves:
@@ -65,7 +65,7 @@ def export_store(
             io.sync(target)
 
 
-def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[_Move]:
+def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[Move]:
     """Where the trained bytes of the image come from in the original, and where it holds them once more: read ranges cut to
     the trained parameters."""
     for name in unit.fqns:
@@ -75,14 +75,14 @@ def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[_Move]:
             start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
             if start < stop:
                 offset = read.file_offset + start - read.slot_offset
-                yield _Move(start, stop - start, read.path, offset)
+                yield Move(start, stop - start, read.path, offset)
                 for path, at, num_bytes, skip in copies_of(sources.copies, read.path, offset, stop - start):
-                    yield _Move(start + skip, num_bytes, path, at)
+                    yield Move(start + skip, num_bytes, path, at)
 
 
-def _stored_moves(
+def stored_moves(
     unit: UpdateUnit, sources: ParameterMap, pieces: Mapping[tuple[str, int], StoredPiece]
-) -> Iterator[tuple[int, _Move]]:
+) -> Iterator[tuple[int, Move]]:
     """(index of the piece, move) for what the store has of the unit."""
     moves = list(_moves(unit, sources))
     for index, piece in enumerate(unit.pieces):
@@ -91,7 +91,7 @@ def _stored_moves(
                 start = max(move.image_offset, piece.start)
                 stop = min(move.image_offset + move.num_bytes, piece.start + piece.num_bytes)
                 if start < stop:
-                    yield index, _Move(start, stop - start, move.path, move.file_offset + start - move.image_offset)
+                    yield index, Move(start, stop - start, move.path, move.file_offset + start - move.image_offset)
 
 
 class _Copier:
@@ -123,7 +123,7 @@ class _Copier:
         self,
         data: Path,
         trained: TrainedParts,
-        moves: Mapping[str, Sequence[tuple[int, _Move]]],
+        moves: Mapping[str, Sequence[tuple[int, Move]]],
         pieces: Mapping[tuple[str, int], StoredPiece],
         targets: Mapping[Path, int],
     ) -> None:

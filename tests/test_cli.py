@@ -275,6 +275,19 @@ def test_eval_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(invoke(*words, "--json").stdout) == {"loss": None, "accuracy": 0.87651, "rows": 872}
 
 
+def test_a_run_that_is_named_is_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[str | Path | None] = []
+    replace_module(monkeypatch, "finetune.evaluate", evaluate=lambda config, adapter: found.append(adapter) or {})
+    words = ["eval", "--model", "m", "--data", "d"]
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert invoke(*words).stderr == ""  # the default output is no choice of the user's
+    assert invoke(*words, "--output", "out").stderr == ""
+    assert invoke(*words, "--output", "out", "--adapter", "other").stderr == ""
+    assert "no run has ended in elsewhere: this is the model as it is" in invoke(*words, "--output", "elsewhere").stderr
+    assert found == [None, Path("out"), "other", None]
+
+
 def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import offload.update_units
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.generate import generate
+from memory.errors import UserError
+from memory.meter import host_bytes
+from offload.working_store import read_manifest
 
 LOW_RANK = {"noise": "low_rank", "rank": 4, "perturb": "products"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -82,3 +87,48 @@ def test_evaluation_in_the_run_is_that_of_what_it_has_tuned_so_far(
     assert inside[0] == pytest.approx(at_two, rel=2e-6) and inside[-1] == pytest.approx(at_four, rel=2e-6)
     losses = [[json.loads(line)["loss"] for line in (c.output / "metrics.jsonl").open()] for c in (whole, parts)]
     assert losses[0] == losses[1]
+
+
+TUNED = [("lora", "float32"), ("zo", "float32"), ("zo", "bfloat16"), ("full", "bfloat16"), ("lisa", "float32")]
+
+
+@pytest.mark.parametrize(("method", "dtype"), TUNED)
+def test_a_run_is_measured_and_speaks_without_an_export(method, dtype, models, data, other_rows, tmp_path):  # noqa: F811
+    """And the process is after each part as it was before: it trains again, within the same plan."""
+    config = run_config(models[dtype], data, tmp_path / "run", method, eval_data=other_rows, engine={"lookahead": 0})
+    trainer = Trainer(config)
+    first = trainer.train().report
+    held_bytes = host_bytes()
+    found = trainer.evaluate()["loss"]
+    base, exported = make_config(config.model, tmp_path / "eval", eval_data=other_rows), measured(config, other_rows, tmp_path)
+    assert found != evaluate(base)["loss"]
+    rounded = config.method == "zo" and dtype == "bfloat16"  # an export has the dtypes of the original
+    assert found == exported or rounded and found == pytest.approx(exported, rel=1e-2)
+    assert found == pytest.approx(first["evaluation"]["loss"], rel=2e-6)
+    if not config.has_adapter and not rounded:
+        says = "".join(generate(base, config.output, ["what is it"], max_new_tokens=4))
+        tuned = base.model_copy(update={"model": str(tmp_path / "exported")})
+        assert says == "".join(generate(tuned, None, ["what is it"], max_new_tokens=4))
+    again = Trainer(config.model_copy(update={"output": tmp_path / "again"})).train().report
+    assert again["plan"]["resident_blocks"] == first["plan"]["resident_blocks"]
+    assert again["last_loss"] == first["last_loss"]
+    assert abs(host_bytes() - held_bytes) < 20 << 20
+
+
+def test_a_damaged_store_is_not_measured(models, data, other_rows, tmp_path):  # noqa: F811
+    config = run_config(models["float32"], data, tmp_path / "run", "full", eval_data=other_rows)
+    Trainer(config).train()
+    unit, index, offset, *_ = read_manifest(config.output / "store")["pieces"][3]
+    with (config.output / "store" / "data").open("r+b") as file:
+        file.seek(offset + 5)
+        byte = file.read(1)
+        file.seek(offset + 5)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match=f"the weights of {re.escape(unit)}.*are not what was written"):
+        Trainer(config).evaluate()
+
+
+def test_what_holds_no_result_is_named(models, data, tmp_path):  # noqa: F811
+    config = make_config(models["float32"], tmp_path, eval_data=data)
+    with pytest.raises(UserError, match="nor does it hold what a run has tuned"):
+        evaluate(config, tmp_path)
