@@ -190,7 +190,7 @@ class Trainer:
             len(objective.lengths), options.batch_size, options.micro_batch_size, options.seed, objective.lengths,
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
-        schedule_note = check_schedule(options, batches.num_steps)
+        notes = _notes(config, batches.num_steps)
         shape = objective.shape(session)
         session.num_steps = batches.num_steps
         planned, self._held_out = plan_with_evaluation(session, config, shape)
@@ -203,10 +203,8 @@ class Trainer:
             host_budget_bytes=planned.plan.host_budget_bytes,
             device_budget_bytes=planned.plan.device_budget_bytes,
         )
-        for note in [planned.describe(), *directory.notes]:
+        for note in [planned.describe(), *directory.notes, *notes]:
             progress.message(note)
-        if schedule_note is not None:
-            progress.message(f"note: {schedule_note}")
         try:
             with stop_requests(self._ask_to_stop):
                 return self._run(session, planned, objective, batches, meter, progress, about)
@@ -405,6 +403,18 @@ def _rescue(method: Method, step: int, error: Exception, progress: Progress) -> 
 
 def _local_paths(*sources: Any) -> list[Path]:
     return [Path(source) for source in sources if isinstance(source, (str, os.PathLike)) and os.path.exists(source)]
+
+
+def _notes(config: Config, num_steps: int) -> list[str]:
+    """What a run of so many steps does not do, though its settings might make one think so. Raises UserError when they are too
+    few for the schedule."""
+    options = config.training
+    notes = [check_schedule(options, num_steps)]
+    if options.eval_steps and config.eval_data is None:
+        notes.append("there is no eval_data, so training.eval_steps evaluates nothing")
+    if config.method == "zo" and not config.has_adapter and options.weight_decay and not options.decay_norms_and_biases:
+        notes.append("method zo has weight decay for norms and biases too")
+    return [f"note: {note}" for note in notes if note is not None]
 
 
 def _check_disk(config: Config, planned: PlannedRun, earlier_bytes: int) -> None:

@@ -184,9 +184,10 @@ def test_values_of_evaluation_are_written(model, data, tmp_path):
     assert found == [(row["step"], pytest.approx(row["eval_loss"])) for row in rows if "eval_loss" in row]
 
 
-def test_an_evaluation_of_no_data_is_refused(model, data, tmp_path):
-    config = run_config(model, data, tmp_path, training={"eval_steps": None}).model_copy(update={"eval_data": None})
+def test_an_evaluation_of_no_data_is_refused(model, data, tmp_path, capsys):
+    config = run_config(model, data, tmp_path).model_copy(update={"eval_data": None})
     with pytest.raises(UserError, match="a callback asked for an evaluation.*expected eval_data, found none"):
         Trainer(config, [Recorder({("step_end", 1): {"should_evaluate": True}})]).train()
     with pytest.raises(UserError, match="cannot serve this run: EarlyStoppingCallback requires .* training.eval_steps"):
         Trainer(config, [EarlyStoppingCallback()]).train()
+    assert "note: there is no eval_data, so training.eval_steps evaluates nothing\n" in capsys.readouterr().err
