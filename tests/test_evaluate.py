@@ -179,6 +179,25 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
     assert {**inside, "loss": 0, "perplexity": 0, "seconds": 0} == {**alone, "loss": 0, "perplexity": 0, "seconds": 0}
 
 
+def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch):
+    session = Session(make_config(model, tmp_path / "out", eval_data=pairs(UNLIKE)))
+    plan, asked = session.plan, []
+
+    def only_training(shape, also=None):
+        if also is None:
+            return plan(shape)
+        asked.append(also.micro_batches)
+        raise PlanRefused("the run needs more", 7)
+
+    monkeypatch.setattr(session, "plan", only_training)
+    shape = BatchShape.of_text(2, 9, 30, train=True)
+    with pytest.raises(PlanRefused, match="of training at most 9: with eval_data the run needs more") as caught:
+        plan_with_evaluation(session, session.config, shape)
+    longest = finetune.evaluate._open_rows(session, session.config).max_length
+    assert asked == [2 * 9 * 30 // longest, 1] and caught.value.smallest_bytes == 7
+    session.close()
+
+
 def test_where_the_model_lives_changes_nothing(kind, model, tmp_path):
     adapter = write_adapter(model, kind, tmp_path / "adapter")
     options = {"eval_data": pairs(UNLIKE), "micro_batch_size": 3}
