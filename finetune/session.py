@@ -17,6 +17,7 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.methods import adapters, lora, prefix
+from finetune.packed_rows import check_positions_argument
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.run_identity import model_name
@@ -312,6 +313,8 @@ class Session:
         if shape.samples is None:
             prefix.check_positions(self.model, shape.inputs["input_ids"].shape[1])
             self._check_positions(shape)
+        if shape.packed:
+            check_positions_argument(self.parts.model)
         trained = self.trained
         names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
         measured = (parts, self.model, shape.inputs, shape.train, names)

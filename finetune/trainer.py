@@ -44,6 +44,7 @@ from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.model_kinds import refuse_text
+from finetune.packed_rows import check_texts_stay_apart
 from finetune.planned_run import PlannedRun
 from finetune.progress import LastingStream, Progress
 from finetune.report import MetricsWriter, summary_table, write_report
@@ -235,6 +236,10 @@ class Trainer:
         for note in [*session.notes, *streamed.notes]:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)
+        if planned.shape.packed:
+            session.set_training(False)
+            check_texts_stay_apart(streamed, planned.shape.rows)
+            session.set_training(True)
         kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": FirstOrder}[config.method]
         method: Method = kind(config, session, objective, batches.num_steps, about)
         for note in method.notes:

@@ -19,7 +19,7 @@ def longest_row(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> 
     """
     length = inputs["input_ids"].shape[1]
     # Padding may have no position of its own.
-    token = 1 if parts.model.config.get_text_config().pad_token_id == 0 else 0
+    token = 1 if getattr(parts.model.config.get_text_config(), "pad_token_id", None) == 0 else 0
     inputs = inputs | {"input_ids": torch.full_like(inputs["input_ids"], token)}
     limit = min(length, _tabled_positions(parts.model) or length)
     if _takes(parts, model, inputs, length, limit) or not _takes(parts, model, inputs, length, min(2, limit)):

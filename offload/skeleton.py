@@ -20,6 +20,7 @@ from memory.errors import UserError
 def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The architecture that config.json names, all tensors on meta, in eval mode. Raises UserError when it is unknown."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_MAPPING,
@@ -30,9 +31,9 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model's configuration in {directory}: {error}") from error
-    architectures = getattr(config, "architectures", None) or []
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
+    architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and model_class is MODEL_MAPPING.get(type(config), ()):
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # saved without a head, which may be the embedding

@@ -12,6 +12,7 @@ from tiny_models import (
     HEADS,
     IDS,
     TEXT,
+    VOCAB,
     aligned_copies,
     assert_same_bits,
     load_plain,
@@ -181,6 +182,45 @@ def test_packing_gives_the_losses_of_separate_rows(checkpoint, tokens, tmp_path)
         for packing in (False, True)
     ]
     assert runs[1].losses == pytest.approx(runs[0].losses, rel=2e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mixtral"])
+def test_packing_in_bf16_is_told_from_rounding(name, checkpoint, tokens, tmp_path):
+    config = make_config(
+        checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", lora=LORA.get(name, {}), engine={"dtype": "bfloat16"},
+        dataset={"packing": True, "sequence_length": 32}, training={"max_steps": 1},
+    )  # fmt: skip
+    assert len(streamed_run(config).losses) == 1
+
+
+MORE_THAN_ATTENTION = {
+    "a convolution": (
+        lambda: tf.Lfm2Config(**TEXT, **HEADS, **IDS, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3),
+        r"Lfm2ForCausalLM does not keep the texts of a row apart \(what it says of a text changes by",
+    ),
+    "a state": (
+        lambda: tf.RwkvConfig(vocab_size=VOCAB, hidden_size=40, num_hidden_layers=2, context_length=64, **IDS),
+        "RwkvForCausalLM does not keep the texts of a row apart .*takes no position_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_THAN_ATTENTION)
+def test_packing_is_refused_where_a_text_reaches_the_next(name, tokens, tmp_path):
+    build, words = MORE_THAN_ATTENTION[name]
+    torch.manual_seed(1)
+    model = tf.AutoModelForCausalLM.from_config(build())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.06)
+    model.save_pretrained(tmp_path / "model")
+    config = make_config(
+        tmp_path / "model", tokens, tmp_path / "out", lora={"target_modules": ["w1", "key"]},
+        dataset={"packing": True, "sequence_length": 32},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        Trainer(config).train()
+    assert not (config.output / "adapter").exists()
 
 
 def test_the_reference_loss_is_transformers_own(checkpoint, tokens, tmp_path):
