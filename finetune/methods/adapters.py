@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -36,12 +37,23 @@ def save(model: nn.Module, directory: Path) -> None:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
             model.save_pretrained(temporary, save_embedding_layers=False)
+            _order_modules(temporary / CONFIG)
             seal_adapter(temporary)
     except OSError as error:
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "
             "go on with --resume: the training state is saved"
         ) from error
+
+
+def _order_modules(path: Path) -> None:
+    """PEFT keeps names of modules in a set and writes them in another order in every process; a run's bytes do not depend on
+    that."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
 
 
 def prefix_length(model: nn.Module) -> int:
