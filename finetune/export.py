@@ -111,7 +111,7 @@ def _export_journal(
         check_same_run(path, journal.about, run)
     if recorded_setting(journal.about, "zo.parameters") != "all":
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
-    if at_step is None:
+    if at_step is None and is_free:  # of a run that is under way, the newest step may not be whole yet
         check_whole(journal, config.output, f", or export what is whole with --at-step {journal.steps}")
     steps = journal.steps if at_step is None else at_step
     if not 0 <= steps <= journal.steps:
