@@ -6,6 +6,7 @@ number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
 from __future__ import annotations
 
+import errno
 import functools
 import shlex
 import signal
@@ -110,11 +111,14 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+
+
 def _message(error: Exception) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"error: {error.filename}: {error.strerror}. Mend it, or make room, and try again"
+    if isinstance(error, OSError) and error.strerror and (error.filename or error.errno in _DISK_ERRORS):
+        return f"error: {error.filename or 'a file'}: {error.strerror}. Mend it, or make room, and try again"
     kind = type(error).__name__
     detail = " ".join(str(error).split())
     if kind == "OutOfMemoryError":  # torch's, which must not be imported for this

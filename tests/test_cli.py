@@ -252,13 +252,17 @@ def test_ctrl_c_elsewhere(trainer: type[Recorder]) -> None:
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")
 
 
-def test_a_file_that_cannot_be_used_is_named(trainer: type[Recorder]) -> None:
-    trainer.error = PermissionError(13, "Permission denied", "/a/file")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/a/file"), "/a/file: Permission denied"),
+        (OSError(28, "No space left on device"), "a file: No space left on device"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(trainer: type[Recorder], error: OSError, words: str) -> None:
+    trainer.error = error
     result = invoke("plan", "--model", "m")
-    assert (result.exit_code, result.stderr) == (
-        1,
-        "error: /a/file: Permission denied. Mend it, or make room, and try again\n",
-    )
+    assert (result.exit_code, result.stderr) == (1, f"error: {words}. Mend it, or make room, and try again\n")
 
 
 def test_eval_prints_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
