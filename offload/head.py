@@ -25,7 +25,7 @@ Tile sizes follow from the model alone (`default_tiles`), never from a budget, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,25 +80,9 @@ class DeferredLogits:
         """The same of other hidden states, which are some of these or in another order."""
         return DeferredLogits(hidden, self.vocab_size, self.operations, self.random_state)
 
-    def __mul__(self, other):
-        other = self._operand(other)
-        return self.then(lambda x, columns: x * other(columns))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other):
-        other = self._operand(other)
-        return self.then(lambda x, columns: x / other(columns))
-
-    def __add__(self, other):
-        other = self._operand(other)
-        return self.then(lambda x, columns: x + other(columns))
-
-    __radd__ = __add__
-
-    def __sub__(self, other):
-        other = self._operand(other)
-        return self.then(lambda x, columns: x - other(columns))
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        if any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in options.values()):
+            raise _needs_whole_logits("a tensor by keyword")
 
     def _operand(self, other: Any) -> Callable[[slice], Any]:
         """What stands beside the logits, for some columns: a number, or a tensor of one value or one for each column."""
@@ -111,10 +95,19 @@ class DeferredLogits:
     def float(self):
         return self.then(_float)
 
-    def to(self, *args, **kwargs):
-        return self.then(lambda x, columns: x.to(*args, **kwargs))
-
     def contiguous(self):
+        return self
+
+    def _method(self, name: str, *args: Any, **kwargs: Any) -> DeferredLogits:
+        """The method of a tensor with this name; in place where it is."""
+        in_place = name.endswith("_") and not name.startswith("_")
+        method, operands = getattr(torch.Tensor, name.removesuffix("_") if in_place else name), map(self._operand, args)
+        operands, dtype = list(operands), self.dtype
+        self._check_options(kwargs)
+        then = self.then(lambda x, columns: method(x, *(operand(columns) for operand in operands), **kwargs))
+        if not in_place:
+            return then
+        self.operations = then.then(lambda x, columns: x.to(dtype)).operations
         return self
 
     @property
@@ -131,7 +124,7 @@ class DeferredLogits:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
+        return _apply(self.operations, self.hidden.new_zeros(1, 1), slice(0, 1)).dtype
 
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]
@@ -159,24 +152,40 @@ class DeferredLogits:
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise _needs_whole_logits(name)
+        if name.removesuffix("_") not in ELEMENTWISE:
+            raise _needs_whole_logits(name)
+        return partial(self._method, name)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(function, "__name__", str(function))
         if function is functional.cross_entropy:
             return _cross_entropy(*args, **kwargs)
-        if function not in _ELEMENTWISE:
-            raise _needs_whole_logits(getattr(function, "__name__", str(function)))
-        deferred = next(a for a in args if isinstance(a, DeferredLogits))
-        operands = [a if a is deferred else deferred._operand(a) for a in args]
-        return deferred.then(
-            lambda x, columns: function(*(x if a is deferred else a(columns) for a in operands), **kwargs)
+        deferred = [a for a in args if isinstance(a, DeferredLogits)]
+        # In place it would change a tensor that stands first, for what has no value yet.
+        if name.removeprefix("__").removesuffix("__") not in ELEMENTWISE or len(deferred) != 1 or "out" in kwargs:
+            raise _needs_whole_logits(name)
+        deferred[0]._check_options(kwargs)
+        operands = [a if a is deferred[0] else deferred[0]._operand(a) for a in args]
+        return deferred[0].then(
+            lambda x, columns: function(*(x if a is deferred[0] else a(columns) for a in operands), **kwargs)
         )
 
 
+def _operator(name: str) -> Callable[..., DeferredLogits]:
+    return lambda self, *args: self._method(name, *args)
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "pow"):
+    setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
+
 Operation = Callable[[torch.Tensor, slice], torch.Tensor]
-_ELEMENTWISE = {torch.tanh, torch.mul, torch.div, torch.true_divide, torch.add, torch.sub, torch.clamp}
+ELEMENTWISE = frozenset(
+    ("add", "radd", "sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "truediv", "rtruediv", "true_divide",
+     "divide", "neg", "negative", "pow", "clamp", "clip", "tanh", "sigmoid", "to", "type", "double", "half", "bfloat16")
+)  # fmt: skip
+"""Names of what may be applied to logits, as a method, an operator or a function of torch."""
 
 
 def _float(x: torch.Tensor, columns: slice) -> torch.Tensor:
@@ -429,7 +438,7 @@ class TiledHead:
 
 def _apply(operations: Sequence[Operation], x: torch.Tensor, columns: slice) -> torch.Tensor:
     for operation in operations:
-        x = operation(x, columns)
+        x = operation(x, columns).view(x.shape)  # what stands beside may have the dimensions of whole logits
     return x
 
 

@@ -232,7 +232,40 @@ def test_token_scores_and_last_logits(tile_tokens, tile_vocab, operation):
     assert chunks.held == 0
 
 
+def in_place(x):
+    x.div_(2.0)
+    x *= torch.tensor([[[1.5]]])
+    return x.add_(0.25).tanh()
+
+
+OPERATIONS = {
+    "functional": lambda x: functional.tanh(x / 2.0) * 2.0,  # calls the method
+    "methods": lambda x: x.float().div(2).tanh().mul(torch.tensor(2.0)).clamp(min=-1.5).to(torch.float64),
+    "from the other side": lambda x: 0.5 - torch.tensor([3.0]) * x,
+    "in place": in_place,
+    "functions": lambda x: torch.add(torch.neg(torch.clamp(x, max=0.75)), 1, alpha=2),
+    "one for each token": lambda x: torch.linspace(0.5, 2, VOCAB)[None, None] * x,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("tile_vocab", [VOCAB, 33])
+def test_operations_on_logits_are_those_of_a_tensor(operation, tile_vocab):
+    case = Case()
+    plain, plain_grads = case.plain(lambda x: operation(x.clone()))
+    loss, grads, _ = case.tiled(5, tile_vocab, operation)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-5)
+    for grad, wanted in zip(grads, plain_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
+    logits = operation(torch.zeros(1, 2, VOCAB))
+    assert operation(DeferredLogits(torch.zeros(1, 2, HIDDEN), VOCAB)).dtype == logits.dtype
+
+
 NEED_WHOLE_LOGITS = {
+    "tokens set": lambda x: x.index_fill_(-1, torch.tensor([1]), 0.0),
+    "a tensor changed in place": lambda x: torch.ones(1).mul_(x),
+    "limits of each row": lambda x: torch.clamp(x, min=torch.zeros(2, 11, 1)),
+    "a case": lambda x: torch.where(torch.tensor(True), x, 0.0),
     "softmax": lambda x: torch.softmax(x, dim=-1),
     "a choice of tokens": lambda x: x[..., :3],
     "a choice of tokens at the end": lambda x: x[..., None],
