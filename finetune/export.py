@@ -87,7 +87,7 @@ def _export_locked_store(
         model, trust_remote_code=config.trust_remote_code, trains_weights=True,
         tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
     )  # fmt: skip
-    check_model(f"the run in {config.output}", about["model"], parts, config.model)
+    check_model(f"the run in {config.output} tuned", about["model"], parts, config.model)
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
     export_store(
         parts.checkpoint, parts.sources, find_trained(parts, recorded_setting(about, "train")), store / "data", pieces,
@@ -118,7 +118,7 @@ def _export_journal(
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {at_step}")
     model = resolve_model(config.model)
     parts = cut(model, trust_remote_code=config.trust_remote_code)
-    check_model(f"the run in {config.output}", journal.about["model"], parts, config.model)
+    check_model(f"the run in {config.output} tuned", journal.about["model"], parts, config.model)
     keys = noise_keys(parts.sources, parts.parameters)
     checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
     # A run that is under way removes folded weights; the journal alone gives the same.

@@ -116,14 +116,14 @@ def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, An
 
 
 def check_model(what: str, recorded: str | Mapping[str, Any], parts: ModelParts, model: str) -> None:
-    """Raises UserError unless `model`, of which `parts` are, is the one that `recorded` names. what: for the message, whose
-    model it is."""
+    """Raises UserError unless `model`, of which `parts` are, is the one that `recorded` names. what: the beginning of the
+    message, which ends with its name."""
     if isinstance(recorded, str):  # of earlier versions: the directory's last name
         if recorded not in (Path(model).name, parts.directory.name):
-            raise UserError(f"{what} tuned {recorded}, --model names {parts.directory.name}")
+            raise UserError(f"{what} {recorded}, --model names {parts.directory.name}")
     elif recorded["digest"] != model_digest(parts.checkpoint):
         raise UserError(
-            f"{what} tuned {recorded['name']}, --model names {model_name(model)}, whose weights or configuration are others: "
+            f"{what} {recorded['name']}, --model names {model_name(model)}, whose weights or configuration are others: "
             "name the model that it began with"
         )
 

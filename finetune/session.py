@@ -17,10 +17,11 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.methods import adapters, lora, prefix
+from finetune.methods.adapter_seal import trained_on
 from finetune.packed_rows import check_positions_argument
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
-from finetune.run_identity import model_name
+from finetune.run_identity import check_model, model_name
 from finetune.tuned_weights import JournalWeights, StoredWeights, find_result
 from finetune.weight_demand import (
     check_rounding,
@@ -105,6 +106,8 @@ class Session:
         # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
         self.model.name_or_path = self.model.config._name_or_path = model_name(config.model)
         if adapter is not None:
+            if (base := trained_on(Path(adapter).expanduser())) is not None:
+                check_model(f"the adapter in {adapter} was trained on", base, self.parts, config.model)
             self.model = adapters.load(self.model, adapter, trainable=train)
         elif train and config.has_adapter:
             self.model = (

@@ -53,7 +53,7 @@ class StoredWeights:
     def place(self, parts: ModelParts) -> ModelParts:
         """`parts` of the original, with their bytes where they are now. Every stored byte is checked once, here."""
         config, about, data = self._config, self._manifest["about"], self._run / "store" / "data"
-        check_model(f"the run in {self._run}", about["model"], parts, config.model)
+        check_model(f"the run in {self._run} tuned", about["model"], parts, config.model)
         pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in self._manifest["pieces"]}
         units = cut(
             parts.directory, trust_remote_code=config.trust_remote_code, trains_weights=True,
@@ -93,7 +93,7 @@ class JournalWeights:
 
     def place(self, parts: ModelParts) -> ModelParts:
         """`parts` as they are: the model is moved once it is open."""
-        check_model(f"the run in {self._run}", self.journal.about["model"], parts, self._config.model)
+        check_model(f"the run in {self._run} tuned", self.journal.about["model"], parts, self._config.model)
         whole = self.journal.steps - self.journal.steps % self.journal.about["group_steps"]
         # A run that is under way removes folded weights; the journal alone gives the same.
         if self._is_free:

@@ -32,7 +32,7 @@ def model() -> PeftModel:
 
 @pytest.fixture
 def adapter(model, tmp_path) -> Path:
-    adapters.save(model, tmp_path / "adapter")
+    adapters.save(model, tmp_path / "adapter", {"name": "org/base", "digest": "7" * 32})
     return tmp_path / "adapter"
 
 

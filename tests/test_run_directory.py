@@ -15,6 +15,7 @@ from test_resume import StopAfter, data_prepared_here  # noqa: F401
 from text_models import make_config, write_model, write_rows
 
 from finetune import Config, Trainer
+from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.run_directory import RunDirectory, reading
 from finetune.run_identity import RunIdentity, model_name, settings
@@ -351,6 +352,9 @@ class TestTheSameRun:
                 with pytest.raises(UserError, match="whose weights or configuration are others"):
                     export(config_of(other, data, output, method), tmp_path / "tuned")
         assert not (tmp_path / "tuned").exists()
+        adapter = shutil.copytree(tmp_path / "lora" / "adapter", tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=r"elsewhere was trained on .*/llama, --model names .*/models/llama, whose weights"):
+            evaluate(config_of(other, data, tmp_path / "eval"), adapter)
 
     def test_every_key_counts_that_is_not_listed(self):
         """Keys that no list names are compared: what is left out is what is known to change nothing."""

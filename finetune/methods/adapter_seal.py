@@ -1,4 +1,5 @@
-"""Checksums that an adapter carries in the metadata of its safetensors file, where PEFT and others pass them over.
+"""Checksums, and the model that it was trained on, that an adapter carries in the metadata of its safetensors file, where
+PEFT and others pass them over.
 
 An adapter that PEFT has saved again, or that came from elsewhere, has none and is taken as it is.
 """
@@ -18,25 +19,42 @@ from memory.sealed import crc_text, json_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS_SUM, _CONFIG_SUM = "tensors_checksum", "config_checksum"
+_BASE_NAME, _BASE_DIGEST = "base_model", "base_model_digest"
 # Of a configuration, what people change by hand when they move models and adapters; no number follows from it.
 _FREE_KEYS = {"base_model_name_or_path", "revision", "inference_mode"}
 _BLOCK_BYTES = 1 << 20
 _REMEDY = "Bring it back from a copy, or let the run that made it write it again (the same command with --resume)"
 
 
-def seal_adapter(directory: Path) -> None:
-    """Adds checksums of weights and configuration to the adapter that was just written to `directory`. Raises OSError."""
+def seal_adapter(directory: Path, base: Mapping[str, str]) -> None:
+    """Adds checksums of weights and configuration to the adapter that was just written to `directory`. base: "name" and
+    "digest" of the model that it was trained on. Raises OSError."""
     path, sealed = directory / WEIGHTS, directory / f".{WEIGHTS}.sealed"
     with open(path, "rb") as old, open(sealed, "wb") as new:
         header = _read_json_header(old)
         start = old.tell()
-        sums = {_TENSORS_SUM: _tensors_sum(header, old), _CONFIG_SUM: _config_sum(directory)}
-        text = json.dumps({**header, "__metadata__": header.get("__metadata__", {}) | sums}, separators=(",", ":")).encode()
+        added = {
+            _TENSORS_SUM: _tensors_sum(header, old),
+            _CONFIG_SUM: _config_sum(directory),
+            _BASE_NAME: base["name"],
+            _BASE_DIGEST: base["digest"],
+        }
+        text = json.dumps({**header, "__metadata__": header.get("__metadata__", {}) | added}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         new.write(len(text).to_bytes(8, "little") + text)
         old.seek(start)
         shutil.copyfileobj(old, new, _BLOCK_BYTES)
     os.replace(sealed, path)
+
+
+def trained_on(directory: Path) -> dict[str, str] | None:
+    """"name" and "digest" of the model that the adapter was trained on; None where it does not say."""
+    try:
+        with open(directory / WEIGHTS, "rb") as file:
+            found = _read_json_header(file).get("__metadata__", {})
+        return {"name": found[_BASE_NAME], "digest": found[_BASE_DIGEST]}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def check_adapter(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,14 +32,15 @@ def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
         raise UserError(f"the adapter in {directory} does not fit this model: {error}") from error
 
 
-def save(model: nn.Module, directory: Path) -> None:
-    """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole."""
+def save(model: nn.Module, directory: Path, base: Mapping[str, str]) -> None:
+    """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole. base: "name" and "digest"
+    of the model that it was trained on."""
     try:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
             model.save_pretrained(temporary, save_embedding_layers=False)
             _order_modules(temporary / CONFIG)
-            seal_adapter(temporary)
+            seal_adapter(temporary, base)
     except OSError as error:
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "

@@ -95,6 +95,7 @@ class ZerothOrder:
         self._model: PerturbedModel = session.streamed
         self._weights = config.output / "weights"
         self.notes: list[str] = []
+        self._base = about["model"]
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
         about = about | {
             "noise": options.noise,
@@ -136,7 +137,7 @@ class ZerothOrder:
                     )
                 if self.journal.steps:
                     self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
-                adapters.save(model, initial)
+                adapters.save(model, initial, about["model"])
             self._model.take_adapters()
         self._find_folded()
 
@@ -178,7 +179,7 @@ class ZerothOrder:
     def finish(self, step: int) -> None:
         if self._config.has_adapter:
             self._model.settle_adapters()
-            adapters.save(self._session.model, self._config.output / "adapter")
+            adapters.save(self._session.model, self._config.output / "adapter", self._base)
 
     def close(self) -> None:
         self.journal.close()
