@@ -281,6 +281,8 @@ def _read_run(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         run = unseal(json.loads(path.read_text(encoding="utf-8")))
+        if "format" not in run:
+            raise ValueError("another file stands in its place")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged, or no run has made it ({error}): bring it back from a copy or move it away, or name another "

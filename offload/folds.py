@@ -80,7 +80,7 @@ def _check(directory: Path, steps: str, io_backend: str) -> None:
                 _check_weights(io, directory / name, pieces)
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is not there") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{CHECKSUMS} is damaged ({error})") from error
 
 
