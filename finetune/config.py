@@ -28,6 +28,7 @@ from pydantic import (
 from finetune.config_errors import ConfigError, explain, show
 from finetune.presets import find_preset, preset_names
 from finetune.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
+from finetune.unused_keys import WEIGHT_METHODS, unused_keys
 from finetune.yaml_text import read_document, read_word, write_document
 from memory.units import parse_bytes
 
@@ -508,7 +509,7 @@ class Config(_Section):
     @property
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained by gradients."""
-        return self.method in ("full", "lisa", "badam", "slimfit", "frugal")
+        return self.method in WEIGHT_METHODS
 
     @property
     def variants(self) -> int:
@@ -585,6 +586,9 @@ def _all_conflicts(config: Config, wrong: Collection[str]) -> Iterator[str]:
     for conflict in config.conflicts():
         if not wrong & {part for key in conflict.keys for part in (key, key.partition(".")[0])}:
             yield f"the keys together: {conflict.problem}"
+    for key, problem in unused_keys(config):
+        if not wrong & {"method", "zo.parameters", key, key.partition(".")[0]}:
+            yield f"{key}: {problem}"
 
 
 def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Session:
         directory = resolve_model(config.model)
         self.parts = cut(
             directory,
-            partial(_compute_dtype, config.engine.dtype, self.device),
+            partial(_compute_dtype, config.engine.dtype, self.device, train and config.method != "zo"),
             trust_remote_code=config.trust_remote_code,
             tile_tokens=config.engine.loss_tile_tokens,
             tile_vocab=config.engine.loss_tile_vocab,
@@ -482,10 +482,22 @@ def _amount(key: str, amount: Any, total: int) -> int:
         raise UserError(f"{key}: {error}") from None
 
 
-def _compute_dtype(word: str, device: Device, stored: torch.dtype) -> torch.dtype:
-    """`auto`: as stored, but fp32 where this CPU has no hardware for the stored dtype."""
+def _compute_dtype(word: str, device: Device, has_gradients: bool, stored: torch.dtype) -> torch.dtype:
+    """`auto`: as stored, but fp32 where this CPU has no hardware for the stored dtype, and bf16 (on a CPU fp32) in place of
+    fp16 where gradients are computed, which are not scaled: small ones would be 0 in fp16.
+
+    Raises UserError for fp16 with gradients.
+    """
+    if word == "float16" and has_gradients:
+        raise UserError(
+            "engine.dtype: expected bfloat16 or float32 with methods that have gradients, which are not scaled and vanish in "
+            "float16, found float16: set engine.dtype to one of these, or leave it auto"
+        )
     if word != "auto":
         return getattr(torch, word)
-    if device.torch_device.type == "cpu" and not computes_natively(stored):
+    is_cpu = device.torch_device.type == "cpu"
+    if is_cpu and not computes_natively(stored):
         return torch.float32
+    if stored == torch.float16 and has_gradients:
+        return torch.float32 if is_cpu else torch.bfloat16
     return stored

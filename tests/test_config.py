@@ -246,7 +246,7 @@ def test_settings_that_are_wrong_come_together() -> None:
     ],
 )
 def test_settings_mean_what_was_typed(setting: str, value: object) -> None:
-    config = Config.load(None, {"model": "m"}, [setting])
+    config = Config.load(None, {"model": "m", "method": "zo" if setting.startswith("zo.") else "lora"}, [setting])
     key = setting.partition("=")[0].split(".")
     found = getattr(config, key[0]) if key[0] in type(config).model_fields else config.training.max_steps
     for name in key[1:2]:
@@ -299,10 +299,29 @@ def test_what_does_not_go_together_comes_with_the_rest() -> None:
         "zo.perturbations": "expected a number greater than or equal to 1, found 0",  # nothing of what fzoo wants
         "training": "expected warmup_steps or warmup_ratio, found both (3 and 0.1)",
         "optimizer": "expected optimizer.state float32 or bfloat16 with lamb, found 8bit",
+        "zo.estimator": "expected only with method zo, found with method full",
         "the keys together": "expected method frugal with selection.subspace columns, found full",
     }
     # A method that is none takes no part in what goes together.
     assert problems(model="m", method="fulll", train=["mlp"]).keys() == {"method"}
+
+
+@pytest.mark.parametrize("method", ["lora", "zo", "full", "lisa"])
+def test_keys_that_a_method_does_not_read(method: str) -> None:
+    """They would change nothing: all of them are named, and those that are as they are anyway are not."""
+    sections = {
+        "lora": {"r": 3, "alpha": 32}, "zo": {"epsilon": 0.5}, "optimizer": {"name": "lion", "rank": 32},
+        "selection": {"layers": 3}, "training": {"adam_beta1": 0.8, "max_grad_norm": 0.5},
+    }  # fmt: skip
+    read = {
+        "lora": {"lora", "training"}, "zo": {"zo"}, "full": {"optimizer", "training"},
+        "lisa": {"optimizer", "selection", "training"},
+    }[method]  # fmt: skip
+    keys = {"lora.r", "zo.epsilon", "optimizer.name", "selection.layers", "training.adam_beta1", "training.max_grad_norm"}
+    expected = {key for key in keys if key.partition(".")[0] not in read}
+    assert problems(model="m", method=method, **sections).keys() == expected
+    assert Config(model="m", method=method, **{name: sections[name] for name in read}).method == method
+    assert Config(model="m", method="zo", zo={"parameters": "lora"}, lora={"r": 3}, training={"max_grad_norm": None})
 
 
 def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:

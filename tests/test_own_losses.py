@@ -10,15 +10,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_config
 
+from finetune.session import _compute_dtype
+from finetune.tensor_rows import TensorRows, open_tensor_rows
 from finetune.trainer import Trainer
+from memory.errors import UserError
+from offload.model_parts import cut
 
 VOCAB = 101
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -161,8 +167,6 @@ def save(kind: Kind, folder: Path) -> Path:
 
 def plain_step(kind: Kind, folder: Path, lora: dict[str, Any]) -> tuple[float, float]:
     """(loss, norm of the adapter's gradients) of one batch of five rows."""
-    from finetune.tensor_rows import TensorRows
-
     model = kind.model.from_pretrained(folder)
     torch.manual_seed(11)
     with warnings.catch_warnings():
@@ -195,3 +199,45 @@ def test_loss_and_gradient_are_the_models_own(name, tmp_path):
     found = streamed_step(kind, folder, tmp_path / "out", lora=lora)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-3
+
+
+def test_rows_are_the_same_from_python_and_from_files(tmp_path):
+    kind = KINDS["llava"]
+    parts = cut(save(kind, tmp_path / "model"))
+    plain = [{name: value.tolist() for name, value in kind.row(i).items()} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    dataset = datasets.Dataset.from_list(plain)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    expected = TensorRows([kind.row(i) for i in range(4)]).collate(range(4))
+    assert expected["attention_mask"].sum(dim=1).tolist() == [10, 11, 12, 13]
+    for source in (plain, dataset, str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.parquet")):
+        found = open_tensor_rows(source, parts).collate(range(4))
+        assert found.keys() == expected.keys()
+        assert all(found[name].equal(value) for name, value in expected.items())
+    text = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    assert open_tensor_rows(text, parts) is None
+    for wrong, words in {
+        "a column that it does not take": ({"pixels": [[0.5]]}, 'forward takes no "pixels"'),
+        "a column that some rows lack": ({"position_ids": list(range(13))}, 'one of them lacks "position_ids"'),
+        "pictures of unlike shapes": ({"pixel_values": [[[0.5]]]}, 'samples of one shape in "pixel_values"'),
+        "no numbers": ({"pixel_values": [["a"]]}, "expected numbers"),
+    }.values():
+        rows = [*plain[:3], plain[3] | wrong]
+        with pytest.raises(UserError, match=words):
+            open_tensor_rows(rows, parts).collate(range(4))
+
+
+@pytest.mark.parametrize("name", ["t5", "masked language model", "classes", "decoder that does not shift"])
+def test_models_that_predict_no_next_token_refuse_text(name, tmp_path):
+    config = make_config(save(KINDS[name], tmp_path / "model"), None, tmp_path / "out")
+    with pytest.raises(UserError, match="expected a causal language model for text, found"):
+        Trainer(config).plan()
+
+
+def test_gradients_are_not_in_float16():
+    """They are not scaled."""
+    gpu = SimpleNamespace(torch_device=torch.device("cuda"))
+    assert _compute_dtype("auto", gpu, True, torch.float16) == torch.bfloat16
+    assert _compute_dtype("auto", gpu, False, torch.float16) == torch.float16
+    with pytest.raises(UserError, match=r"engine\.dtype: expected bfloat16 or float32"):
+        _compute_dtype("float16", gpu, True, torch.float32)

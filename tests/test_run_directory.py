@@ -297,6 +297,8 @@ class TestTheSameRun:
     def test_other_settings_are_named(self, method, model, data, stopped, tmp_path):
         found = unseal(json.loads((stopped[method] / "run.json").read_text()))
         for key, change in self.CHANGES.items():
+            if method == "zo" and key in ("training.adam_beta2", "training.max_grad_norm"):
+                continue  # which it does not read
             config = config_of(model, data, tmp_path, method, **change)
             digest = "other tokens" if key.startswith("dataset") else found["data"]["digest"]
             dtype = getattr(torch, config.engine.dtype)
@@ -329,8 +331,8 @@ class TestTheSameRun:
         for step, name in enumerate([f"{link}/", f"{copy}/../of-it", str(model)], start=3):
             config = config_of(
                 name, rows, tmp_path / "lora" if step > 3 else copied("lora"), resume=True, eval_data=rows, disk="1GB",
-                training={"max_steps": step, "save_steps": 2, "lr_scheduler": "linear"}, optimizer={"rank": 3},
-                zo={"epsilon": 0.5}, engine={"resident_blocks": 1, "activations": "disk", "num_threads": 1},
+                training={"max_steps": step, "save_steps": 2, "lr_scheduler": "linear"},
+                engine={"resident_blocks": 1, "activations": "disk", "num_threads": 1},
             )  # fmt: skip
             assert Trainer(config).train().report["first_step"] == step - 1
 

@@ -60,7 +60,8 @@ def changed(model: Path, folder: Path, *shards: set[str], index: dict[str, str] 
 
 def run_config(model: Path, rows: str, output: Path, method: str, **changes: Any) -> Config:
     training = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2 if method != "zo" else 1e-3}
-    values = {"zo": {"fold_steps": 1, "epsilon": 1e-2}, "selection": {"interval": 2, "layers": 1}} | changes
+    of_method = {"zo": {"zo": {"fold_steps": 1, "epsilon": 1e-2}}, "lisa": {"selection": {"interval": 2, "layers": 1}}}
+    values = of_method.get(method, {}) | changes
     values["engine"] = {"loss_tile_vocab": 100} | values.get("engine", {})
     return make_config(model, output, data=rows, method=method, training=training, **values)
 

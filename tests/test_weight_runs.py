@@ -40,7 +40,8 @@ def small_pieces(monkeypatch):
 
 def config_of(model: Path, rows: str, output: Path, method: str = "full", steps: int = 9, **changes: Any) -> Config:
     training = {"max_steps": steps, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 2}
-    values = {"selection": {"interval": 2, "layers": 1}, "engine": {"dtype": model.name}} | changes
+    selection = {} if method == "full" else {"interval": 2, "layers": 1}
+    values = {"selection": selection, "engine": {"dtype": model.name}} | changes
     return make_config(model, output, data=rows, method=method, training=training | values.pop("training", {}), **values)
 
 

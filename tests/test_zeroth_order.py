@@ -36,9 +36,10 @@ def zo_config(
     model: Path, rows: str, output: Path, steps: int, zo: dict[str, Any] | None = None, **changes: Any
 ) -> Config:
     training = {"max_steps": steps, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2}
+    zo = {"fold_steps": 3, "epsilon": 1e-2} | (zo or {})
     return make_config(
-        model, output, data=rows, method="zo", zo={"fold_steps": 3, "epsilon": 1e-2} | (zo or {}),
-        training=training | changes.pop("training", {}), engine={"dtype": model.name}, lora={"r": 3}, **changes,
+        model, output, data=rows, method="zo", zo=zo, lora={"r": 3} if zo.get("parameters") == "lora" else {},
+        training=training | changes.pop("training", {}), engine={"dtype": model.name}, **changes,
     )  # fmt: skip
 
 

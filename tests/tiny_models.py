@@ -112,7 +112,8 @@ def assert_same_bits(found: Run, expected: Run) -> None:
 
 
 def make_config(model: Path, data: Any, output: Path, **changes: Any) -> Config:
-    """4 steps of 5 rows in micro-batches of 2, 2 and 1; a section in `changes` adds to what is here."""
+    """4 steps of 5 rows in micro-batches of 2, 2 and 1; a section in `changes` adds to what is here, of which a method has what
+    it reads."""
     values: dict[str, Any] = {
         "model": str(model), "data": data, "output": output, "host_memory": "8GiB", "device": "cpu",
         "training": {
@@ -125,6 +126,10 @@ def make_config(model: Path, data: Any, output: Path, **changes: Any) -> Config:
     }  # fmt: skip
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, Mapping) and key in values else value
+    if values.get("method", "lora") != "lora" and values.get("zo", {}).get("parameters") != "lora":
+        del values["lora"]
+    if values.get("method") == "zo":
+        values["training"].pop("max_grad_norm", None)
     return Config(**values)
 
 
