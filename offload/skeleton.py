@@ -31,7 +31,7 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
     architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     model_class = getattr(transformers, architectures[0], None) if architectures else None
@@ -39,7 +39,13 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # saved without a head, which may be the embedding
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
         if model_class is not None:
-            model = model_class._from_config(config, dtype=dtype)
+            try:
+                model = model_class._from_config(config, dtype=dtype)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{directory / 'config.json'}: Transformers cannot make {architectures[0]} of it "
+                    f"({type(error).__name__}: {' '.join(str(error).split())}): correct it, or download the model again"
+                ) from error
         else:
             try:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
