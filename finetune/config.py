@@ -190,7 +190,8 @@ class LoraOptions(_Section):
     alpha: Count = 32
     dropout: Share = 0.0
     target_modules: str | list[str] = "all-linear"
-    """"all-linear", a regular expression of module names, or a list of their endings."""
+    """"all-linear", a regular expression of module names, or a list of their endings. The default leaves routed experts out;
+    typed, all-linear takes them too, as PEFT does."""
     use_rslora: Switch = False
     use_dora: Switch = False
     init_lora_weights: Annotated[bool, Strict()] | str = True
@@ -206,6 +207,11 @@ class LoraOptions(_Section):
                     f"expected only arguments that have no key of their own, found {key!r}: use lora.{named[key]}"
                 )
         return extra
+
+    @property
+    def names_targets(self) -> bool:
+        """Whether target_modules was given, and is not the default."""
+        return "target_modules" in self.model_fields_set
 
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `peft.LoraConfig`."""

@@ -45,7 +45,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
     started = time.perf_counter()
-    session = Session(config, None if adapter is None else Path(adapter), train=False)
+    session = Session(config, adapter, train=False)
     try:
         rows = _open_rows(session, config)
         planned = _plan(session, rows, config.training.micro_batch_size)
@@ -54,6 +54,8 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
             result = _measure(
                 streamed, rows, planned.shape, lambda done, total: progress.inside("evaluate", done, total)
             )
+        if not math.isfinite(result["loss"]):
+            raise UserError(f"the loss on the evaluation data is {result['loss']}. {session.faulty_weight()}")
     finally:
         session.close()
     return result | {"seconds": time.perf_counter() - started}

@@ -48,7 +48,7 @@ def generate(
     """
     # Nothing waits for a backward pass.
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
-    session = Session(config, None if adapter is None else Path(adapter), train=False)
+    session = Session(config, adapter, train=False)
     try:
         if session.parts.head is None:
             found = type(session.parts.model).__name__
@@ -108,6 +108,11 @@ def decode(
         )
         tokens = []
         for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
+            if bool(logits.isnan().any()):
+                raise UserError(
+                    "no next token can be chosen, for the model's numbers are NaN: look for a faulty weight, or try another "
+                    "engine.dtype"
+                )
             token = choosers[i](logits[0].cpu())
             news[i] = torch.tensor([[token]], device=device)
             tokens.append((i, token))

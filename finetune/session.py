@@ -6,7 +6,8 @@ import contextlib
 import gc
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import isqrt, prod
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 from finetune.config import Config
-from finetune.methods import adapters, lora, prefix
-from finetune.methods.adapter_seal import trained_on
+from finetune.methods import adapters, lora, prefix, saved_adapter
+from finetune.methods.adapter_seal import WEIGHTS, trained_on
 from finetune.packed_rows import check_positions_argument
 from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
 from finetune.planned_run import BatchShape, PlannedRun
@@ -33,7 +34,7 @@ from finetune.weight_demand import (
     update_host_bytes,
 )
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
-from memory.checkpoint import resolve_model
+from memory.checkpoint import read_header, resolve_model
 from memory.errors import UserError
 from memory.generated_code import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.meter import host_bytes
@@ -42,6 +43,7 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes, total_
 from offload.block_store import aligned_bytes
 from offload.devices import Device, choose_device
 from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
+from offload.finite import first_not_finite
 from offload.model_parts import computes_natively, cut
 from offload.noise import Noise
 from offload.perturbed_model import PerturbedModel
@@ -61,16 +63,16 @@ HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host
 class Session:
     """Everything before the first step. `open` may be called once; `close` frees the streamed model."""
 
-    def __init__(self, config: Config, adapter: Path | None = None, train: bool = True) -> None:
+    def __init__(self, config: Config, adapter: Path | str | None = None, train: bool = True) -> None:
         """Builds the skeleton with its adapter; reads configuration and headers only.
 
-        adapter: a saved adapter, or the directory of a run, whose result is used: its adapter, or the weights that it has
-        tuned. None: a fresh adapter when training, the bare model otherwise.
+        adapter: a saved adapter (a directory or a hub id), or the directory of a run, whose result is used: its adapter, or
+        the weights that it has tuned. None: a fresh adapter when training, the bare model otherwise.
         Raises UserError for whatever is wrong with model, adapter, run or device.
         """
         self.config = config
         self.train = train
-        result = None if adapter is None else find_result(config, adapter)
+        result = None if adapter is None else find_result(config, saved_adapter.find(adapter))
         self.tuned = result if isinstance(result, (StoredWeights, JournalWeights)) else None
         try:
             self._build(None if self.tuned else result)
@@ -105,20 +107,25 @@ class Session:
         self.model: nn.Module = self.parts.model
         # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
         self.model.name_or_path = self.model.config._name_or_path = model_name(config.model)
+        self._adapter_notes: list[str] = []
         if adapter is not None:
-            if (base := trained_on(Path(adapter).expanduser())) is not None:
+            if (base := trained_on(adapter)) is not None:
                 check_model(f"the adapter in {adapter} was trained on", base, self.parts, config.model)
-            self.model = adapters.load(self.model, adapter, trainable=train)
+            self.model, self.parts = saved_adapter.load(self.parts, adapter)
+            if base is None and (other := saved_adapter.differing_base(adapter, config.model)):
+                self._adapter_notes.append(f"note: the adapter {adapter} says that it was trained on {other}")
+        elif train and config.tunes_prefix:
+            self.model = prefix.attach(self.model, config.zo.prefix_tokens, config.training.seed)
         elif train and config.has_adapter:
-            self.model = (
-                prefix.attach(self.model, config.zo.prefix_tokens, config.training.seed)
-                if config.tunes_prefix
-                else lora.attach(self.model, config.lora.peft_arguments(), config.training.seed)
+            self.model, targets = lora.attach(
+                self.model, config.lora.peft_arguments(), config.training.seed, experts=config.lora.names_targets
             )
+            self._adapter_notes += filter(None, [targets.note])
         prefix.take_over(self.model)
         adapters.check_streamable(self.model)
+        self.parts = self.parts.read_whole(*adapters.reads_whole(self.model, self.parts))
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self._is_fresh = adapter is None
+        self._adapter = adapter
         if train and config.method == "zo":
             _check_zeroth_order(self.device, self.model)
         self.trained: TrainedParts | None = None
@@ -141,9 +148,19 @@ class Session:
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
 
+    def faulty_weight(self) -> str:
+        """For messages about numbers that are not finite: the stored tensor that holds such a one. Reads all of them."""
+        entries = list(self.parts.checkpoint.tensors.values())
+        if self._adapter is not None:
+            entries += read_header(self._adapter / WEIGHTS)
+        entry = first_not_finite(entries)
+        if entry is None:
+            return "All stored weights are finite"
+        return f"{entry.path} holds infinity or NaN in {entry.name}: bring the file from its source again"
+
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the checkpoint."""
+        """What the user should know about the checkpoint and the adapter."""
         sources = self.parts.sources
         notes = [
             f"note: config.json ties {target} to {source}, but the checkpoint holds both with unlike values: they are two "
@@ -155,7 +172,7 @@ class Session:
                 f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
                 f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
             )
-        return notes
+        return notes + self._adapter_notes
 
     def set_training(self, training: bool) -> None:
         """Train or eval mode, except for DoRA layers: in eval mode they cache matrices of the weight's size.
@@ -221,9 +238,7 @@ class Session:
             self.device.limit(plan.device_budget_bytes)
         target = self.device.torch_device
         with self.arena.long_lived() if self.arena else contextlib.nullcontext():
-            for parameter in self.model.parameters():
-                if not is_placeholder(parameter):
-                    parameter.data = parameter.data.to(target, copy=True)
+            _copy_to(target, [p for p in self.model.parameters() if not is_placeholder(p)])
         if not self.device.shares_host_memory:
             for module in self.model.modules():
                 for name, buffer in module._buffers.items():
@@ -271,8 +286,8 @@ class Session:
             )
         else:
             self.streamed = StreamedModel(self.parts, plan, self.device, scratch, **options)
-        if self._is_fresh and lora.needs_first_visit(self.model):
-            self.streamed.visit_blocks(lora.first_visit)
+        if self._adapter is None and lora.needs_first_visit(self.model):
+            self.streamed.visit_modules(lora.first_visit)
         return self.streamed
 
     def _named_trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -336,6 +351,8 @@ class Session:
             tile = min(head.tile_tokens, shape.rows)
             # logits in the model's dtype, in fp32, their softmax and its gradient; a converted weight where dtypes differ
             loss_bytes = tile * head.tile_vocab * (3 * 4 + (itemsize if itemsize < 4 else 0))
+            if self.model.get_output_embeddings() is not head.module:
+                loss_bytes += 3 * tile * head.tile_vocab * itemsize  # an adapter's product, scaled, and the sum
             if head.layouts[0].views["weight"].dtype != parts.dtype:
                 loss_bytes += head.tile_vocab * hidden_size * itemsize
             # hidden states of every lane before the head and their gradients; a head in chunks keeps sums in fp32
@@ -350,6 +367,7 @@ class Session:
         edge_bytes = parts.edge_bytes
         block_bytes = [layout.num_bytes for layout in parts.layouts]
         head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
+        loss_bytes += adapters.table_bytes(self.model, parts)
         temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
         if shape.samples is None or "input_ids" in shape.inputs:
             masks = self._masks(shape)
@@ -459,6 +477,22 @@ class Session:
         return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
 
 
+def _copy_to(device: torch.device, parameters: Sequence[nn.Parameter]) -> None:
+    """Gives the parameters memory on `device`; those that share memory (tied adapters) go on sharing it."""
+    copies: dict[int, torch.Tensor] = {}
+    sharing = Counter(p.untyped_storage().data_ptr() for p in parameters)
+    for parameter in parameters:
+        storage = parameter.untyped_storage()
+        if sharing[storage.data_ptr()] == 1:
+            parameter.data = parameter.data.to(device, copy=True)
+            continue
+        if storage.data_ptr() not in copies:
+            copies[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, copy=True)
+        copy = copies[storage.data_ptr()].untyped_storage()
+        data = torch.empty(0, dtype=parameter.dtype, device=device)
+        parameter.data = data.set_(copy, parameter.storage_offset(), parameter.shape, parameter.stride())
+
+
 def _check_zeroth_order(device: Device, model: nn.Module) -> None:
     kind = device.torch_device.type
     if kind not in ("cpu", "cuda", "xpu"):
@@ -466,7 +500,10 @@ def _check_zeroth_order(device: Device, model: nn.Module) -> None:
     if kind != "cpu" and importlib.util.find_spec("triton") is None:
         raise UserError(f"method zo needs Triton on {kind}, which is not installed: pip install triton")
     if lora.needs_first_visit(model):
-        raise UserError("lora.use_dora cannot be combined with method zo: leave it out, or use method lora")
+        raise UserError(
+            "lora.use_dora cannot be combined with method zo, nor can rows and modules that are trained beside the adapter "
+            "(lora.extra): leave it out, or use method lora"
+        )
 
 
 def _baseline_bytes(adapter_bytes: int) -> int:

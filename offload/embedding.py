@@ -36,10 +36,9 @@ class RowsOnDemand:
         self._placeholder = module._parameters["weight"]
         self.trained = False  # whether a gradient of the rows is wanted
         self.parameter: nn.Parameter | None = None  # over `table`, for all forwards between two reads
-        self.padding_idx = module.padding_idx
+        self.padding_idx = module.padding_idx  # of the whole table; it matters for gradients only
         self.after_read: Callable[[], None] = lambda: None
         self.stall_seconds = 0.0
-        module.padding_idx = None  # matters for gradients only, and need not be a row of the compact table
         module.forward = self
 
     def serves(self, module: nn.Module) -> bool:
@@ -95,7 +94,9 @@ class RowsOnDemand:
         if self.parameter is None or self.parameter.data_ptr() != self.table.data_ptr():
             self.parameter = nn.Parameter(self.table, requires_grad=self.trained)
         self._module._parameters["weight"] = self.parameter
+        self._module.padding_idx = None  # need not be a row of the compact table; adapters around the module look at it
         try:
             return self._forward(place.view(ids.shape).to(ids.device))
         finally:
             self._module._parameters["weight"] = self._placeholder
+            self._module.padding_idx = self.padding_idx

@@ -6,7 +6,7 @@ holds the modules whose weights are streamed, and adapters wrap those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -101,6 +101,23 @@ class ModelParts:
             embeddings=tuple((name, module, sources[f"{name}.weight"]) for name, module, _ in self.embeddings),
             edges=tuple(replace(edge, source=sources[edge.name]) for edge in self.edges),
         )
+
+    def read_whole(self, head: bool, tables: Collection[str]) -> ModelParts:
+        """The same parts for adapters that look at whole tables: the head in one chunk, if `head`, and the embedding tables
+        with these names resident."""
+        whole = self.head
+        if head and whole is not None and len(whole.layouts) > 1:
+            rows = whole.module.weight.shape[0]
+            tile_tokens, _ = default_tiles(rows, 0)
+            layouts = _head_layouts(_local(self.sources, whole.name), (0,), rows)
+            whole = replace(whole, layouts=layouts, starts=(0,), tile_tokens=tile_tokens, tile_vocab=rows)
+        resident = tuple(
+            EdgeTensor(f"{name}.weight", module, "weight", source, module.weight.dtype)
+            for name, module, source in self.embeddings
+            if name in tables
+        )
+        embeddings = tuple(part for part in self.embeddings if part[0] not in tables)
+        return replace(self, head=whole, embeddings=embeddings, edges=(*self.edges, *resident))
 
 
 def cut(

@@ -7,7 +7,7 @@ parameters and belong to the caller.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +112,8 @@ class StreamedModel:
         self.head: TiledHead | None = None
         if parts.head is not None:
             module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
-            self.head = TiledHead(module, self._make_chunks(plan), len(parts.head.layouts), parts.head.tile_tokens)
+            self._chunks = self._make_chunks(plan)
+            self.head = TiledHead(module, self._chunks, len(parts.head.layouts), parts.head.tile_tokens)
         self._weights = self._make_weights(plan)
         self.engine = Engine(self.model, parts.blocks, self._weights, self.activations, progress)
 
@@ -198,12 +199,25 @@ class StreamedModel:
                 stall += self.head_tier.host_stall_seconds
         return Traffic(self.io.read_bytes, self.io.write_bytes, stall)
 
-    def visit_blocks(self, visit: Callable[[nn.Module], None]) -> None:
-        """Calls `visit(block)` for every block, in order, with its weights bound."""
+    def visit_modules(self, visit: Callable[[Iterable[nn.Module]], None]) -> None:
+        """Calls `visit(modules)` with all modules, a part of them at a time, while their weights are bound: what is resident,
+        the head, where it is of one chunk, and every block."""
+        streamed = set()
+        for block in self.parts.blocks:
+            streamed.update(block.modules())
+        head = None if self.head is None else self.model.get_output_embeddings()
+        if head is not None:
+            streamed.update(head.modules())
+        visit(module for module in self.model.modules() if module not in streamed)
+        if head is not None and len(self.parts.head.layouts) == 1:
+            self.head_tier.begin(range(1))
+            self._chunks.acquire(0)
+            visit(head.modules())
+            self._chunks.release(0)
         self._weights.begin(range(len(self.parts.blocks)))
         for index, block in enumerate(self.parts.blocks):
             self._weights.acquire(index)
-            visit(block)
+            visit(block.modules())
             self._weights.release(index)
 
     def close(self) -> None:

@@ -55,7 +55,8 @@ def test_peak_of_a_training_visit(name, rows, length, tmp_path, monkeypatch):
         config.n_positions = 131
         monkeypatch.setitem(CONFIGS, name, lambda: config)
     parts = cut(save_tiny(name, tmp_path))
-    model = lora.attach(parts.model, {"r": 3, "target_modules": "all-linear"}, seed=0).train()
+    model, _ = lora.attach(parts.model, {"r": 3, "target_modules": "all-linear"}, seed=0)
+    model.train()
     inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "use_cache": False}
     size = measure_visit(parts, model, inputs, train=True)
     hidden = torch.randn(rows, length, 40)

@@ -215,7 +215,14 @@ def reference_run(config: Config) -> Run:
     torch.set_num_threads(config.engine.num_threads)  # sums are cut at other places for another number
     model = load_plain(config)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+    decayed = set(tf.Trainer.get_decay_parameter_names(None, model))  # norms and biases are left alone
+    groups: dict[float, list[torch.nn.Parameter]] = {options.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[options.weight_decay if name in decayed else 0.0].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=options.learning_rate
+    )
     scheduler = get_scheduler("linear", optimizer, options.warmup_steps, options.max_steps)
     losses = []
     for step, batches in enumerate(plain_batches(config)):

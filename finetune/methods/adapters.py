@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
-from finetune.methods.adapter_seal import CONFIG, WEIGHTS, check_adapter, seal_adapter
+from finetune.methods.adapter_seal import CONFIG, seal_adapter
 from memory.errors import UserError
 from memory.new_directory import new_directory
-
-
-def load(model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
-    """`model` with the adapter saved in `directory`. Raises UserError when it is not there, is damaged or does not fit the
-    model."""
-    from peft import PeftModel
-
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} is not an adapter: expected {name} in it")
-    check_adapter(directory)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
-    except (ValueError, TypeError, RuntimeError, OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"the adapter in {directory} does not fit this model: {error}") from error
+from offload.model_parts import ModelParts
 
 
 def save(model: nn.Module, directory: Path, base: Mapping[str, str]) -> None:
@@ -65,19 +47,45 @@ def prefix_length(model: nn.Module) -> int:
 
 
 def check_streamable(model: nn.Module) -> None:
-    """Raises UserError when weights of the base are to be trained (`modules_to_save`, `bias`): they are not in memory; and for
-    adapters of another kind than LoRA's and prefixes."""
+    """Raises UserError when biases of the base are to be trained, and for a prompt of another kind than a prefix."""
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning and not prefix_length(model):
         found = config.peft_type.value.lower()
         raise UserError(f"expected a LoRA adapter or a prefix, found {found}, which cannot be streamed")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not ("lora_" in name or name.startswith("prompt_encoder.")):
-            raise UserError(
-                f"the lora options would train {name}, which is a weight of the model itself: only adapters can be trained "
-                "while the model is streamed. Leave lora.extra.modules_to_save and lora.extra.bias out, or target the "
-                "module with an adapter"
-            )
+
+
+def reads_whole(model: nn.Module, parts: ModelParts) -> tuple[bool, frozenset[str]]:
+    """Whether an adapter of the head looks at it as a whole, and the names of the embedding tables that adapters look at so:
+    all but LoRA's plain products, which take the rows of a batch."""
+    head = parts.head is not None and model.get_output_embeddings() is not parts.head.module
+    wrappers = {_base(module): module for module in model.modules() if _base(module) is not None}
+    tables = (name for name, module, _ in parts.embeddings if module in wrappers and not _takes_rows(wrappers[module]))
+    return head, frozenset(tables)
+
+
+def table_bytes(model: nn.Module, parts: ModelParts) -> int:
+    """What adapters make for a moment of the largest table that they look at as a whole: DoRA its change, the scaled change and
+    the sum, in fp32; rows that are trained alone a copy, and two gradients."""
+    head = parts.head.module if parts.head else None
+    tables = (
+        base
+        for module in model.modules()
+        if getattr(module, "lora_magnitude_vector", None) or hasattr(module, "trainable_tokens_delta")
+        if (base := _base(module)) is head or isinstance(base, nn.Embedding)
+    )
+    return 3 * 4 * max((table.weight.numel() for table in tables), default=0)
+
+
+def _base(module: nn.Module) -> nn.Module | None:
+    """What an adapter is around, if `module` is one."""
+    base = module._modules.get("base_layer")
+    return module._modules.get("original_module") if base is None else base
+
+
+def _takes_rows(adapter: nn.Module) -> bool:
+    from peft.tuners.lora import Embedding
+
+    return isinstance(adapter, Embedding) and not adapter.lora_variant
 
 
 def task_type(model: nn.Module) -> str | None:

@@ -1,0 +1,132 @@
+"""Which of PEFT's LoRA options a streamed model can have: a gate that stands before every adapter, fresh or loaded.
+
+While a model is streamed, its weights are placeholders when PEFT makes the adapter, a block's forward runs again in the
+backward pass, and the micro-batches of a step go through a block one after the other before the next block. Options that look
+at weights, keep numbers between forward passes, or reach from one layer into another would then silently give other
+numbers than plain PEFT.
+
+So nothing is let through that is not listed here. An option with another value than its default must stand in `EQUAL`
+(any value gives plain PEFT's bits, held for each of them by `tests/parity/test_lora_options.py`), or have one of the values in
+`EQUAL_VALUES`; those of a sub-configuration are listed one by one (`use_bdlora.nblocks`). Everything else is refused by name,
+with the reason from `REFUSED`, and an option that a later PEFT brings is refused until someone adds it here with its parity
+test, which fails for options that stand in no list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from memory.errors import UserError
+
+EQUAL = frozenset({
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "target_parameters",
+    "ensure_weight_tying", "trainable_token_indices", "modules_to_save",
+    "use_bdlora.target_modules_bd_a", "use_bdlora.target_modules_bd_b", "use_bdlora.nblocks", "use_bdlora.match_strict",
+    "velora_config.num_groups", "velora_config.scale",
+})  # fmt: skip
+
+EQUAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "velora_config.init_type": ("batch_average", "random"),
+}
+
+DESCRIPTIVE = frozenset({"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"})
+"""What PEFT notes about an adapter; nothing is computed from it."""
+
+_NEEDS_WEIGHTS = "it computes from the base weights, which are not in memory when adapters are made"
+
+REFUSED = {
+    "task_type": "it follows from the model",
+    "inference_mode": "an adapter in inference mode is not trained",
+    "bias": "the biases of the model itself are streamed and not trained",
+    "init_lora_weights": f"{_NEEDS_WEIGHTS}. True, false, gaussian and orthogonal do not",
+    "megatron_config": "models of Megatron are not streamed",
+    "megatron_core": "models of Megatron are not streamed",
+    "loftq_config": "the base weights are not quantised here",
+    "eva_config": _NEEDS_WEIGHTS,
+    "corda_config": _NEEDS_WEIGHTS,
+    "lora_ga_config": _NEEDS_WEIGHTS,
+    "kasa_config": "it changes the base weights by a decomposition of them, and they are not in memory when adapters are made",
+    "velora_config.init_type": "what batch_average_once keeps of the first step would be lost when the run is resumed: use "
+    "batch_average or random",
+    "alora_invocation_tokens": "where an adapter begins to act is handed to the layers for one forward pass of the whole "
+    "model, and blocks run one by one here, and again in the backward pass",
+    "use_qalora": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
+    "qalora_group_size": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
+    "monteclora_config": "its samples come from a buffer that moves with every forward, and a block's forward runs again in "
+    "the backward pass",
+    "layer_replication": "the blocks are those of the checkpoint",
+    "runtime_config": "there is nothing to move to a device for a moment",
+    "arrow_config": "it routes among several adapters, and there is one here",
+}
+_UNKNOWN = "it is not known to give plain PEFT's numbers while the model is streamed"
+
+# What was made from these is in the adapter's file, and the base's weights are not touched when it is loaded.
+_FREE_WHEN_LOADED = {"task_type", "inference_mode", "bias", "eva_config", "lora_ga_config"}
+_EQUAL_WHEN_LOADED = {"eva", "lora_ga"}
+_OWN_KEYS = {"lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"} | {
+    key: f"lora.{key}" for key in ("r", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
+}
+
+
+def key_of(option: str) -> str:
+    """What a user types for an option of `peft.LoraConfig`."""
+    return _OWN_KEYS.get(option, f"lora.extra.{option}")
+
+
+def check_fresh(config: Any, task_type: str | None) -> None:
+    """Raises UserError, naming the key as the user types it, for a `peft.LoraConfig` that a streamed model cannot have.
+
+    task_type: PEFT's word for what the model does.
+    """
+    for option, value in _changed(config):
+        if option != "task_type" or value != task_type:
+            check_option(option, value)
+
+
+def check_option(option: str, value: Any) -> None:
+    """The same for one option that has another value than its default."""
+    if not _is_equal(option, value):
+        raise UserError(f"{key_of(option)}={value!r} cannot be had while the model is streamed: {_reason(option)}")
+
+
+def check_loaded(config: Any, place: Any) -> None:
+    """The same for the configuration of an adapter that was saved, maybe by another program, in `place`."""
+    for option, value in _changed(config):
+        known = option in _FREE_WHEN_LOADED or _is_equal(option, value)
+        if known or option == "init_lora_weights" and value in _EQUAL_WHEN_LOADED:
+            continue
+        raise UserError(
+            f"the adapter in {place} has {option}={value!r}, which cannot be had while the model is streamed: "
+            f"{_reason(option)}. Merge it into the model with PEFT and give the result as the model"
+        )
+
+
+def _changed(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(name, value) of every option that has another value than its default; sub-configurations are taken apart."""
+    changed: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if name in DESCRIPTIVE or value == default:
+            continue
+        listed = name in EQUAL or name in EQUAL_VALUES or name in REFUSED
+        if dataclasses.is_dataclass(value) and not listed:
+            changed += _changed(value, f"{name}.") if _has_listed_parts(name) else [(name, value)]
+        else:
+            changed.append((name, value))
+    return changed
+
+
+def _has_listed_parts(name: str) -> bool:
+    return any(option.startswith(f"{name}.") for option in (*EQUAL, *EQUAL_VALUES))
+
+
+def _is_equal(option: str, value: Any) -> bool:
+    return option in EQUAL or value in EQUAL_VALUES.get(option, ())
+
+
+def _reason(option: str) -> str:
+    return REFUSED.get(option, _UNKNOWN)
