@@ -32,7 +32,7 @@ from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.data.preparation import describe
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
-from finetune.methods import Method
+from finetune.methods import Method, StepNotKept
 from finetune.methods.first_order import FirstOrder
 from finetune.methods.objectives import (
     CANDIDATE_OBJECTIVES,
@@ -312,6 +312,13 @@ class Trainer:
             except StoppedAtOnce as stop:
                 stop.step = after.saved_step
                 raise
+            except StepNotKept as error:
+                left = method.rescue(step)
+                if step:
+                    method.finish(step)
+                else:
+                    left = f"Nothing was trained. {session.faulty_weight()}"
+                raise UserError(f"{error}. {left}") from None
             except KeyboardInterrupt as stop:
                 stop.step = step
                 if step:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from finetune.data.batches import Row
+from memory.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,10 @@ class StepResult:
     tokens: int
     learning_rate: float
     grad_norm: float
+
+
+class StepNotKept(UserError):
+    """A step whose numbers are not finite: the method is as it was before it."""
 
 
 class Method(Protocol):
@@ -34,7 +39,7 @@ class Method(Protocol):
     scheduler: Any
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
-        """Step number `step` (from 0); groups: the rows of each micro-batch."""
+        """Step number `step` (from 0); groups: the rows of each micro-batch. Raises StepNotKept."""
 
     def save(self, step: int) -> None:
         """Makes the state after `step` steps durable."""

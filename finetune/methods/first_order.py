@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods import StepResult, adapters
+from finetune.methods import StepNotKept, StepResult, adapters
 from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed
@@ -25,6 +26,16 @@ def lane_seed(seed: int, step: int, micro_batch: int) -> int:
     """The random seed of micro-batch `micro_batch` of step `step` (both from 0): a 63-bit hash of the three numbers."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """Raises StepNotKept unless loss and norm of the gradients of step `step` (from 0) are finite."""
+    for what, value in (("the loss", loss), ("the norm of the gradients", grad_norm)):
+        if not isfinite(value):
+            raise StepNotKept(
+                f"{what} of step {step + 1} is {value}, so it is not kept: lower training.learning_rate, or look for "
+                "faulty data"
+            )
 
 
 class FirstOrder:
@@ -63,13 +74,23 @@ class FirstOrder:
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
+        check_finite(step, loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self._updating = True
         self.optimizer.step()
+        self._check_updated(step)
         self.scheduler.step()
         self._updating = False
         self.optimizer.zero_grad()
         return StepResult(loss, batches.tokens, learning_rate, grad_norm)
+
+    def _check_updated(self, step: int) -> None:
+        for name, parameter in self._trainable.items():
+            if not bool(parameter.detach().isfinite().all()):
+                raise UserError(
+                    f"the update of step {step + 1} made {name} infinite or NaN: lower training.learning_rate, or raise "
+                    "training.adam_epsilon"
+                )
 
     def save(self, step: int) -> None:
         save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)

@@ -26,6 +26,7 @@ from finetune.config import Config
 from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.generate import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.methods import StepNotKept
 from finetune.micro_batches import make_micro_batches
 from finetune.planned_run import BatchShape
 from finetune.rewards import call_reward, load_reward, token_f1
@@ -147,6 +148,9 @@ class _Scored:
         with model.under(variants):
             versions = [variant for variant in range(len(variants)) for _ in lanes]
             found = score(model, lanes * len(variants), self._data.pad_token_id, versions)
+        if not all(np.isfinite(scores.losses).all() for scores in found):
+            # What counts, such as accuracy, would be finite all the same.
+            raise StepNotKept("a token's likelihood is not finite: lower training.learning_rate or zo.epsilon")
         results = []
         for index, lane in enumerate(lanes):
             ends = np.cumsum([len(one.positions) for one in lane])[:-1]

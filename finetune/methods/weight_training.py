@@ -14,8 +14,8 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods import StepResult
-from finetune.methods.first_order import lane_seed
+from finetune.methods import StepNotKept, StepResult
+from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
@@ -76,18 +76,20 @@ class WeightTraining:
                     # Unclipped, a first gradient that is large would stay in the second moments for hundreds of steps.
                     norm = self._model.gradient_norm(batches.inputs, batches.labels, seeds, requests)
                     if not isfinite(norm):
-                        raise UserError(
+                        raise StepNotKept(
                             f"the gradients of the first step have norm {norm}: with engine.dtype float16 use bfloat16, else "
-                            "look for a faulty weight. Nothing was trained"
+                            "look for a faulty weight"
                         )
                 scale = clip_scale(norm, max_norm)
             update = Update(requests, learning_rate, step + 1, scale, max_norm)
             updated = self._model.update_step(batches.inputs, batches.labels, seeds, update)
-            if not torch.isfinite(updated.loss):
-                raise UserError(
-                    f"the loss of step {step + 1} is {float(updated.loss)}: lower training.learning_rate. The step is not "
-                    f"kept. {self._model.store.how_to_go_on}"
-                )
+            check_finite(step, float(updated.loss), updated.grad_norm)
+            for name, sums in updated.sums.items():
+                if not all(map(isfinite, sums)):
+                    raise StepNotKept(
+                        f"the norm of what step {step + 1} changes in {name} is not finite, so it is not kept: lower "
+                        "training.learning_rate"
+                    )
             index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}
             self._selection.observe({index[name]: tuple(s) for name, s in updated.sums.items() if name in index})
             self._model.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())

@@ -33,7 +33,7 @@ import torch
 
 from finetune.config import Config, ZerothOrderOptions
 from finetune.data.batches import Row
-from finetune.methods import StepResult, adapters, prefix
+from finetune.methods import StepNotKept, StepResult, adapters, prefix
 from finetune.methods.objectives import Objective
 from finetune.methods.schedule import make_scheduler
 from finetune.run_identity import check_same_run
@@ -80,6 +80,14 @@ def clipped(gradients: np.ndarray, history: Sequence[float], quantile: float | N
         return gradients
     limit = np.float32(np.quantile(np.abs(history), quantile))
     return gradients.clip(-limit, limit)
+
+
+def _check_finite(what: str, step: int, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise StepNotKept(
+            f"{what} of step {step + 1} is not finite ({', '.join(f'{x:g}' for x in values[:4])}): lower "
+            "training.learning_rate or zo.epsilon; the journal ends with the last good step"
+        )
 
 
 class ZerothOrder:
@@ -148,16 +156,13 @@ class ZerothOrder:
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
         versions = variants(options, seeds, self.journal.shared_seed(step))
         losses, tokens = self._objective.values(self._model, groups, versions)
-        if not np.isfinite(losses).all():
-            raise UserError(
-                f"the loss of step {step + 1} is not finite ({', '.join(f'{x:g}' for x in losses[:4])}): lower "
-                "training.learning_rate or zo.epsilon; the journal ends with the last good step"
-            )
+        _check_finite("the loss", step, losses)
         gradients = projected_gradients(options, losses)
         kept = clipped(gradients, self._history(), options.clip_quantile)
         if options.update == "sign":
             kept = np.sign(kept)
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        _check_finite("the update", step, np.float32(learning_rate) * kept)
         self.journal.append(
             Record(
                 step, learning_rate, self._updates(step, learning_rate, seeds, kept),
