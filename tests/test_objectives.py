@@ -21,6 +21,7 @@ from finetune.data import BatchPlan
 from finetune.export import export
 from finetune.methods.objectives import Objective, make_objective
 from finetune.rewards import load_reward, token_f1
+from finetune.run_directory import RunDirectory
 from finetune.session import Session
 from memory.errors import UserError
 from offload.noise import parameter_key
@@ -43,12 +44,13 @@ def objective_config(model: Path, output: Path, rows: Any, objective: Any, **cha
 
 @contextmanager
 def opened(config: Config) -> Iterator[tuple[Objective, PerturbedModel]]:
-    session = Session(config)
+    session, directory = Session(config), RunDirectory(config.output)
     try:
-        objective = make_objective(config, session, Trainer(config)._prepare(config.data, session))
+        objective = make_objective(config, session, Trainer(config)._prepare(config.data, session, directory))
         yield objective, session.open(session.plan(objective.shape(session)), config.output / "scratch")
     finally:
         session.close()
+        directory.close()
 
 
 def first_step(objective: Objective) -> tuple[list[list[tuple[int, ...]]], list[int]]:
