@@ -41,9 +41,9 @@ from offload.working_store import read_manifest
 DRAWS = int(os.environ.get("MUTATIONS", 84))
 SEED = int(os.environ.get("MUTATION_SEED", 1))
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
+    "lora": {"method": "lora", "lora": {"r": 2}},
     "zo": {"method": "zo", "zo": {"fold_steps": 2, "epsilon": 1e-2}},
-    "zo-lora": {"method": "zo", "zo": {"fold_steps": 2, "parameters": "lora"}},
+    "zo-lora": {"method": "zo", "zo": {"fold_steps": 2, "parameters": "lora"}, "lora": {"r": 2}},
     "zo-prefix": {"method": "zo", "zo": {"fold_steps": 2, "parameters": "prefix", "prefix_tokens": 3, "epsilon": 0.1}},
     "lisa": {"method": "lisa", "selection": {"interval": 2, "layers": 1}},
     "adafactor": {"method": "full", "optimizer": {"name": "adafactor"}},
@@ -115,7 +115,7 @@ def make_world(name: str, model: Path, folder: Path) -> World:
         ]
         options = {"max_steps": 4, "batch_size": 2, "micro_batch_size": 1, "save_steps": 1, "learning_rate": 1e-3}
         config = make_config(
-            model, folder / which, data=write_rows(folder / f"{which}.jsonl", rows), lora={"r": 2},
+            model, folder / which, data=write_rows(folder / f"{which}.jsonl", rows),
             training=options | training, **METHODS[name],
         )  # fmt: skip
         Trainer(config, callbacks=[StopAfter(3)]).train()
