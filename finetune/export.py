@@ -89,9 +89,10 @@ def _export_locked_store(
     )  # fmt: skip
     check_model(f"the run in {config.output} tuned", about["model"], parts, config.model)
     pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
+    trained = find_trained(parts, recorded_setting(about, "train"))
+    trained.check_layout(store, about)
     export_store(
-        parts.checkpoint, parts.sources, find_trained(parts, recorded_setting(about, "train")), store / "data", pieces,
-        directory,
+        parts.checkpoint, parts.sources, trained, store / "data", pieces, directory,
         side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps

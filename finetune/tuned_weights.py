@@ -60,6 +60,7 @@ class StoredWeights:
             tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
         )  # fmt: skip
         trained = find_trained(units, recorded_setting(about, "train"))
+        trained.check_layout(data.parent, about)
         check_pieces(trained, data, pieces, config.engine.io_backend)
         return stored_parts(parts, trained, data, pieces)
 

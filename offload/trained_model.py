@@ -92,6 +92,7 @@ class TrainedModel(StreamedModel):
         about: dict[str, Any], resume: bool, versions: int, keeping: Keeping, seed: int, **options: Any,
     ) -> None:  # fmt: skip
         self.trained = trained
+        about = about | {"layout": trained.layout_digest}
         self._store_options = {"directory": store_directory, "about": about, "resume": resume, "versions": versions}
         self._stream_options = {"keeping": keeping, "seed": seed, "threads": torch.get_num_threads()}
         self._update: Update | None = None
@@ -105,6 +106,7 @@ class TrainedModel(StreamedModel):
         self.store = WorkingStore(io=self.io, **self._store_options)
         self._spill = GradientSpill(self.io, scratch)
         try:
+            self.trained.check_layout(self.store.directory, self.store.about)
             self._open_model(plan, scratch, progress)
         except BaseException:
             self.store.close()

@@ -6,13 +6,16 @@ The input embedding is a unit of its own per run of rows, unless it is tied to t
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from memory.errors import UserError
+from memory.sealed import json_digest
 from offload.block_store import Extent, ParameterMap, Source, layout_block
 from offload.head import HEAD_CHUNK_BYTES
 from offload.model_parts import ModelParts, slice_rows
@@ -46,6 +49,30 @@ class TrainedParts:
     def units(self) -> tuple[UpdateUnit, ...]:
         rows = tuple(part.unit for part in (*self.head, *self.table))
         return (*self.blocks, *rows, *([self.edges] if self.edges else []))
+
+    @property
+    def layout_digest(self) -> str:
+        """Of where each trained weight lies in its unit's image. The image follows the model's files: a copy with its tensors
+        in other files, or in another order there, has another."""
+        return json_digest(
+            {
+                unit.name: [
+                    [fqn, view.slot_offset, list(view.shape), str(view.dtype)]
+                    for local, fqn in sorted(unit.fqns.items())
+                    for view in [unit.layout.views[local]]
+                ]
+                for unit in self.units
+            }
+        )
+
+    def check_layout(self, store: Path, about: Mapping[str, Any]) -> None:
+        """Raises UserError unless the pieces of `store`, of which `about` was kept, are of these images. Stores of before this
+        was kept say nothing of it."""
+        if about.get("layout", self.layout_digest) != self.layout_digest:
+            raise UserError(
+                f"{store} holds weights as they lay in the files of the model that it began with; in these files the same "
+                "tensors lie otherwise (other shards, or another order): name the files that the run began with"
+            )
 
 
 def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedParts:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from killing import kill_again_and_again
+from safetensors.torch import save_file
 from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
 from text_models import make_config
@@ -345,3 +346,19 @@ def test_a_tight_disk_takes_half(models, data, tmp_path):  # noqa: F811
         sizes[versions] = used_bytes(config)
         assert sizes[versions] <= Trainer(config).plan().store.num_bytes
     assert sizes[1] * 2 == sizes[2]
+
+
+def test_a_copy_of_the_model_in_other_files_is_refused(models, data, tmp_path):  # noqa: F811
+    """Pieces of the store follow the files: read by another order of the same tensors they would be other weights."""
+    config = config_of(models["bfloat16"], data, tmp_path / "out", steps=2)
+    Trainer(config).train()
+    copy = tmp_path / "bfloat16"
+    shutil.copytree(config.model, copy)
+    for path in [*copy.glob("*.safetensors"), *copy.glob("*.index.json")]:
+        path.unlink()
+    save_file(weights(Path(config.model)), copy / "model.safetensors", {"format": "pt"})
+    moved = config.model_copy(update={"model": str(copy), "resume": True})
+    for use in (lambda: Trainer(moved).train(), lambda: export(moved, tmp_path / "tuned")):
+        with pytest.raises(UserError, match="in these files the same tensors lie otherwise"):
+            use()
+    export(config, tmp_path / "tuned")
