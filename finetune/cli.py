@@ -296,7 +296,7 @@ def generate(
     """Print what the model says next, as it comes."""
     loaded = _load_config(context, settings)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")  # as a shell's $(...) would: echo's line end is no part of it
     _require(prompt, "a prompt", "--prompt TEXT, or text on standard input")
     from finetune.generate import generate as generate_text
 

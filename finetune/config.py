@@ -58,12 +58,26 @@ def _expand_path(path: Any) -> Any:
     return os.path.expanduser(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else path
 
 
+def _check_number(value: Any) -> Any:
+    if isinstance(value, bool):  # it would count as 1 or 0
+        raise ValueError(f"expected a number, found {value}")
+    return value
+
+
+def _check_output(path: Any) -> Any:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"expected a directory's path, found {show(path)}")
+    return _expand_path(path)
+
+
 def _check_data(data: Any) -> Any:
     if data is None or isinstance(data, (str, os.PathLike)):
         data = _expand_path(data)
         return _sample_path(data.removeprefix("sample:")) if data and data.startswith("sample:") else data
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise ValueError(f"expected a path, a hub id or a sequence of rows, found {show(data)}")
+    if isinstance(data, (list, tuple)) and data and all(isinstance(one, (str, os.PathLike)) for one in data):
+        raise ValueError(f"expected one path (a folder or a glob for several files) or rows, found names {show(data)}")
     return data
 
 
@@ -85,8 +99,10 @@ def _check_objective(value: Any) -> Any:
 Switch = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Number = Annotated[float, BeforeValidator(_check_number)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
 Amount = Annotated[str | int | None, BeforeValidator(_check_amount)]
 ModelName = Annotated[str, BeforeValidator(_expand_path), Field(min_length=1)]
 Data = Annotated[Any, BeforeValidator(_check_data)]
@@ -112,7 +128,7 @@ class TrainingOptions(_Section):
 
     max_steps: Count | None = None
     """Stops after this many steps; None: after `epochs`."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Positive = 1.0
     batch_size: Count = 8
     micro_batch_size: Count = 1
     learning_rate: NonNegative | None = None
@@ -141,7 +157,7 @@ class TrainingOptions(_Section):
     decays all: its journal has one factor a step. Runs that began before there was a choice have decayed all."""
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Positive = 1e-8
     max_grad_norm: NonNegative | None = 1.0
     """0 or None: gradients are not clipped."""
     seed: CountOrZero = 42
@@ -244,14 +260,14 @@ class ZerothOrderOptions(_Section):
     perturb: Literal["weights", "products"] = "weights"
     """products: noise of low rank is added to what linear layers multiply, x W^T + (x V) U^T, and W stays as it is: faster, in
     less memory, with other rounding; see `offload.low_rank_products`."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    epsilon: Positive = 1e-3
     perturbations: Count = 1
     """Per step; all are computed from one fetch of the weights."""
     update: Literal["sgd", "sign"] = "sgd"
     momentum: Share = 0.0
     momentum_window: Count = 10
     """Steps that momentum looks back on."""
-    clip_quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+    clip_quantile: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Projected gradients are clipped to this quantile of the last hundred."""
     fold_steps: Count | None = None
     """Steps that are summed before they are rounded into the weights; None: as many as have 32 noises (rademacher; 8 gaussian)
@@ -385,7 +401,7 @@ class EngineOptions(_Section):
     """Disk requests in flight."""
     num_threads: Count | None = None
     """Compute threads; None: PyTorch's choice."""
-    simulated_copy_gbps: Annotated[float, Field(gt=0)] | None = None
+    simulated_copy_gbps: Positive | None = None
     """Bandwidth of a copy on the simulated device, in units of 10^9 bytes/s; None: unlimited."""
     simulated_delay_ms: NonNegative = 0.0
 
@@ -410,7 +426,7 @@ class Config(_Section):
     train: list[str] = []
     """Regular expressions, searched in the names of parameters: only these are trained by the methods that train the
     model's own weights; none: all."""
-    output: Annotated[Path, BeforeValidator(_expand_path)] = Path("out")
+    output: Annotated[Path, BeforeValidator(_check_output)] = Path("out")
     host_memory: Amount = None
     """Limit of the whole process, a promise; None: 95% of what the machine, or its cgroup, has available at the start."""
     device_memory: Amount = None
@@ -675,7 +691,7 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree.get(folder), dict):
             tree[folder] = {}
         tree = tree[folder]
-    tree[leaf] = value
+    tree.update(_merge(tree, {leaf: value}))  # a section's keys that came before stay
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

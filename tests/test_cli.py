@@ -307,7 +307,7 @@ def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch) ->
     assert calls.pop() == ((Config(model="m"), "x", ["Say [b]"]), options)
     assert invoke("generate", "--model", "m", text="from\nstdin\n").exit_code == 0
     defaults = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 42, "chat": None}
-    assert calls.pop() == ((Config(model="m"), None, ["from\nstdin\n"]), defaults)
+    assert calls.pop() == ((Config(model="m"), None, ["from\nstdin"]), defaults)
 
 
 def test_generate_needs_a_prompt_with_text() -> None:

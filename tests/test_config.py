@@ -254,6 +254,26 @@ def test_settings_mean_what_was_typed(setting: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
+def test_a_truth_value_is_no_number() -> None:
+    found = problems(model="m", training={"learning_rate": True, "warmup_ratio": False}, zo={"epsilon": True})
+    assert found == {
+        "training.learning_rate": "expected a number, found True",
+        "training.warmup_ratio": "expected a number, found False",
+        "zo.epsilon": "expected a number, found True",
+    }
+
+
+def test_paths_that_are_none() -> None:
+    found = problems(model="m", output=None, data=["a.jsonl", "b.jsonl"])
+    assert found["output"] == "expected a directory's path, found None"
+    assert found["data"].startswith("expected one path (a folder or a glob for several files) or rows, found names")
+
+
+def test_a_section_keeps_what_settings_before_gave_it() -> None:
+    config = Config.load(None, {"model": "m"}, ["training.batch_size=3", "training={max_steps: 5, seed: 7}", "training.seed=8"])
+    assert (config.training.batch_size, config.training.max_steps, config.training.seed) == (3, 5, 8)
+
+
 def test_a_number_with_a_leading_zero_is_not_octal() -> None:
     with pytest.raises(ConfigError, match="training.seed: expected a valid integer, found '010'"):
         Config.load(None, {"model": "m"}, ["training.seed=010"])

@@ -95,6 +95,11 @@ def detect_form(row: Any, place: str) -> str:
         if needed <= keys:
             return form
     found = ", ".join(f'"{key}"' for key in list(row)[:12]) or "no keys"
+    if {"chosen", "rejected"} <= keys:
+        raise DataError(
+            f"{place}: found pairs of a chosen and a rejected answer, which are not trained on here: write the prompt with the "
+            'chosen one as "prompt" and "completion", or as "messages"'
+        )
     inner = next(
         (key for key, value in row.items() if isinstance(value, list) and value[:1] and _is_row(value[0])), None
     )
@@ -125,6 +130,13 @@ def parse(row: Any, form: str, place: str, *, chat: bool) -> Parsed:
     row = _object(row, place)
     if form not in ("text", "input_ids") and (media := sorted(key for key in MEDIA & row.keys() if row[key])):
         raise DataError(f'{place}: found "{media[0]}": only text is trained on here: remove the column, or the rows')
+    if row.get("weight", 1) != 1:
+        raise DataError(f'{place}: found a row of "weight" {row["weight"]!r}: every row counts as one here: remove it')
+    if row.get("label") is False and form not in ("text", "input_ids"):
+        raise DataError(
+            f'{place}: found "label" false, which marks an answer as unwanted (as TRL\'s KTO has them): everything is learned '
+            "here: leave such rows out"
+        )
     return _PARSERS[form](row, place, chat)
 
 
@@ -148,8 +160,6 @@ def _parse_messages(row: dict[str, Any], place: str, chat: bool) -> Chat:
     key = "messages" if "messages" in row else "conversations"
     if row.get("conversations", row[key]) != row[key]:
         raise DataError(f'{place}: found "messages" and "conversations" that differ: keep one of them')
-    if row.get("weight", 1) != 1:
-        raise DataError(f'{place}: found a row of "weight" {row["weight"]!r}: every row counts as one here: remove it')
     messages, flags = parse_messages(_get(row, key, list, place), key, place)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f'{place}: "{key}" has no message of the assistant: there is nothing to learn in it')
@@ -220,6 +230,11 @@ def _parse_tokens(row: dict[str, Any], place: str, chat: bool) -> Tokens:
     if not ids:
         raise DataError(f'{place}: "input_ids" is an empty list')
     labels = _same_length(row, "labels", ids, place) or list(ids)
+    if "loss_mask" in row:
+        raise DataError(
+            f'{place}: found "loss_mask", which some tools align with the next token: write "labels" (-100: not trained) or '
+            '"completion_mask", as long as "input_ids" and aligned with them'
+        )
     for key in ("completion_mask", "assistant_masks"):
         if trained := _mask(row, key, ids, place):
             if "labels" in row:

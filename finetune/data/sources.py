@@ -28,7 +28,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 # Every column that some form reads; others are not even loaded from Parquet.
 COLUMNS = frozenset(
     "messages conversations system history tools functions chat_template_kwargs weight prompt completion instruction "
-    "input output text input_ids labels attention_mask completion_mask assistant_masks".split()
+    "input output text input_ids labels label attention_mask completion_mask assistant_masks loss_mask".split()
 )
 # Columns that a model of text cannot be given: that a row has one is all that is read of them.
 MEDIA = frozenset("image images video videos audio audios".split())
@@ -239,7 +239,7 @@ def _parquet_rows(file: File, every_column: bool) -> Iterator[tuple[str, Any]]:
     try:
         with parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
-            known = [name for name in names if name in COLUMNS and not every_column]
+            known = [] if every_column else _known(names)
             media = {} if every_column else dict.fromkeys(MEDIA.intersection(names), True)
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=known or names):
@@ -248,6 +248,12 @@ def _parquet_rows(file: File, every_column: bool) -> Iterator[tuple[str, Any]]:
                     yield f"{file.name}:{number}", without_added_nulls(row) | media
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file.name}: cannot be read as Parquet: {error}") from error
+
+
+def _known(names: list[str]) -> list[str]:
+    """Columns that are read; none: a message about what is missing is to name all that there are."""
+    known = [name for name in names if name in COLUMNS]
+    return [] if known == ["label"] else known
 
 
 def _hub_commit(dataset_id: str) -> str | None:
@@ -280,7 +286,7 @@ def _hub_rows(source: HubSplit) -> Iterator[tuple[str, Any]]:
             f"{source.id} is neither a file here nor could it be loaded from the hub (split {source.split!r}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    known = [name for name in rows.column_names if name in COLUMNS]
+    known = _known(rows.column_names)
     media = dict.fromkeys(MEDIA.intersection(rows.column_names), True)
     if known:
         rows = rows.select_columns(known)
