@@ -160,7 +160,7 @@ class TrainingOptions(_Section):
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NonNegative | None = 1.0
     """0 or None: gradients are not clipped."""
-    seed: CountOrZero = 42
+    seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
     eval_steps: Count | None = None
     """Evaluates every so many steps; None: only at the end."""
     save_steps: Count = 50

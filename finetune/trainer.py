@@ -80,6 +80,12 @@ class Trainer:
     def __init__(self, config: Config, callbacks: Sequence[Any] = ()) -> None:
         self.config = config
         self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            if not hasattr(callback, "on_init_end"):
+                raise UserError(
+                    f"callbacks: expected transformers.TrainerCallback objects or classes, found {callback!r:.80}: "
+                    "derive it from TrainerCallback"
+                )
         self._stop_signal: int | None = None
         self._held_out: HeldOut | None = None
 

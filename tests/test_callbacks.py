@@ -119,6 +119,11 @@ def test_events_come_as_from_transformers(orders, patience, eval_steps, steps, m
     assert told(found) == told(expected)
 
 
+def test_what_is_no_callback_is_refused_before_anything_is_read():
+    with pytest.raises(UserError, match="callbacks: expected transformers.TrainerCallback objects or classes, found <built-in"):
+        Trainer(Config(model="nowhere"), [Recorder, print])
+
+
 def test_arguments_are_real_and_claim_no_device(model, data, tmp_path, caplog):
     recorder, before = Recorder(), dict(PartialState._shared_state)
     training = {"warmup_ratio": 0.3, "lr_scheduler": "cosine", "weight_decay": 0.1, "max_steps": 1}

@@ -274,6 +274,11 @@ def test_a_section_keeps_what_settings_before_gave_it() -> None:
     assert (config.training.batch_size, config.training.max_steps, config.training.seed) == (3, 5, 8)
 
 
+def test_a_seed_has_64_bits() -> None:
+    assert Config(model="m", seed=(1 << 64) - 1).training.seed == (1 << 64) - 1
+    assert problems(model="m", seed=1 << 64)["training.seed"].startswith("expected a number less than 18446744073709551616")
+
+
 def test_a_number_with_a_leading_zero_is_not_octal() -> None:
     with pytest.raises(ConfigError, match="training.seed: expected a valid integer, found '010'"):
         Config.load(None, {"model": "m"}, ["training.seed=010"])
