@@ -105,6 +105,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         result[name] = _source(name, placement, tuple(tensors[name].shape), checkpoint)
     _tie(model, tensors, result)
     _check_complete(model, checkpoint, tensors, result, unexpected)
+    _check_not_quantised(checkpoint, tensors, result)
     return result
 
 
@@ -215,6 +216,19 @@ def _check_complete(
             f"{checkpoint.directory}: {len(names)} parameter(s) of {type(model).__name__} are not in the checkpoint "
             f"({checkpoint.found}): {', '.join(names[:8])}{more}. {_why_missing(model, checkpoint, names)}"
         )
+
+
+def _check_not_quantised(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], sources: ParameterMap) -> None:
+    """Quantised weights whose config.json doesn't say so: integers, or 8 bits with a scale that no parameter takes."""
+    scales = [name for name in sources.unused if "scale" in name.rpartition(".")[2]]
+    for name, source in sources.items():
+        is_scaled = source.dtype.itemsize == 1 and bool(scales)
+        if tensors[name].is_floating_point() and (not source.dtype.is_floating_point or is_scaled):
+            scaled = f" with scales beside it ({scales[0]})" if is_scaled else ""
+            raise CheckpointError(
+                f"{checkpoint.directory}: parameter '{name}' is stored as {str(source.dtype).removeprefix('torch.')}{scaled}, "
+                "expected a floating-point number of its own: the weights are quantised, use the original ones"
+            )
 
 
 def _why_missing(model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str]) -> str:

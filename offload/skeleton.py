@@ -35,8 +35,15 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
     architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and model_class is MODEL_MAPPING.get(type(config), ()):
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # saved without a head, which may be the embedding
+    is_other_model = model_class is not None and not isinstance(config, model_class.config_class or object)
+    is_bare = model_class is MODEL_MAPPING.get(type(config), ())  # saved without a head, which may be the embedding
+    if is_other_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{directory / 'config.json'}: model_type is {config.model_type}, of which {architectures[0]}, named by "
+            "architectures, is not: correct the one that is wrong"
+        )
+    if (is_other_model or is_bare) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # as AutoModelForCausalLM, which goes by model_type
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
         if model_class is not None:
             try:

@@ -189,3 +189,27 @@ def test_padding_beyond_the_embedding_is_no_matter(grown, tied, data, tmp_path):
     metrics = [(tmp_path / model.name / "metrics.jsonl").read_text().splitlines() for model in (grown, tied)]
     grown_losses, losses = ([json.loads(line)["loss"] for line in lines] for lines in metrics)
     assert grown_losses == losses
+
+
+@pytest.mark.parametrize("scale", [None, "model__layers__0__mlp__up_proj__weight_scale_inv"])
+def test_quantised_weights_that_config_json_says_nothing_of_are_refused(scale, tied, data, tmp_path):  # noqa: F811
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = weights(tied)[name].to(torch.int8 if scale is None else torch.float8_e4m3fn)
+    values = {name.replace(".", "__"): stored} | ({scale: torch.ones(1, 1)} if scale else {})
+    model = changed(tied, tmp_path / "m", **values)
+    with pytest.raises(UserError, match=f"{name}' is stored as .*quantised, use the original"):
+        Trainer(run_config(model, data, tmp_path / "out", "lora")).train()
+
+
+def test_model_type_says_which_model_it_is_whatever_class_saved_it(tied, data, tmp_path):  # noqa: F811
+    """As in AutoModelForCausalLM, which reads no architectures."""
+    losses = {}
+    for name in ("Gemma2ForCausalLM", "LlamaForCausalLM"):
+        model = changed(tied, tmp_path / name)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        losses[name] = evaluate(Config(model=str(model), eval_data=data, output=tmp_path / f"out-{name}", device="cpu"))["loss"]
+    assert losses["LlamaForCausalLM"] == losses["Gemma2ForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["ViTModel"], "model_type": "vit_mae"}))
+    with pytest.raises(UserError, match="model_type is vit_mae, of which ViTModel, named by architectures, is not"):
+        evaluate(Config(model=str(model), eval_data=data, output=tmp_path / "refused", device="cpu"))
