@@ -92,6 +92,8 @@ class Session:
         if self.device.shares_host_memory and config.device_memory is not None:
             print(f"note: --device-memory changes nothing, for this run computes on {self.device.kind}", file=sys.stderr)
         directory = resolve_model(config.model)
+        if adapter is None and self.tuned is None:
+            saved_adapter.refuse_beside(directory)
         self.parts = cut(
             directory,
             partial(_compute_dtype, config.engine.dtype, self.device, train and config.method != "zo"),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.data.sources import File, read_rows, resolve
+from finetune.data.sources import File, HubSplit, read_rows, resolve
 from finetune.model_kinds import reads_text, taken_names
 from memory.errors import UserError
 from offload.head import IGNORE_INDEX
@@ -176,14 +176,13 @@ def _is_array(value: Any) -> bool:
 def _first_row(source: str) -> Any:
     """None: it has none, or is not here."""
     try:
-        files = resolve(source)
-        file = files[0] if files and isinstance(files[0], File) else None
-        return next((row for _, row in read_rows(file, every_column=True)), None) if file else None
+        found = resolve(source)
+        return next((row for _, row in read_rows(found[0], every_column=True)), None) if found else None
     except UserError:
         return None  # whoever reads it as text says what is wrong
 
 
-def _tensors(file: File) -> list[dict[str, torch.Tensor]]:
+def _tensors(file: File | HubSplit) -> list[dict[str, torch.Tensor]]:
     found = []
     for place, row in read_rows(file, every_column=True):
         if isinstance(row, Exception):

@@ -196,11 +196,13 @@ def test_pretokenised_rows(plain, tmp_path, here):
         {"input_ids": [2, 2, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "labels": [2, 2, -100, 6, 7]},
         {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 0]},
         {"input_ids": [5, 6, 7], "assistant_masks": [False, False, True]},
+        {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "sample_weight": 1.0},
         {"input_ids": [5, 6, 7], "attention_mask": [0, 0, 0]},
     ]
     masked = make(rows, plain, tmp_path)
-    assert [masked[i].input_ids.tolist() for i in range(3)] == [[5, 6, 7]] * 3 and masked.meta["dropped"] == 1
-    assert [masked[i].labels.tolist() for i in range(3)] == [[-100, 6, 7], [-100, 6, -100], [-100, -100, 7]]
+    assert [masked[i].input_ids.tolist() for i in range(4)] == [[5, 6, 7]] * 4 and masked.meta["dropped"] == 1
+    expected = [[-100, 6, 7], [-100, 6, -100], [-100, -100, 7], [-100, 6, 7]]
+    assert [masked[i].labels.tolist() for i in range(4)] == expected
     assert data.meta["label_tokens"] == 4  # nothing predicts a first token
     with pytest.raises(DataError, match=r"data\[0\]: expected input_ids\[1\] between 0 and \d+, found 70000: was"):
         make([{"input_ids": [5, 70000]}], plain, tmp_path)

@@ -89,6 +89,8 @@ BAD_MESSAGES = [
     ({"prompt": "the", "completion": " cat", "label": False}, 'found "label" false, which marks an answer as unwanted'),
     ({"prompt": CHAT[:1], "chosen": CHAT[1:2], "rejected": CHAT[3:]}, "found pairs of a chosen and a rejected answer"),
     ({"input_ids": [1, 2], "loss_mask": [0, 1]}, 'found "loss_mask", which some tools align with the next token'),
+    ({"prompt": "a", "completion": "b", "sample_weight": 0}, 'found a row of "sample_weight" 0: all rows and tokens count'),
+    ({"input_ids": [1, 2], "loss_weights": [1, 0.5]}, 'found a row of "loss_weights" [1, 0.5]'),
     ({"messages": CHAT, "conversations": CHAT[:2]}, 'found "messages" and "conversations" that differ'),
     ({"messages": [{"role": "system", "content": "a"}, *CHAT], "system": "b"}, 'found "system" and a first message'),
     ({"messages": CHAT, "system": ["a"]}, 'expected "system" to be a string, found a list'),

@@ -201,7 +201,7 @@ def test_loss_and_gradient_are_the_models_own(name, tmp_path):
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-3
 
 
-def test_rows_are_the_same_from_python_and_from_files(tmp_path):
+def test_rows_are_the_same_from_python_files_and_hub(tmp_path, monkeypatch):
     kind = KINDS["llava"]
     parts = cut(save(kind, tmp_path / "model"))
     plain = [{name: value.tolist() for name, value in kind.row(i).items()} for i in range(4)]
@@ -210,7 +210,9 @@ def test_rows_are_the_same_from_python_and_from_files(tmp_path):
     dataset.to_parquet(tmp_path / "rows.parquet")
     expected = TensorRows([kind.row(i) for i in range(4)]).collate(range(4))
     assert expected["attention_mask"].sum(dim=1).tolist() == [10, 11, 12, 13]
-    for source in (plain, dataset, str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.parquet")):
+    monkeypatch.setattr("finetune.data.sources._hub_commit", lambda name: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: dataset)
+    for source in (plain, dataset, str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.parquet"), "some/rows:train"):
         found = open_tensor_rows(source, parts).collate(range(4))
         assert found.keys() == expected.keys()
         assert all(found[name].equal(value) for name, value in expected.items())

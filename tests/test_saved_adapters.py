@@ -188,3 +188,14 @@ def test_another_base_model_is_said(model, tmp_path):
         session.close()
     assert [len(notes) for notes in said.values()] == [0, 1, 0]
     assert "someone/other-7b" in said["someone/other-7b"][0]
+
+
+def test_an_adapter_beside_a_whole_model_is_refused_unless_it_is_named(model, tmp_path):
+    """Transformers' from_pretrained would use it, without a word."""
+    both = tmp_path / "both"
+    shutil.copytree(model, both)
+    save_adapter(model, both, lora(**Q))
+    with pytest.raises(UserError, match="holds an adapter .* beside a whole model"):
+        Session(make_config(both, tmp_path / "run"), train=False)
+    found = streamed_losses(both, both, tmp_path / "run")
+    torch.testing.assert_close(found, plain_losses(model, both), rtol=1e-5, atol=1e-5)

@@ -29,7 +29,7 @@ from finetune.data.messages import (
     parse_system,
     parse_tools,
 )
-from finetune.data.sources import MEDIA, TextPiece
+from finetune.data.sources import MEDIA, ROW_WEIGHTS, TextPiece
 
 FORMS = ("messages", "prompt_completion", "alpaca", "text", "input_ids")
 
@@ -130,8 +130,7 @@ def parse(row: Any, form: str, place: str, *, chat: bool) -> Parsed:
     row = _object(row, place)
     if form not in ("text", "input_ids") and (media := sorted(key for key in MEDIA & row.keys() if row[key])):
         raise DataError(f'{place}: found "{media[0]}": only text is trained on here: remove the column, or the rows')
-    if row.get("weight", 1) != 1:
-        raise DataError(f'{place}: found a row of "weight" {row["weight"]!r}: every row counts as one here: remove it')
+    _refuse_weights(row, place)
     if row.get("label") is False and form not in ("text", "input_ids"):
         raise DataError(
             f'{place}: found "label" false, which marks an answer as unwanted (as TRL\'s KTO has them): everything is learned '
@@ -154,6 +153,13 @@ def _get(row: dict[str, Any], key: str, kind: type, place: str) -> Any:
     if not isinstance(row[key], kind):
         raise DataError(f'{place}: expected "{key}" to be {_NAMES[kind]}, found {kind_of(row[key])}')
     return check_text(row[key], key, place) if kind is str else row[key]
+
+
+def _refuse_weights(row: dict[str, Any], place: str) -> None:
+    for key in ROW_WEIGHTS.intersection(row):
+        values = row[key] if isinstance(row[key], list) else [row[key]]
+        if any(isinstance(value, (int, float)) and value != 1 for value in values):
+            raise DataError(f'{place}: found a row of "{key}" {row[key]!r}: all rows and tokens count alike here: remove it')
 
 
 def _parse_messages(row: dict[str, Any], place: str, chat: bool) -> Chat:

@@ -25,9 +25,11 @@ from finetune.data.errors import DataError
 from finetune.data.json_rows import MAX_ROW_CHARS, json_documents, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+# Columns with which other programs weigh rows or tokens.
+ROW_WEIGHTS = frozenset("weight sample_weight sample_weights loss_weight loss_weights loss_scale".split())
 # Every column that some form reads; others are not even loaded from Parquet.
-COLUMNS = frozenset(
-    "messages conversations system history tools functions chat_template_kwargs weight prompt completion instruction "
+COLUMNS = ROW_WEIGHTS | frozenset(
+    "messages conversations system history tools functions chat_template_kwargs prompt completion instruction "
     "input output text input_ids labels label attention_mask completion_mask assistant_masks loss_mask".split()
 )
 # Columns that a model of text cannot be given: that a row has one is all that is read of them.
@@ -125,10 +127,10 @@ def read_rows(source: File | HubSplit, every_column: bool = False) -> Iterator[t
     """Yield (place, row) in order. A row that cannot be read is a DataError in the row's stead, so that a caller can
     count further ones; a source that cannot be read at all raises it.
 
-    every_column: of Parquet, not only those that some form of text reads.
+    every_column: of Parquet and hub data, not only those that some form of text reads.
     """
     if isinstance(source, HubSplit):
-        yield from _hub_rows(source)
+        yield from _hub_rows(source, every_column)
         return
     parquet_rows = partial(_parquet_rows, every_column=every_column)
     reader = {".txt": _text_pieces, ".parquet": parquet_rows}.get(source.format, _json_rows)
@@ -271,7 +273,7 @@ def _hub_commit(dataset_id: str) -> str | None:
         return None
 
 
-def _hub_rows(source: HubSplit) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: HubSplit, every_column: bool) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -286,8 +288,8 @@ def _hub_rows(source: HubSplit) -> Iterator[tuple[str, Any]]:
             f"{source.id} is neither a file here nor could it be loaded from the hub (split {source.split!r}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    known = _known(rows.column_names)
-    media = dict.fromkeys(MEDIA.intersection(rows.column_names), True)
+    known = [] if every_column else _known(rows.column_names)
+    media = {} if every_column else dict.fromkeys(MEDIA.intersection(rows.column_names), True)
     if known:
         rows = rows.select_columns(known)
     for number, row in enumerate(rows, 1):

@@ -77,7 +77,14 @@ class FirstOrder:
         check_finite(step, loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self._updating = True
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise UserError(
+                f"the size of step {step + 1} is beyond what fp32 holds: lower training.learning_rate, {learning_rate:g}"
+            ) from error
         self._check_updated(step)
         self.scheduler.step()
         self._updating = False

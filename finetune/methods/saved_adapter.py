@@ -68,6 +68,15 @@ def find(adapter: str | Path) -> Path:
     return directory
 
 
+def refuse_beside(model: Path) -> None:
+    """Raises UserError when an adapter lies beside the weights of a model: Transformers would load it with them."""
+    if (model / CONFIG).is_file() and (model / "config.json").is_file():
+        raise UserError(
+            f"{model} holds an adapter ({CONFIG}) beside a whole model, and Transformers would use both: move the adapter away "
+            "or merge it into the model; to evaluate or generate with it, name it with --adapter too"
+        )
+
+
 def _check_files(directory: Path) -> None:
     """Raises UserError unless there are a configuration and weights as safetensors."""
     for name in (CONFIG, WEIGHTS):
