@@ -205,9 +205,9 @@ class LoraOptions(_Section):
     r: Count = 16
     alpha: Count = 32
     dropout: Share = 0.0
-    target_modules: str | list[str] = "all-linear"
-    """"all-linear", a regular expression of module names, or a list of their endings. The default leaves routed experts out;
-    typed, all-linear takes them too, as PEFT does."""
+    target_modules: str | list[str] | None = None
+    """"all-linear", a regular expression of module names, or a list of their endings. None: all-linear less routed experts,
+    which are most of a model that has them."""
     use_rslora: Switch = False
     use_dora: Switch = False
     init_lora_weights: Annotated[bool, Strict()] | str = True
@@ -224,16 +224,11 @@ class LoraOptions(_Section):
                 )
         return extra
 
-    @property
-    def names_targets(self) -> bool:
-        """Whether target_modules was given, and is not the default."""
-        return "target_modules" in self.model_fields_set
-
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `peft.LoraConfig`."""
         renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
         own = {renamed.get(key, key): value for key, value in self if key != "extra"}
-        return own | self.extra
+        return own | {"target_modules": self.target_modules or "all-linear"} | self.extra
 
 
 PRODUCT_RANK = 32  # of all pending groups together: a few percent of a product, and of the weights' memory

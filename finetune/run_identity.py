@@ -85,8 +85,6 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     values["engine"]["dtype"] = str(dtype).removeprefix("torch.")
     if isinstance(values["lora"]["target_modules"], list):
         values["lora"]["target_modules"].sort()  # the order says nothing, and a set's is another in every process
-    if config.lora.names_targets and config.lora.target_modules == "all-linear":
-        values["lora"]["routed_experts"] = True  # the word means more when it is typed
     zo |= {"fold_steps": config.zo.group_steps, "rank": config.zo.noise_rank}
     if callable(config.zo.objective):
         zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")

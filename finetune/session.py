@@ -120,7 +120,7 @@ class Session:
             self.model = prefix.attach(self.model, config.zo.prefix_tokens, config.training.seed)
         elif train and config.has_adapter:
             self.model, targets = lora.attach(
-                self.model, config.lora.peft_arguments(), config.training.seed, experts=config.lora.names_targets
+                self.model, config.lora.peft_arguments(), config.training.seed, experts=config.lora.target_modules is not None
             )
             self._adapter_notes += filter(None, [targets.note])
         prefix.take_over(self.model)
