@@ -51,6 +51,12 @@ class AfterStep:
             self._method.finish(step)
             self._left_step = step
 
+    def finish(self, step: int) -> None:
+        """What is due after `step`, the last one, and was not done yet."""
+        self.leave(step)
+        if self._evaluate is not None:
+            self.evaluate(step)
+
     def save(self, step: int) -> None:
         if step > self.saved_step:
             self._method.save(step)

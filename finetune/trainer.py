@@ -1,4 +1,4 @@
-"""The training loop: steps of the streamed model, optimizer, schedule, metrics, state, report.
+"""What a user calls: from a configuration and its data to a plan, a finished run, an evaluation, a model.
 
 [Note: the reference loop]
 For every step, in plain PyTorch with everything resident, the same bits come from:
@@ -16,14 +16,11 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from finetune.after_step import AfterStep
 from finetune.callbacks import Callbacks
@@ -32,7 +29,7 @@ from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.data.preparation import describe
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
-from finetune.methods import Method, StepNotKept
+from finetune.methods import Method
 from finetune.methods.first_order import FirstOrder
 from finetune.methods.objectives import (
     CANDIDATE_OBJECTIVES,
@@ -50,15 +47,16 @@ from finetune.progress import LastingStream, Progress
 from finetune.report import MetricsWriter, summary_table, write_report
 from finetune.run_directory import RunDirectory
 from finetune.run_identity import RunIdentity
+from finetune.run_report import run_report
 from finetune.session import Session
-from finetune.signals import REPEAT_SECONDS, Stopped, StoppedAtOnce, stop_requests
+from finetune.signals import REPEAT_SECONDS, Stopped, stop_requests
 from finetune.tensor_rows import TensorRows, open_tensor_rows
+from finetune.training_loop import TrainingLoop
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
 from offload.calibration import Rates, measure_rates
-from offload.streamed_model import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,134 +263,32 @@ class Trainer:
         rates: Rates,
         method: Method,
     ) -> TrainResult:
-        config, output, streamed = self.config, self.config.output, session.streamed
-        first_step = method.first_step
-        if first_step:
-            progress.message(f"resumed after step {first_step}")
-        losses: list[float] = []
-        step_seconds: list[float] = []
-        started = time.perf_counter()
-        traffic = first_traffic = streamed.traffic()
-        step = first_step
+        config, output = self.config, self.config.output
+        if method.first_step:
+            progress.message(f"resumed after step {method.first_step}")
+        loop = TrainingLoop(session, method, batches, meter, progress, self._stop_if_asked)
 
         def measure(step: int) -> dict[str, float]:
             return self._evaluate_inside(session, progress, step)
 
-        with MetricsWriter(output / "metrics.jsonl", first_step) as metrics:
+        with MetricsWriter(output / "metrics.jsonl", method.first_step) as metrics:
             callbacks = Callbacks(self.callbacks, config, session, method, batches, metrics.rows())
             after = AfterStep(method, callbacks, metrics, None if config.eval_data is None else measure)
-            batch = step + batches.skipped(metrics.last_row)
-            try:
-                while batch < batches.num_steps and not callbacks.should_stop:
-                    callbacks.step_begin()
-                    step_started = time.perf_counter()
-                    result = method.step(step, batches.step(batch))
-                    step, batch = step + 1, batch + 1
-                    seconds = time.perf_counter() - step_started
-                    before, traffic = traffic, streamed.traffic()
-                    meter.sample()
-                    row = {
-                        "step": step,
-                        "epoch": batches.epoch(batch),
-                        **asdict(result),
-                        "seconds": seconds,
-                        "tokens_per_s": result.tokens / seconds,
-                        **_difference(before, traffic),
-                        "host_peak_bytes": meter.peak_bytes,
-                        "device_peak_bytes": session.device.peak_bytes(),
-                    }
-                    metrics.write(row)
-                    progress.step(row)
-                    losses.append(result.loss)
-                    step_seconds.append(seconds)
-                    callbacks.step_end(row)
-                    after.settle(step, last=batch == batches.num_steps or callbacks.should_stop)
-                    if callbacks.should_end_epoch:
-                        batch += -batch % batches.steps_per_epoch
-                        metrics.amend({"epoch": batches.epoch(batch)})
-                    if batch % batches.steps_per_epoch == 0 or batch >= batches.num_steps or callbacks.should_stop:
-                        callbacks.epoch_end()
-                        after.settle(step, last=batch >= batches.num_steps or callbacks.should_stop)
-                    traffic = streamed.traffic()
-                    self._stop_if_asked()
-            except StoppedAtOnce as stop:
-                stop.step = after.saved_step
-                raise
-            except StepNotKept as error:
-                left = method.rescue(step)
-                if step:
-                    method.finish(step)
-                else:
-                    left = f"Nothing was trained. {session.faulty_weight()}"
-                raise UserError(f"{error}. {left}") from None
-            except KeyboardInterrupt as stop:
-                stop.step = step
-                if step:
-                    after.leave(step)
-                    progress.message(f"stopped; the state after step {step} is saved in {output}")
-                raise
-            except Exception as error:
-                _rescue(method, step, error, progress)
-                raise
-            after.leave(step)
-            if config.eval_data is not None:
-                after.evaluate(step)
-            training_loss = float(np.mean(losses)) if losses else float("nan")
-            callbacks.train_end(training_loss, time.perf_counter() - started)
-        report = self._report(planned, rates, session, meter, losses, step_seconds, first_step, step, started)
-        report["evaluation"] = after.evaluation
-        report["measured"] |= _difference(first_traffic, traffic, max(1, len(losses)))
+            loop.run(callbacks, after, metrics)
+        report = run_report(planned, rates, session, meter, loop) | {"evaluation": after.evaluation}
         write_report(output / "report.json", report)
         progress.close()
         words = summary_table(report)
         if not config.has_adapter:
             words += f"\nThe tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY"
         print(words, file=LastingStream(sys.stdout), flush=True)
-        return TrainResult(step, training_loss, report)
+        return TrainResult(loop.step, loop.training_loss, report)
 
     def _evaluate_inside(self, session: Session, progress: Progress, step: int) -> dict[str, float]:
         results = evaluate_open(session, self._held_out)
         session.set_training(True)
         progress.message(f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items()))
         return results
-
-    def _report(
-        self, planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, losses: list[float],
-        step_seconds: list[float], first_step: int, step: int, started: float,
-    ) -> dict[str, Any]:  # fmt: skip
-        predicted = planned.predict_step(rates)
-        plan = planned.plan
-        return {
-            "model": str(self.config.model),
-            "steps": step,
-            "first_step": first_step,
-            "training_loss": float(np.mean(losses)) if losses else None,
-            "last_loss": losses[-1] if losses else None,
-            "seconds": time.perf_counter() - started,
-            "budget": {"host_peak_bytes": plan.host_budget_bytes, "device_peak_bytes": plan.device_budget_bytes},
-            "predicted": {
-                "host_peak_bytes": plan.host_peak_bytes,
-                "device_peak_bytes": plan.device_peak_bytes,
-                "step_seconds": predicted.seconds,
-                "stall_seconds": predicted.stall_seconds,
-                "disk_read_bytes": predicted.read_bytes,
-            },
-            "measured": {
-                "host_peak_bytes": meter.stop(),
-                "device_peak_bytes": session.device.peak_bytes(),
-                "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
-            },
-            "plan": {
-                "resident_blocks": len(plan.host_resident),
-                "blocks": len(session.parts.blocks),
-                "lookahead": plan.host_lookahead,
-                "block_inputs": "disk" if plan.activation_slots else "host",
-                "dtype": str(session.parts.dtype).removeprefix("torch."),
-                "host_parts": dict(plan.host_parts),
-                "device_parts": dict(plan.device_parts),
-            },
-            "arena": None if session.arena is None else _arena_report(session),
-        }
 
     def _ask_to_stop(self, number: int) -> None:
         """From a signal handler: whatever the main thread was about to write, it must not be entered again."""
@@ -407,16 +303,6 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self._stop_signal is not None:
             raise Stopped(self._stop_signal)
-
-
-def _rescue(method: Method, step: int, error: Exception, progress: Progress) -> None:
-    """After a failure in mid-run: keeps what can be kept, and says what that is. Raises UserError in place of an OSError."""
-    left = method.rescue(step)
-    if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{place}{error.strerror or error}. Make room, or mend it. {left}") from error
-    if left not in str(error):
-        progress.message(left)
 
 
 def _local_paths(*sources: Any) -> list[Path]:
@@ -461,22 +347,3 @@ def _check_disk(config: Config, planned: PlannedRun, earlier_bytes: int) -> None
             + (f" beside {format_bytes(earlier_bytes)} of earlier runs: " if earlier_bytes and allowed < free else ": ")
             + "make room, name another --output, or raise --disk"
         )
-
-
-def _difference(first: Traffic, last: Traffic, steps: int = 1) -> dict[str, float]:
-    """Bytes moved and seconds stalled between two readings, per step, under the names of the metrics."""
-    return {
-        "disk_read_bytes": (last.read_bytes - first.read_bytes) // steps,
-        "disk_write_bytes": (last.write_bytes - first.write_bytes) // steps,
-        "stall_seconds": (last.stall_seconds - first.stall_seconds) / steps,
-    }
-
-
-def _arena_report(session: Session) -> dict[str, int]:
-    stats = session.arena.stats()
-    return {
-        "capacity_bytes": stats.capacity_bytes,
-        "peak_bytes": stats.peak_bytes,
-        "extent_bytes": stats.extent_bytes,
-        "overflow_peak_bytes": stats.overflow_peak_bytes,
-    }
