@@ -36,6 +36,7 @@ class RowsOnDemand:
         self._placeholder = module._parameters["weight"]
         self.trained = False  # whether a gradient of the rows is wanted
         self.parameter: nn.Parameter | None = None  # over `table`, for all forwards between two reads
+        self._earlier: list[tuple[torch.Tensor, nn.Parameter]] = []  # (ids, parameter), after more were asked for
         self.padding_idx = module.padding_idx  # of the whole table; it matters for gradients only
         self.after_read: Callable[[], None] = lambda: None
         self.stall_seconds = 0.0
@@ -56,15 +57,28 @@ class RowsOnDemand:
 
     def take_gradient(self) -> torch.Tensor | None:
         """Of the rows `ids`, [rows, hidden]; zero for the padding row, as the module itself would have it."""
-        if self.parameter is None or self.parameter.grad is None:
+        current = [] if self.parameter is None else [(self.ids, self.parameter)]
+        found = [(ids, parameter) for ids, parameter in [*self._earlier, *current] if parameter.grad is not None]
+        self._earlier = []
+        if not found:
             return None
-        grad, self.parameter.grad = self.parameter.grad, None
+        ids, parameter = found[0]
+        grad, parameter.grad = parameter.grad, None
+        if len(found) > 1 or len(ids) < len(self.ids):
+            grad = torch.zeros_like(self.table).index_add_(0, self._place(ids), grad)
+        for ids, parameter in found[1:]:
+            grad.index_add_(0, self._place(ids), parameter.grad)
+            parameter.grad = None
         if self.padding_idx is not None:
             grad[self.ids == self.padding_idx] = 0
         return grad
 
     def read(self, ids: torch.Tensor) -> None:
-        """Brings the rows of `ids` (int64, any shape); rows read before are given up."""
+        """Brings the rows of `ids` (int64, any shape); rows read before are given up, with their gradients."""
+        self._earlier = []
+        self._read(ids)
+
+    def _read(self, ids: torch.Tensor) -> None:
         ids = torch.unique(ids.cpu())
         if ids.numel() and (ids[0] < 0 or ids[-1] >= self._source.shape[0]):
             raise UserError(
@@ -85,11 +99,23 @@ class RowsOnDemand:
         self.parameter = None
         self.after_read()
 
+    def _read_more(self, ids: torch.Tensor) -> None:
+        """In mid-step: where a gradient is wanted, that of the rows which earlier forwards looked up is kept."""
+        if not self.trained:
+            self._read(ids)
+            return
+        if self.parameter is not None:
+            self._earlier.append((self.ids, self.parameter))
+        self._read(torch.cat([self.ids, ids.cpu().reshape(-1)]))
+
+    def _place(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(self.ids, ids).to(self.device)
+
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.cpu().reshape(-1)
         place = torch.searchsorted(self.ids, flat).clamp_(max=max(self.ids.numel() - 1, 0))
         if not self.ids.numel() or not bool((self.ids[place] == flat).all()):
-            self.read(ids)
+            self._read_more(ids)
             place = torch.searchsorted(self.ids, flat)
         if self.parameter is None or self.parameter.data_ptr() != self.table.data_ptr():
             self.parameter = nn.Parameter(self.table, requires_grad=self.trained)

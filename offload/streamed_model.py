@@ -231,7 +231,7 @@ class StreamedModel:
             parts.callback(self.engine.close)
 
     def _prepare(self, inputs: Sequence[dict[str, Any]]) -> None:
-        if self.head_tier is not None:
+        if self.parts.head is not None:
             self.head_tier.begin(range(len(self.parts.head.layouts)))
         ids = [kwargs["input_ids"].reshape(-1) for kwargs in inputs if "input_ids" in kwargs]
         input_embedding = self.model.get_input_embeddings() if ids else None

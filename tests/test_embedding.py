@@ -69,3 +69,24 @@ def test_serves_its_module_and_wrappers_of_it(table):
         rows = RowsOnDemand(module, source, torch.float32, io, torch.device("cpu"))
         assert rows.serves(module) and rows.serves(nn.Sequential(module))
         assert not rows.serves(nn.Embedding(2, 2))
+
+
+def test_gradients_of_a_step_whose_forwards_ask_for_more_rows(table):
+    """As where ids of another argument are looked up in the same table."""
+    weight, source = table
+    module = placeholder(nn.Embedding, padding_idx=0)
+    reference = nn.Embedding(ROWS, WIDTH, padding_idx=0, _weight=weight.float())
+    lanes = [torch.tensor([[5, 0, 7]]), torch.tensor([[42, 5]]), torch.tensor([[7, 7, 99]]), torch.tensor([[5, 42]])]
+    with IOEngine("threads") as io:
+        rows = RowsOnDemand(module, source, torch.float32, io, torch.device("cpu"))
+        rows.trained = True
+        for announced in (lanes[0], lanes[1]):  # the second step has nothing left of the first
+            rows.read(announced)
+            for scale, ids in enumerate(lanes, 1):
+                for table_of in (module, reference):
+                    (scale * table_of(ids).sin().sum()).backward()
+            found = torch.zeros(ROWS, WIDTH).index_add_(0, rows.ids, rows.take_gradient())
+            torch.testing.assert_close(found, reference.weight.grad)
+            reference.weight.grad = None
+        rows.read(lanes[0])
+        assert rows.take_gradient() is None

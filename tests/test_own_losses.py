@@ -243,3 +243,16 @@ def test_gradients_are_not_in_float16():
     assert _compute_dtype("auto", gpu, False, torch.float16) == torch.float16
     with pytest.raises(UserError, match=r"engine\.dtype: expected bfloat16 or float32"):
         _compute_dtype("float16", gpu, True, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["classes", "regression"])
+def test_all_weights_of_models_without_a_head_are_trained(name, tmp_path):
+    kind = KINDS[name]
+    folder = save(kind, tmp_path / "model")
+    model = kind.model.from_pretrained(folder).train()
+    loss = model(**TensorRows([kind.row(i) for i in range(5)]).collate(range(5))).loss
+    loss.backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    found = streamed_step(kind, folder, tmp_path / "out", method="full")
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-3
