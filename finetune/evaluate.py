@@ -27,6 +27,7 @@ from finetune.progress import Progress
 from finetune.scoring import Asked, TextRows, score
 from finetune.session import Session
 from finetune.tensor_rows import TensorRows, open_tensor_rows
+from finetune.tuned_weights import as_trained
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.streamed_model import StreamedModel
@@ -45,6 +46,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
     started = time.perf_counter()
+    config = as_trained(config, adapter)
     session = Session(config, adapter, train=False)
     try:
         rows = _open_rows(session, config)

@@ -17,6 +17,7 @@ from finetune.data.preparation import template_text
 from finetune.methods.adapters import prefix_length
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.session import Session
+from finetune.tuned_weights import as_trained
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.dry_run import measure_visit
@@ -46,6 +47,7 @@ def generate(
     `max_new_tokens`, or where the model's positions end.
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
+    config = as_trained(config, adapter)
     # Nothing waits for a backward pass.
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
     session = Session(config, adapter, train=False)

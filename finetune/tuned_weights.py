@@ -118,6 +118,15 @@ class JournalWeights:
         self._held.close()
 
 
+def as_trained(config: Config, run: Path | str | None) -> Config:
+    """`config` with the chat template that the run in `run` was given, where it names none: what the model reads is to be
+    what it was tuned on. run: also an adapter's directory or hub id, which names none."""
+    about = None if run is None or config.dataset.chat_template is not None else recorded(Path(run).expanduser())
+    if about is None or (template := recorded_setting(about, "dataset.chat_template")) is None:
+        return config
+    return config.model_copy(update={"dataset": config.dataset.model_copy(update={"chat_template": template})})
+
+
 def find_result(config: Config, run: Path) -> StoredWeights | JournalWeights | Path:
     """What the run in `run` has tuned: the model's weights, or an adapter, whose directory this is then; `run` may be that of
     an adapter itself. Raises UserError when there is neither."""

@@ -172,11 +172,15 @@ def cut(
         )
 
     embeddings = []
+    try:
+        input_table = model.get_input_embeddings()
+    except NotImplementedError:  # of two towers, say: none is the input's
+        input_table = None
     for module, name in names.items():
         weight = f"{name}.weight"
         if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
             # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
-            is_input = module is model.get_input_embeddings()
+            is_input = module is input_table
             is_large = sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES
             if is_input if trains_weights else is_large and (is_input or type(module) is nn.Embedding):
                 embeddings.append((name, module, sources[weight]))

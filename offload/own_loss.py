@@ -51,7 +51,10 @@ class LossItems(TorchFunctionMode):
             if target.is_floating_point():  # probabilities of classes, [B, classes, ...]
                 self._note(target.numel() // target.shape[1], kwargs)
             else:
-                self._note(int((target != kwargs.get("ignore_index", -100)).sum()), kwargs)
+                items = int((target != kwargs.get("ignore_index", -100)).sum())
+                self._note(items, kwargs)
+                if not items:  # a mean of none is NaN; of the step's mean it is no part
+                    kwargs = kwargs | {"reduction": "sum"}
         elif function in _OF_VALUES:
             self._note((args[0] if args else kwargs["input"]).numel(), kwargs)
         elif function is functional.ctc_loss:

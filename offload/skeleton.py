@@ -106,7 +106,7 @@ def dtype_plan(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def set_placeholders(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     """Replaces every parameter by a placeholder and gives non-persistent buffers their values (on the CPU)."""
-    nan = {dtype: torch.full((1,), float("nan")).to(dtype) for dtype in set(dtypes.values())}
+    nan = {dtype: torch.full((), float("nan")).to(dtype) for dtype in set(dtypes.values())}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         placeholder = nn.Parameter(nan[dtypes[name]].expand(parameter.shape), requires_grad=False)
         placeholder._is_hf_initialized = True

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_tools import CHATML, make, prepare_in_this_process, write_tokenizer
-from text_models import make_adapter, make_config, plain_model, write_model
+from data_tools import CHAT, CHATML, make, prepare_in_this_process, write_tokenizer
+from text_models import make_adapter, make_config, plain_model, write_model, write_rows
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetune.evaluate import evaluate
 from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
 from finetune.planned_run import BatchShape
 from finetune.session import Session
+from finetune.trainer import Trainer
 from memory.errors import UserError
 from memory.plan import PlanRefused
 
@@ -151,6 +153,24 @@ def test_the_prompt_is_what_training_puts_before_a_completion(tmp_path, monkeypa
         before = before[: np.flatnonzero(example.labels != -100)[0]].tolist()
         assert encode_prompt(tokenizer, prompt, None, config) == before
         assert before.count(0) == (0 if template and prompt == "hello" else 1)  # the template writes none
+
+
+def test_what_a_run_has_tuned_reads_what_it_was_tuned_on(llama, tmp_path, monkeypatch):
+    """The chat template that the run was given, where no other is named."""
+    prepare_in_this_process(monkeypatch)
+    template = CHATML.replace("<|im_start|>", "hello ")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": CHAT}])
+    output, dataset = tmp_path / "run", {"sequence_length": 64, "chat_template": template}
+    given = make_config(llama, output, data=rows, eval_data=rows, dataset=dataset, max_steps=1, sequence_length=64)
+    Trainer(given).train()
+    config = make_config(llama, output, eval_data=rows)
+
+    def said(config, run, **options) -> str:
+        return "".join(generate(config, run, [PROMPTS[1]], max_new_tokens=10, **options))
+
+    assert said(config, output) == said(given, output) != said(given, output, chat=False)
+    measured = evaluate(given, output)["loss"]
+    assert evaluate(config, str(output))["loss"] == measured != evaluate(config, output / "adapter")["loss"]
 
 
 def test_chat_without_a_template_is_refused(tmp_path):

@@ -143,6 +143,10 @@ KINDS = {
     "token classes": Kind(
         tf.BertForTokenClassification, lambda: tf.BertConfig(**BERT, num_labels=VOCAB), tokens
     ),
+    "token classes, of one row only": Kind(
+        tf.BertForTokenClassification, lambda: tf.BertConfig(**BERT, num_labels=VOCAB),
+        lambda i: {"input_ids": ids(6, i), "labels": ids(6, 20 + i, ignored=6 * (i != 2))},
+    ),
     "classes": Kind(tf.LlamaForSequenceClassification, lambda: tf.LlamaConfig(**TEXT, **IDS, num_labels=3), classes),
     "regression": Kind(tf.BertForSequenceClassification, lambda: tf.BertConfig(**BERT, num_labels=1), targets),
     "several classes": Kind(
@@ -227,6 +231,16 @@ def test_rows_are_the_same_from_python_files_and_hub(tmp_path, monkeypatch):
         rows = [*plain[:3], plain[3] | wrong]
         with pytest.raises(UserError, match=words):
             open_tensor_rows(rows, parts).collate(range(4))
+
+
+def test_two_towers_have_no_loss_of_rows(tmp_path):
+    """Theirs is of how all rows of a batch differ. They have parameters without a dimension, and no one table of tokens."""
+    text = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = Kind(tf.CLIPModel, lambda: tf.CLIPConfig(text_config=text, vision_config=VISION), picture_and_text)
+    folder = save(clip, tmp_path / "model")
+    rows = [{"input_ids": ids(6, i), "pixel_values": numbers(3, 8, 8, seed=i)} for i in range(2)]
+    with pytest.raises(UserError, match="CLIPModel gives no loss for these rows"):
+        Trainer(make_config(folder, rows, tmp_path / "out")).train()
 
 
 @pytest.mark.parametrize("name", ["t5", "masked language model", "classes", "decoder that does not shift"])
