@@ -19,7 +19,7 @@ from memory.errors import UserError
 from offload.binding import Binding
 from offload.block_store import BlockLayout, Extent, ParameterMap, Source, layout_block, map_parameters
 from offload.head import default_tiles
-from offload.skeleton import build_on_meta, dtype_plan, find_blocks, set_placeholders
+from offload.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, set_placeholders
 
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
 
@@ -172,15 +172,11 @@ def cut(
         )
 
     embeddings = []
-    try:
-        input_table = model.get_input_embeddings()
-    except NotImplementedError:  # of two towers, say: none is the input's
-        input_table = None
     for module, name in names.items():
         weight = f"{name}.weight"
         if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
             # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
-            is_input = module is input_table
+            is_input = module is input_table(model)
             is_large = sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES
             if is_input if trains_weights else is_large and (is_input or type(module) is nn.Embedding):
                 embeddings.append((name, module, sources[weight]))

@@ -94,6 +94,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{i}": block for i, block in enumerate(largest)}
 
 
+def input_table(model: nn.Module) -> nn.Module | None:
+    """What makes vectors of a model's inputs; None where there is no one of it, as in models of two towers."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def dtype_plan(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Parameter fqn -> the dtype `from_pretrained(dtype=dtype)` would give it (some modules insist on fp32)."""
     patterns = {re.compile(key.replace("*", r".*")): value for key, value in model._get_dtype_plan(dtype).items()}

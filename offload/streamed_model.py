@@ -25,6 +25,7 @@ from offload.head import HeadChunk, TiledHead
 from offload.io import IOEngine
 from offload.model_parts import EdgeTensor, HeadPart, ModelParts
 from offload.own_loss import LossItems, own_loss, shares
+from offload.skeleton import input_table
 from offload.streamer import DeviceTier, HostTier, Tier
 
 
@@ -234,9 +235,9 @@ class StreamedModel:
         if self.parts.head is not None:
             self.head_tier.begin(range(len(self.parts.head.layouts)))
         ids = [kwargs["input_ids"].reshape(-1) for kwargs in inputs if "input_ids" in kwargs]
-        input_embedding = self.model.get_input_embeddings() if ids else None
+        input_embedding = input_table(self.model) if ids else None
         for embedding in self.embeddings:
-            if ids and embedding.serves(input_embedding):
+            if input_embedding is not None and embedding.serves(input_embedding):
                 embedding.read(torch.cat(ids))
 
     def _make_block_tier(self, pool: SlotPool, plan: Plan) -> HostTier:

@@ -312,6 +312,15 @@ def test_a_message_that_a_template_leaves_out_is_refused(chatml, tmp_path):
     assert 'a \\"b\\"' in texts(chatml, make([{"messages": messages}], chatml, tmp_path, chat_template=quoted))[0][0]
 
 
+def test_a_template_that_always_asks_is_refused(chatml, tmp_path):
+    """What begins the next turn would be trained as the end of each."""
+    always = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    with pytest.raises(DataError, match="asks for an answer after every conversation, also after message 3"):
+        make([{"messages": CHAT}], chatml, tmp_path, chat_template=always)
+    never = CHATML.replace("{% if add_generation_prompt %}", "{% if false %}")
+    assert len(make([{"messages": CHAT}], chatml, tmp_path, chat_template=never)) == 1
+
+
 def test_a_prompt_ends_where_a_token_does(chatml, tmp_path):
     # "<|im_start|>assistant\n" and "\n..." would be one token of two line ends in context.
     tokenizer = AutoTokenizer.from_pretrained(chatml)

@@ -236,6 +236,7 @@ def test_rows_are_the_same_from_python_files_and_hub(tmp_path, monkeypatch):
 def test_two_towers_have_no_loss_of_rows(tmp_path):
     """Theirs is of how all rows of a batch differ. They have parameters without a dimension, and no one table of tokens."""
     text = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
     clip = Kind(tf.CLIPModel, lambda: tf.CLIPConfig(text_config=text, vision_config=VISION), picture_and_text)
     folder = save(clip, tmp_path / "model")
     rows = [{"input_ids": ids(6, i), "pixel_values": numbers(3, 8, 8, seed=i)} for i in range(2)]

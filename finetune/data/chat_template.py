@@ -208,6 +208,11 @@ class ChatTemplate:
                 "template with {% generation %} blocks"
             )
         asked = self._text(chat, messages[:-1], place, prompt=True)
+        if self._always_asks(asked, text):
+            raise DataError(
+                f"{place}: the chat template asks for an answer after every conversation, also after message {index}, where "
+                "that would be trained: put what asks under {% if add_generation_prompt %}, in a chat_template of yours"
+            )
         if text.startswith(asked) and len(text) > len(asked):
             start = len(asked)
         else:
@@ -225,6 +230,12 @@ class ChatTemplate:
         # White space after the token that ends a turn is never generated: the turn is over by then.
         end = start + (len(body) if body.endswith(self._enders) else len(turn))
         return Rendered(text, [(start, end)])
+
+    def _always_asks(self, asked: str, text: str) -> bool:
+        """Whether the end of a prompt, which begins a turn, also stands after the turn that `text` ends with."""
+        asked, text = asked.rstrip(), text.rstrip()
+        both = commonprefix([asked[::-1], text[::-1]])[::-1]
+        return any(one in both for one in self._enders) and not asked.endswith(self._enders)
 
     def _where_they_part(self, chat: Chat, messages: list[Message], asked: str, text: str, place: str) -> int:
         """Where a turn as it is written leaves the prompt that asks for it: after what introduces any turn."""
