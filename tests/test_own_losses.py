@@ -96,6 +96,7 @@ class Kind:
     model: type
     config: Callable[[], tf.PreTrainedConfig]
     row: Callable[[int], dict[str, Any]]
+    targets: str | list[str] = "all-linear"
 
 
 def vision_encoder_decoder() -> tf.PreTrainedConfig:
@@ -132,7 +133,7 @@ KINDS = {
             **T5, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3,
             router_jitter_noise=0.0,
         ),
-        sequences,
+        sequences, targets=["q", "v", "o"],  # by default routed experts and their routers are left out
     ),
     "vision-encoder-decoder": Kind(
         tf.VisionEncoderDecoderModel, vision_encoder_decoder,
@@ -198,8 +199,8 @@ LORA = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "init_lora_weig
 def test_loss_and_gradient_are_the_models_own(name, tmp_path):
     kind = KINDS[name]
     folder = save(kind, tmp_path / "model")
-    loss, norm = plain_step(kind, folder, LORA)
-    lora = {"r": 3, "alpha": 7, "dropout": 0.0, "init_lora_weights": "gaussian"}
+    loss, norm = plain_step(kind, folder, LORA | {"target_modules": kind.targets})
+    lora = {"r": 3, "alpha": 7, "dropout": 0.0, "init_lora_weights": "gaussian", "target_modules": kind.targets}
     found = streamed_step(kind, folder, tmp_path / "out", lora=lora)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1e-3
