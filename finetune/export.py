@@ -54,9 +54,10 @@ def export(
             return _export_journal(config, run, is_free, directory, at_step, progress)
         if (config.output / "store" / "manifest.json").is_file() and method not in ("lora", "zo"):
             return _export_store(config, run, directory, at_step, progress)
+    adapter = config.output / "adapter"
+    found = f"found an adapter, which needs no export: it is in {adapter}" if adapter.is_dir() else "found none of these"
     raise UserError(
-        f"{config.output} has neither journal.zo nor store/manifest.json: export writes models whose own weights were tuned. "
-        f"An adapter needs no export, it is in {config.output / 'adapter'}"
+        f"{config.output}: expected a run that has tuned a model's own weights (journal.zo or store/manifest.json), {found}"
     )
 
 

@@ -23,8 +23,9 @@ Phase = Literal["forward", "head", "backward", "update", "fold", "evaluate"]
 class LastingStream:
     """A text stream whose reader may go away (`| head`, a terminal that is closed): from then on what is written is dropped."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        """stream: None, what Python gives for a descriptor that was closed, drops everything."""
+        self._stream: TextIO = stream or open(os.devnull, "w")
 
     def write(self, text: str) -> int:
         with self._dropping():

@@ -151,7 +151,12 @@ def last_step(path: Path) -> int:
 
 
 def _rows_until(path: Path, last_step: int) -> Iterator[str]:
-    return (to_json(seal(row)) + "\n" for row in read_metrics(path) if row["step"] <= last_step)
+    """The rows of steps up to `last_step`, each step once, whatever was put behind them."""
+    step = 0
+    for row in read_metrics(path):
+        if step < row["step"] <= last_step:
+            step = row["step"]
+            yield to_json(seal(row)) + "\n"
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

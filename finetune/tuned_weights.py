@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config, ZerothOrderOptions
+from finetune.methods.adapter_seal import made_by
 from finetune.perturbation_demand import PerturbationDemand, perturbation_demand
 from finetune.report import last_step
 from finetune.run_directory import reading, recorded
@@ -140,6 +141,7 @@ def find_result(config: Config, run: Path) -> StoredWeights | JournalWeights | P
     elif (run / "store" / "manifest.json").is_file() and method not in ("lora", "zo"):
         return StoredWeights(config, run)
     if (run / "adapter" / "adapter_config.json").is_file():
+        _check_same_run(run, run / "adapter", made_by(run / "adapter"))
         return run / "adapter"
     raise UserError(
         f"{run} is not an adapter (expected adapter_config.json in it), nor does it hold what a run has tuned: if one was "

@@ -34,7 +34,7 @@ def model() -> PeftModel:
 
 @pytest.fixture
 def adapter(model, tmp_path) -> Path:
-    adapters.save(model, tmp_path / "adapter", {"name": "org/base", "digest": "7" * 32})
+    adapters.save(model, tmp_path / "adapter", {"model": {"name": "org/base", "digest": "7" * 32}, "run": "8" * 32})
     return tmp_path / "adapter"
 
 

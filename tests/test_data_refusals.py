@@ -176,6 +176,8 @@ def test_bad_files(plain, chatml, tmp_path, here):
     assert message(tmp_path / "e.jsonl") == "e.jsonl: no example is left of 0 rows: the data is empty"
     (tmp_path / "x.csv").write_text("a,b")
     assert "expected a file ending in .jsonl, .json, .parquet, .txt, found '.csv'" in message(tmp_path / "x.csv")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "expected a file, for it is read more than once, found a pipe" in message(tmp_path / "pipe.jsonl")
     assert message(str(tmp_path / "no.jsonl")) == f"data file not found: {tmp_path / 'no.jsonl'}"
     assert message(str(tmp_path / "no*.jsonl")) == f"no file matches {tmp_path / 'no*.jsonl'}"
     (tmp_path / "empty").mkdir()

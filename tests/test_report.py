@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import finetune.progress
-from finetune.progress import Progress
+from finetune.progress import LastingStream, Progress
 from finetune.report import METRIC_KEYS, MetricsError, MetricsWriter, read_metrics, summary_table, to_json, write_report
 
 
@@ -45,6 +45,7 @@ def test_resume_drops_what_came_after(tmp_path: Path, resume_step: int, kept: li
     path = tmp_path / "metrics.jsonl"
     write_steps(path, 1, 5)
     before = path.read_text().splitlines()
+    path.write_bytes(path.read_bytes() * 2)  # and what was put behind it
     write_steps(path, resume_step + 1, resume_step + 2, resume_step)
     assert steps(path) == [*kept, resume_step + 1, resume_step + 2]
     assert path.read_text().splitlines()[: len(kept)] == before[: len(kept)]
@@ -262,3 +263,9 @@ def test_dumb_terminal_gets_plain_lines(clock: list[float], monkeypatch: pytest.
     stream = Terminal()
     Progress(2, host_budget_bytes=2**30, stream=stream).step(row(1))
     assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue()
+
+
+def test_a_stream_that_was_closed_takes_everything() -> None:
+    stream = LastingStream(None)
+    assert stream.write("a line\n") == 7
+    stream.flush()

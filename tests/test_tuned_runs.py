@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,14 @@ def test_what_holds_no_result_is_named(models, data, tmp_path):  # noqa: F811
     config = make_config(models["float32"], tmp_path, eval_data=data)
     with pytest.raises(UserError, match="nor does it hold what a run has tuned"):
         evaluate(config, tmp_path)
+
+
+def test_an_adapter_of_another_run_in_its_place_is_not_measured(models, data, tmp_path):  # noqa: F811
+    runs = {seed: make_config(models["float32"], tmp_path / str(seed), data=data, training={"max_steps": 1, "seed": seed})
+            for seed in (1, 2)}  # fmt: skip
+    for config in runs.values():
+        Trainer(config).train()
+    shutil.copy(tmp_path / "2" / "adapter" / "adapter_model.safetensors", tmp_path / "1" / "adapter")
+    with pytest.raises(UserError, match="1/adapter belongs to another run than the rest of the directory"):
+        evaluate(runs[1].model_copy(update={"eval_data": data}), tmp_path / "1")
+    assert evaluate(runs[1].model_copy(update={"eval_data": data}), tmp_path / "1" / "adapter")["loss"] > 0

@@ -164,6 +164,8 @@ def _file(path: Path) -> File:
         raise DataError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}, found {path.suffix!r}")
     if path.suffix in _COMPRESSED and (path.suffix not in _OPENERS or _format(path) == ".parquet"):
         raise DataError(f"{path}: a {_format(path)} file in {path.suffix} is not read here: decompress it first")
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, for it is read more than once, found a pipe or a device: write it to a file")
     stat = path.stat()
     return File(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 

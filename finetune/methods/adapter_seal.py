@@ -1,5 +1,5 @@
-"""Checksums, and the model that it was trained on, that an adapter carries in the metadata of its safetensors file, where
-PEFT and others pass them over.
+"""Checksums, the model that it was trained on and the run that made it: an adapter carries them in the metadata of its
+safetensors file, where PEFT and others pass them over.
 
 An adapter that PEFT has saved again, or that came from elsewhere, has none and is taken as it is.
 """
@@ -19,16 +19,16 @@ from memory.sealed import crc_text, json_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS_SUM, _CONFIG_SUM = "tensors_checksum", "config_checksum"
-_BASE_NAME, _BASE_DIGEST = "base_model", "base_model_digest"
+_BASE_NAME, _BASE_DIGEST, _RUN = "base_model", "base_model_digest", "run"
 # Of a configuration, what people change by hand when they move models and adapters; no number follows from it.
 _FREE_KEYS = {"base_model_name_or_path", "revision", "inference_mode"}
 _BLOCK_BYTES = 1 << 20
 _REMEDY = "Bring it back from a copy, or let the run that made it write it again (the same command with --resume)"
 
 
-def seal_adapter(directory: Path, base: Mapping[str, str]) -> None:
-    """Adds checksums of weights and configuration to the adapter that was just written to `directory`. base: "name" and
-    "digest" of the model that it was trained on. Raises OSError."""
+def seal_adapter(directory: Path, about: Mapping[str, Any]) -> None:
+    """Adds checksums of weights and configuration to the adapter that was just written to `directory`. about: what its
+    run says of itself. Raises OSError."""
     path, sealed = directory / WEIGHTS, directory / f".{WEIGHTS}.sealed"
     with open(path, "rb") as old, open(sealed, "wb") as new:
         header = _read_json_header(old)
@@ -36,8 +36,9 @@ def seal_adapter(directory: Path, base: Mapping[str, str]) -> None:
         added = {
             _TENSORS_SUM: _tensors_sum(header, old),
             _CONFIG_SUM: _config_sum(directory),
-            _BASE_NAME: base["name"],
-            _BASE_DIGEST: base["digest"],
+            _BASE_NAME: about["model"]["name"],
+            _BASE_DIGEST: about["model"]["digest"],
+            _RUN: about["run"],
         }
         text = json.dumps({**header, "__metadata__": header.get("__metadata__", {}) | added}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -49,12 +50,14 @@ def seal_adapter(directory: Path, base: Mapping[str, str]) -> None:
 
 def trained_on(directory: Path) -> dict[str, str] | None:
     """"name" and "digest" of the model that the adapter was trained on; None where it does not say."""
-    try:
-        with open(directory / WEIGHTS, "rb") as file:
-            found = _read_json_header(file).get("__metadata__", {})
-        return {"name": found[_BASE_NAME], "digest": found[_BASE_DIGEST]}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None
+    found = _metadata(directory)
+    return {"name": found[_BASE_NAME], "digest": found[_BASE_DIGEST]} if {_BASE_NAME, _BASE_DIGEST} <= found.keys() else None
+
+
+def made_by(directory: Path) -> dict[str, str]:
+    """"run": the digest of the run that has written the adapter; empty where it does not say."""
+    found = _metadata(directory)
+    return {"run": found[_RUN]} if _RUN in found else {}
 
 
 def check_adapter(directory: Path) -> None:
@@ -75,6 +78,14 @@ def check_adapter(directory: Path) -> None:
             f"{directory / CONFIG} is not the one that was saved with the weights beside it. {_REMEDY}; to keep a change that "
             "was meant, load the adapter with PEFT and save it again"
         )
+
+
+def _metadata(directory: Path) -> dict[str, str]:
+    try:
+        with open(directory / WEIGHTS, "rb") as file:
+            return dict(_read_json_header(file).get("__metadata__", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _read_json_header(file: BinaryIO) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,15 +15,15 @@ from memory.new_directory import new_directory
 from offload.model_parts import ModelParts
 
 
-def save(model: nn.Module, directory: Path, base: Mapping[str, str]) -> None:
-    """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole. base: "name" and "digest"
-    of the model that it was trained on."""
+def save(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
+    """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole. about: what the
+    run says of itself, of which the adapter keeps "model" and "run"."""
     try:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
             model.save_pretrained(temporary, save_embedding_layers=False)
             _order_modules(temporary / CONFIG)
-            seal_adapter(temporary, base)
+            seal_adapter(temporary, about)
     except OSError as error:
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "

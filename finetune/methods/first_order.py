@@ -113,7 +113,7 @@ class FirstOrder:
         return f"The newest saved state is {saved[-1]}: go on with --resume"
 
     def finish(self, step: int) -> None:
-        adapters.save(self._session.model, self._config.output / "adapter", self._about["model"])
+        adapters.save(self._session.model, self._config.output / "adapter", self._about)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -103,7 +103,7 @@ class ZerothOrder:
         self._model: PerturbedModel = session.streamed
         self._weights = config.output / "weights"
         self.notes: list[str] = []
-        self._base = about["model"]
+        self._about = about
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
         about = about | {
             "noise": options.noise,
@@ -145,7 +145,7 @@ class ZerothOrder:
                     )
                 if self.journal.steps:
                     self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
-                adapters.save(model, initial, about["model"])
+                adapters.save(model, initial, about)
             self._model.take_adapters()
         self._find_folded()
 
@@ -184,7 +184,7 @@ class ZerothOrder:
     def finish(self, step: int) -> None:
         if self._config.has_adapter:
             self._model.settle_adapters()
-            adapters.save(self._session.model, self._config.output / "adapter", self._base)
+            adapters.save(self._session.model, self._config.output / "adapter", self._about)
 
     def close(self) -> None:
         self.journal.close()
