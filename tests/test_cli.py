@@ -194,7 +194,8 @@ def test_debug_shows_the_traceback(trainer: type[Recorder], monkeypatch: pytest.
 
 INTERRUPTED = """
 import signal, sys, time, types
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+for number in (signal.SIGINT, signal.SIGHUP):  # background jobs of a shell, and of nohup, start with one ignored
+    signal.signal(number, signal.default_int_handler)
 module = types.ModuleType("finetune.trainer")
 class Trainer:
     def __init__(self, config): pass
