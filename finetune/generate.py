@@ -194,7 +194,10 @@ def load_tokenizer(directory: Path, config: Config) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # Transformers raises whatever its parts do
-        raise UserError(f"the tokenizer of {config.model} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"the tokenizer of {config.model} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): bring "
+            "its files (tokenizer.json, ...) from where the model came from"
+        ) from error
     if (template := template_text(config.dataset.chat_template)) is not None:
         tokenizer.chat_template = template
     return tokenizer

@@ -238,7 +238,10 @@ def _load_tokenizer(job: Job) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(job.tokenizer, trust_remote_code=job.trust_remote_code)
     except Exception as error:  # Transformers raises whatever its parts do
-        raise DataError(f"the tokenizer of {job.model} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"the tokenizer of {job.model} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): bring "
+            "its files (tokenizer.json, ...) from where the model came from"
+        ) from error
     if job.chat_template is not None:
         tokenizer.chat_template = job.chat_template
     return tokenizer
