@@ -282,7 +282,8 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     sampling_seed: Annotated[int, typer.Option("--seed")] = 42,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. [default: where there is one]")
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template. [default: as the run was trained, else if there is one]"),
     ] = None,
     output: OutputFlag = None,
     host_memory: HostMemoryFlag = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from finetune.data.preparation import template_text
 from finetune.methods.adapters import prefix_length
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.session import Session
-from finetune.tuned_weights import as_trained
+from finetune.tuned_weights import as_trained, was_trained_on_plain_prompts
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.dry_run import measure_visit
@@ -42,7 +43,8 @@ def generate(
     adapter: of a PEFT adapter, or of a run, whose adapter or tuned weights are used; None: the model as it is.
     temperature: 0 takes the likeliest token. top_p: samples among the likeliest tokens that together have this
     probability (Holtzman et al. 2020, nucleus sampling). seed: of the sampling; prompt i uses seed + i.
-    chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template.
+    chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template, unless a run was
+    trained on prompts without it.
     A text ends at a token that generation_config.json (else config.json) or the tokenizer calls the end, after
     `max_new_tokens`, or where the model's positions end.
     Raises UserError for bad input and PlanRefused for budgets that are too small.
@@ -56,6 +58,10 @@ def generate(
             found = type(session.parts.model).__name__
             raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
         tokenizer = load_tokenizer(session.parts.directory, config)
+        if chat is None and tokenizer.chat_template and adapter is not None and was_trained_on_plain_prompts(adapter):
+            chat = False
+            words = "note: the run was trained on prompts without the chat template, so it is asked without it; --chat uses it"
+            print(words, file=sys.stderr)
         ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
         check_ids(tokenizer, list(chain.from_iterable(ids)), session.model.get_input_embeddings().weight.shape[0])
         max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)

@@ -37,7 +37,8 @@ _ACTS_THROUGH_TOKENS = ("form", "completion_only", "append_eos", "chat_template"
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """model_name: as PEFT is to find it, see `model_name`. examples: rows of the data. dtype: that is computed in."""
+    """model_name: as PEFT is to find it, see `model_name`. examples: rows of the data. dtype: that is computed in. prompts: how
+    rows of text were written, "chat" or "plain", for those who ask the model; None: in both ways, or not known."""
 
     config: Config
     model_name: str
@@ -45,11 +46,14 @@ class RunIdentity:
     data_digest: str
     examples: int
     dtype: torch.dtype
+    prompts: str | None = None
 
     @classmethod
     def of(cls, config: Config, parts: ModelParts, data: TokenDataset | TensorRows, examples: int) -> RunIdentity:
         """Reads a sample of the weights. Raises UserError when they cannot be read."""
-        return cls(config, model_name(config.model), model_digest(parts.checkpoint), data.digest, examples, parts.dtype)
+        prompts = data.meta["prompts"] if isinstance(data, TokenDataset) else None
+        digest = model_digest(parts.checkpoint)
+        return cls(config, model_name(config.model), digest, data.digest, examples, parts.dtype, prompts)
 
     def about(self) -> dict[str, Any]:
         """As JSON values, for what the run writes; "run" is a digest of the others. The same run writes the same bytes."""
@@ -59,7 +63,7 @@ class RunIdentity:
             "method": self.config.method,
             "seed": self.config.training.seed,
             "model": {"name": self.model_name, "digest": self.model_digest},
-            "data": {"digest": self.data_digest, "examples": self.examples},
+            "data": {"digest": self.data_digest, "examples": self.examples, "prompts": self.prompts},
             "settings": values,
         }
 

@@ -128,6 +128,12 @@ def as_trained(config: Config, run: Path | str | None) -> Config:
     return config.model_copy(update={"dataset": config.dataset.model_copy(update={"chat_template": template})})
 
 
+def was_trained_on_plain_prompts(run: Path | str) -> bool:
+    """Whether the run in `run` has seen no chat template: its model is to be asked without one."""
+    about = recorded(Path(run).expanduser())
+    return about is not None and about.get("data", {}).get("prompts") == "plain"
+
+
 def find_result(config: Config, run: Path) -> StoredWeights | JournalWeights | Path:
     """What the run in `run` has tuned: the model's weights, or an adapter, whose directory this is then; `run` may be that of
     an adapter itself. Raises UserError when there is neither."""

@@ -173,6 +173,29 @@ def test_what_a_run_has_tuned_reads_what_it_was_tuned_on(llama, tmp_path, monkey
     assert evaluate(config, str(output))["loss"] == measured != evaluate(config, output / "adapter")["loss"]
 
 
+def test_a_run_is_asked_as_it_was_trained(llama, tmp_path, monkeypatch, capsys):
+    """With a chat template that prompts of strings do not go through."""
+    prepare_in_this_process(monkeypatch)
+    config = make_config(llama, tmp_path, max_steps=1, sequence_length=64)
+    rows = {
+        "plain": [{"prompt": "hello", "completion": " world"}],
+        "chat": [{"messages": CHAT}],
+        "mixed": [{"prompt": "hello", "completion": " world"}, {"messages": CHAT}],
+    }
+    for kind, given in rows.items():
+        sources = [write_rows(tmp_path / f"{kind}-{i}.jsonl", [row]) for i, row in enumerate(given)]
+        source = sources[0] if len(sources) == 1 else str(tmp_path / f"{kind}-*.jsonl")
+        run = config.model_copy(update={"data": source, "output": tmp_path / kind})
+        Trainer(run).train()
+        texts = {
+            chat: "".join(generate(config, run.output, [PROMPTS[1]], max_new_tokens=10, chat=chat))
+            for chat in (None, True, False)
+        }
+        assert texts[True] != texts[False]
+        assert texts[None] == texts[kind != "plain"]
+        assert ("without the chat template" in capsys.readouterr().err) == (kind == "plain")
+
+
 def test_chat_without_a_template_is_refused(tmp_path):
     model = write_model("llama", tmp_path / "model")
     with pytest.raises(UserError, match="has no chat template"):

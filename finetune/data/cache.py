@@ -26,7 +26,7 @@ from finetune.data.errors import DataError
 from memory.sealed import crc_text, file_checksum, json_digest, seal, unseal
 
 MASKED = -100
-FORMAT_VERSION = 3  # part of every cache key: raise it when the same rows would give other tokens
+FORMAT_VERSION = 4  # part of every cache key: raise it when the same rows would give other tokens
 _ITEM_BYTES = {"tokens.int32": 4, "labels.int32": 4, "offsets.int64": 8, "answers.int32": 4}
 
 

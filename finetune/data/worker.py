@@ -109,6 +109,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     writer.finish(
         {
             "form": "+".join(sorted(rows.forms)),
+            "prompts": next(iter(rows.prompts)) if len(rows.prompts) == 1 else None,
             "sources": [source.name for source in sources],
             "rows": rows.count,
             "truncated": truncated,
@@ -144,6 +145,7 @@ class _Rows:
         self._chat = chat
         self.count = 0
         self.forms: set[str] = set()
+        self.prompts: set[str] = set()  # "chat": through the chat template; "plain": as they are
         self.completions: set[str] = set()  # no more than one above MAX_CHOICES are kept
 
     def __iter__(self) -> Iterator[tuple[str, Parsed]]:
@@ -164,6 +166,8 @@ class _Rows:
                 parsed = parse(row, form, place, chat=self._chat)
             except DataError as error:
                 raise DataError(f"{error}{self._more(rows, form)}") from error
+            if not isinstance(parsed, Tokens):
+                self.prompts.add("chat" if isinstance(parsed, Chat) else "plain")
             # The pieces of a text file are one row.
             if isinstance(parsed, Pair) and len(self.completions) <= MAX_CHOICES:
                 self.completions.add(parsed.completion)
