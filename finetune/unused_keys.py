@@ -1,4 +1,7 @@
-"""Which keys a method reads. One that it does not read changes nothing, whatever it is set to: it is refused."""
+"""Which keys a method reads. One that it does not read changes nothing, whatever it is set to: it is refused.
+
+But for `lora`: one configuration with an adapter's settings is often tried with other methods.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 WEIGHT_METHODS = ("full", "lisa", "badam", "slimfit", "frugal")
 _READ_BY = {
-    "lora": "method lora, and zo with zo.parameters lora",
     "zo": "method zo",
     "optimizer": f"methods {', '.join(WEIGHT_METHODS)}",
     "selection": f"methods {', '.join(WEIGHT_METHODS[1:])}",
@@ -18,7 +20,6 @@ _OF_GRADIENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 def unused_keys(config: Any) -> Iterator[tuple[str, str]]:
     """(key, problem) for every key that was set to something else than its default and that the method does not read."""
     reads = {
-        "lora": config.method == "lora" or config.method == "zo" and config.zo.parameters == "lora",
         "zo": config.method == "zo",
         "optimizer": config.method in WEIGHT_METHODS,
         "selection": config.method in WEIGHT_METHODS[1:],

@@ -342,7 +342,7 @@ def test_keys_that_a_method_does_not_read(method: str) -> None:
         "lora": {"lora", "training"}, "zo": {"zo"}, "full": {"optimizer", "training"},
         "lisa": {"optimizer", "selection", "training"},
     }[method]  # fmt: skip
-    keys = {"lora.r", "zo.epsilon", "optimizer.name", "selection.layers", "training.adam_beta1", "training.max_grad_norm"}
+    keys = {"zo.epsilon", "optimizer.name", "selection.layers", "training.adam_beta1", "training.max_grad_norm"}
     expected = {key for key in keys if key.partition(".")[0] not in read}
     assert problems(model="m", method=method, **sections).keys() == expected
     assert Config(model="m", method=method, **{name: sections[name] for name in read}).method == method

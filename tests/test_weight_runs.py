@@ -219,9 +219,8 @@ def test_the_trainer_saves_the_model(models, data, tmp_path, umask):  # noqa: F8
     kept = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()} - set(others)
     trainer = Trainer(config_of(model, data, model / "out", "lisa", 3))
     trainer.train()
-    for call, words in ((trainer.save_model, "expected a directory"), (trainer.evaluate, "save_model")):
-        with pytest.raises(UserError, match=words):
-            call()
+    with pytest.raises(UserError, match="expected a directory"):
+        trainer.save_model()
     export(trainer.config, tmp_path / "exported")
     saved = trainer.save_model(tmp_path / "saved")
     assert_same_weights(saved, tmp_path / "exported")
