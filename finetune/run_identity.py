@@ -51,7 +51,7 @@ class RunIdentity:
     @classmethod
     def of(cls, config: Config, parts: ModelParts, data: TokenDataset | TensorRows, examples: int) -> RunIdentity:
         """Reads a sample of the weights. Raises UserError when they cannot be read."""
-        prompts = data.meta["prompts"] if isinstance(data, TokenDataset) else None
+        prompts = data.meta.get("prompts") if isinstance(data, TokenDataset) else None
         digest = model_digest(parts.checkpoint)
         return cls(config, model_name(config.model), digest, data.digest, examples, parts.dtype, prompts)
 
