@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from offload.noise import INSTRUCTION_SETS, Group, Noise, Target, Update, move
+from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Target, Update, move
 
 
 def main() -> None:

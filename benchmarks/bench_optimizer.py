@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from offload.update_rules import INSTRUCTION_SETS, ROOT, Rule, Segment, StateFormat, checksum, update
+from offload.update.rules import INSTRUCTION_SETS, ROOT, Rule, Segment, StateFormat, checksum, update
 
 F32, BF16 = torch.float32, torch.bfloat16
 PAUSE_SECONDS = 0.05  # PyTorch's threads spin for a while after an operation, and would take a core from the next one

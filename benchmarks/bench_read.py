@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from offload.io import IOEngine
+from offload.residency.io import IOEngine
 
 MIB = 1 << 20
 

@@ -24,7 +24,7 @@ from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
 from finetune.methods.weight_decay import undecayed
 from memory.meter import MemoryMeter
-from offload.skeleton import find_blocks
+from offload.weights.skeleton import find_blocks
 
 
 class Masters:

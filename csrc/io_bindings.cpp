@@ -187,7 +187,7 @@ void register_io(nb::module_& m) {
     using io::Engine;
     using io::FaultPlan;
 
-    nb::module_ sub = m.def_submodule("io", "Asynchronous disk I/O; use offload.io.");
+    nb::module_ sub = m.def_submodule("io", "Asynchronous disk I/O; use offload.residency.io.");
 
     nb::class_<FaultPlan>(sub, "FaultPlan")
         .def("__init__",

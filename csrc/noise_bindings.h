@@ -2,7 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
-// Adds the submodule `noise`: the kernels behind offload/noise.py.
+// Adds the submodule `noise`: the kernels behind offload/noise/noise.py.
 void register_noise(nanobind::module_& m);
 
 // Adds the pass along low-rank noise to it.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.signals import ignore_signals, take_signals
+from finetune.runs.signals import ignore_signals, take_signals
 from memory.errors import UserError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def run(
     """Train, and write the adapter or the tuned weights, metrics and report into the output directory."""
     loaded = _load_config(context, settings)
     _require(loaded.data, "data to train on", "--data FILE")
-    from finetune.progress import LastingStream
+    from finetune.reporting.progress import LastingStream
     from finetune.trainer import Trainer
 
     # A run is not lost because `| head` has seen enough of it.
@@ -259,7 +259,7 @@ def evaluate(
     loaded = _load_config(context, settings, data="eval_data")
     _require(loaded.eval_data, "data to evaluate on", "--data FILE")
     from finetune.evaluate import evaluate as evaluate_model
-    from finetune.report import to_json
+    from finetune.reporting.report import to_json
 
     result = evaluate_model(loaded, adapter or _named_run(loaded))
     if as_json:
@@ -342,7 +342,7 @@ def export(
 @_reported
 def presets(debug: DebugFlag = False) -> None:
     """List the presets, for `finetune run NAME`."""
-    from finetune.presets import read_presets
+    from finetune.config.presets import read_presets
 
     found = read_presets()
     width = max((len(preset.name) for preset in found), default=0)

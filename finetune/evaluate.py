@@ -1,6 +1,6 @@
 """Loss on held-out data, and accuracy where rows choose among a few completions, on the streamed model.
 
-See [Note: what is asked of a sequence] in `finetune.scoring`.
+See [Note: what is asked of a sequence] in `finetune.objectives.scoring`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 
 from finetune.config import Config
 from finetune.data import TokenDataset, prepare
+from finetune.data.micro_batches import make_micro_batches
+from finetune.data.model_kinds import refuse_text
 from finetune.data.preparation import describe
-from finetune.micro_batches import make_micro_batches
-from finetune.model_kinds import refuse_text
+from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
-from finetune.progress import Progress
-from finetune.scoring import Asked, TextRows, score
+from finetune.reporting.progress import Progress
+from finetune.runs.tuned_weights import as_trained
 from finetune.session import Session
-from finetune.tensor_rows import TensorRows, open_tensor_rows
-from finetune.tuned_weights import as_trained
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.streamed_model import StreamedModel

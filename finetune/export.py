@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.run_directory import reading, recorded
-from finetune.run_identity import check_model, check_same_run, recorded_setting
-from finetune.tuned_weights import check_whole
-from memory.checkpoint import resolve_model
+from finetune.runs.directory import reading, recorded
+from finetune.runs.identity import check_model, check_same_run, recorded_setting
+from finetune.runs.tuned_weights import check_whole
 from memory.errors import UserError
-from offload.block_store import TORCH_DTYPES
-from offload.folds import newest_fold
-from offload.journal import Journal
-from offload.model_parts import cut
-from offload.perturbed import noise_keys
-from offload.replay import moved_sources, replay
-from offload.store_export import export_store
-from offload.trained_parts import find_trained
-from offload.working_store import StoredPiece, lock_store, read_manifest
+from offload.perturb.folds import newest_fold
+from offload.perturb.journal import Journal
+from offload.perturb.replay import moved_sources, replay
+from offload.perturb.variants import noise_keys
+from offload.update.export import export_store
+from offload.update.parts import find_trained
+from offload.update.store import StoredPiece, lock_store, read_manifest
+from offload.weights.checkpoint import resolve_model
+from offload.weights.parameter_map import TORCH_DTYPES
+from offload.weights.parts import cut
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",

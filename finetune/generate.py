@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.peft_files import prefix_length
 from finetune.config import Config
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encode import check_ids, prompt_ids
 from finetune.data.preparation import template_text
-from finetune.methods.adapters import prefix_length
 from finetune.planned_run import BatchShape, PlannedRun
+from finetune.runs.tuned_weights import as_trained, was_trained_on_plain_prompts
 from finetune.session import Session
-from finetune.tuned_weights import as_trained, was_trained_on_plain_prompts
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.dry_run import measure_visit
-from offload.skeleton import cache_argument
+from offload.sizing.dry_run import measure_visit
 from offload.streamed_model import StreamedModel
+from offload.weights.skeleton import cache_argument
 
 
 def generate(

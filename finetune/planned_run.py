@@ -8,13 +8,13 @@ from math import prod
 import torch
 from torch import nn
 
-from finetune.weight_demand import StoreSize
+from finetune.methods.weight_demand import StoreSize
 from memory.plan import Demand, Plan
 from memory.simulator import StepTime, simulate_step
 from memory.units import format_bytes
-from offload.calibration import Rates
-from offload.dry_run import VisitSize
-from offload.model_parts import ModelParts, describe_blocks
+from offload.sizing.calibration import Rates
+from offload.sizing.dry_run import VisitSize
+from offload.weights.parts import ModelParts, describe_blocks
 
 LONE_MASK_PAIRS = 1 << 18
 """Two rows of 362 tokens, 8 of 181: longer ones need not be computed together."""

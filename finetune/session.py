@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.adapters import lora, prefix
+from finetune.adapters import peft_files as adapters
+from finetune.adapters import saved as saved_adapter
+from finetune.adapters.seal import WEIGHTS, trained_on
 from finetune.config import Config
-from finetune.methods import adapters, lora, prefix, saved_adapter
-from finetune.methods.adapter_seal import WEIGHTS, trained_on
-from finetune.packed_rows import check_positions_argument
-from finetune.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
-from finetune.planned_run import BatchShape, PlannedRun
-from finetune.run_identity import check_model, model_name
-from finetune.tuned_weights import JournalWeights, StoredWeights, find_result
-from finetune.weight_demand import (
+from finetune.data.packed_rows import check_positions_argument
+from finetune.methods.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
+from finetune.methods.weight_demand import (
     check_rounding,
     largest_piece_bytes,
     make_keeping,
@@ -33,25 +32,28 @@ from finetune.weight_demand import (
     training_temporaries,
     update_host_bytes,
 )
+from finetune.planned_run import BatchShape, PlannedRun
+from finetune.runs.identity import check_model, model_name
+from finetune.runs.tuned_weights import JournalWeights, StoredWeights, find_result
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
-from memory.checkpoint import read_header, resolve_model
 from memory.errors import UserError
-from memory.generated_code import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.meter import host_bytes
+from memory.onednn_cache import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
 from memory.plan import Demand, Limits, Wishes, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
-from offload.block_store import aligned_bytes
 from offload.devices import Device, choose_device
-from offload.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
-from offload.finite import first_not_finite
-from offload.model_parts import computes_natively, cut
-from offload.noise import Noise
-from offload.perturbed_model import PerturbedModel
-from offload.positions import longest_row
-from offload.skeleton import is_placeholder
+from offload.noise.noise import Noise
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
+from offload.sizing.positions import longest_row
 from offload.streamed_model import StreamedModel
-from offload.trained_model import TrainedModel
-from offload.trained_parts import TrainedParts, check_storage, find_trained
+from offload.update.parts import TrainedParts, check_storage, find_trained
+from offload.update.trained_model import TrainedModel
+from offload.weights.checkpoint import read_header, resolve_model
+from offload.weights.finite import first_not_finite
+from offload.weights.parameter_map import aligned_bytes
+from offload.weights.parts import computes_natively, cut
+from offload.weights.skeleton import is_placeholder
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
 COMPUTE_BOUND_TOKENS = 2048

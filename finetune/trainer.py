@@ -22,41 +22,41 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetune.after_step import AfterStep
-from finetune.callbacks import Callbacks
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, prepare
+from finetune.data.model_kinds import refuse_text
+from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe
+from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
 from finetune.methods import Method
-from finetune.methods.first_order import FirstOrder
-from finetune.methods.objectives import (
+from finetune.methods.adapter_training import AdapterTraining
+from finetune.methods.schedule import check_schedule
+from finetune.methods.weight_training import WeightTraining
+from finetune.methods.zeroth_order import ZerothOrder
+from finetune.objectives.objectives import (
     CANDIDATE_OBJECTIVES,
     Objective,
     full_shape,
     make_objective,
 )
-from finetune.methods.schedule import check_schedule
-from finetune.methods.weight_training import WeightTraining
-from finetune.methods.zeroth_order import ZerothOrder
-from finetune.model_kinds import refuse_text
-from finetune.packed_rows import check_texts_stay_apart
 from finetune.planned_run import PlannedRun
-from finetune.progress import LastingStream, Progress
-from finetune.report import MetricsWriter, summary_table, write_report
-from finetune.run_directory import RunDirectory
-from finetune.run_identity import RunIdentity
-from finetune.run_report import run_report
+from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.report import MetricsWriter, summary_table, write_report
+from finetune.reporting.run_report import run_report
+from finetune.runs.directory import RunDirectory
+from finetune.runs.identity import RunIdentity
+from finetune.runs.signals import REPEAT_SECONDS, Stopped, stop_requests
 from finetune.session import Session
-from finetune.signals import REPEAT_SECONDS, Stopped, stop_requests
-from finetune.tensor_rows import TensorRows, open_tensor_rows
-from finetune.training_loop import TrainingLoop
+from finetune.training.after_step import AfterStep
+from finetune.training.callbacks import Callbacks
+from finetune.training.loop import TrainingLoop
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.units import format_bytes, parse_bytes
-from offload.calibration import Rates, measure_rates
+from offload.sizing.calibration import Rates, measure_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Trainer:
         """Runs to the end of the schedule, from the saved state where `resume` is set.
 
         Ctrl-C, SIGTERM and SIGHUP end the step at its next block, save the state and raise KeyboardInterrupt; see
-        `finetune.signals` for a second one. A failure in mid-run saves the state too, where that is possible.
+        `finetune.runs.signals` for a second one. A failure in mid-run saves the state too, where that is possible.
         Raises UserError for bad input and PlanRefused for budgets that are too small; nothing is written then but a token
         cache.
         """
@@ -244,7 +244,7 @@ class Trainer:
             session.set_training(False)
             check_texts_stay_apart(streamed, planned.shape.rows)
             session.set_training(True)
-        kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": FirstOrder}[config.method]
+        kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": AdapterTraining}[config.method]
         method: Method = kind(config, session, objective, batches.num_steps, about)
         for note in method.notes:
             progress.message(note)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from memory.errors import UserError
 from memory.fetch_policy import spread_evenly
-from memory.slab import round_up
+from memory.slots import round_up
 from memory.units import format_bytes
 
 MIB = 1 << 20

@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from memory.plan import Plan
-from memory.slab import Slab, SlotPool
-from offload.activations import Activations, SpillingActivations
+from memory.slots import Slab, SlotPool
 from offload.devices import Device
-from offload.embedding import RowsOnDemand
-from offload.engine import Engine, Weights
-from offload.head import HeadChunk, TiledHead
-from offload.io import IOEngine
-from offload.model_parts import EdgeTensor, HeadPart, ModelParts
-from offload.own_loss import LossItems, own_loss, shares
-from offload.skeleton import input_table
-from offload.streamer import DeviceTier, HostTier, Tier
+from offload.residency.io import IOEngine
+from offload.residency.tiers import DeviceTier, HostTier, Tier
+from offload.step.activations import Activations, SpillingActivations
+from offload.step.engine import Engine, Weights
+from offload.step.head import HeadChunk, TiledHead
+from offload.step.own_loss import LossItems, own_loss, shares
+from offload.weights.embedding import RowsOnDemand
+from offload.weights.parts import EdgeTensor, HeadPart, ModelParts
+from offload.weights.skeleton import input_table
 
 
 @dataclass(frozen=True, slots=True)

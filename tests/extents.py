@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from offload.block_store import Source
+from offload.weights.parameter_map import Source
 
 
 def read_source(source: Source) -> torch.Tensor:

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-import offload.activations
-from memory.slab import Slab
-from offload.activations import Activations, SpillingActivations
+import offload.step.activations
+from memory.slots import Slab
 from offload.devices.base import map_host_bytes
-from offload.io import FaultPlan, IOEngine, IOFailure
+from offload.residency.io import FaultPlan, IOEngine, IOFailure
+from offload.step.activations import Activations, SpillingActivations
 
 SLOT_BYTES = 8192
 FAULTS = {
@@ -24,7 +24,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def small_tensors_spill(monkeypatch):
-    monkeypatch.setattr(offload.activations, "SPILL_MIN_BYTES", 64)
+    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 64)
 
 
 def make_tensor(generator: torch.Generator, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

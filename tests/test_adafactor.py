@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-import offload.adafactor
-from memory.slab import round_up
-from offload.adafactor import factor_bytes, factor_views, observe
-from offload.block_store import BlockLayout, View
-from offload.update_rules import Rule
-from offload.update_units import make_unit
+import offload.update.adafactor
+from memory.slots import round_up
+from offload.update.adafactor import factor_bytes, factor_views, observe
+from offload.update.rules import Rule
+from offload.update.units import make_unit
+from offload.weights.parameter_map import BlockLayout, View
 
 SHAPES = [(37,), (1, 50), (50, 1), (23, 41), (3, 17, 11)]
 
@@ -28,7 +28,7 @@ def unit_of(shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.adafactor, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
     factors = factor_views(unit, torch.zeros(factor_bytes(unit, Rule("adafactor")), dtype=torch.uint8))

@@ -11,10 +11,11 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from finetune.methods import adapters, saved_adapter
-from finetune.methods.adapter_seal import CONFIG, WEIGHTS
+from finetune.adapters import peft_files as adapters
+from finetune.adapters import saved as saved_adapter
+from finetune.adapters.seal import CONFIG, WEIGHTS
 from memory.errors import UserError
-from offload.model_parts import cut
+from offload.weights.parts import cut
 
 
 def base() -> tf.PreTrainedModel:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import offload.binding
-from offload.binding import Binding
+import offload.weights.binding
+from offload.weights.binding import Binding
 
 
 class Block(nn.Module):
@@ -27,7 +27,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_converted_linear_has_the_bits_of_fp32(rows, columns, shape, stored, bias, monkeypatch):
-    monkeypatch.setattr(offload.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
     generator = torch.Generator().manual_seed(3)
     block = Block(rows, columns, bias)
     values = {name: torch.randn(t.shape, generator=generator).to(stored) for name, t in block.state_dict().items()}

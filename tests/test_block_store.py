@@ -15,8 +15,9 @@ import transformers as tf
 from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 
-from memory.checkpoint import CheckpointError, TensorEntry, read_checkpoint
-from offload.block_store import (
+from offload.weights.checkpoint import CheckpointError, TensorEntry, read_checkpoint
+from offload.weights.conversion import PlacementTensor, extents_of
+from offload.weights.parameter_map import (
     PAGE_BYTES,
     Source,
     align_views,
@@ -27,7 +28,6 @@ from offload.block_store import (
     plan_rows,
     view_slot,
 )
-from offload.weight_conversion import PlacementTensor, extents_of
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from finetune import Config, Trainer
 from finetune.data import preparation, worker
-from finetune.report import read_metrics
+from finetune.reporting.report import read_metrics
 from memory.errors import UserError
 
 ROWS = [{"prompt": "the cat sat on"[: 3 + i], "completion": " mat hello"[: 4 + i % 5]} for i in range(7)]

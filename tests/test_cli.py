@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from finetune.cli import app
 from finetune.config import Config
-from finetune.presets import read_presets
+from finetune.config.presets import read_presets
 from memory.errors import UserError
 
 ROOT = Path(__file__).parent.parent

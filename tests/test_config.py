@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import finetune.config
-from finetune.config import SHORTHANDS, Config, ConfigError, DatasetOptions, LoraOptions, TrainingOptions
-from finetune.config_errors import OTHER_NAMES
-from finetune.presets import find_preset, preset_names, read_presets
+import finetune.config.config
+from finetune.config import Config, ConfigError
+from finetune.config.config import SHORTHANDS, DatasetOptions, LoraOptions, TrainingOptions
+from finetune.config.errors import OTHER_NAMES
+from finetune.config.presets import find_preset, preset_names, read_presets
 
 
 def problems(**values: object) -> dict[str, str]:
@@ -107,7 +108,7 @@ def test_unknown_key_like_no_other() -> None:
 
 
 def test_every_other_name_points_at_a_key() -> None:
-    assert set(OTHER_NAMES.values()) <= set(finetune.config._KEYS)
+    assert set(OTHER_NAMES.values()) <= set(finetune.config.config._KEYS)
 
 
 @pytest.mark.parametrize("amount", ["1GiB", "50%", "-2GB", 2**30, None])
@@ -141,7 +142,7 @@ def test_paths_and_data_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_samples_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(finetune.config, "SAMPLES", tmp_path)
+    monkeypatch.setattr(finetune.config.config, "SAMPLES", tmp_path)
     (tmp_path / "reviews.jsonl").touch()
     assert Config(model="m", data="sample:reviews").data == str(tmp_path / "reviews.jsonl")
     assert "(reviews), found 'review'" in problems(model="m", data="sample:review")["data"]
@@ -398,7 +399,7 @@ def test_schedulers_are_those_of_transformers() -> None:
 
 
 def test_forms_are_those_of_the_data_package() -> None:
-    source = Path(finetune.config.__file__).parent / "data" / "forms.py"
+    source = Path(finetune.config.config.__file__).parents[1] / "data" / "forms.py"
     assigned = {
         node.targets[0].id: node.value
         for node in ast.parse(source.read_text()).body

@@ -10,14 +10,14 @@ from tiny_models import CONFIGS, make_config, save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.methods import lora, prefix
+from finetune.adapters import lora, prefix
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.block_store import bind_views
 from offload.devices.base import map_host_bytes
-from offload.dry_run import MaskSize, measure_masks, measure_visit
-from offload.io import IOEngine
-from offload.model_parts import cut
+from offload.residency.io import IOEngine
+from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit
+from offload.weights.parameter_map import bind_views
+from offload.weights.parts import cut
 
 
 class PeakOfStorages(TorchDispatchMode):

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from memory.errors import UserError
-from offload.block_store import Extent, Source
-from offload.embedding import RowsOnDemand
-from offload.io import IOEngine
+from offload.residency.io import IOEngine
+from offload.weights.embedding import RowsOnDemand
+from offload.weights.parameter_map import Extent, Source
 
 ROWS, WIDTH = 101, 13
 

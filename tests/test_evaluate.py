@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 import finetune.evaluate
 from finetune.data import Example, preparation, worker
 from finetune.evaluate import _micro_batches, evaluate, evaluate_open, plan_with_evaluation
+from finetune.objectives.scoring import ask_trained
 from finetune.planned_run import BatchShape
-from finetune.scoring import ask_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused

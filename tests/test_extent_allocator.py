@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from memory.extent_allocator import ExtentAllocator
+from offload.update.extent_allocator import ExtentAllocator
 
 
 def test_no_byte_is_given_twice_and_what_is_freed_is_used_again():

@@ -26,17 +26,17 @@ from test_weight_runs import config_of
 from test_zeroth_order import zo_config
 from transformers import TrainerCallback
 
-import finetune.methods.adapters
-import finetune.methods.first_order
-import finetune.signals
+import finetune.adapters.peft_files
+import finetune.methods.adapter_training
+import finetune.runs.signals
 import finetune.trainer
-import offload.activations
+import offload.step.activations
 from finetune import Config, Trainer
 from finetune.methods.zeroth_order import ZerothOrder
-from finetune.progress import Progress
-from finetune.report import MetricsWriter
+from finetune.reporting.progress import Progress
+from finetune.reporting.report import MetricsWriter
 from memory.errors import UserError
-from offload.journal import Journal
+from offload.perturb.journal import Journal
 
 FULL = "File too large"  # strerror(EFBIG)
 
@@ -99,10 +99,10 @@ def full(model: Path, rows: str, output: Path) -> Config:
 
 FAULTS = {
     "metrics": (lora, MetricsWriter, "write", 4),
-    "state": (lora, finetune.methods.first_order, "save_state", 2),
-    "adapter": (lora, finetune.methods.adapters, "save", 1),
+    "state": (lora, finetune.methods.adapter_training, "save_state", 2),
+    "adapter": (lora, finetune.adapters.peft_files, "save", 1),
     "report": (lora, finetune.trainer, "write_report", 1),
-    "block inputs": (spilling, offload.activations.SpillingActivations, "_spill", 9),
+    "block inputs": (spilling, offload.step.activations.SpillingActivations, "_spill", 9),
     "journal": (zo, Journal, "append", 4),
     "a new journal": (zo, Journal, "create", 1),
     "fold": (zo, ZerothOrder, "_fold", 2),
@@ -143,7 +143,7 @@ def rows(config: Config) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_written_ends_the_run_in_a_sentence(fault, whole, models, data, tmp_path, monkeypatch, capsys):  # noqa: F811
     make, owner, name, call = FAULTS[fault]
-    monkeypatch.setattr(offload.activations, "SPILL_MIN_BYTES", 64)
+    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 64)
     config = make(models["float32"], data, tmp_path)
     with monkeypatch.context() as patch, ExitStack() as mended:
         fail_at(patch, owner, name, call, mended)
@@ -193,7 +193,7 @@ class SignalAt(TrainerCallback):
 
 @pytest.fixture
 def no_signal_yet(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(finetune.signals, "_last_seconds", float("-inf"))
+    monkeypatch.setattr(finetune.runs.signals, "_last_seconds", float("-inf"))
     # A shell's background jobs ignore some.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
@@ -205,7 +205,7 @@ def no_signal_yet(monkeypatch) -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_is_sent_twice_stops_in_order(no_signal_yet, number, whole, models, data, tmp_path, capsys):  # noqa: F811
     config = lora(models["float32"], data, tmp_path, save_steps=100)
-    with pytest.raises(finetune.signals.Stopped) as stopped:
+    with pytest.raises(finetune.runs.signals.Stopped) as stopped:
         Trainer(config, callbacks=[SignalAt("on_step_begin", [number, number], 3)]).train()
     assert (stopped.value.number, stopped.value.step) == (number, 3)
     assert signal.getsignal(number) is signal.default_int_handler
@@ -215,9 +215,9 @@ def test_a_signal_that_is_sent_twice_stops_in_order(no_signal_yet, number, whole
 
 
 def test_a_second_signal_after_a_moment_stops_at_once(no_signal_yet, models, data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(finetune.signals, "REPEAT_SECONDS", 0)
+    monkeypatch.setattr(finetune.runs.signals, "REPEAT_SECONDS", 0)
     config = lora(models["float32"], data, tmp_path)
-    with pytest.raises(finetune.signals.StoppedAtOnce) as stopped:
+    with pytest.raises(finetune.runs.signals.StoppedAtOnce) as stopped:
         Trainer(config, callbacks=[SignalAt("on_step_begin", [signal.SIGINT] * 2, 3)]).train()
     assert stopped.value.step == 2
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000002"]
@@ -225,7 +225,7 @@ def test_a_second_signal_after_a_moment_stops_at_once(no_signal_yet, models, dat
 
 def test_a_signal_before_the_first_step_claims_nothing(no_signal_yet, models, data, tmp_path, capsys):  # noqa: F811
     config = lora(models["float32"], data, tmp_path)
-    with pytest.raises(finetune.signals.Stopped) as stopped:
+    with pytest.raises(finetune.runs.signals.Stopped) as stopped:
         Trainer(config, callbacks=[SignalAt("on_train_begin", [signal.SIGINT])]).train()
     assert stopped.value.step == 0 and "saved in" not in capsys.readouterr().err
     assert not (tmp_path / "state").exists() and not (tmp_path / "adapter").exists()
@@ -233,9 +233,9 @@ def test_a_signal_before_the_first_step_claims_nothing(no_signal_yet, models, da
 
 def test_nohup_is_respected(no_signal_yet):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with finetune.signals.stop_requests():
+    with finetune.runs.signals.stop_requests():
         signal.raise_signal(signal.SIGHUP)
-        with pytest.raises(finetune.signals.Stopped):
+        with pytest.raises(finetune.runs.signals.Stopped):
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -253,7 +253,7 @@ def test_a_signal_while_data_is_prepared_leaves_nothing(no_signal_yet, preparing
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(finetune.signals.Stopped):
+    with pytest.raises(finetune.runs.signals.Stopped):
         Trainer(run_config(models["float32"], str(rows), tmp_path / "out", 2)).train()
     thread.join()
     assert list(tokens.iterdir()) == [] and psutil.Process().children() == []

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from memory.generated_code import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
-from offload.model_parts import computes_natively
+from memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
+from offload.weights.parts import computes_natively
 
 ROOT = Path(__file__).parent.parent
 GROW = """
 import json, sys, torch
 from memory.arena import tune_malloc
-from memory.generated_code import BYTES_PER_BUFFER, keep_shapes
+from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes
 from memory.meter import host_bytes
 torch.set_num_threads(1)
 if sys.argv[1] != "unbounded":

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from memory.errors import UserError
-from offload.head import DeferredLogits, HeadChunk, TiledHead, default_tiles
+from offload.step.head import DeferredLogits, HeadChunk, TiledHead, default_tiles
 
 VOCAB, HIDDEN = 101, 24
 SHAPES = [(2, 11), (1, 7), (3, 5)]

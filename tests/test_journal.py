@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from memory.errors import UserError
-from offload.journal import Journal, Record, combine
-from offload.noise import Group, Update
+from offload.noise.noise import Group, Update
+from offload.perturb.journal import Journal, Record, combine
 
 ABOUT = {"noise": "rademacher", "rank": 0, "group_steps": 3, "rounding": "exact", "seed": 1, "model": "m"}
 

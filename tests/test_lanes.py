@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from offload.activations import Activations, SavedTensor
-from offload.engine import Engine
+from offload.step.activations import Activations, SavedTensor
+from offload.step.engine import Engine
 
 WIDTH = 6
 

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from finetune.methods.lora import attach
+from finetune.adapters.lora import attach
 
 SHAPE = {
     "vocab_size": 101, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,

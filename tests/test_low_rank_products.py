@@ -10,13 +10,14 @@ from test_resume import models  # noqa: F401  fixture
 from torch import nn
 
 from finetune import Config
-from finetune.config import ConfigError, ZerothOrderOptions
-from finetune.perturbation_demand import perturbation_demand
+from finetune.config import ConfigError
+from finetune.config.config import ZerothOrderOptions
+from finetune.methods.perturbation_demand import perturbation_demand
 from memory.errors import UserError
-from offload import noise
-from offload.binding import Binding
-from offload.low_rank_products import Factors, MatrixNoise, perturbed_product
-from offload.model_parts import cut
+from offload.noise import noise
+from offload.perturb.products import Factors, MatrixNoise, perturbed_product
+from offload.weights.binding import Binding
+from offload.weights.parts import cut
 
 KIND = noise.Noise("low_rank", 3)
 ROWS, COLUMNS = 70, 48

@@ -29,14 +29,14 @@ from test_zeroth_order import weights
 from text_models import VOCAB, make_config, write_rows
 
 import finetune.trainer
-import offload.update_units
+import offload.update.units
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from memory.errors import UserError
-from offload.calibration import Rates
-from offload.journal import Journal
-from offload.working_store import read_manifest
+from offload.perturb.journal import Journal
+from offload.sizing.calibration import Rates
+from offload.update.store import read_manifest
 
 DRAWS = int(os.environ.get("MUTATIONS", 84))
 SEED = int(os.environ.get("MUTATION_SEED", 1))
@@ -84,7 +84,7 @@ def cheap() -> Iterator[None]:
     """No process for tokens, no measuring of the machine, and garbage of earlier tests is not looked through again."""
     with pytest.MonkeyPatch.context() as patch:
         prepared_here.__wrapped__(patch)
-        patch.setattr(offload.update_units, "PIECE_BYTES", 4096)
+        patch.setattr(offload.update.units, "PIECE_BYTES", 4096)
         patch.setattr(finetune.trainer, "measure_rates", lambda *_: Rates(1e9, 1e9))
         gc.collect()
         gc.freeze()

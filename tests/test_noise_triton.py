@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from offload import noise, noise_triton  # noqa: E402
-from offload.noise import Group, Noise, Target, Update  # noqa: E402
+from offload.noise import noise
+from offload.noise import triton_kernels as noise_triton  # noqa: E402
+from offload.noise.noise import Group, Noise, Target, Update  # noqa: E402
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 KEY = noise.parameter_key("layers.3.mlp.weight")
@@ -26,7 +27,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from offload import noise_triton
+from offload.noise import triton_kernels as noise_triton
 
 pass_, types = noise_triton._pass, {
     "source": "*bf16", "first_element": "i64", "end_element": "i64", "parameter": "i64", "scales": "*fp32",

@@ -19,14 +19,14 @@ from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.export import export
-from finetune.methods.objectives import Objective, make_objective
-from finetune.rewards import load_reward, token_f1
-from finetune.run_directory import RunDirectory
+from finetune.objectives.objectives import Objective, make_objective
+from finetune.objectives.rewards import load_reward, token_f1
+from finetune.runs.directory import RunDirectory
 from finetune.session import Session
 from memory.errors import UserError
-from offload.noise import parameter_key
-from offload.perturbed import Variant
-from offload.perturbed_model import PerturbedModel
+from offload.noise.noise import parameter_key
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.variants import Variant
 
 VARIANTS = [Variant(), Variant(7, 0.05), Variant(7, -0.05)]
 
@@ -228,6 +228,6 @@ def test_a_plan_without_data_counts_the_caches(tmp_path):
 
 
 def test_functions_are_found_in_modules():
-    assert load_reward("finetune.rewards:token_f1") is token_f1
+    assert load_reward("finetune.objectives.rewards:token_f1") is token_f1
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
         load_reward("no_such_module:reward")

@@ -20,11 +20,11 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_config
 
+from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.session import _compute_dtype
-from finetune.tensor_rows import TensorRows, open_tensor_rows
 from finetune.trainer import Trainer
 from memory.errors import UserError
-from offload.model_parts import cut
+from offload.weights.parts import cut
 
 VOCAB = 101
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

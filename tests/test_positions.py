@@ -11,8 +11,8 @@ from text_models import make_config, write_model, write_rows
 from finetune import Trainer
 from finetune.evaluate import evaluate
 from memory.errors import UserError
-from offload.model_parts import cut
-from offload.positions import longest_row
+from offload.sizing.positions import longest_row
+from offload.weights.parts import cut
 
 POSITIONS = 37
 IDS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -15,13 +15,13 @@ from test_zeroth_order import journal_bytes, zo_config
 from text_models import CONFIGS, make_config, write_model
 
 from finetune import Trainer
+from finetune.adapters import prefix
 from finetune.config import ConfigError
 from finetune.evaluate import evaluate
-from finetune.methods import prefix
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
-from offload.journal import Journal
+from offload.perturb.journal import Journal
 
 ZO = {"parameters": "prefix", "epsilon": 0.1, "prefix_tokens": 3}
 
@@ -100,7 +100,7 @@ def test_a_run_that_died_before_its_prefix_was_saved_goes_on(models, data, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("finetune.methods.adapters.save", dies)
+        patch.setattr("finetune.adapters.peft_files.save", dies)
         Trainer(parts).train()
     assert Journal.read(parts.output / "journal.zo").steps == 0
     assert Trainer(parts.model_copy(update={"resume": True})).train().global_step == 4

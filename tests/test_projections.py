@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_adafactor import unit_of
 
-import offload.adafactor
-from offload.noise import parameter_key
-from offload.projections import directions, factor_bytes
-from offload.update_rules import Rule
+import offload.update.adafactor
+from offload.noise.noise import parameter_key
+from offload.update.projections import directions, factor_bytes
+from offload.update.rules import Rule
 
 SHAPES = [(37,), (4, 50), (23, 41), (41, 23), (3, 17, 11)]
 RANK = 5
@@ -107,7 +107,7 @@ class PlainDirections:
     ids=lambda rule: f"{rule.name} {rule.rank}",
 )
 def test_directions_are_those_of_the_papers(rule, scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.adafactor, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
     state = torch.zeros(factor_bytes(unit, rule), dtype=torch.uint8)

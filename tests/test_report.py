@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import finetune.progress
-from finetune.progress import LastingStream, Progress
-from finetune.report import METRIC_KEYS, MetricsError, MetricsWriter, read_metrics, summary_table, to_json, write_report
+import finetune.reporting.progress
+from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.report import (
+    METRIC_KEYS,
+    MetricsError,
+    MetricsWriter,
+    read_metrics,
+    summary_table,
+    to_json,
+    write_report,
+)
 
 
 def row(step: int, **values: object) -> dict[str, object]:
@@ -167,7 +175,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(finetune.progress, "monotonic", lambda: now[0])
+    monkeypatch.setattr(finetune.reporting.progress, "monotonic", lambda: now[0])
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     return now

@@ -15,16 +15,16 @@ from test_resume import StopAfter, data_prepared_here  # noqa: F401
 from text_models import make_config, write_model, write_rows
 
 from finetune import Config, Trainer
+from finetune.data.tensor_rows import TensorRows
 from finetune.evaluate import evaluate
 from finetune.export import export
-from finetune.run_directory import RunDirectory, reading
-from finetune.run_identity import RunIdentity, model_name, settings
-from finetune.tensor_rows import TensorRows
-from memory.checkpoint import read_checkpoint
+from finetune.runs.directory import RunDirectory, reading
+from finetune.runs.identity import RunIdentity, model_name, settings
 from memory.errors import UserError
-from memory.model_digest import model_digest
-from memory.new_directory import new_directory
-from memory.sealed import unseal
+from offload.files.new_directory import new_directory
+from offload.files.sealed import unseal
+from offload.weights.checkpoint import read_checkpoint
+from offload.weights.digest import model_digest
 
 ROWS = [{"prompt": f"hello {i} there", "completion": " cat" if i % 3 else " was great"} for i in range(7)]
 OTHER_METHODS = {"lora": "zo", "zo": "full", "full": "lora"}

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from text_models import CONFIGS, make_config, plain_model
 from torch.nn import functional
 
+from finetune.adapters.saved import KINDS, find
 from finetune.data import Example
-from finetune.methods.saved_adapter import KINDS, find
+from finetune.objectives.scoring import ask_trained, score
 from finetune.planned_run import BatchShape
-from finetune.scoring import ask_trained, score
 from finetune.session import Session
 from memory.errors import UserError
 

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from finetune.config import Config, ConfigError
+from finetune.config.schedule_options import SCHEDULES
 from finetune.methods.schedule import check_schedule, make_scheduler
-from finetune.schedule_options import SCHEDULES
 from memory.errors import UserError
 
 

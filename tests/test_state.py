@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune.state import load_state, save_state, saved_states
+from finetune.runs.state import load_state, save_state, saved_states
 from memory.errors import UserError
 
 ABOUT = {"run": "1" * 32, "seed": 1}

@@ -12,13 +12,13 @@ import torch
 
 from memory.fetch_policy import next_fetch, spread_evenly, victim
 from memory.simulator import simulate_step
-from memory.slab import Slab, SlotPool
-from offload.block_store import BlockLayout, Extent, Source, layout_block
+from memory.slots import Slab, SlotPool
 from offload.devices import Direction
 from offload.devices.base import map_host_bytes
 from offload.devices.simulated import SimulatedDevice
-from offload.io import FaultPlan, IOEngine, IOFailure
-from offload.streamer import DeviceTier, HostTier
+from offload.residency.io import FaultPlan, IOEngine, IOFailure
+from offload.residency.tiers import DeviceTier, HostTier
+from offload.weights.parameter_map import BlockLayout, Extent, Source, layout_block
 
 NUM_BLOCKS = 6
 SIZES = [5000, 7777, 4096, 123, 9001, 7777]

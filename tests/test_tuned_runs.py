@@ -13,15 +13,15 @@ from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F40
 from text_models import make_config, write_rows
 
 import finetune.trainer
-import offload.model_parts
-import offload.update_units
+import offload.update.units
+import offload.weights.parts
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
 from memory.errors import UserError
 from memory.meter import host_bytes
-from offload.working_store import read_manifest
+from offload.update.store import read_manifest
 
 LOW_RANK = {"noise": "low_rank", "rank": 4, "perturb": "products"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So that this model too has embedding rows that are read on demand, and several pieces a unit."""
-    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
-    monkeypatch.setattr(offload.update_units, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from offload.update_rules import (
+from offload.update.rules import (
     BLOCK,
     INSTRUCTION_SETS,
     ROOT,

@@ -12,9 +12,9 @@ import transformers as tf
 from extents import read_source
 from transformers import core_model_loading as ops
 
-from memory.checkpoint import CheckpointError, TensorEntry
-from offload.block_store import Source
-from offload.weight_conversion import PlacementTensor, extents_of, run_converter
+from offload.weights.checkpoint import CheckpointError, TensorEntry
+from offload.weights.conversion import PlacementTensor, extents_of, run_converter
+from offload.weights.parameter_map import Source
 
 
 class Reference:

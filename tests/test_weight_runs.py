@@ -20,23 +20,23 @@ from transformers import TrainerCallback
 
 import finetune.session
 import memory.plan
-import offload.engine
+import offload.step.engine
 import offload.streamed_model
-import offload.trained_model
-import offload.update_units
+import offload.update.trained_model
+import offload.update.units
 from finetune import Config, Trainer
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.io import FaultPlan, IOEngine
-from offload.working_store import StoredPiece, WorkingStore, read_manifest
+from offload.residency.io import FaultPlan, IOEngine
+from offload.update.store import StoredPiece, WorkingStore, read_manifest
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(offload.update_units, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", 8192)
 
 
 def config_of(model: Path, rows: str, output: Path, method: str = "full", steps: int = 9, **changes: Any) -> Config:
@@ -285,7 +285,7 @@ def test_a_store_is_given_up_when_the_model_cannot_be_opened(models, data, tmp_p
         raise UserError("no head today")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no head today"):
-        patch.setattr(offload.trained_model.TrainedModel, "_make_chunks", fail)
+        patch.setattr(offload.update.trained_model.TrainedModel, "_make_chunks", fail)
         Trainer(config).train()
     Trainer(config).train()
 
@@ -304,14 +304,14 @@ def test_weights_that_a_model_uses_twice_are_refused(models, data, tmp_path, mon
         patch.setattr(finetune.session, "cut", tied)
         Trainer(config).train()
 
-    run = offload.engine.Engine._run_forward
+    run = offload.step.engine.Engine._run_forward
 
     def twice(engine, *args):
         run(engine, *args)
         engine.order = [*engine.order, 1]
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="2 times in a pass"):
-        patch.setattr(offload.engine.Engine, "_run_forward", twice)
+        patch.setattr(offload.step.engine.Engine, "_run_forward", twice)
         Trainer(config).train()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from memory.errors import UserError
-from offload.io import IOEngine
-from offload.working_store import StoredPiece, WorkingStore, read_manifest
+from offload.residency.io import IOEngine
+from offload.update.store import StoredPiece, WorkingStore, read_manifest
 
 PAGE = 4096
 

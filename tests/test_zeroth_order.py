@@ -19,17 +19,18 @@ from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noq
 from text_models import make_config
 
 from finetune import Config, Trainer
-from finetune.config import ConfigError, ZerothOrderOptions
+from finetune.config import ConfigError
+from finetune.config.config import ZerothOrderOptions
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.zeroth_order import clipped, probe_seed, projected_gradients, variants
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.io import IOEngine, IOFailure
-from offload.journal import Journal
-from offload.perturbed import Variant
-from offload.perturbed_model import PerturbedModel
+from offload.perturb.journal import Journal
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.variants import Variant
+from offload.residency.io import IOEngine, IOFailure
 
 
 def zo_config(

@@ -24,10 +24,10 @@ from transformers.optimization import get_scheduler
 from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, collate
 from finetune.data.cache import CacheWriter
+from finetune.data.tensor_rows import TensorRows
 from finetune.methods.first_order import lane_seed
-from finetune.tensor_rows import TensorRows
 from finetune.trainer import Trainer
-from offload.streamer import HostTier
+from offload.residency.tiers import HostTier
 
 VOCAB = 101
 TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}

@@ -26,7 +26,7 @@ from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.sources import COLUMNS, MEDIA, File, HubSplit, resolve, without_added_nulls
-from memory.file_lock import lock
+from offload.files.lock import lock
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
 _TOKENIZER_FILES = (

@@ -11,7 +11,7 @@ slimfit  in every interval the `layers` blocks whose weights changed most when t
          section 3.1).
 frugal   every `interval` steps `layers` blocks at random have AdamW's state; all others take the sign of their gradient.
          FRUGAL (Zmushko et al. 2024, algorithm 1, blockwise). With another `subspace` every matrix of every block has a part
-         with state and takes signs in the rest, see `offload.projections`.
+         with state and takes signs in the rest, see `offload.update.projections`.
 A block that is chosen anew begins with fresh optimizer state unless `keep_state` is set.
 """
 

@@ -1,6 +1,6 @@
 """Gradients for the model's own weights, all of them or some at a time, with the optimizer out of core.
 
-See [Note: the reference loop] in `finetune.trainer` for the gradients, and `offload.update_rules` for the arithmetic of the
+See [Note: the reference loop] in `finetune.trainer` for the gradients, and `offload.update.rules` for the arithmetic of the
 optimizer. Every step is committed to the working store, which is the checkpoint.
 """
 
@@ -14,22 +14,22 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
+from finetune.data.micro_batches import make_micro_batches
 from finetune.methods import StepNotKept, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
-from finetune.methods.objectives import TokenLoss
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import Selection
 from finetune.methods.weight_decay import undecayed
-from finetune.micro_batches import make_micro_batches
-from finetune.run_identity import check_same_run
+from finetune.methods.weight_demand import make_rule
+from finetune.objectives.objectives import TokenLoss
+from finetune.runs.identity import check_same_run
 from finetune.session import Session
-from finetune.weight_demand import make_rule
 from memory.errors import UserError
-from offload.io import IOFailure
-from offload.optimizer_stream import Request
-from offload.trained_model import TrainedModel, Update, clip_scale
-from offload.update_rules import Rule
-from offload.update_units import UpdateUnit
+from offload.residency.io import IOFailure
+from offload.update.rules import Rule
+from offload.update.stream import Request
+from offload.update.trained_model import TrainedModel, Update, clip_scale
+from offload.update.units import UpdateUnit
 
 
 class WeightTraining:

@@ -1,9 +1,9 @@
 """Zeroth-order tuning: forward passes under random perturbations, and a journal of seeds and scalars.
 
-The weights are never written step by step: an update is a few (seed, coefficient) pairs, which `offload.perturbed_model`
-applies while blocks are fetched, and the journal of them is the checkpoint.
+The weights are never written step by step: an update is a few (seed, coefficient) pairs, which
+`offload.perturb.perturbed_model` applies while blocks are fetched, and the journal of them is the checkpoint.
 
-Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.methods.objectives`):
+Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.objectives.objectives`):
   spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
          Spall 1992; MeZO (Malladi et al. 2023, algorithms 1 and 2).
   fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
@@ -31,19 +31,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.config import Config, ZerothOrderOptions
+from finetune.adapters import peft_files as adapters
+from finetune.adapters import prefix
+from finetune.config import Config
+from finetune.config.config import ZerothOrderOptions
 from finetune.data.batches import Row
-from finetune.methods import StepNotKept, StepResult, adapters, prefix
-from finetune.methods.objectives import Objective
+from finetune.methods import StepNotKept, StepResult
 from finetune.methods.schedule import make_scheduler
-from finetune.run_identity import check_same_run
+from finetune.objectives.objectives import Objective
+from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
-from offload.folds import folds, newest_fold
-from offload.journal import Journal, Record
-from offload.noise import Update
-from offload.perturbed import Variant
-from offload.perturbed_model import PerturbedModel
+from offload.noise.noise import Update
+from offload.perturb.folds import folds, newest_fold
+from offload.perturb.journal import Journal, Record
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.variants import Variant
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
 CLIP_MIN_HISTORY = 10

@@ -11,7 +11,7 @@ import torch
 from tiny_models import image_rows, save_tiny, token_data
 
 import finetune.trainer
-import offload.activations
+import offload.step.activations
 from finetune.data import TokenDataset
 
 
@@ -52,4 +52,4 @@ def quick_data(monkeypatch) -> None:
 @pytest.fixture
 def spill_everything(monkeypatch) -> None:
     """The tiny models' block inputs are below what is worth a disk request."""
-    monkeypatch.setattr(offload.activations, "SPILL_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 1)

@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig
 from tiny_models import aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
-import offload.model_parts
-from finetune.methods.lora_options import DESCRIPTIVE, EQUAL, EQUAL_VALUES, REFUSED, check_fresh, key_of
+import offload.weights.parts
+from finetune.adapters.lora_options import DESCRIPTIVE, EQUAL, EQUAL_VALUES, REFUSED, check_fresh, key_of
 from finetune.trainer import Trainer
 from memory.errors import UserError
 
@@ -70,7 +70,7 @@ def use_of_one_end(lora: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("case", SAME)
 def test_gives_plain_pefts_bits(case, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     name, lora = SAME[case]
     if name == "mixtral":
         aligned_copies(monkeypatch)

@@ -8,15 +8,15 @@ from tiny_models import Run, assert_same_bits, make_config, reference_run, strea
 import finetune.trainer
 from finetune.config import Config
 from finetune.trainer import Trainer
-from memory.checkpoint import read_checkpoint
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.calibration import Rates
 from offload.devices import RaceError
 from offload.devices.simulated import SimulatedDevice
-from offload.io import IOEngine
-from offload.model_parts import cut
-from offload.streamer import DeviceTier
+from offload.residency.io import IOEngine
+from offload.residency.tiers import DeviceTier
+from offload.sizing.calibration import Rates
+from offload.weights.checkpoint import read_checkpoint
+from offload.weights.parts import cut
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}
 CPU = [

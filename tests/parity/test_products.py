@@ -13,8 +13,8 @@ from test_perturbations import PLACEMENTS, PlainMezo, assert_exported, zo_config
 from tiny_models import CONFIGS
 from torch import nn
 
-import offload.model_parts
-from offload.noise import parameter_key
+import offload.weights.parts
+from offload.noise.noise import parameter_key
 
 ZO = {"noise": "low_rank", "rank": 3, "perturb": "products", "perturbations": 2, "fold_steps": 2}
 
@@ -97,7 +97,7 @@ class PlainProducts(PlainMezo):
     [(name, "cpu") for name in CONFIGS if name not in ("vit", "gpt2")] + [("llama", "simulated"), ("mixtral", "simulated")],
 )
 def test_architectures(name, device, dtype, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.model_parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     config = zo_config(
         checkpoint(name, getattr(torch, dtype)), tokens, tmp_path / "out", ZO, device=device,
         training={"max_steps": 7, "weight_decay": 0.1}, engine={"dtype": dtype, **PLACEMENTS[1]},

@@ -1,7 +1,7 @@
 """Training of a model's own weights, out of core, against plain PyTorch with everything resident: bit for bit.
 
 The reference keeps an fp32 master of every 16-bit weight, which torch.optim.AdamW updates; the weight is the master rounded
-half away from zero (see `offload.update_rules`).
+half away from zero (see `offload.update.rules`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from transformers.optimization import get_scheduler
 
 import finetune.session
 import memory.plan
-import offload.adafactor
-import offload.update_units
+import offload.update.adafactor
+import offload.update.units
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import Selection
+from finetune.methods.weight_demand import make_rule
 from finetune.trainer import Trainer
-from finetune.weight_demand import make_rule
-from offload.skeleton import find_blocks
-from offload.update_rules import ROOT, square_root
+from offload.update.rules import ROOT, square_root
+from offload.weights.skeleton import find_blocks
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 
@@ -40,7 +40,7 @@ SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 @pytest.fixture(autouse=True)
 def small_pieces(request, monkeypatch):
     """How many of them stay in memory differs: all, or some where ways of clipping are compared."""
-    monkeypatch.setattr(offload.update_units, "PIECE_BYTES", SMALL_PIECES)
+    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", SMALL_PIECES)
     clipping = getattr(request.node, "callspec", None) and request.node.callspec.params.get("clipping")
     if clipping:
         keeping = memory.plan._keeping
@@ -273,7 +273,7 @@ def test_selected_blocks(method, checkpoint, tokens, tmp_path):
 )  # fmt: skip
 def test_rules_that_look_at_whole_matrices(optimizer, name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """To rounding: sums over matrices are taken in chunks. Adafactor is Transformers' own."""
-    monkeypatch.setattr(offload.adafactor, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", 100)
     config = weights_config(
         checkpoint(name), tokens, tmp_path / "out", training={"weight_decay": 0.1, "micro_batch_size": 5},
         optimizer={"name": optimizer, "clipping": clipping, "rank": 4, "refresh_steps": 3},

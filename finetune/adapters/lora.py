@@ -1,0 +1,95 @@
+"""LoRA and its family through PEFT: adapters resident, the base streamed and frozen.
+
+Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); the arithmetic is PEFT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.adapters.lora_options import check_fresh, check_option, key_of
+from finetune.adapters.lora_targets import Targets, choose_targets
+from finetune.adapters.peft_files import task_type
+from memory.errors import UserError
+
+
+def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: bool = True) -> tuple[nn.Module, Targets]:
+    """`model` wrapped by PEFT with a fresh adapter, as `get_peft_model` after `torch.manual_seed(seed)` makes it, and what
+    was made of target_modules "all-linear".
+
+    arguments: keyword arguments of `peft.LoraConfig`. experts: whether "all-linear" means routed experts too. Raises
+    UserError for what cannot be streamed or PEFT refuses.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if unknown := [key for key in arguments if key not in known]:
+        raise UserError(f"{key_of(unknown[0])}: PEFT's LoraConfig has no {unknown[0]}; it has {', '.join(sorted(known))}")
+    if "init_lora_weights" in arguments:  # PEFT would first ask for packages that some of its values need
+        check_option("init_lora_weights", arguments["init_lora_weights"])
+    kind = task_type(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about Transformers' names: nothing a user can do
+            config = LoraConfig(**{"task_type": kind, **arguments})
+            check_fresh(config, kind)
+            targets = choose_targets(model, config, experts)
+            config.target_modules = targets.modules
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever its layers raise for options that do not go together
+        raise UserError(f"PEFT refuses the lora options: {error or type(error).__name__}") from error
+    for module in adapted.modules():
+        for copy in _copies(module).values():
+            for part in copy.modules():
+                part.__dict__.pop("forward", None)  # the streamed module's, which looks for the weights in a slot
+    return adapted, targets
+
+
+def needs_first_visit(model: nn.Module) -> bool:
+    """Whether adapters have values that follow from the base weights: DoRA's magnitudes, rows and modules that are trained."""
+    return any(_magnitudes(module) or _rows(module) or _copies(module) for module in model.modules())
+
+
+def first_visit(modules: Iterable[nn.Module]) -> None:
+    """Gives adapters among `modules`, whose base weights are bound, the values that PEFT takes from these: DoRA's magnitudes,
+    the norms of W + scaling B A, and copies of rows and of modules that are trained in place of the base's."""
+    for module in modules:
+        for name, magnitude in _magnitudes(module).items():
+            _set_magnitude(module, name, magnitude)
+        for name, rows in _rows(module).items():
+            rows.data.copy_(module.get_base_layer().weight[module.token_indices[name]])
+            module.trainable_tokens_original[name] = rows.detach().clone()
+        for copy in _copies(module).values():
+            copy.load_state_dict(module.original_module.state_dict())
+
+
+def _magnitudes(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(getattr(module, "lora_magnitude_vector", None) or {})
+
+
+def _rows(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(getattr(module, "trainable_tokens_delta", None) or {})
+
+
+def _copies(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module._modules.get("modules_to_save") or {})
+
+
+def _set_magnitude(module: nn.Module, name: str, magnitude: nn.Module) -> None:
+    base, trained_dtype = module.get_base_layer(), magnitude.weight.dtype
+    if name in module.lora_A:
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    else:
+        a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]
+    dtype = base.weight.dtype  # PEFT takes the norm before it widens its adapters
+    magnitude.update_layer(base_layer=base, lora_A=a.to(dtype), lora_B=b.to(dtype), scaling=module.scaling[name])
+    magnitude.weight.data = magnitude.weight.data.to(trained_dtype)

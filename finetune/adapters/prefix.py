@@ -1,0 +1,152 @@
+"""Prefix tuning through PEFT: keys and values that every layer sees before its own, while the model stays as it is.
+
+Li and Liang 2021; by forward passes alone, as MeZO (Malladi et al. 2023, section 3 and appendix) tunes one: it begins as the
+keys and values of random tokens.
+
+PEFT gives the model a key-value cache with the prefix in it, which would go on to keep every token of every layer until the
+pass is over: here a layer's new keys and values are dropped as soon as it has attended (`take_over`), so a pass holds those of
+one block. In generation the caches that come in keep them, and the prefix is put into those that are empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune.adapters.peft_files import prefix_length, task_type
+from memory.errors import UserError
+from offload.streamed_model import StreamedModel
+from offload.weights.skeleton import cache_argument
+
+
+def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
+    """`model` wrapped by PEFT with a fresh prefix of so many positions. Raises UserError for models that cannot have one."""
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if task_type(model) is None:
+        raise UserError(f"zo.parameters prefix: expected a language model, found {type(model).__name__}")
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise UserError(
+            f"zo.parameters prefix: expected a model whose layers all attend, found {type(model).__name__}: use zo.parameters "
+            "lora"
+        )
+    torch.manual_seed(seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, PrefixTuningConfig(task_type=task_type(model), num_virtual_tokens=num_tokens))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"PEFT has no prefix for {type(model).__name__}: {error}") from error
+
+
+def take_over(model: nn.Module) -> None:
+    """Lets a model that PEFT has given a prefix drop keys and values, and take caches; others stay as they are."""
+    if prefix_length(model):
+        model.forward = partial(_forward, model)
+
+
+def lane_bytes(model: nn.Module, itemsize: int) -> int:
+    """What a prefix takes of memory in every lane, in numbers of so many bytes."""
+    return _values(model).numel() * itemsize if prefix_length(model) else 0
+
+
+def check_positions(model: nn.Module, num_tokens: int) -> None:
+    """Raises UserError when a prefix leaves no positions for texts of so many tokens."""
+    before = prefix_length(model)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) if before else None
+    if positions and before + num_tokens > positions:
+        raise UserError(
+            f"a prefix of {before} and texts of {num_tokens} tokens are more than the model's {positions} positions: lower "
+            f"--sequence-length to {positions - before}"
+        )
+
+
+def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> None:
+    """Sets the prefix to the keys and values of random tokens, which takes a pass over the weights."""
+    from transformers import DynamicCache
+
+    base, count = streamed.parts.model, prefix_length(model)
+    config = base.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
+    past = DynamicCache(config=base.config)
+    ids = ids.to(streamed.device.torch_device)
+    streamed.forward([{"input_ids": ids, cache_argument(base): past, "use_cache": True, "without_prefix": True}])
+    values = [x[0].transpose(0, 1).reshape(count, -1) for layer in past.layers for x in (layer.keys, layer.values)]
+    _set_values(model, torch.cat(values, dim=1))
+
+
+def read_values(model: nn.Module, directory: Path, digest_of_values: str) -> bool:
+    """Sets the prefix to that saved in `directory`; False when the one with this digest is not there."""
+    try:
+        _set_values(model, load_file(directory / "adapter_model.safetensors")["prompt_embeddings"])
+    except (OSError, SafetensorError, KeyError, UserError):
+        return False
+    return digest(model) == digest_of_values
+
+
+def digest(model: nn.Module) -> str:
+    """Of the prefix's values."""
+    return hashlib.blake2b(_values(model).detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _values(model: nn.Module) -> nn.Parameter:
+    """fp32 [positions, 2 * layers * key-value heads * head size]: of every layer its keys, then its values."""
+    return model.prompt_encoder[model.active_adapter].embedding.weight
+
+
+def _set_values(model: nn.Module, values: torch.Tensor) -> None:
+    weight = _values(model)
+    if values.shape != weight.shape:
+        raise UserError(
+            f"PEFT has no prefix for {type(model.get_base_model()).__name__}: it takes keys and values of "
+            f"{weight.shape[1]} numbers, the model makes {values.shape[1]}"
+        )
+    weight.data.copy_(values)
+
+
+def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool = False, **inputs: Any) -> Any:
+    """PEFT's forward for a prefix, and one for a cache that comes in."""
+    key, rows = cache_argument(model.base_model), input_ids.shape[0]
+    past = inputs.pop(key, None)
+    if past is None:
+        past = _passing_cache(model, rows)
+        if inputs.get("attention_mask") is not None:
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask.new_ones(rows, prefix_length(model)), mask], dim=1)
+    elif not without_prefix and not past.get_seq_length():
+        for index, layer in enumerate(model.get_prompt(rows).layers):
+            past.update(layer.keys, layer.values, index)
+    return model.base_model(input_ids=input_ids, **inputs, **{key: past})
+
+
+def _passing_cache(model: nn.Module, rows: int) -> Any:
+    """PEFT's cache with the prefix in it, the same memory for all rows, whose layers forget what they are updated with."""
+    cache = model.get_prompt(1)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in (layer.keys, layer.values))
+        layer.__class__ = _passing(type(layer))
+    return cache
+
+
+@cache
+def _passing(kind: type) -> type:
+    def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return kind.update(self, *arguments, **options)
+        finally:
+            vars(self).clear()
+            vars(self).update(before)
+
+    return type(f"Passing{kind.__name__}", (kind,), {"update": update})

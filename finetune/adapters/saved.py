@@ -1,0 +1,193 @@
+"""An adapter that was saved, here or by another program, around the streamed model: PEFT's numbers, or a refusal.
+
+Where the embedding or the head has an adapter, or the vocabulary was changed, PEFT saves the tables themselves beside it and
+loads them over the model's; modules that were trained whole (`modules_to_save`) are saved likewise. Here they are streamed
+from the adapter's file in place of the model's, so they are honoured without being in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters.lora_options import check_loaded
+from finetune.adapters.peft_files import task_type
+from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
+from memory.errors import UserError
+from offload.weights.checkpoint import TensorEntry, read_header
+from offload.weights.parameter_map import TORCH_DTYPES, Extent, ParameterMap, Source
+from offload.weights.parts import ModelParts
+
+KINDS = ("LORA", "PREFIX_TUNING", "IA3", "LOHA", "LOKR", "VERA")
+"""PEFT's words for the adapters that give plain PEFT's numbers on a streamed model, as tests hold."""
+
+
+def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
+    """The model of `parts` with the adapter around it, frozen, and the parts with the adapter's own tables in place.
+
+    Raises UserError when it is not there, is damaged, cannot be streamed, or does not fit the model tensor by tensor.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+    from safetensors import safe_open
+
+    _check_files(directory)
+    check_adapter(directory)
+    config = _read_config(directory)
+    entries = read_header(directory / WEIGHTS)
+    tables = {name: entry for entry in entries if (name := _table_name(entry, parts.sources))}
+    taken = {entry.name for entry in tables.values()}
+    sources = _with_tables(parts, tables, config, directory)
+    if not config.is_prompt_learning:
+        config.modules_to_save, config.task_type = None, task_type(parts.model)  # what it would wrap is streamed instead
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(parts.model, config)
+            with safe_open(directory / WEIGHTS, framework="pt") as file:
+                values = {entry.name: file.get_tensor(entry.name) for entry in entries if entry.name not in taken}
+            result = set_peft_model_state_dict(model, values)
+    except Exception as error:  # whatever PEFT's layers raise for files that are not theirs
+        raise UserError(f"the adapter in {directory} does not fit this model: {_line(error)}") from error
+    if not config.is_prompt_learning:
+        _check_complete(directory, config, _missing(model, result.missing_keys), result.unexpected_keys)
+    return model, parts.on(parts.checkpoint, sources) if tables else parts
+
+
+def find(adapter: str | Path) -> Path:
+    """The directory that is meant: a local one, or that of a hub id, downloaded or from the hub's cache. Raises UserError."""
+    directory = Path(adapter).expanduser()
+    if not directory.exists() and isinstance(adapter, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", adapter):
+        return _download(adapter)
+    return directory
+
+
+def refuse_beside(model: Path) -> None:
+    """Raises UserError when an adapter lies beside the weights of a model: Transformers would load it with them."""
+    if (model / CONFIG).is_file() and (model / "config.json").is_file():
+        raise UserError(
+            f"{model} holds an adapter ({CONFIG}) beside a whole model, and Transformers would use both: move the adapter away "
+            "or merge it into the model; to evaluate or generate with it, name it with --adapter too"
+        )
+
+
+def _check_files(directory: Path) -> None:
+    """Raises UserError unless there are a configuration and weights as safetensors."""
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            found = ""
+            if name == WEIGHTS and (directory / "adapter_model.bin").is_file():
+                found = ", found adapter_model.bin, which can run code when it is read: load it with PEFT and save it again"
+            raise UserError(f"{directory} is not an adapter: expected {name} in it{found}")
+
+
+def differing_base(directory: Path, model: str) -> str | None:
+    """What the adapter in a directory says that it was trained on, if that has another name than `model`."""
+    base = json.loads((directory / CONFIG).read_text()).get("base_model_name_or_path") or ""
+    return base if base and _last_name(base) != _last_name(model) else None
+
+
+def _last_name(model: str) -> str:
+    """The name without its folder or owner; that of a snapshot in the hub's cache is in the name of a folder above."""
+    cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/", model)
+    return (cached.group(1) if cached else Path(model).name).lower()
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub's HTTP client, and so the type of its errors, changes with its version
+        raise UserError(
+            f"adapter '{name}': there is no local directory {Path(name).absolute()}, and the hub didn't give it either "
+            f"({_line(error)}). Give the path of an adapter's directory, or check the id, the network and your access to it"
+        ) from error
+
+
+def _read_config(directory: Path) -> Any:
+    from peft import PeftConfig
+
+    try:
+        kind = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["peft_type"]
+        if kind not in KINDS:
+            raise UserError(
+                f"the adapter in {directory} is of kind {str(kind).lower()}, which cannot be streamed: expected one of "
+                f"{', '.join(KINDS).lower()}"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{directory / CONFIG} cannot be read as PEFT's configuration: {_line(error)}") from error
+    config.inference_mode = True
+    if kind == "LORA":
+        check_loaded(config, directory)
+    return config
+
+
+def _table_name(entry: TensorEntry, sources: ParameterMap) -> str | None:
+    """The model's own parameter that a tensor of the adapter's file is to replace, None for those of the adapter itself."""
+    name = entry.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name if name in sources else None
+
+
+def _with_tables(parts: ModelParts, tables: dict[str, TensorEntry], config: Any, directory: Path) -> ParameterMap:
+    """Where the parameters are, with these in the adapter's file: a table of the base together with those that are tied to
+    it, a module that was trained whole alone."""
+    sources, changed = parts.sources, copy.copy(parts.sources)
+    whole = list(getattr(config, "modules_to_save", None) or ())
+    found = set()
+    for name, entry in tables.items():
+        old, dtype = sources[name], TORCH_DTYPES.get(entry.dtype)
+        if entry.shape != old.shape or dtype is None:
+            raise UserError(
+                f"the adapter in {directory} brings {name} as {entry.dtype} {list(entry.shape)}, the model has "
+                f"{list(old.shape)}: was its vocabulary changed? Merge the adapter into that model and give the result"
+            )
+        new = Source(dtype, old.shape, (Extent(entry.path, entry.offset, entry.num_bytes, 0),))
+        own = [word for word in whole if _is_part(name, word)]
+        found.update(own)
+        alone = own and not getattr(config, "ensure_weight_tying", False)
+        changed.update({other: new for other in ([name] if alone else [n for n, s in sources.items() if s == old])})
+    lost = [word for word in whole if word not in found and any(_is_part(name, word) for name in sources)]
+    if lost:
+        raise UserError(f"the adapter in {directory} lacks {lost[0]}, which its modules_to_save names: it is not whole")
+    return changed
+
+
+def _is_part(parameter: str, module: str) -> bool:
+    """Whether `parameter` belongs to a module that is called `module`, or ends so."""
+    return f".{module}." in f".{parameter}"
+
+
+def _missing(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that are the adapter's, unless they are other names of tensors that were found."""
+    own = {key: value for key, value in model.state_dict().items() if model.active_adapter in key.split(".")}
+    absent = own.keys() & set(keys)
+    found = {value.data_ptr() for key, value in own.items() if key not in absent}
+    return [key for key in absent if own[key].data_ptr() not in found]
+
+
+def _check_complete(directory: Path, config: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    found = [
+        f"{what} {len(names)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for what, names in (("tensors that the model has no place for:", unexpected), ("tensors that it lacks:", missing))
+        if names
+    ]
+    if found:
+        raise UserError(
+            f"the adapter in {directory} does not fit this model: {'; '.join(found)}. It was trained on "
+            f"{config.base_model_name_or_path or 'a model that it does not name'}: give that model, or save the adapter again"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,63 @@
+"""What report.json says of a run: predicted and measured memory and time, and what lived where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from finetune.planned_run import PlannedRun
+from finetune.session import Session
+from finetune.training.loop import TrainingLoop
+from memory.meter import MemoryMeter
+from offload.sizing.calibration import Rates
+
+
+def run_report(
+    planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, loop: TrainingLoop
+) -> dict[str, Any]:
+    """JSON values, losses that are not finite among them; sizes in bytes. Stops the meter."""
+    predicted = planned.predict_step(rates)
+    plan = planned.plan
+    return {
+        "model": str(session.config.model),
+        "steps": loop.step,
+        "first_step": loop.first_step,
+        "training_loss": loop.training_loss if loop.losses else None,
+        "last_loss": loop.losses[-1] if loop.losses else None,
+        "seconds": loop.seconds,
+        "budget": {"host_peak_bytes": plan.host_budget_bytes, "device_peak_bytes": plan.device_budget_bytes},
+        "predicted": {
+            "host_peak_bytes": plan.host_peak_bytes,
+            "device_peak_bytes": plan.device_peak_bytes,
+            "step_seconds": predicted.seconds,
+            "stall_seconds": predicted.stall_seconds,
+            "disk_read_bytes": predicted.read_bytes,
+        },
+        "measured": {
+            "host_peak_bytes": meter.stop(),
+            "device_peak_bytes": session.device.peak_bytes(),
+            "step_seconds": float(np.median(loop.step_seconds)) if loop.step_seconds else None,
+            **loop.moved_per_step(),
+        },
+        "plan": {
+            "resident_blocks": len(plan.host_resident),
+            "blocks": len(session.parts.blocks),
+            "lookahead": plan.host_lookahead,
+            "block_inputs": "disk" if plan.activation_slots else "host",
+            "dtype": str(session.parts.dtype).removeprefix("torch."),
+            "host_parts": dict(plan.host_parts),
+            "device_parts": dict(plan.device_parts),
+        },
+        "arena": None if session.arena is None else _arena_report(session),
+    }
+
+
+def _arena_report(session: Session) -> dict[str, int]:
+    stats = session.arena.stats()
+    return {
+        "capacity_bytes": stats.capacity_bytes,
+        "peak_bytes": stats.peak_bytes,
+        "extent_bytes": stats.extent_bytes,
+        "overflow_peak_bytes": stats.overflow_peak_bytes,
+    }

@@ -1,0 +1,261 @@
+"""Noise as a function of (seed, parameter, element), and the one pass over memory that moves weights by it.
+
+z = f(seed, parameter, element) by Philox4x32-10 (Salmon et al. 2011): perturbing, updating and replaying agree whatever the
+chunking, the order, the number of threads or the instruction set. Rademacher signs are +1 and -1; normals come from
+Box-Muller on 16-bit radii in single fp32 operations, so they are the same bits everywhere too; their relative error is below
+2e-5, their largest magnitude 4.86.
+
+A pass reads weights once, brings them up to date and writes them as often as wanted:
+    theta = source                                                   in fp32
+    theta = round(scale * theta + sum_j coefficient_j z(seed_j))     for every pending group, the sum in fp32 (of signs: in
+                                                                     fours, then of these), added once
+    target = theta + coefficient z(seed)                             rounded once to the target's dtype
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from finetune_native import noise as _native
+
+KINDS = ("rademacher", "gaussian", "low_rank")
+ROUNDINGS = ("exact", "nearest", "stochastic")
+INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
+"""Code that this processor can run, fastest first; all give the same bits."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PRODUCT_ELEMENTS = 1 << 22
+
+
+class Noise(NamedTuple):
+    """kind: one of `KINDS`. low_rank: for a matrix [rows, columns] (leading dimensions count as rows), z = U V^T / sqrt(rank)
+    with normals U [rows, rank] of the update's own seed and V [columns, rank] of a seed that a group's updates share; what
+    has one dimension gets normals. (LOZO, Chen et al. 2024, without the root: its epsilon times the root is ours.)
+    """
+
+    kind: str
+    rank: int = 0
+
+
+class Update(NamedTuple):
+    """coefficient * z(seed) is added."""
+
+    seed: int
+    coefficient: float
+
+
+class Group(NamedTuple):
+    """Updates that are summed before they meet the weights, which are multiplied by `scale` (weight decay) first.
+
+    rounding: what happens to the fp32 result: "exact", nothing; "nearest" and "stochastic", it is rounded to the dtype in
+    which the parameter is stored, the latter by random bits of `rounding_seed` (bf16 only, and not for low_rank).
+    shared_seed: of V, where noise is of low rank.
+    """
+
+    scale: float
+    updates: tuple[Update, ...]
+    rounding: str = "exact"
+    rounding_seed: int = 0
+    shared_seed: int = 0
+
+
+class Target(NamedTuple):
+    """Where theta + coefficient * z(seed) goes: contiguous fp32, bf16 or fp16, as many elements as the source.
+
+    shared_seed: of V, where noise is of low rank.
+    """
+
+    tensor: torch.Tensor
+    seed: int = 0
+    coefficient: float = 0.0
+    shared_seed: int = 0
+
+
+_ROW_KEY, _COLUMN_KEY = (
+    0x5555555555555555,
+    0xAAAAAAAAAAAAAAAA,
+)  # noise of U and V is unlike that of the parameter itself
+
+
+def parameter_key(name: str) -> int:
+    """The 64-bit number that stands for a parameter: a hash of its fully qualified name (of its home, when it is tied)."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def move(
+    noise: Noise,
+    parameter: int,
+    source: torch.Tensor,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    *,
+    columns: int = 0,
+    first_element: int = 0,
+    segments: Sequence[tuple[int, int]] | None = None,
+    stored_dtype: torch.dtype = torch.float32,
+    instructions: str = INSTRUCTION_SETS[0],
+) -> None:
+    """The pass of the module's docstring: on the CPU with PyTorch's number of threads, elsewhere on the tensors' device.
+
+    source: contiguous fp32, bf16 or fp16, any alignment; it may be a target itself. It holds the elements of the parameter
+    from `first_element` on, or, on the CPU, those of `segments`, pairs of (first element, count), one after the other.
+    columns: the parameter's last dimension, 0 where it has one dimension. stored_dtype: what the groups' rounding rounds to.
+    Raises ValueError for tensors that do not fit.
+    """
+    if segments is None:
+        segments = [(first_element, source.numel())]
+    for tensor in (source, *(target.tensor for target in targets)):
+        if tensor.dtype not in _DTYPES or not tensor.is_contiguous() or tensor.numel() != source.numel():
+            raise ValueError(
+                f"expected contiguous fp32, bf16 or fp16 of {source.numel()} elements, found {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    if sum(count for _, count in segments) != source.numel():
+        raise ValueError(f"segments cover {sum(count for _, count in segments)} elements, source has {source.numel()}")
+    if noise.kind == "low_rank" and columns:
+        _move_low_rank(noise, parameter, source, pending, targets, columns, segments, stored_dtype)
+        return
+    kind = "gaussian" if noise.kind == "low_rank" else noise.kind
+    if source.device.type != "cpu":
+        from offload.noise import triton_kernels as noise_triton
+
+        noise_triton.move(kind, parameter, source, pending, targets, first_element, stored_dtype)
+        return
+    rounded_to = _DTYPES[stored_dtype]
+    _native.run(
+        instructions,
+        KINDS.index(kind),
+        parameter,
+        source.data_ptr(),
+        _DTYPES[source.dtype],
+        segments,
+        [
+            (group.scale, group.updates, ROUNDINGS.index(group.rounding), rounded_to, group.rounding_seed)
+            for group in pending
+        ],
+        [(t.tensor.data_ptr(), _DTYPES[t.tensor.dtype], t.seed, t.coefficient) for t in targets],
+        torch.get_num_threads(),
+    )
+
+
+def sample(kind: str, seed: int, parameter: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:
+    """z itself, of a kind that is not low_rank: fp32 [count], the noise of elements `first_element` and on."""
+    z = torch.zeros(count)
+    move(Noise(kind), parameter, z, (), [Target(z, seed, 1.0)], first_element=first_element, **options)
+    return z
+
+
+def add_rows(noise: Noise, parameter: int, total: torch.Tensor, updates: Sequence[Update], first_row: int = 0) -> None:
+    """Adds coefficient * U(seed) to `total`, fp32 [rows, rank], the rows from `first_row` on; one update after the other."""
+    if updates:
+        groups = [Group(1.0, (update,)) for update in updates]
+        first_element = first_row * noise.rank
+        move(Noise("gaussian"), parameter ^ _ROW_KEY, total, groups, [Target(total)], first_element=first_element)
+
+
+def divided_by_root(noise: Noise, u: torch.Tensor) -> torch.Tensor:
+    """U / sqrt(rank)."""
+    return u * torch.tensor(noise.rank, dtype=torch.float32).rsqrt()
+
+
+def shared_columns(
+    noise: Noise, parameter: int, seed: int, columns: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """V^T of a matrix with so many columns: fp32 [rank, columns]."""
+    v = torch.zeros(columns * noise.rank, device=device)
+    move(Noise("gaussian"), parameter ^ _COLUMN_KEY, v, (), [Target(v, seed, 1.0)])
+    return v.view(columns, noise.rank).t().contiguous()
+
+
+def _move_low_rank(
+    noise: Noise,
+    parameter: int,
+    source: torch.Tensor,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    columns: int,
+    segments: Sequence[tuple[int, int]],
+    stored_dtype: torch.dtype,
+) -> None:
+    rank = noise.rank
+    columns_of = {
+        seed: shared_columns(noise, parameter, seed, columns) for seed in {x.shared_seed for x in (*pending, *targets)}
+    }
+    whole_rows = all(first % columns == 0 and count % columns == 0 for first, count in segments)
+    at = 0
+    for band in [segments] if whole_rows and segments else [[segment] for segment in segments]:
+        first_column, count = band[0][0] % columns, sum(count for _, count in band)
+        of_rows = [(first // columns * rank, -(-(first % columns + n) // columns) * rank) for first, n in band]
+
+        def rows_of(updates: Sequence[Update], of_rows: Sequence[tuple[int, int]] = of_rows) -> torch.Tensor:
+            """Sum of coefficient * U(seed) / sqrt(rank): fp32 [rows, rank]."""
+            u = torch.zeros(sum(n for _, n in of_rows))
+            group = Group(1.0, tuple(updates))
+            move(Noise("gaussian"), parameter ^ _ROW_KEY, u, [group], [Target(u)], segments=of_rows)
+            return divided_by_root(noise, u)
+
+        # Kept until the pass is over, which holds their addresses.
+        group_rows = [rows_of(group.updates) for group in pending]
+        target_rows = [rows_of([Update(target.seed, 1.0)]) for target in targets]
+        if source.device.type != "cpu":
+            factors = [
+                [(u.view(-1, rank), columns_of[x.shared_seed]) for u, x in zip(rows, of, strict=True)]
+                for rows, of in ((group_rows, pending), (target_rows, targets))
+            ]
+            _add_products(source, pending, targets, *factors, columns, stored_dtype)
+            return
+        _native.run_low_rank(
+            source.data_ptr() + at * source.itemsize, _DTYPES[source.dtype], first_column, count, columns, rank,
+            [
+                (group.scale, u.data_ptr(), columns_of[group.shared_seed].data_ptr(),
+                 _DTYPES[stored_dtype if group.rounding == "nearest" else torch.float32])
+                for group, u in zip(pending, group_rows, strict=True)
+            ],
+            [
+                (target.tensor.data_ptr() + at * target.tensor.itemsize, _DTYPES[target.tensor.dtype], u.data_ptr(),
+                 columns_of[target.shared_seed].data_ptr(), target.coefficient)
+                for target, u in zip(targets, target_rows, strict=True)
+            ],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        at += count
+
+
+def _add_products(
+    source: torch.Tensor,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    group_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    target_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    columns: int,
+    stored_dtype: torch.dtype,
+) -> None:
+    """The pass for noise of low rank in PyTorch, on any device, for whole rows: the operations of csrc/low_rank.cpp.
+
+    factors: U, fp32 [rows, rank], and V, fp32 [rank, columns], of every group and target.
+    """
+
+    def product(factors: tuple[torch.Tensor, torch.Tensor], rows: slice) -> torch.Tensor:
+        u, v = factors[0][rows].to(source.device), factors[1].to(source.device)
+        z = u[:, :1] * v[0]
+        for k in range(1, v.shape[0]):
+            z = z + u[:, k : k + 1] * v[k]
+        return z
+
+    num_rows = source.numel() // columns
+    step = max(1, _PRODUCT_ELEMENTS // columns)  # bounds what is held in fp32
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        theta = source.view(num_rows, columns)[rows].float()
+        for group, factors in zip(pending, group_factors, strict=True):
+            theta = theta * torch.tensor(group.scale, dtype=torch.float32) + product(factors, rows)
+            if group.rounding == "nearest":
+                theta = theta.to(stored_dtype).float()
+        for target, factors in zip(targets, target_factors, strict=True):
+            moved = theta
+            if target.coefficient:
+                moved = theta + torch.tensor(target.coefficient, dtype=torch.float32) * product(factors, rows)
+            target.tensor.view(num_rows, columns)[rows].copy_(moved)

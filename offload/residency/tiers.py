@@ -1,0 +1,366 @@
+"""Brings blocks near: a tier's slots, what is in them, and what is fetched ahead.
+
+[Note: tiers]
+`HostTier` fetches from disk into host slots. On the CPU a block is used where it lies. With an accelerator a
+`DeviceTier` stands on top: it fetches from host slots into device slots, holding the host slot until its copy is done.
+Both follow memory.fetch_policy: resident blocks keep their slots, the others share `lookahead` + 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+from memory.errors import UserError
+from memory.fetch_policy import next_fetch, victim
+from memory.slots import Lease, SlotPool
+from offload.devices import COMPLETED, Device, Direction, Event
+from offload.weights.parameter_map import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
+
+
+class State(Enum):
+    """Where a block is with respect to one tier. Only `Tier` changes it."""
+
+    AWAY = "away"  # no slot holds it
+    FETCHING = "fetching"  # on its way into a slot
+    READY = "ready"  # in a slot, nobody uses it
+    IN_USE = "in use"  # between acquire and release
+
+
+class Tier:
+    """Slots of one tier and the blocks in them. Subclasses say how a block gets into a slot."""
+
+    def __init__(self, num_blocks: int, pool: SlotPool, resident: frozenset[int], lookahead: int) -> None:
+        if pool.count < min(num_blocks, len(resident) + lookahead + 1):
+            raise ValueError(
+                f"pool {pool.name!r} has {pool.count} slots, {len(resident)} resident blocks with lookahead {lookahead} "
+                f"need {len(resident) + lookahead + 1}"
+            )
+        self.pool = pool
+        self.resident = resident
+        self.lookahead = lookahead
+        self.stall_seconds = 0.0
+        self._states = [State.AWAY] * num_blocks
+        self._leases: dict[int, Lease] = {}
+        self._upcoming: deque[int] = deque()
+
+    def begin(self, order: Sequence[int]) -> None:
+        """The visits to come, in order; a visit that deviates from it is served too, only later."""
+        self._upcoming = deque(order)
+        self._fetch_ahead()
+
+    def acquire(self, block: int) -> torch.Tensor:
+        """The block's bytes, uint8 [slot_bytes], valid until `release`. Waits for the fetch where it must."""
+        if not self._upcoming or self._upcoming[0] != block:
+            if block in self._upcoming:
+                while self._upcoming[0] != block:
+                    self._upcoming.popleft()
+            else:
+                self._upcoming.appendleft(block)
+        if self._states[block] is State.AWAY:
+            self._make_room(block)
+            self._fetch(block)
+        self._fetch_ahead()
+        if self._states[block] is State.FETCHING:
+            self._arrive(block)
+        self._change(block, State.READY, State.IN_USE)
+        return self._leases[block].buffer
+
+    def slot(self, block: int) -> torch.Tensor:
+        """The bytes of a block that is acquired."""
+        return self._leases[block].buffer
+
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        """The tensors of a block that is acquired, by local name; they lie in its slot."""
+        raise NotImplementedError
+
+    def release(self, block: int) -> None:
+        self._change(block, State.IN_USE, State.READY)
+        if self._upcoming and self._upcoming[0] == block:
+            self._upcoming.popleft()
+        self._fetch_ahead()
+
+    def close(self) -> None:
+        """Waits for what is under way; nothing is written to the slots afterwards. Also after a failed step."""
+        self._upcoming.clear()
+        for block, state in enumerate(self._states):
+            if state is State.FETCHING:
+                with contextlib.suppress(UserError):  # the failure that matters was raised before
+                    self._arrive(block)
+
+    def give_up(self) -> None:
+        """Empties all slots, once what is under way has arrived: the blocks' bytes have moved elsewhere."""
+        self._upcoming.clear()
+        for block, state in enumerate(self._states):
+            if state is State.FETCHING:
+                self._arrive(block)
+            if self._states[block] is State.READY:
+                self._evict(block)
+
+    def ready(self, block: int) -> bool:
+        """Whether `acquire` would not wait."""
+        return self._states[block] in (State.READY, State.IN_USE) or (
+            self._states[block] is State.FETCHING and self._arrived(block)
+        )
+
+    def _fetch_ahead(self) -> None:
+        while True:
+            held = {block for block, state in enumerate(self._states) if state is not State.AWAY}
+            block = next_fetch(self._upcoming, held, self.resident, self.lookahead)
+            if block is None or not self._can_fetch(block) or not self._make_room(block, ahead=True):
+                return
+            self._fetch(block)
+
+    def _make_room(self, block: int, ahead: bool = False) -> bool:
+        """Frees a slot where none is free. A fetch ahead never evicts a block that is needed sooner than `block`."""
+        if self.pool.free_count:
+            return True
+        candidates = {b for b, s in enumerate(self._states) if s is State.READY and b not in self.resident}
+        if ahead:
+            for soon in self._upcoming:
+                if soon == block:
+                    break
+                candidates.discard(soon)
+            if not candidates:
+                return False
+        elif not candidates:
+            stale = next(
+                (b for b, s in enumerate(self._states) if s is State.FETCHING and b not in self.resident), None
+            )
+            if stale is None:
+                raise RuntimeError(f"block {block} needs a slot of pool {self.pool.name!r}, all are in use")
+            self._arrive(stale)
+            candidates = {stale}
+        self._evict(victim(self._upcoming, candidates))
+        return True
+
+    def _fetch(self, block: int) -> None:
+        self._change(block, State.AWAY, State.FETCHING)
+        self._leases[block] = self.pool.lease()
+        self._start(block, self._leases[block])
+
+    def _arrive(self, block: int) -> None:
+        self._finish(block)
+        self._change(block, State.FETCHING, State.READY)
+
+    def _evict(self, block: int) -> None:
+        self._change(block, State.READY, State.AWAY)
+        self._leave(block)
+        self._leases.pop(block).release()
+
+    def _change(self, block: int, expected: State, state: State) -> None:
+        if self._states[block] is not expected:
+            raise RuntimeError(
+                f"block {block} in pool {self.pool.name!r}: expected {expected.value}, it is {self._states[block].value}"
+            )
+        self._states[block] = state
+
+    def _can_fetch(self, block: int) -> bool:
+        return True
+
+    def _start(self, block: int, lease: Lease) -> None:
+        raise NotImplementedError
+
+    def _arrived(self, block: int) -> bool:
+        raise NotImplementedError
+
+    def _finish(self, block: int) -> None:
+        raise NotImplementedError
+
+    def _leave(self, block: int) -> None:
+        """The block's slot is about to be given away."""
+
+
+class HostTier(Tier):
+    """Disk to host slots, through the I/O engine.
+
+    layouts: per block, the reads that fill a slot. io: an offload.residency.io.IOEngine, which the tier does not close.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        io: Any,
+        pool: SlotPool,
+        resident: frozenset[int],
+        lookahead: int,
+    ) -> None:
+        super().__init__(len(layouts), pool, resident, lookahead)
+        self._io = io
+        self._tickets: dict[int, int] = {}
+        self._files: dict[Any, int] = {}
+        self.move_to(layouts)
+
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        return bind_views(self.slot(block), self.layouts[block])
+
+    def settle(self, block: int) -> None:
+        """Waits for a fetch of the block that is under way: it may have been fetched ahead for a tier that has it already."""
+        if self._states[block] is State.FETCHING:
+            self._arrive(block)
+
+    def replace(self, block: int, image: torch.Tensor) -> None:
+        """The block is what `image` holds from now on; a slot that has it gets the new bytes. It must not be on its way."""
+        if self._states[block] is State.FETCHING:
+            raise RuntimeError(f"block {block} is fetched while it is updated")
+        if self._states[block] is not State.AWAY:
+            size = self.layouts[block].num_bytes
+            self._leases[block].buffer[:size].copy_(image[:size])
+
+    def move_to(self, layouts: Sequence[BlockLayout]) -> None:
+        """From now on blocks are read from other places. No slot may hold one: see `give_up`."""
+        for file in self._files.values():
+            self._io.close_file(file)
+        self._files = {}
+        self.layouts = list(layouts)
+        self._reads = [[] for _ in layouts]
+        for block, layout in enumerate(layouts):
+            self.read_from(block, layout.reads)
+
+    def read_from(self, block: int, reads: Sequence[Read]) -> None:
+        """From its next fetch on, these fill the block's slot."""
+        for read in reads:
+            if read.path not in self._files:
+                self._files[read.path] = self._io.open(read.path)
+        self._reads[block] = [(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in reads]
+
+    def _start(self, block: int, lease: Lease) -> None:
+        address = lease.address
+        self._tickets[block] = self._io.submit_reads(
+            [
+                (file, offset, num_bytes, address + slot_offset)
+                for file, offset, num_bytes, slot_offset in self._reads[block]
+            ]
+        )
+
+    def _arrived(self, block: int) -> bool:
+        return self._io.done(self._tickets[block])
+
+    def _finish(self, block: int) -> None:
+        self.stall_seconds += self._io.wait(self._tickets[block])
+        self._check(block)
+        del self._tickets[block]  # not before: after a failure `close` waits again
+
+    def _check(self, block: int) -> None:
+        """Raises UserError when what has arrived is not what it should be."""
+
+
+class DeviceTier(Tier):
+    """Host slots to device slots, where tensors are aligned. Drives the host tier; a host slot is held until the copy out of it
+    is done."""
+
+    def __init__(
+        self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int
+    ) -> None:
+        super().__init__(len(host.layouts), pool, resident, lookahead)
+        self._host = host
+        self._device = device
+        self._copies: dict[int, Event] = {}  # block -> its copy, until compute waits for it
+        self._host_held: dict[int, Event] = {}  # block -> the copy that still reads its host slot, oldest first
+        self._last_use: dict[int, Event] = {}  # slot index -> the compute that still reads its old bytes
+        self._align()
+
+    def views(self, block: int) -> dict[str, torch.Tensor]:
+        return view_slot(self.slot(block), self._views[block])
+
+    def begin(self, order: Sequence[int]) -> None:
+        # A block that stays on the device is not asked of the host again.
+        self._host.begin([b for b in order if b not in self.resident or self._states[b] is State.AWAY])
+        super().begin(order)
+
+    def give_up(self) -> None:
+        super().give_up()
+        self._free_host_slots(keep=0)
+        self._host.give_up()
+
+    def move_to(self, layouts: Sequence[BlockLayout]) -> None:
+        self._host.move_to(layouts)
+        self._align()
+
+    def image(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
+        """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far; it is then on no
+        way from the disk, and `replace` may follow."""
+        self._host.settle(block)
+        self._device.synchronize(self._copy(block, self.slot(block), buffer, Direction.D2H, self._device.record()))
+        return buffer
+
+    def replace(self, block: int, image: torch.Tensor) -> None:
+        """An acquired block is what `image`, in host memory, holds from now on, here and in the host tier."""
+        event = self._copy(block, self.slot(block), image, Direction.H2D, self._device.record())
+        self._device.wait(event)
+        self._device.synchronize(event)  # `image` is written again soon
+        self._host.replace(block, image)
+
+    @property
+    def host_stall_seconds(self) -> float:
+        return self._host.stall_seconds
+
+    def close(self) -> None:
+        super().close()
+        for event in self._host_held.values():
+            self._device.synchronize(event)
+        self._host.close()
+
+    def _fetch_ahead(self) -> None:
+        self._free_host_slots(keep=self._host.lookahead)
+        super()._fetch_ahead()
+
+    def _can_fetch(self, block: int) -> bool:
+        return self._host.ready(block)
+
+    def _start(self, block: int, lease: Lease) -> None:
+        self._free_host_slots(keep=self._host.lookahead)
+        source = self._host.acquire(block)
+        event = self._copy(block, lease.buffer, source, Direction.H2D, self._last_use.pop(lease.index, None))
+        self._copies[block] = self._host_held[block] = event
+
+    def _align(self) -> None:
+        self._views: list[dict[str, View]] = []
+        self._spans: list[tuple[Copy, ...]] = []
+        for layout in self._host.layouts:
+            views, spans = align_views(layout)
+            self._views.append(views)
+            self._spans.append(spans)
+
+    def _copy(
+        self, block: int, slot: torch.Tensor, host: torch.Tensor, direction: Direction, after: Event | None
+    ) -> Event:
+        """Between a slot of this tier and one as the host tier has them; the event covers all of it."""
+        event: Event = COMPLETED
+        for host_offset, offset, num_bytes in self._spans[block]:
+            there, here = slot[offset : offset + num_bytes], host[host_offset : host_offset + num_bytes]
+            target, source = (there, here) if direction is Direction.H2D else (here, there)
+            event = self._device.copy_async(target, source, direction, after=after)
+        return event
+
+    def _arrived(self, block: int) -> bool:
+        return self._copies[block].query()
+
+    def _finish(self, block: int) -> None:
+        self._device.wait(self._copies[block])
+        for _, offset, num_bytes in self._spans[block]:
+            self._device.check_readable(self.slot(block)[offset : offset + num_bytes])
+        del self._copies[block]
+
+    def _leave(self, block: int) -> None:
+        lease = self._leases[block]
+        self._last_use[lease.index] = self._device.record()
+        self._device.release(lease.buffer)
+
+    def _free_host_slots(self, keep: int) -> None:
+        """Releases host slots whose copies are done, and waits for the oldest until at most `keep` are held."""
+        for block, event in list(self._host_held.items()):
+            if len(self._host_held) > keep:
+                started = time.perf_counter()
+                self._device.synchronize(event)
+                self.stall_seconds += time.perf_counter() - started
+            elif not event.query():
+                return
+            del self._host_held[block]
+            self._host.release(block)

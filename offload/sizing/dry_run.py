@@ -1,0 +1,361 @@
+"""How much one block visit allocates, found by running it on the meta device: shapes move, numbers do not.
+
+The same code that will run for real (the model's block, its adapters, the wrapped linear layers) runs under a counter of
+live storage bytes. What kernels allocate inside themselves is not seen; the planner's factor covers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from memory.errors import UserError
+from offload.step.head import DeferredLogits, DeferredLoss
+from offload.step.lanes import collected_keys, run_capturing
+from offload.step.own_loss import own_loss
+from offload.weights.parts import ModelParts
+
+
+@dataclass(frozen=True, slots=True)
+class VisitSize:
+    """bytes that are live at most while a visit runs: its recomputed graph, gradients and temporaries."""
+
+    peak_bytes: int
+    flops: int  # of one forward
+    boundary_bytes: int = 0  # of the block's input
+
+
+def measure_visit(
+    parts: ModelParts,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+) -> VisitSize:
+    """Largest memory of one block visit when `model` (adapters included) is called with `inputs`.
+
+    trained: per block, local names of its own weights that get gradients.
+
+    The model runs up to its first block on placeholders, which gives the block's real arguments; the largest block of that
+    kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
+    """
+    first, args, kwargs = _first_call(parts, model, inputs)
+    return _measure_call(parts, first, args, kwargs, train, trained)[0]
+
+
+def _measure_call(
+    parts: ModelParts,
+    first: int,
+    args: tuple,
+    kwargs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None,
+) -> tuple[VisitSize, Any]:
+    """Of the largest block of the kind of block `first`, called so; and what its output is, None where it can't run on meta."""
+    same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
+    index = max(same, key=lambda i: parts.layouts[i].num_bytes)
+    hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    output = None
+    try:
+        size, output = _run_on_meta(parts, index, args, kwargs, train, trained[index] if trained else frozenset())
+    except (NotImplementedError, RuntimeError, TypeError):
+        size = _estimate(parts, index, hidden)
+    return replace(size, boundary_bytes=hidden.nbytes), output
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """size: the largest of every kind of block that was reached. loss: the model's own, None where the walk ended before."""
+
+    size: VisitSize
+    loss: DeferredLoss | torch.Tensor | None
+
+
+def walk(
+    parts: ModelParts,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+) -> Walk:
+    """`measure_visit` for models of several kinds of blocks, and what the model's own loss asks of its logits.
+
+    inputs: with labels. The model runs on placeholders from its first block to its last and to its loss: blocks on meta, one of
+    each kind and shape, what is between them as it is. It ends where a block can't run there, and where logits would be whole.
+
+    Raises UserError for a loss that can't be tiled, and for inputs that the model's forward refuses.
+    """
+    found: dict[Any, tuple[VisitSize, Any]] = {}
+
+    def visit(index: int, *args: Any, **kwargs: Any) -> Any:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        key = type(parts.blocks[index]), str(shapes)
+        if key not in found:
+            with _forwards(parts, own_forwards):  # and outside of what hooks collect for this pass
+                found[key], _ = run_capturing(_measure_call, (parts, index, args, kwargs, train, trained), {}, ())
+        output = found[key][1]
+        if output is None or set(collected_keys()) - {"hidden_states"}:  # what hooks collect inside of a block would be missing
+            raise _Captured
+        return tree_map_only(_Outline, lambda one: torch.zeros(one.shape, dtype=one.dtype), output)
+
+    head = model.get_output_embeddings()
+    own = None if head is None else head.__dict__.get("forward")
+    if head is not None:
+        tiled = parts.head is not None
+        head.forward = partial(DeferredLogits, vocab_size=head.weight.shape[0]) if tiled else _capture
+    loss, own_forwards = None, [block.__dict__.get("forward") for block in parts.blocks]
+    try:
+        with _instead_of_blocks(parts, visit), torch.no_grad(), contextlib.suppress(_Captured):
+            loss = own_loss(parts.model, model(**inputs))
+    except (IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if not found:  # nothing but the inputs has gone in yet
+            raise UserError(f"{type(parts.model).__name__} can't take such rows ({', '.join(inputs)}): {error}") from error
+    finally:
+        if own is not None:
+            head.forward = own
+        elif head is not None:
+            del head.forward
+    sizes = [size for size, _ in found.values()]
+    most = {name: max(getattr(size, name) for size in sizes) for name in ("peak_bytes", "flops", "boundary_bytes")}
+    return Walk(VisitSize(**most), loss)
+
+
+def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """The way of `measure_visit`, without measuring. Raises what the model raises."""
+    _run_on_meta(parts, *_first_call(parts, model, inputs), False, frozenset())
+
+
+class MaskSize(NamedTuple):
+    """Bytes of what one micro-batch holds that grows with the square of its length: attention masks. kept: while it is on
+    its way through the model. made: more than that while they are made."""
+
+    kept_bytes: int
+    made_bytes: int
+
+
+def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, packed: bool) -> MaskSize:
+    """Of `rows` rows of `length` tokens, padded where there are several; packed: with several texts in a row.
+
+    Short texts are measured: live(l) = a + b l + c l^2, so live(3 l) - 2 live(2 l) + live(l) = 2 c l^2.
+    """
+    unit = min(64, length // 3)
+    if unit < 2:
+        return MaskSize(0, 0)
+    config, sizes = parts.model.config.get_text_config(), []
+    windows = {key: getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")}
+    windows = {key: window for key, window in windows.items() if window}
+    for key, window in windows.items():
+        if length > window:  # what attends within a window has a mask once a text is longer
+            setattr(config, key, unit - 1)
+    for short in (unit, 2 * unit, 3 * unit):
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, short, dtype=torch.int64), "use_cache": False}
+        if packed:
+            inputs["position_ids"] = (torch.arange(short) % (short - 1)).expand(rows, short)
+        elif rows > 1:
+            inputs["attention_mask"] = torch.ones(rows, short, dtype=torch.int64)
+            inputs["attention_mask"][0, -1] = 0
+        counter = _LiveBytes()
+        with counter:
+            _first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
+    for key, window in windows.items():
+        setattr(config, key, window)
+    kept, peak = (max(0, c - 2 * b + a) * length**2 // (2 * unit**2) for a, b, c in zip(*sizes, strict=True))
+    return MaskSize(kept, max(0, peak - kept))
+
+
+class _Captured(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """Of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _first_call(
+    parts: ModelParts, model: nn.Module, inputs: dict[str, Any], there: Callable[[], None] = lambda: None
+) -> tuple[int, tuple, dict[str, Any]]:
+    """The first block that is called, and with what. there: called at that moment."""
+    calls: list[tuple[int, tuple, dict[str, Any]]] = []
+
+    def capture(index: int, *args: Any, **kwargs: Any):
+        calls.append((index, args, kwargs))
+        there()
+        raise _Captured
+
+    with _instead_of_blocks(parts, capture), torch.no_grad(), contextlib.suppress(_Captured):
+        model(**inputs)
+    return calls[0]
+
+
+def _capture(*args: Any, **kwargs: Any):
+    raise _Captured
+
+
+@contextlib.contextmanager
+def _instead_of_blocks(parts: ModelParts, visit: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a call of block i is `visit(i, ...)`."""
+    with _forwards(parts, [partial(visit, index) for index in range(len(parts.blocks))]):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(parts: ModelParts, forwards: Sequence[Callable[..., Any] | None]) -> Iterator[None]:
+    """Inside, the blocks have these forwards; None: their class's own."""
+    before = [block.__dict__.pop("forward", None) for block in parts.blocks]
+    try:
+        for block, forward in zip(parts.blocks, forwards, strict=True):
+            if forward is not None:
+                block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(parts.blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _run_on_meta(
+    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
+) -> tuple[VisitSize, Any]:
+    block, binding = parts.blocks[index], parts.bindings[index]
+    views = {
+        name: torch.empty(view.shape, dtype=view.dtype, device="meta")
+        for name, view in parts.layouts[index].views.items()
+    }
+    adapters = [
+        (m, n, p) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
+    ]
+    buffers = [(m, n, b) for m in block.modules() for n, b in m._buffers.items() if b is not None]
+    counter = _LiveBytes()
+    try:
+        for module, name, parameter in adapters:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+        for module, name, buffer in buffers:
+            module._buffers[name] = torch.empty_like(buffer, device="meta")
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+        for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
+            _empty_cache_layer(layer)
+        for tensor in tree_leaves((args, kwargs, views, [m._parameters[n] for m, n, _ in adapters])):
+            counter.ignore(tensor)
+        with counter, _MetaAttention():
+            binding.bind(views, trained)
+            with torch.no_grad():
+                outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
+            flops = counter.flops
+            if train:
+                next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
+                output = block(*args, **kwargs)
+                tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+                torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+                del output, tensors
+    finally:
+        binding.unbind()
+        for module, name, parameter in adapters:
+            module._parameters[name] = parameter
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+    return VisitSize(counter.peak_bytes, flops), outline
+
+
+def _empty_cache_layer(layer: Any) -> None:
+    """What a layer of a key-value cache holds becomes meta tensors."""
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(layer, name, torch.empty_like(value, device="meta"))
+
+
+def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
+    """Every matrix's output kept three times over (value, gradient, activation), and the largest weight converted."""
+    rows = hidden.numel() // hidden.shape[-1]
+    views = [view for view in parts.layouts[index].views.values() if len(view.shape) >= 2]
+    outputs = sum(view.shape[-2] for view in views)
+    converted = max((prod(v.shape) for v in views if v.dtype != parts.dtype), default=0) * parts.dtype.itemsize
+    flops = 2 * rows * sum(prod(view.shape) for view in views)
+    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * converted, flops)
+
+
+_PRODUCTS = {
+    overload
+    for product in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    for overload in (product.default, product.out)
+}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages between their first appearance in a result and their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = self.flops = 0
+        self._known: dict[int, Any] = {}
+
+    def ignore(self, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            self._known[tensor.untyped_storage()._cdata] = tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.slice_backward.default:
+            result = args[0].new_empty(args[1])  # its own shape function would load sympy, 30 MiB that stay
+        else:
+            result = function(*args, **(kwargs or {}))
+        if function in _PRODUCTS:
+            a, b = args[-2:]
+            self.flops += 2 * a.numel() * b.shape[-1]
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        if self._known.pop(key, None) is not None:
+            self.live_bytes -= num_bytes
+
+
+class _FlashShapes(torch.autograd.Function):
+    """What the CPU and GPU flash kernels keep and return: the output and one log-sum-exp per row."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="meta")
+        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="meta")
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _MetaAttention(TorchFunctionMode):
+    """The meta device has no flash attention and would count the quadratic scores of the fallback."""
+
+    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
+            return _FlashShapes.apply(*args[:3]) if len(args) >= 3 else function(*args, **kwargs)
+        return function(*args, **kwargs)

@@ -1,0 +1,210 @@
+"""Block inputs kept for backward: in host memory as they are, or on disk when memory is short.
+
+[Note: spilling]
+Inputs are used again in reverse order, so the oldest ones wait longest. Up to `host_bytes` stay in memory; beyond that the
+oldest are copied into a page-aligned slot and written to one scratch file, asynchronously; in backward they are read back
+one visit ahead. The file has no name: it is unlinked as soon as it is open, so nothing is left behind by a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory.errors import UserError
+from memory.slots import Lease, SlotPool, round_up
+from offload.residency.io import IOFailure
+
+SPILL_MIN_BYTES = 65536  # smaller tensors (masks, positions, rotary tables) are not worth a disk request
+
+
+class SavedTensor:
+    """One tensor kept for backward; `users` counts the visits that still need it."""
+
+    __slots__ = ("users", "_owner", "_tensor", "_meta", "_lease", "_offset", "_write", "_read")
+
+    def __init__(self, owner: Activations, tensor: torch.Tensor) -> None:
+        self.users = 0
+        self._owner = owner
+        self._tensor: torch.Tensor | None = tensor
+        self._meta = (tensor.dtype, tensor.shape, tensor.nbytes)
+        self._lease: Lease | None = None
+        self._offset: int | None = None  # place in the scratch file
+        self._write: int | None = None  # ticket under way
+        self._read: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self._meta[2]
+
+    def restore(self) -> torch.Tensor:
+        """The tensor's values; valid until the last user's `release`."""
+        if self._tensor is None:
+            self._owner._restore(self)
+        return self._tensor
+
+    def release(self) -> None:
+        self.users -= 1
+        if self.users == 0:
+            self._owner._free(self)
+        elif self.users < 0:
+            raise RuntimeError("a saved tensor was released more often than it was used")
+
+
+class Activations:
+    """Keeps saved tensors in host memory only (`Activations()`), or spills to disk (`SpillingActivations`)."""
+
+    stall_seconds = 0.0
+
+    def save(self, tensor: torch.Tensor) -> SavedTensor:
+        return SavedTensor(self, tensor.detach())
+
+    def begin_backward(self, order: Iterable[SavedTensor]) -> None:
+        """Tells in which order saved tensors will be restored, so that what is on disk comes back in time."""
+
+    def _restore(self, saved: SavedTensor) -> None:
+        raise RuntimeError("a saved tensor was used after its last release")
+
+    def _free(self, saved: SavedTensor) -> None:
+        saved._tensor = None
+
+    def close(self) -> None:
+        """Frees what the step left behind."""
+
+
+class SpillingActivations(Activations):
+    """Spills to disk; see [Note: spilling].
+
+    io: an offload.residency.io.IOEngine. pool: page-aligned slots, each at least as large as the largest block input.
+    host_bytes: how much may wait in memory. device: where restored tensors go.
+    directory: where the scratch file is made (it must have room for all block inputs of a step).
+    """
+
+    def __init__(self, io: Any, pool: SlotPool, host_bytes: int, device: torch.device, directory: Path) -> None:
+        self._io = io
+        self._pool = pool
+        self._host_bytes = host_bytes
+        self._device = device
+        self._held: deque[SavedTensor] = deque()  # in memory as they came, oldest first
+        self._held_bytes = 0
+        self._writing: deque[SavedTensor] = deque()
+        self._to_read: deque[SavedTensor] = deque()
+        self._free_offsets: dict[int, list[int]] = {}
+        self._end = 0
+        self.stall_seconds = 0.0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {directory}, for block inputs on disk: {error.strerror}. Mend it, or name another --output"
+            ) from error
+        path = directory / f"activations-{os.getpid()}.scratch"
+        self._file = io.open(path, writable=True, create=True)
+        path.unlink()
+
+    def save(self, tensor: torch.Tensor) -> SavedTensor:
+        saved = SavedTensor(self, tensor.detach())
+        if (
+            tensor.requires_grad
+            and tensor.is_contiguous()
+            and SPILL_MIN_BYTES <= tensor.nbytes <= self._pool.slot_bytes
+        ):
+            self._held.append(saved)
+            self._held_bytes += saved.num_bytes
+            while self._held_bytes > self._host_bytes:
+                self._spill(self._held.popleft())
+        return saved
+
+    def begin_backward(self, order: Iterable[SavedTensor]) -> None:
+        self._to_read = deque(saved for saved in order if saved._tensor is None)
+        self._read_ahead()
+
+    def close(self) -> None:
+        while self._writing:
+            with contextlib.suppress(IOFailure):  # nobody will read it
+                self._finish_write(self._writing.popleft())
+        self._io.close_file(self._file)
+
+    def _spill(self, saved: SavedTensor) -> None:
+        self._held_bytes -= saved.num_bytes
+        lease = self._lease()
+        lease.buffer[: saved.num_bytes].copy_(saved._tensor.reshape(-1).view(torch.uint8))
+        saved._tensor = None
+        room = round_up(saved.num_bytes)
+        offsets = self._free_offsets.setdefault(room, [])
+        if offsets:
+            saved._offset = offsets.pop()
+        else:
+            saved._offset, self._end = self._end, self._end + room
+        saved._lease = lease
+        saved._write = self._io.submit_writes([(self._file, saved._offset, saved.num_bytes, lease.address)])
+        self._writing.append(saved)
+
+    def _lease(self) -> Lease:
+        while self._writing and self._pool.free_count == 0:
+            self._finish_write(self._writing.popleft())
+        return self._pool.lease()
+
+    def _finish_write(self, saved: SavedTensor) -> None:
+        if saved._write is None:  # taken back or freed while it was being written
+            return
+        self.stall_seconds += self._io.wait(saved._write)
+        saved._write = None
+        saved._lease.release()
+        saved._lease = None
+
+    def _read_ahead(self) -> None:
+        while self._to_read:
+            while self._writing and (self._writing[0]._write is None or self._io.done(self._writing[0]._write)):
+                self._finish_write(self._writing.popleft())
+            saved = self._to_read[0]
+            if saved._offset is None or saved._read is not None:  # freed, or restored already
+                self._to_read.popleft()
+            elif self._pool.free_count or saved._lease is not None:
+                self._start_read(self._to_read.popleft())
+            else:
+                return
+
+    def _start_read(self, saved: SavedTensor) -> None:
+        if saved._write is not None:
+            # Forwarding: the bytes are still in the slot they are written from.
+            self._io.wait(saved._write)
+            saved._write = None
+        if saved._lease is not None:
+            saved._read = -1
+            return
+        saved._lease = self._lease()
+        saved._read = self._io.submit_reads([(self._file, saved._offset, saved.num_bytes, saved._lease.address)])
+
+    def _restore(self, saved: SavedTensor) -> None:
+        if saved._read is None:
+            self._start_read(saved)
+        if saved._read >= 0:
+            self.stall_seconds += self._io.wait(saved._read)
+        dtype, shape, num_bytes = saved._meta
+        # On the CPU a view of the slot; on an accelerator a copy, which the stream orders before its use.
+        saved._tensor = saved._lease.buffer[:num_bytes].view(dtype).view(shape).to(self._device)
+
+    def _free(self, saved: SavedTensor) -> None:
+        if saved._write is not None:
+            self._io.wait(saved._write)
+            saved._write = None
+        if saved._read is not None and saved._read >= 0 and saved._tensor is None:
+            self._io.wait(saved._read)
+        saved._tensor = None
+        if saved._lease is not None:
+            saved._lease.release()
+            saved._lease = None
+        if saved._offset is not None:
+            self._free_offsets[round_up(saved.num_bytes)].append(saved._offset)
+            saved._offset = None
+            self._read_ahead()
+        elif saved in self._held:
+            self._held.remove(saved)
+            self._held_bytes -= saved.num_bytes

@@ -1,0 +1,181 @@
+"""The engine: drives the lanes of a step through the streamed blocks, forward and backward.
+
+One visit of a block serves every lane that waits for it: with M micro-batches a step reads the weights twice, not 2M
+times. Gradients of a block's parameters are complete when its backward visit ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from offload.step.activations import Activations, SavedTensor
+from offload.step.deferred_products import Needless
+from offload.step.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad, run_capturing
+
+
+class Weights(Protocol):
+    """Where a block's weights come from: they are bound to the module between `acquire` and `release`."""
+
+    def begin(self, order: Sequence[int]) -> None: ...
+
+    def enter(self, variant: int) -> None:
+        """What runs next, in or outside of a block, is a lane of this variant of the weights."""
+
+    def acquire(self, index: int) -> None: ...
+
+    def release(self, index: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Visit:
+    """One block, one pass: the lanes that went through it, in lane order."""
+
+    index: int
+    records: list[Record]
+
+
+class Engine:
+    """Runs steps of one model.
+
+    blocks: the modules to be streamed, in module order. Their `forward` is taken over for the engine's life.
+    progress: called as progress(phase, done, total) after every visit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        weights: Weights,
+        activations: Activations,
+        progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.activations = activations
+        self.progress = progress
+        self._forwards = [block.forward for block in blocks]
+        self._needless = [Needless(block) for block in blocks]
+        self.trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        """Per block, whether gradients of its parameters are wanted."""
+        self.order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
+        for index, block in enumerate(blocks):
+            block.forward = partial(self._enter, index)
+
+    def close(self) -> None:
+        """Gives the model its own forwards back."""
+        for forward in self._forwards:
+            forward.__self__.__dict__.pop("forward", None)
+
+    def forward(
+        self,
+        inputs: Sequence[dict[str, Any]],
+        variants: Sequence[int] = (),
+        around: Sequence[AbstractContextManager] = (),
+    ) -> list[Any]:
+        """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
+
+        variants: which version of the weights each input meets, in ascending order; empty: there is only one. around: as in
+        `Lane`, for each input.
+        """
+        self.weights.begin(self.order + self.order)
+        with torch.no_grad():
+            lanes = [
+                Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0, around[i] if around else None)
+                for i, kwargs in enumerate(inputs)
+            ]
+            self._run_forward(lanes, visits=None)
+        return [lane.output for lane in lanes]
+
+    def train_step(
+        self,
+        inputs: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        objective: Callable[[list[Any]], torch.Tensor],
+        around: Sequence[AbstractContextManager] = (),
+    ) -> torch.Tensor:
+        """One forward and backward over all micro-batches; gradients are left in `.grad` of the trainable parameters.
+
+        inputs: keyword arguments of the model's forward, one dict a micro-batch (lane).
+        seeds: the lanes' random seeds.
+        objective: takes the lanes' model outputs, runs backward from the loss through what follows the last block, and
+            returns the loss, fp32 [].
+        around: as in `Lane`, for each input.
+        """
+        self.weights.begin(self.order + self.order[::-1] + self.order)
+        visits: list[Visit] = []
+        lanes = [
+            Lane(i, partial(self.model, **kwargs), seed, around=around[i] if around else None)
+            for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True))
+        ]
+        with torch.enable_grad():
+            self._run_forward(lanes, visits)
+            outputs = [lane.output for lane in lanes]
+            for lane in lanes:
+                lane.output = None
+            loss = objective(outputs)
+        del outputs
+        self._run_backward(visits)
+        return loss
+
+    def _enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        return Lane.current().park(BlockCall(index, args, kwargs, torch.is_grad_enabled()))
+
+    def _run_forward(self, lanes: list[Lane], visits: list[Visit] | None) -> None:
+        order: list[int] = []
+        for lane in lanes:
+            self.weights.enter(lane.variant)
+            lane.resume()
+        while waiting := [lane for lane in lanes if lane.call is not None]:
+            index = min(lane.call.index for lane in waiting)
+            visit = Visit(index, [])
+            self.weights.acquire(index)
+            for lane in waiting:
+                if lane.call.index == index:
+                    self.weights.enter(lane.variant)
+                    lane.resume(self._forward_visit(lane, visit, visits is not None))
+            self.weights.release(index)
+            order.append(index)
+            if visit.records and visits is not None:
+                visits.append(visit)
+            self.progress("forward", len(order), len(self.order))
+        self.order = order or self.order
+
+    def _forward_visit(self, lane: Lane, visit: Visit, recording: bool) -> Any:
+        call, lane.call = lane.call, None
+        lane.enter_random_state()
+        record = None
+        if recording and call.grad_enabled and (self.trainable[call.index] or requires_grad(call)):
+            record = lane.record(call, self.activations)
+            visit.records.append(record)
+        with torch.no_grad():
+            output = run_capturing(self._forwards[call.index], call.args, call.kwargs, call.captured)
+        lane.leave_random_state()
+        return output if record is None else lane.anchored(output, record)
+
+    def _run_backward(self, visits: list[Visit]) -> None:
+        total = len(visits)
+        self.activations.begin_backward(
+            leaf
+            for visit in reversed(visits)
+            for record in visit.records
+            for leaf in record.leaves
+            if isinstance(leaf, SavedTensor)
+        )
+        while visits:
+            visit = visits.pop()
+            if any(record.output_grads for record in visit.records):
+                self.weights.acquire(visit.index)
+                for record in visit.records:
+                    if record.output_grads:
+                        recompute_and_backward(record, self._forwards[visit.index], self._needless[visit.index])
+                self.weights.release(visit.index)
+            for record in visit.records:
+                release(record)
+            self.progress("backward", total - len(visits), total)

@@ -1,0 +1,259 @@
+"""Lanes: the model's own forward, once per micro-batch, parked at every block.
+
+A lane is a greenlet that runs `model(**inputs)`. When the model calls a wrapped block the lane parks and the engine
+decides when, and under which weights, the block runs. See "Lanes" in docs/architecture.md.
+
+[Note: anchors]
+A block runs without a graph, so its outputs have no history. They are handed to the outer model as outputs of an
+`Anchor` node: the outer graph (residuals, norms, losses between blocks) ends there, and backward through it leaves the
+gradient in the visit's record. The graph keeps the node, never the tensor, so block outputs can be dropped or moved
+to disk as soon as the model is done with them.
+
+[Note: captured outputs]
+Transformers collects some outputs by hooks on modules, into the lists of a context variable that the model's forward sets: the
+logits of routers, of which the model makes a loss afterwards. A block runs outside of its lane's context, so it is given lists
+of its own, and what they hold then is treated as outputs of the block: anchored, appended to the lane's lists, and found again
+by its recomputation, through which the gradient of that loss goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from offload.step.activations import Activations, SavedTensor
+from offload.step.deferred_products import Needless
+from offload.step.random_state import RandomState, get_random_state, set_random_state
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """A call of block `index` that a lane waits for."""
+
+    index: int
+    args: tuple
+    kwargs: dict[str, Any]
+    grad_enabled: bool
+    captured: tuple[str, ...] = ()
+    """What hooks of Transformers are to collect inside of the block. See [Note: captured outputs]."""
+
+
+@dataclass(slots=True)
+class Record:
+    """What backward needs of one lane's visit to a block: its inputs, its random state, and the gradients as they arrive."""
+
+    lane: Lane
+    spec: TreeSpec
+    leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
+    edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
+    random_state: RandomState
+    captured: tuple[str, ...] = ()
+    output_grads: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Anchor(torch.autograd.Function):
+    """See [Note: anchors]."""
+
+    @staticmethod
+    def forward(ctx, token: torch.Tensor, data: torch.Tensor, record: Record, position: int) -> torch.Tensor:
+        ctx.record, ctx.position = record, position
+        # A tensor on the same storage but not a view for autograd: the model may write into it in place.
+        return data.new_empty(0).set_(data.untyped_storage(), data.storage_offset(), data.shape, data.stride())
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        grads, position = ctx.record.output_grads, ctx.position
+        grads[position] = grads[position] + grad if position in grads else grad
+        return None, None, None, None
+
+
+class Lane:
+    """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
+
+    variant: which version of the weights it meets, where a step has several. around: entered while the model's own code
+    runs, not while blocks do.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        run: Callable[[], Any],
+        seed: int | None,
+        variant: int = 0,
+        around: AbstractContextManager | None = None,
+    ) -> None:
+        self.index = index
+        self.variant = variant
+        self.call: BlockCall | None = None
+        self.output: Any = None
+        self._greenlet = greenlet(run)
+        self._greenlet.lane = self
+        self._seed = seed
+        self._around = contextlib.nullcontext() if around is None else around
+        self._random_state: RandomState | None = None
+        self._saved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._token = torch.empty(0, requires_grad=True)
+
+    @staticmethod
+    def current() -> Lane:
+        lane = getattr(getcurrent(), "lane", None)
+        if lane is None:
+            raise RuntimeError("a streamed block was called outside the engine; use Trainer, evaluate or generate")
+        return lane
+
+    def park(self, call: BlockCall) -> Any:
+        """Called inside the lane by a wrapped block; returns the block's output once the engine has computed it."""
+        call.captured = collected_keys()
+        output, captured = self._greenlet.parent.switch(call)
+        torch.set_grad_enabled(call.grad_enabled)
+        for key, values in captured.items():
+            _collector().get()[key].extend(values)
+        return output
+
+    def resume(self, value: Any = None) -> None:
+        """Called by the engine: runs the lane to its next block or to its end. Restores the caller's grad mode."""
+        grad_enabled = torch.is_grad_enabled()
+        self.enter_random_state()
+        try:
+            with self._around:
+                result = self._greenlet.switch() if self._random_state is None else self._greenlet.switch(value)
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+        self.leave_random_state()
+        if self._greenlet.dead:
+            self.call, self.output = None, result
+            self._greenlet = None  # a cycle through greenlet.lane would keep this lane until the next collection
+        else:
+            self.call = result
+
+    def enter_random_state(self) -> None:
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+        elif self._seed is not None:
+            torch.manual_seed(self._seed)
+
+    def leave_random_state(self) -> None:
+        self._random_state = get_random_state()
+
+    def record(self, call: BlockCall, activations: Activations) -> Record:
+        """Keeps the inputs of `call` for its recomputation; a tensor given to several blocks is kept once."""
+        flat, spec = tree_flatten((call.args, call.kwargs))
+        leaves, edges = [], []
+        for value in flat:
+            edge = None
+            if isinstance(value, torch.Tensor):
+                if value.requires_grad:
+                    edge = get_gradient_edge(value)
+                saved = self._saved.get(value)
+                if saved is None:
+                    saved = activations.save(value)
+                    self._saved[value] = saved
+                saved.users += 1
+                value = saved
+            leaves.append(value)
+            edges.append(edge)
+        return Record(self, spec, leaves, edges, get_random_state(), call.captured)
+
+    def anchored(self, output: Any, record: Record) -> Any:
+        """`output` with every floating-point tensor in it anchored to `record`."""
+        flat, spec = tree_flatten(output)
+        with torch.enable_grad():
+            flat = [
+                Anchor.apply(self._token, value, record, i) if _is_differentiable(value) else value
+                for i, value in enumerate(flat)
+            ]
+        return tree_unflatten(flat, spec)
+
+
+def recompute_and_backward(record: Record, forward: Callable[..., Any], needless: Needless) -> None:
+    """Runs the recorded visit again with a graph, then its backward, and sends the input gradients on.
+
+    Parameter gradients accumulate in `.grad`; input gradients go through the outer graph to the anchors of earlier
+    visits. The record's inputs are released.
+    """
+    inputs: list[Any] = []
+    for leaf, edge in zip(record.leaves, record.edges, strict=True):
+        if isinstance(leaf, SavedTensor):
+            leaf = leaf.restore().detach().requires_grad_(edge is not None)
+        inputs.append(leaf)
+    args, kwargs = tree_unflatten(inputs, record.spec)
+    with torch.enable_grad():
+        flat = needless.recompute(partial(_run, record, forward, args, kwargs))
+    # Edges, not outputs: nothing but their gradients is wanted of these any more.
+    pairs = [
+        (get_gradient_edge(flat[i]), grad) for i, grad in sorted(record.output_grads.items()) if flat[i].requires_grad
+    ]
+    record.output_grads.clear()
+    del flat, args, kwargs
+    if pairs:
+        edges, grads = map(list, zip(*pairs, strict=True))
+        del pairs
+        torch.autograd.backward(edges, grads)
+        del edges, grads
+    onward: list[tuple[GradientEdge, torch.Tensor]] = []
+    for value, edge in zip(inputs, record.edges, strict=True):
+        if edge is not None and value.grad is not None:
+            onward.append((edge, value.grad))
+            value.grad = None
+    del inputs
+    release(record)
+    if onward:
+        # Parts of the outer graph may be shared by several blocks (rotary tables, vision features): keep it; it dies
+        # with the records that refer to it.
+        torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
+
+
+def _run(record: Record, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The visit's outputs, flattened."""
+    set_random_state(record.random_state)
+    return tree_flatten(run_capturing(forward, args, kwargs, record.captured))[0]
+
+
+def run_capturing(
+    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], keys: tuple[str, ...]
+) -> tuple[Any, dict[str, list[Any]]]:
+    """The block's output, and what hooks inside of it collect under `keys`. See [Note: captured outputs]."""
+    captured: dict[str, list[Any]] = {key: [] for key in keys}
+    token = _collector().set(captured)
+    try:
+        return forward(*args, **kwargs), captured
+    finally:
+        _collector().reset(token)
+
+
+def collected_keys() -> tuple[str, ...]:
+    """What hooks of Transformers collect now, for the forward that runs."""
+    return tuple(key for key, values in (_collector().get() or {}).items() if isinstance(values, list))
+
+
+def _collector() -> Any:
+    from transformers.utils import output_capturing
+
+    return output_capturing._active_collector
+
+
+def release(record: Record) -> None:
+    """Gives up the record's inputs; the last user of a saved tensor frees it."""
+    for leaf in record.leaves:
+        if isinstance(leaf, SavedTensor):
+            leaf.release()
+    record.leaves, record.edges = [], []
+
+
+def requires_grad(call: BlockCall) -> bool:
+    flat, _ = tree_flatten((call.args, call.kwargs))
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in flat)
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

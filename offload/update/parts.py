@@ -1,0 +1,195 @@
+"""Which of a model's own weights are trained, as units of update.
+
+The input embedding is a unit of its own per run of rows, unless it is tied to the head, whose chunks are its home then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory.errors import UserError
+from offload.files.sealed import json_digest
+from offload.step.head import HEAD_CHUNK_BYTES
+from offload.update.units import UpdateUnit, make_unit
+from offload.weights.parameter_map import Extent, ParameterMap, Source, layout_block
+from offload.weights.parts import ModelParts, slice_rows
+
+
+@dataclass(frozen=True, slots=True)
+class RowUnit:
+    """Rows [start, stop) of a matrix."""
+
+    unit: UpdateUnit
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedParts:
+    """blocks, head: in the order of `ModelParts`. table: the input embedding's own units. tied: head and embedding are one.
+
+    fqns: of everything that is trained, in the model's order.
+    """
+
+    blocks: tuple[UpdateUnit, ...]
+    head: tuple[RowUnit, ...]
+    table: tuple[RowUnit, ...]
+    edges: UpdateUnit | None
+    tied: bool
+    fqns: tuple[str, ...]
+
+    @property
+    def units(self) -> tuple[UpdateUnit, ...]:
+        rows = tuple(part.unit for part in (*self.head, *self.table))
+        return (*self.blocks, *rows, *([self.edges] if self.edges else []))
+
+    @property
+    def layout_digest(self) -> str:
+        """Of where each trained weight lies in its unit's image. The image follows the model's files: a copy with its tensors
+        in other files, or in another order there, has another."""
+        return json_digest(
+            {
+                unit.name: [
+                    [fqn, view.slot_offset, list(view.shape), str(view.dtype)]
+                    for local, fqn in sorted(unit.fqns.items())
+                    for view in [unit.layout.views[local]]
+                ]
+                for unit in self.units
+            }
+        )
+
+    def check_layout(self, store: Path, about: Mapping[str, Any]) -> None:
+        """Raises UserError unless the pieces of `store`, of which `about` was kept, are of these images. Stores of before this
+        was kept say nothing of it."""
+        if about.get("layout", self.layout_digest) != self.layout_digest:
+            raise UserError(
+                f"{store} holds weights as they lay in the files of the model that it began with; in these files the same "
+                "tensors lie otherwise (other shards, or another order): name the files that the run began with"
+            )
+
+
+def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedParts:
+    """patterns: regular expressions, searched in fully qualified names; none: everything is trained.
+
+    Units have only parameters that match; a unit without any stays, empty. Raises UserError for a pattern that is none or
+    matches nothing, and as `check_storage`.
+    """
+    wanted = _matching(parts, patterns)
+    check_storage(parts.sources, wanted)
+    home = {name: parts.sources.tied.get(name, name) for name in wanted}
+    source_of = {parts.sources[name]: name for name in reversed(sorted(home.values()))}
+    wanted = {source_of[parts.sources[name]] for name in home.values()}
+    _refuse_shared(parts, wanted)
+
+    def named(prefix: str, names: Sequence[str]) -> dict[str, str]:
+        found = {name: source_of.get(parts.sources[f"{prefix}{name}"], "") for name in names}
+        return {name: fqn for name, fqn in found.items() if fqn in wanted}
+
+    blocks = tuple(
+        make_unit(prefix, layout, named(f"{prefix}.", list(layout.views)))
+        for prefix, layout in zip(parts.prefixes, parts.layouts, strict=True)
+    )
+    head: list[RowUnit] = []
+    if parts.head is not None:
+        fqns = named(f"{parts.head.name}.", list(parts.head.layouts[0].views))
+        rows = parts.head.module.weight.shape[0]
+        for index, (start, layout) in enumerate(zip(parts.head.starts, parts.head.layouts, strict=True)):
+            unit = make_unit(f"{parts.head.name}#{index}", layout, fqns)
+            head.append(RowUnit(unit, start, min(start + parts.head.tile_vocab, rows)))
+    table: list[RowUnit] = []
+    tied = False
+    for name, _, source in parts.embeddings:
+        if parts.head is not None and source == parts.sources.get(f"{parts.head.name}.weight"):
+            tied = True
+            continue
+        step = max(1, HEAD_CHUNK_BYTES // (source.num_bytes // source.shape[0]))
+        for index, start in enumerate(range(0, source.shape[0], step)):
+            stop = min(start + step, source.shape[0])
+            layout = layout_block({"weight": slice_rows(source, start, stop)})
+            unit = make_unit(f"{name}#{index}", layout, named(f"{name}.", ["weight"]))
+            table.append(RowUnit(unit, start, stop))
+    edge_sources = {edge.name: edge.source for edge in parts.edges if edge.name in parts.parameters}
+    edges = None
+    if edge_sources:
+        edges = make_unit("edges", layout_block(edge_sources), named("", list(edge_sources)))
+    order = [source_of[parts.sources[n]] for n, _ in parts.model.named_parameters() if n in parts.sources
+             and parts.sources[n] in source_of]  # fmt: skip
+    return TrainedParts(
+        blocks, tuple(head), tuple(table), edges, tied, tuple(dict.fromkeys(name for name in order if name in wanted))
+    )
+
+
+def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
+    """Raises UserError unless these parameters can be written as they are stored: in a dtype that the kernels move, and what
+    is stored twice in one dtype."""
+    for name in sorted(names):
+        source = sources[name]
+        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{name} is stored as {_word(source.dtype)}, expected bfloat16, float16 or float32: save the model in one of "
+                "these, or train an adapter (--method lora)"
+            )
+        again = next((copy for home, copy in sources.copies if home == source and copy.dtype != home.dtype), None)
+        if again is not None:
+            raise UserError(
+                f"{name} is stored twice, as {_word(source.dtype)} and as {_word(again.dtype)}, and both would have to change: "
+                "save the model again in one dtype, or train an adapter (--method lora)"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_shared(parts: ModelParts, wanted: set[str]) -> None:
+    """Only embedding and head may be one weight: others that a model uses at several places would get several updates."""
+    ends = {f"{name}.weight" for name, _, _ in parts.embeddings} | ({f"{parts.head.name}.weight"} if parts.head else set())
+    places: dict[Source, set[str]] = {}
+    for name in parts.parameters:
+        places.setdefault(parts.sources[name], set()).add(name)
+    for name in sorted(wanted):
+        same = places[parts.sources[name]]
+        if len(same) > 1 and not same <= ends:
+            raise UserError(
+                f"the model uses one weight at several places ({', '.join(sorted(same))}): it can't be trained out of core. "
+                "Leave it out with train, or train an adapter (--method lora)"
+            )
+
+
+def _matching(parts: ModelParts, patterns: Sequence[str]) -> list[str]:
+    if not patterns:
+        return sorted(parts.parameters)
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            names = {name for name in parts.parameters if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"train: {pattern!r} is not a regular expression: {error}") from None
+        if not names:
+            some = ", ".join(sorted(parts.parameters)[:3])
+            raise UserError(f"train: {pattern!r} matches no parameter of the model, whose names look like {some}")
+        found |= names
+    return sorted(found)
+
+
+def rows_source(parts: Sequence[RowUnit], reads_of, source: Source) -> Source:
+    """`source`, a matrix, with its rows where `reads_of(unit)` says that the units' images are now."""
+    row_bytes = source.num_bytes // source.shape[0]
+    pieces = []
+    for part in parts:
+        view = part.unit.layout.views["weight"]
+        low, high = view.slot_offset, view.slot_offset + prod(view.shape) * view.dtype.itemsize
+        for read in reads_of(part.unit):
+            start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
+            if start < stop:
+                skip = start - read.slot_offset
+                target = part.start * row_bytes + start - low
+                pieces.append(Extent(read.path, read.file_offset + skip, stop - start, target))
+    return Source(source.dtype, source.shape, tuple(sorted(pieces, key=lambda extent: extent.target_offset)))

@@ -1,0 +1,279 @@
+"""A model cut into what is streamed and what stays: blocks, head, embedding tables, edges.
+
+Built from config.json and safetensors headers; no weight is read here. Built before adapters are put in, because it
+holds the modules whose weights are streamed, and adapters wrap those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memory.errors import UserError
+from offload.step.head import default_tiles
+from offload.weights.binding import Binding
+from offload.weights.checkpoint import Checkpoint, read_checkpoint
+from offload.weights.parameter_map import BlockLayout, Extent, ParameterMap, Source, layout_block, map_parameters
+from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, set_placeholders
+
+ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeTensor:
+    """A parameter or buffer outside of blocks, embeddings and head: loaded once, resident."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    source: Source
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.source.shape) * self.dtype.itemsize
+
+    def install(self, value: torch.Tensor) -> None:
+        """Makes `value`, in the dtype that computes, the module's own."""
+        if self.attribute in self.owner._parameters:
+            self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=False)
+        else:
+            self.owner._buffers[self.attribute] = value
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPart:
+    """The language-model head in chunks of vocabulary rows. `starts[i]`: first row of chunk i; views "weight", "bias".
+
+    name: fqn of the module.
+    """
+
+    name: str
+    module: nn.Linear
+    layouts: tuple[BlockLayout, ...]
+    starts: tuple[int, ...]
+    binding: Binding
+    tile_tokens: int
+    tile_vocab: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """model: the skeleton, parameters are placeholders. prefixes (fqns), blocks, layouts and bindings run in parallel, in
+    module order. sources: where the bytes of every parameter and buffer are. parameters: the fqns among them that are
+    floating-point parameters."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    model: nn.Module
+    dtype: torch.dtype
+    sources: ParameterMap
+    parameters: frozenset[str]
+    prefixes: tuple[str, ...]
+    blocks: tuple[nn.Module, ...]
+    layouts: tuple[BlockLayout, ...]
+    bindings: tuple[Binding, ...]
+    head: HeadPart | None
+    embeddings: tuple[tuple[str, nn.Embedding, Source], ...]
+    edges: tuple[EdgeTensor, ...]
+
+    @property
+    def edge_bytes(self) -> int:
+        return sum(edge.num_bytes for edge in self.edges)
+
+    def on(self, checkpoint: Checkpoint, sources: ParameterMap) -> ModelParts:
+        """The same parts with their bytes in another checkpoint, in whatever dtypes `sources` says."""
+        head = None
+        if self.head is not None:
+            local = _local(sources, self.head.name)
+            head = replace(self.head, layouts=_head_layouts(local, self.head.starts, self.head.tile_vocab))
+        return replace(
+            self,
+            checkpoint=checkpoint,
+            sources=sources,
+            layouts=tuple(layout_block(_local(sources, prefix)) for prefix in self.prefixes),
+            head=head,
+            embeddings=tuple((name, module, sources[f"{name}.weight"]) for name, module, _ in self.embeddings),
+            edges=tuple(replace(edge, source=sources[edge.name]) for edge in self.edges),
+        )
+
+    def read_whole(self, head: bool, tables: Collection[str]) -> ModelParts:
+        """The same parts for adapters that look at whole tables: the head in one chunk, if `head`, and the embedding tables
+        with these names resident."""
+        whole = self.head
+        if head and whole is not None and len(whole.layouts) > 1:
+            rows = whole.module.weight.shape[0]
+            tile_tokens, _ = default_tiles(rows, 0)
+            layouts = _head_layouts(_local(self.sources, whole.name), (0,), rows)
+            whole = replace(whole, layouts=layouts, starts=(0,), tile_tokens=tile_tokens, tile_vocab=rows)
+        resident = tuple(
+            EdgeTensor(f"{name}.weight", module, "weight", source, module.weight.dtype)
+            for name, module, source in self.embeddings
+            if name in tables
+        )
+        embeddings = tuple(part for part in self.embeddings if part[0] not in tables)
+        return replace(self, head=whole, embeddings=embeddings, edges=(*self.edges, *resident))
+
+
+def cut(
+    directory: Path,
+    choose_dtype: Callable[[torch.dtype], torch.dtype] = lambda stored: stored,
+    *,
+    trust_remote_code: bool = False,
+    tile_tokens: int | None = None,
+    tile_vocab: int | None = None,
+    trains_weights: bool = False,
+) -> ModelParts:
+    """choose_dtype: given the dtype that most bytes of the checkpoint have, the one to compute in. trains_weights: whether
+    gradients of the model's own weights are wanted: of tables only the input embedding is read on demand then, for it is
+    the one whose rows are known before a step.
+
+    Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint.
+    """
+    checkpoint = read_checkpoint(directory)
+    dtype = choose_dtype(stored_dtype(checkpoint))
+    model = build_on_meta(directory, dtype, trust_remote_code)
+    sources = map_parameters(model, checkpoint)
+    if sources.absent:
+        raise UserError(
+            f"{directory}: the checkpoint lacks {len(sources.absent)} tensors that {type(model).__name__} would start at "
+            f"random ({', '.join(sources.absent[:3])}...). Fine-tune a checkpoint that has them, or name another class in "
+            "config.json's architectures"
+        )
+    dtypes = dtype_plan(model, dtype)
+    blocks = find_blocks(model)
+    head_module = _head_module(model)
+    set_placeholders(model, dtypes)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        dtypes[name] = buffer.dtype
+
+    layouts, bindings, taken = [], [], set()
+    for prefix, block in blocks.items():
+        local = _local(sources, prefix)
+        taken |= {f"{prefix}.{name}" for name in local}
+        layouts.append(layout_block(local))
+        bindings.append(
+            Binding(block, {n: dtypes[f"{prefix}.{n}"] for n in local}, {n: s.dtype for n, s in local.items()})
+        )
+
+    names = {module: name for name, module in model.named_modules()}
+    head = None
+    if head_module is not None:
+        prefix = names[head_module]
+        local = {n: sources[f"{prefix}.{n}"] for n, _ in head_module.named_parameters()}
+        taken |= {f"{prefix}.{n}" for n in local}
+        head = _cut_head(
+            prefix, head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab, trains_weights
+        )
+
+    embeddings = []
+    for module, name in names.items():
+        weight = f"{name}.weight"
+        if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
+            # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
+            is_input = module is input_table(model)
+            is_large = sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES
+            if is_input if trains_weights else is_large and (is_input or type(module) is nn.Embedding):
+                embeddings.append((name, module, sources[weight]))
+                taken.add(weight)
+
+    edges = []
+    for name, source in sources.items():
+        if name not in taken:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            edges.append(EdgeTensor(name, owner, name.rpartition(".")[2], source, dtypes[name]))
+    parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    return ModelParts(
+        directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
+        tuple(layouts), tuple(bindings), head, tuple(embeddings), tuple(edges),
+    )  # fmt: skip
+
+
+def _local(sources: Mapping[str, Source], prefix: str) -> dict[str, Source]:
+    return {name[len(prefix) + 1 :]: source for name, source in sources.items() if name.startswith(f"{prefix}.")}
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most of the checkpoint's bytes have."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    names = [name for name in sizes if name in known]
+    if not names:
+        raise UserError(
+            f"{checkpoint.directory}: expected weights in BF16, F16 or F32, found {', '.join(sorted(sizes))}: "
+            "convert the checkpoint first"
+        )
+    return known[max(names, key=lambda name: sizes[name])]
+
+
+def computes_natively(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` in hardware. Without that, bf16 products are 5 to 300 times slower
+    than fp32 ones, and the backward product is the slowest."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if dtype == torch.float16:
+        return torch.cpu._is_amx_fp16_supported()
+    return True
+
+
+def _head_module(model: nn.Module) -> nn.Linear | None:
+    """The head of a causal language model, whose loss is tiled; None for models that bring their own loss."""
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return None
+    module = model.get_output_embeddings()
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _cut_head(
+    name: str,
+    module: nn.Linear,
+    sources: dict[str, Source],
+    dtypes: dict[str, torch.dtype],
+    tile_tokens: int | None,
+    tile_vocab: int | None,
+    trained: bool,
+) -> HeadPart:
+    weight = sources["weight"]
+    # Chunks of a trained head are units of the working store, which must be the same on every machine.
+    row_bytes = prod(weight.shape[1:]) * (weight.dtype if trained else dtypes["weight"]).itemsize
+    default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes, trained)
+    tile_vocab = min(tile_vocab or default_vocab, weight.shape[0])
+    starts = tuple(range(0, weight.shape[0], tile_vocab))
+    layouts = _head_layouts(sources, starts, tile_vocab)
+    binding = Binding(module, dtypes, {n: s.dtype for n, s in sources.items()})
+    binding.convert_at_bind()  # once a step, not once a tile
+    return HeadPart(name, module, layouts, starts, binding, tile_tokens or default_tokens, tile_vocab)
+
+
+def _head_layouts(sources: Mapping[str, Source], starts: Sequence[int], tile_vocab: int) -> tuple[BlockLayout, ...]:
+    return tuple(
+        layout_block({n: slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
+        for start in starts
+    )
+
+
+def slice_rows(source: Source, start: int, stop: int) -> Source:
+    row_bytes = source.num_bytes // source.shape[0]
+    low, high = start * row_bytes, stop * row_bytes
+    pieces = []
+    for piece in source.pieces:
+        first, last = max(piece.target_offset, low), min(piece.target_offset + piece.num_bytes, high)
+        if first < last:
+            shift = first - piece.target_offset
+            pieces.append(Extent(piece.path, piece.file_offset + shift, last - first, first - low))
+    return Source(source.dtype, (stop - start, *source.shape[1:]), tuple(pieces))
+
+
+def describe_blocks(blocks: Sequence[nn.Module]) -> str:
+    """Class names with counts, for messages: "22 x LlamaDecoderLayer"."""
+    counts: dict[str, int] = {}
+    for block in blocks:
+        counts[type(block).__name__] = counts.get(type(block).__name__, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
