@@ -25,8 +25,9 @@ $(VENV)/.model: | $(VENV)/.installed
 demo: setup $(VENV)/.model
 	$(BIN)/python -m finetune.demo
 
+# One process a core, so one thread each.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --dist=worksteal
 
 lint: setup
 	$(BIN)/ruff check .
