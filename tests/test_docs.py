@@ -1,0 +1,68 @@
+"""What the documents point at is there: files behind links, files named in the text, notes in the source, options."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from finetune.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+ROOMS = ("finetune", "offload", "memory", "csrc", "tests", "benchmarks", "configs", "docs")
+SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".inc")]
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a Markdown text."""
+    titles = re.findall(r"^#+ +(.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_points_at_is_there(document):
+    text = document.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        path = document.parent / target if target else document
+        assert path.exists(), link
+        assert not anchor or anchor in headings(path.read_text(encoding="utf-8")), link
+    for name in re.findall(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[\w/.-]*\w", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_notes_that_are_cited_are_written():
+    written = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    for document in DOCUMENTS:
+        for note in re.findall(r"\[Note: [^\]]+\]", document.read_text(encoding="utf-8")):
+            assert " ".join(note.split()) in written, (document.name, note)
+
+
+def commands(text: str) -> list[str]:
+    """What follows `finetune` in fenced, indented and inline code."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    indented = re.findall(r"^ {4}(.+)$", text, re.M)
+    lines = "\n".join([*fenced, *indented, *re.findall(r"`(finetune [^`]+)`", text)]).replace("\\\n", " ")
+    return re.findall(r"^(?:\$ )?finetune (.+)$", lines, re.M)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_in_a_document_are_options_of_the_command(document):
+    known = {
+        name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in get_command(app).commands.items()
+    }
+    for line in commands(document.read_text(encoding="utf-8")):
+        name, *words = line.split("#")[0].split()
+        assert name in known, line
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known[name] | {"--help"}, line
+
+
+def test_commands_are_found_in_all_kinds_of_code():
+    text = "`finetune plan`\n\n    finetune run a \\\n      --seed 1\n\n```sh\n$ finetune eval --json\n```\nfinetune is not code\n"
+    assert [line.split() for line in commands(text)] == [["eval", "--json"], ["run", "a", "--seed", "1"], ["plan"]]
