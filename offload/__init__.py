@@ -1,8 +1,0 @@
-"""The streaming engine. Transformers and PEFT are first imported here, without the parts that a streamed run never uses."""
-
-from memory.lean_imports import lean_imports
-
-with lean_imports():
-    import peft  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
-    import transformers.optimization  # noqa: F401
