@@ -64,5 +64,5 @@ def test_options_in_a_document_are_options_of_the_command(document):
 
 
 def test_commands_are_found_in_all_kinds_of_code():
-    text = "`finetune plan`\n\n    finetune run a \\\n      --seed 1\n\n```sh\n$ finetune eval --json\n```\nfinetune is not code\n"
+    text = "`finetune plan`\n\n    finetune run a \\\n      --seed 1\n\n```sh\n$ finetune eval --json\n```\nfinetune: no\n"
     assert [line.split() for line in commands(text)] == [["eval", "--json"], ["run", "a", "--seed", "1"], ["plan"]]
