@@ -52,7 +52,7 @@ from offload.update.trained_model import TrainedModel
 from offload.weights.checkpoint import read_header, resolve_model
 from offload.weights.finite import first_not_finite
 from offload.weights.parameter_map import aligned_bytes
-from offload.weights.parts import computes_natively, cut
+from offload.weights.parts import cut
 from offload.weights.skeleton import is_placeholder
 
 OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
@@ -433,8 +433,8 @@ class Session:
             update_image_bytes=update_image_bytes,
             update_gradients_bytes=update_gradients_bytes,
             saving_bytes=0 if self.device.shares_host_memory else self._saving_bytes(adapter_bytes),
-            device_libraries_bytes=self.device.libraries_bytes,
-            host_libraries_bytes=self.device.host_libraries_bytes,
+            device_libraries_bytes=self.device.traits.libraries_bytes,
+            host_libraries_bytes=self.device.traits.host_libraries_bytes,
         )
         return demand, visit
 
@@ -476,7 +476,7 @@ class Session:
         return adapter_bytes + per_parameter * sum(p.numel() for p in self.trainable)
 
     def _code_bytes(self, micro_batches: int) -> int:
-        if self.device.torch_device.type != "cpu" or self.parts.dtype == torch.float32:
+        if not self.device.traits.computes_on_host or self.parts.dtype == torch.float32:
             return 0  # fp32 products go through MKL, which compiles nothing
         return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
 
@@ -498,11 +498,11 @@ def _copy_to(device: torch.device, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _check_zeroth_order(device: Device, model: nn.Module) -> None:
-    kind = device.torch_device.type
-    if kind not in ("cpu", "cuda", "xpu"):
-        raise UserError(f"method zo has no kernels for {kind}: use --device cpu")
-    if kind != "cpu" and importlib.util.find_spec("triton") is None:
-        raise UserError(f"method zo needs Triton on {kind}, which is not installed: pip install triton")
+    kernels = device.traits.noise_kernels
+    if kernels is None:
+        raise UserError(f"method zo has no kernels for {device.kind}: use --device cpu")
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise UserError(f"method zo needs Triton on {device.kind}, which is not installed: pip install triton")
     if lora.needs_first_visit(model):
         raise UserError(
             "lora.use_dora cannot be combined with method zo, nor can rows and modules that are trained beside the adapter "
@@ -536,9 +536,8 @@ def _compute_dtype(word: str, device: Device, has_gradients: bool, stored: torch
         )
     if word != "auto":
         return getattr(torch, word)
-    is_cpu = device.torch_device.type == "cpu"
-    if is_cpu and not computes_natively(stored):
+    if not device.multiplies(stored):
         return torch.float32
     if stored == torch.float16 and has_gradients:
-        return torch.float32 if is_cpu else torch.bfloat16
+        return torch.float32 if device.traits.computes_on_host else torch.bfloat16
     return stored

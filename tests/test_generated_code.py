@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
-from offload.weights.parts import computes_natively
+from offload.devices.base import cpu_multiplies
 
 ROOT = Path(__file__).parent.parent
 GROW = """
@@ -41,7 +41,7 @@ def sizes(kept: str) -> list[int]:
 def test_memory_is_bounded():
     import torch
 
-    if not computes_natively(torch.bfloat16):
+    if not cpu_multiplies(torch.bfloat16):
         pytest.skip("bf16 products are not compiled on this processor")
     free = sizes("unbounded")
     if free[-1] - free[9] < 20 << 20:

@@ -30,6 +30,7 @@ from finetune.config.presets import find_preset, preset_names
 from finetune.config.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
 from finetune.config.unused_keys import WEIGHT_METHODS, unused_keys
 from finetune.config.yaml_text import read_document, read_word, write_document
+from memory.device_kinds import DEVICE_WORDS
 from memory.units import parse_bytes
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -427,7 +428,7 @@ class Config(_Section):
     device_memory: Amount = None
     disk: Amount = None
     """Limit of everything written under `output`."""
-    device: Literal["auto", "cpu", "cuda", "xpu", "mps", "simulated"] = "auto"
+    device: Literal[DEVICE_WORDS] = "auto"
     resume: Switch = False
     """Go on from the state in `output`."""
     trust_remote_code: Switch = False

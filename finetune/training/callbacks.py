@@ -20,6 +20,7 @@ from finetune.data import BatchPlan
 from finetune.methods import Method
 from finetune.session import Session
 from memory.errors import UserError
+from offload.devices import Device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -63,7 +64,7 @@ class Callbacks:
             reporters.append(TensorBoardCallback())
             reporters[0].logging_dir = reporters[0].logging_dir or str(config.output / "tensorboard")
         self._control = TrainerControl()
-        self._args = training_arguments(config, batches.num_steps, session.device.torch_device)
+        self._args = training_arguments(config, batches.num_steps, session.device)
         self._state = TrainerState(
             max_steps=batches.num_steps, num_train_epochs=ceil(batches.epoch(batches.num_steps)), logging_steps=1,
             eval_steps=self._args.eval_steps, save_steps=self._args.save_steps,
@@ -197,15 +198,15 @@ class Callbacks:
         return [callback for callback in self._handler.callbacks if isinstance(callback, ExportableState)]
 
 
-def training_arguments(config: Config, num_steps: int, device: torch.device) -> TrainingArguments:
+def training_arguments(config: Config, num_steps: int, device: Device) -> TrainingArguments:
     """Transformers' arguments that say of a run what `config` says. No device is claimed for them, nothing is written."""
     from transformers import TrainingArguments
 
     class Arguments(TrainingArguments):
         @property
         def _setup_devices(self) -> torch.device:
-            self.distributed_state, self._n_gpu = None, int(device.type != "cpu")
-            return device
+            self.distributed_state, self._n_gpu = None, int(not device.traits.computes_on_host)
+            return device.torch_device
 
     options = config.training
     evaluates = options.eval_steps is not None and config.eval_data is not None
@@ -220,7 +221,7 @@ def training_arguments(config: Config, num_steps: int, device: torch.device) -> 
         logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=options.save_steps,
         eval_strategy="steps" if evaluates else "no", eval_steps=options.eval_steps if evaluates else None,
         metric_for_best_model="loss", greater_is_better=False, load_best_model_at_end=False,
-        report_to=list(options.report_to), use_cpu=device.type == "cpu", do_train=True,
+        report_to=list(options.report_to), use_cpu=device.traits.computes_on_host, do_train=True,
     )  # fmt: skip
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from memory.device_kinds import DEVICE_KINDS, DEVICE_WORDS
 from memory.errors import UserError
 from offload.devices.accelerator import AcceleratorDevice
 from offload.devices.base import COMPLETED, Device, Direction, Event, RaceError
 from offload.devices.cpu import CpuDevice
 from offload.devices.simulated import SimulatedDevice
 
-__all__ = ["COMPLETED", "Device", "Direction", "Event", "KINDS", "RaceError", "choose_device"]
-
-KINDS = ("auto", "cpu", "cuda", "xpu", "mps", "simulated")
+__all__ = ["COMPLETED", "Device", "Direction", "Event", "RaceError", "choose_device"]
 
 
 def choose_device(
@@ -27,12 +26,12 @@ def choose_device(
     The options set the simulated device's link and size (None: as large as the host) and mean nothing to the others.
     Raises UserError for an unknown kind and for one that this machine, or this build of PyTorch, does not have.
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown device {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in DEVICE_WORDS:
+        raise UserError(f"unknown device {kind!r}: choose one of {', '.join(DEVICE_WORDS)}")
     if kind == "simulated":
         return SimulatedDevice(simulated_bytes_per_second, simulated_delay_seconds, simulated_total_bytes)
     found = torch.accelerator.current_accelerator(check_available=True)
-    present = found.type if found is not None and found.type in KINDS else None
+    present = found.type if found is not None and found.type in DEVICE_KINDS else None
     if kind == "auto":
         kind = present or "cpu"
     if kind == "cpu":

@@ -23,11 +23,6 @@ from memory.errors import UserError
 from offload.devices.base import COMPLETED, Device, Direction, Event, check_copy, check_size, map_host_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
-# A workspace of cuBLAS and one of cuBLASLt, 32 MiB each on Hopper, for each of the two threads that launch products (autograd
-# has its own), and what the allocator's pools round up.
-_CUDA_LIBRARIES_BYTES = 160 << 20
-# Kernels that real shapes load, measured on an H200 with cuBLAS of CUDA 13: 0.45 GiB.
-_CUDA_HOST_LIBRARIES_BYTES = 512 << 20
 _PAGE_BYTES = 4096
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
@@ -35,17 +30,13 @@ _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 class AcceleratorDevice(Device):
     """The current device of PyTorch's accelerator: CUDA and ROCm ("cuda"), Intel GPUs ("xpu"), Apple's ("mps")."""
 
-    shares_host_memory = False
-
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        if kind == "cuda":
-            self.libraries_bytes, self.host_libraries_bytes = _CUDA_LIBRARIES_BYTES, _CUDA_HOST_LIBRARIES_BYTES
-        if kind == "cuda" and not _ALLOCATOR_VARIABLES & os.environ.keys():
+        if self.traits.limits_allocator and not _ALLOCATOR_VARIABLES & os.environ.keys():
             os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # freed pieces of any size are used again
         self.torch_device = torch.device(kind, torch.accelerator.current_device_index())
         self._copy_streams: dict[Direction, torch.Stream] = {}  # empty: see [Note: one queue on MPS]
-        if kind != "mps":
+        if self.traits.has_copy_streams:
             self._copy_streams = {direction: torch.Stream(device=self.torch_device) for direction in Direction}
         self._registered: list[torch.Tensor] = []  # kept: registered memory must not be unmapped
         self._peak_sampled_bytes = 0
@@ -60,8 +51,8 @@ class AcceleratorDevice(Device):
         torch.accelerator.synchronize(self.torch_device)
 
     def limit(self, num_bytes: int) -> None:
-        """Held by PyTorch's allocator on CUDA: it gives cached memory back first."""
-        if self.kind == "cuda":
+        """Held by PyTorch's allocator where it can be: it gives cached memory back first."""
+        if self.traits.limits_allocator:
             torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / self.total_bytes()), self.torch_device)
             self._is_limited = True
 
@@ -88,14 +79,14 @@ class AcceleratorDevice(Device):
         then holds up to twice `num_bytes`. MPS: plain memory, copies are synchronous.
         """
         check_size(num_bytes)
-        if self.kind == "xpu":
+        if self.traits.pinning == "allocated":
             try:
                 whole = torch.empty(num_bytes + _PAGE_BYTES - 1, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 raise UserError(f"the host did not grant {num_bytes} pinned bytes: lower --host-memory") from error
             return whole.narrow(0, -whole.data_ptr() % _PAGE_BYTES, num_bytes)
         slab = map_host_bytes(num_bytes)
-        if self.kind == "cuda":
+        if self.traits.pinning == "registered":
             code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, _PORTABLE))
             if code != 0:
                 raise UserError(
@@ -149,13 +140,13 @@ class AcceleratorDevice(Device):
 
         Metal keeps no peak: there it is the largest of the samples taken here and at each slab's allocation.
         """
-        if self.kind == "mps":
+        if not self.traits.keeps_peak:
             self._peak_sampled_bytes = max(self._peak_sampled_bytes, torch.mps.driver_allocated_memory())
             return self._peak_sampled_bytes
         return torch.accelerator.max_memory_reserved(self.torch_device)
 
     def reset_peak(self) -> None:
-        if self.kind == "mps":
+        if not self.traits.keeps_peak:
             self._peak_sampled_bytes = 0
         else:
             torch.accelerator.reset_peak_memory_stats(self.torch_device)

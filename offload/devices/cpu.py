@@ -11,7 +11,6 @@ from offload.devices.base import COMPLETED, Device, Direction, Event, check_copy
 class CpuDevice(Device):
     kind = "cpu"
     torch_device = torch.device("cpu")
-    shares_host_memory = True
 
     def allocate_slab(self, num_bytes: int) -> torch.Tensor:
         return map_host_bytes(num_bytes)

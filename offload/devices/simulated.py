@@ -71,7 +71,6 @@ class SimulatedDevice(Device):
 
     kind = "simulated"
     torch_device = torch.device("cpu")
-    shares_host_memory = False
 
     def __init__(
         self, bytes_per_second: float = float("inf"), delay_seconds: float = 0.0, total_bytes: int | None = None

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from finetune_native import noise as _native
 
+from memory.device_kinds import DEVICE_KINDS
+
 KINDS = ("rademacher", "gaussian", "low_rank")
 ROUNDINGS = ("exact", "nearest", "stochastic")
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
@@ -119,7 +121,7 @@ def move(
         _move_low_rank(noise, parameter, source, pending, targets, columns, segments, stored_dtype)
         return
     kind = "gaussian" if noise.kind == "low_rank" else noise.kind
-    if source.device.type != "cpu":
+    if _kernels_for(source) == "triton":
         from offload.noise import triton_kernels as noise_triton
 
         noise_triton.move(kind, parameter, source, pending, targets, first_element, stored_dtype)
@@ -139,6 +141,10 @@ def move(
         [(t.tensor.data_ptr(), _DTYPES[t.tensor.dtype], t.seed, t.coefficient) for t in targets],
         torch.get_num_threads(),
     )
+
+
+def _kernels_for(tensor: torch.Tensor) -> str | None:
+    return DEVICE_KINDS[tensor.device.type].noise_kernels
 
 
 def sample(kind: str, seed: int, parameter: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:
@@ -200,7 +206,7 @@ def _move_low_rank(
         # Kept until the pass is over, which holds their addresses.
         group_rows = [rows_of(group.updates) for group in pending]
         target_rows = [rows_of([Update(target.seed, 1.0)]) for target in targets]
-        if source.device.type != "cpu":
+        if _kernels_for(source) != "native":
             factors = [
                 [(u.view(-1, rank), columns_of[x.shared_seed]) for u, x in zip(rows, of, strict=True)]
                 for rows, of in ((group_rows, pending), (target_rows, targets))

@@ -52,7 +52,7 @@ def _flop_rate(parts: ModelParts, device: Device, rows: int) -> float:
     width = min(2048, max(p.shape[-1] for p in parts.blocks[0].parameters()))
     x = torch.ones(rows, width, dtype=parts.dtype, device=device.torch_device)
     w = torch.ones(width, width, dtype=parts.dtype, device=device.torch_device)
-    repeats = 3 if device.torch_device.type == "cpu" else 100
+    repeats = 3 if device.traits.computes_on_host else 100
     functional.linear(x, w).sum().item()  # kernels are loaded, clocks are up
     started = time.perf_counter()
     for _ in range(repeats):

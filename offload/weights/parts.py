@@ -213,16 +213,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return known[max(names, key=lambda name: sizes[name])]
 
 
-def computes_natively(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of `dtype` in hardware. Without that, bf16 products are 5 to 300 times slower
-    than fp32 ones, and the backward product is the slowest."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    return True
-
-
 def _head_module(model: nn.Module) -> nn.Linear | None:
     """The head of a causal language model, whose loss is tiled; None for models that bring their own loss."""
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
