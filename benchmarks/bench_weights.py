@@ -29,14 +29,14 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from finetune import Config
 from finetune.data import BatchPlan, collate, prepare
-from finetune.methods.selection import Selection
+from finetune.methods.selection import make_selection
 from memory.meter import MemoryMeter
 from offload.weights.skeleton import find_blocks
 model_dir, data, cache, length, batch, micro, steps, method, seed, masters = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
 blocks = list(find_blocks(model).values())
-chosen = Selection(Config(model=model_dir, method=method, seed=seed), len(blocks)).blocks(0)
+chosen = make_selection(Config(model=model_dir, method=method, seed=seed), len(blocks)).blocks(0)
 for index, block in enumerate(blocks):
     block.requires_grad_(index in chosen)
 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
 from finetune.methods.schedule import make_scheduler
-from finetune.methods.selection import Selection
+from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
 from memory.meter import MemoryMeter
 from offload.weights.skeleton import find_blocks
@@ -34,7 +34,7 @@ class Masters:
         blocks = list(find_blocks(model))
         self._config, self._named = config, dict(model.named_parameters())
         self._block_of = {n: i for i, prefix in enumerate(blocks) for n in self._named if n.startswith(f"{prefix}.")}
-        self._selection = Selection(config, len(blocks))
+        self._selection = make_selection(config, len(blocks))
         self._masters = {name: p.detach().float().clone() for name, p in self._named.items()}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         left_alone = undecayed(model, self._named, config.training)

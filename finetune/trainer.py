@@ -30,8 +30,8 @@ from finetune.data.preparation import describe
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
-from finetune.methods import Method
 from finetune.methods.adapter_training import AdapterTraining
+from finetune.methods.base import Method
 from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder

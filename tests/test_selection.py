@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from finetune import Config
-from finetune.methods.selection import Selection
+from finetune.methods.selection import Selection, make_selection
 from memory.errors import UserError
 
 BLOCKS = 7
 
 
 def selection(method: str, resident: frozenset[int] = frozenset(), seed: int = 1, **options: Any) -> Selection:
-    return Selection(Config(model="m", method=method, seed=seed, selection=options), BLOCKS, resident)
+    return make_selection(Config(model="m", method=method, seed=seed, selection=options), BLOCKS, resident)
 
 
 def test_full_trains_all():

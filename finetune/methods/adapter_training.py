@@ -12,7 +12,7 @@ from finetune.adapters import peft_files as adapters
 from finetune.config import Config
 from finetune.data.batches import Row
 from finetune.data.micro_batches import make_micro_batches
-from finetune.methods import StepResult
+from finetune.methods.base import StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed

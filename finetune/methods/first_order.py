@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from math import isfinite
 
-from finetune.methods import StepNotKept
+from finetune.objectives.errors import StepNotKept
 
 
 def lane_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from finetune.config import Config
-from finetune.methods.selection import Selection, interval_of
+from finetune.methods.selection import interval_of, make_selection
 from memory.errors import UserError
 from offload.update.adafactor import TEMPORARY_BYTES
 from offload.update.parts import TrainedParts
@@ -113,7 +113,7 @@ def _direction_bytes(config: Config, trained: TrainedParts) -> int:
 def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     """Upper bounds over all steps: the largest blocks count as the ones that are chosen."""
     keeping, of_ends = make_keeping(config), make_rule(config)
-    selection = Selection(config, len(trained.blocks))
+    selection = make_selection(config, len(trained.blocks))
 
     def size(unit: UpdateUnit, rule: Rule = of_ends) -> tuple[int, int, int, int]:
         """Bytes of weights, masters and state, and the number of pieces."""
@@ -127,7 +127,7 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     blocks = [size(unit, make_rule(config, of_blocks=True)) for unit in trained.blocks if unit.fqns]
     ends = [size(u) for u in trained.units[len(trained.blocks) :] if u.fqns and selection.ends]
     active = sorted(blocks, key=sum)[-selection.layers :]
-    moving = (blocks if selection.method == "frugal" else active) + ends
+    moving = (blocks if selection.sign_scale is not None else active) + ends
     stated = active + ends
     weights, masters, pieces = (sum(unit[part] for unit in moving) for part in (0, 1, 3))
     state = sum(unit[2] for unit in stated)

@@ -15,12 +15,13 @@ import torch
 from finetune.config import Config
 from finetune.data.batches import Row
 from finetune.data.micro_batches import make_micro_batches
-from finetune.methods import StepNotKept, StepResult
+from finetune.methods.base import StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
-from finetune.methods.selection import Selection
+from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
 from finetune.methods.weight_demand import make_rule
+from finetune.objectives.errors import StepNotKept
 from finetune.objectives.objectives import TokenLoss
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
@@ -47,7 +48,7 @@ class WeightTraining:
         self._rule, self._block_rule = make_rule(config), make_rule(config, of_blocks=True)
         self._signs = Rule("signsgd", weight_decay=config.training.weight_decay)
         trained = self._model.trained
-        self._selection = Selection(config, len(trained.blocks), self._model.tier.resident)
+        self._selection = make_selection(config, len(trained.blocks), self._model.tier.resident)
         self._selection.restore(store.notes)
         self._undecayed = undecayed(session.model, trained.fqns, config.training)
         self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
@@ -124,8 +125,8 @@ class WeightTraining:
                 continue
             if index in chosen:
                 requests[unit.name] = self._request(unit, self._block_rule, self._selection.importance(index))
-            elif self._selection.method == "frugal":
-                requests[unit.name] = self._request(unit, self._signs, self._config.selection.sign_scale)
+            elif self._selection.sign_scale is not None:
+                requests[unit.name] = self._request(unit, self._signs, self._selection.sign_scale)
         for unit in self._ends:
             requests[unit.name] = self._request(unit, self._rule)
         return requests

@@ -36,8 +36,9 @@ from finetune.adapters import prefix
 from finetune.config import Config
 from finetune.config.config import ZerothOrderOptions
 from finetune.data.batches import Row
-from finetune.methods import StepNotKept, StepResult
+from finetune.methods.base import StepResult
 from finetune.methods.schedule import make_scheduler
+from finetune.objectives.errors import StepNotKept
 from finetune.objectives.objectives import Objective
 from finetune.runs.identity import check_same_run
 from finetune.session import Session

@@ -28,7 +28,7 @@ from finetune.data.batches import Row
 from finetune.data.micro_batches import make_micro_batches
 from finetune.data.tensor_rows import TensorRows
 from finetune.generate import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
-from finetune.methods import StepNotKept
+from finetune.objectives.errors import StepNotKept
 from finetune.objectives.rewards import call_reward, load_reward, token_f1
 from finetune.objectives.scoring import Asked, Scores, ask_candidates, ask_trained, score
 from finetune.planned_run import BatchShape

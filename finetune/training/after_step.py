@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from finetune.methods import Method
+from finetune.methods.base import Method
 from finetune.reporting.report import MetricsWriter
 from finetune.training.callbacks import CALLBACK_STATE, Callbacks
 

@@ -17,7 +17,7 @@ import torch
 
 from finetune.config import Config
 from finetune.data import BatchPlan
-from finetune.methods import Method
+from finetune.methods.base import Method
 from finetune.session import Session
 from memory.errors import UserError
 from offload.devices import Device

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from finetune.data import BatchPlan
-from finetune.methods import Method, StepNotKept, StepResult
+from finetune.methods.base import Method, StepResult
+from finetune.objectives.errors import StepNotKept
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter
 from finetune.runs.signals import StoppedAtOnce

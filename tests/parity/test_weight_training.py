@@ -28,7 +28,7 @@ import offload.update.units
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
-from finetune.methods.selection import Selection
+from finetune.methods.selection import make_selection
 from finetune.methods.weight_demand import make_rule
 from finetune.trainer import Trainer
 from offload.update.rules import ROOT, square_root
@@ -85,7 +85,7 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.set_num_threads(config.engine.num_threads)
     model = load_whole(config, config.model).to(reference_device(config))
     blocks = list(find_blocks(model).items())
-    selection = Selection(config, len(blocks))
+    selection = make_selection(config, len(blocks))
     decayed = set(tf.Trainer.get_decay_parameter_names(None, model))
     computing = dict(model.named_parameters())
     named = {name: torch.nn.Parameter(p.detach().cpu()) for name, p in computing.items()}

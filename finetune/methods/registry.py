@@ -1,0 +1,96 @@
+"""The methods, by name: what a configuration must know of each, and where its code is. Imports neither torch nor Transformers.
+
+A kind of adapter that is trained by gradients is a method of its own name, see `finetune.adapters.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.adapters.registry import ADAPTERS
+from finetune.plugin import load
+
+SHARED_SECTIONS = ("training", "dataset", "engine")
+"""Sections of the configuration that all methods read."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodEntry:
+    """What is known of a method before its code is loaded."""
+
+    goal: str
+    """In a few words, for help texts."""
+    code: str
+    """"module:Class", a `finetune.methods.base.Method`."""
+    reads: tuple[str, ...]
+    """Sections and top-level keys that not all methods read."""
+    learning_rate: Callable[[Any], float]
+    """From a configuration: what suits the method where none is set."""
+    adapter: Callable[[Any], str | None] = lambda config: None
+    """From a configuration: the kind of adapter that is trained; None: the model's own weights."""
+    has_gradients: bool = True
+    """Whether it computes gradients, and so reads AdamW's numbers and `max_grad_norm`."""
+    strategy: str = ""
+    """"module:Class", the `finetune.methods.selection.Selection` that chooses the blocks of a step; empty: none are chosen."""
+
+    def recorded(self, config: Any) -> tuple[str, ...]:
+        """Of the sections and keys that not all methods read, those that make a run what it is."""
+        kind = self.adapter(config)
+        section = None if kind is None else ADAPTERS[kind].section
+        chosen = ("selection",) if self.strategy else ()  # with full too, whose files say so
+        return tuple(dict.fromkeys((*self.reads, *chosen, *([section] if section else ()))))
+
+    def load(self) -> type:
+        """The method's class."""
+        return load(self.code)
+
+
+def _adapter_training(kind: str) -> MethodEntry:
+    entry = ADAPTERS[kind]
+    return MethodEntry(
+        f"gradients for {entry.words}",
+        "finetune.methods.adapter_training:AdapterTraining",
+        reads=(entry.section,) if entry.section else (),
+        learning_rate=lambda config: entry.gradient_rate,
+        adapter=lambda config: kind,
+    )
+
+
+def _weight_training(goal: str, strategy: str, *, selects: bool = True) -> MethodEntry:
+    """strategy: of the blocks; selects: whether its options are read."""
+    return MethodEntry(
+        goal,
+        "finetune.methods.weight_training:WeightTraining",
+        reads=("train", "optimizer", *(["selection"] if selects else [])),
+        learning_rate=lambda config: 2e-5,
+        strategy=strategy,
+    )
+
+
+def _perturbed_kind(config: Any) -> str | None:
+    return None if config.zo.parameters == "all" else config.zo.parameters
+
+
+def _perturbed_rate(config: Any) -> float:
+    kind = _perturbed_kind(config)
+    return 1e-6 if kind is None else ADAPTERS[kind].perturbed_rate
+
+
+METHODS: dict[str, MethodEntry] = {
+    **{kind: _adapter_training(kind) for kind, entry in ADAPTERS.items() if entry.gradient_rate is not None},
+    "zo": MethodEntry(
+        "forward passes only",
+        "finetune.methods.zeroth_order:ZerothOrder",
+        reads=("zo",),
+        learning_rate=_perturbed_rate,
+        adapter=_perturbed_kind,
+        has_gradients=False,
+    ),
+    "full": _weight_training("all weights", "finetune.methods.selection:Selection", selects=False),
+    "lisa": _weight_training("a few blocks at random", "finetune.methods.selection.lisa:Lisa"),
+    "badam": _weight_training("one block after the other", "finetune.methods.selection.badam:Badam"),
+    "slimfit": _weight_training("the blocks that change most", "finetune.methods.selection.slimfit:Slimfit"),
+    "frugal": _weight_training("some blocks with state, the others by signs", "finetune.methods.selection.frugal:Frugal"),
+}
