@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -21,22 +20,18 @@ from memory.errors import UserError
 from memory.fetch_policy import next_fetch, victim
 from memory.slots import Lease, SlotPool
 from offload.devices import COMPLETED, Device, Direction, Event
+from offload.residency.pieces import Mover, Piece, State
 from offload.weights.parameter_map import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
 
 
-class State(Enum):
-    """Where a block is with respect to one tier. Only `Tier` changes it."""
-
-    AWAY = "away"  # no slot holds it
-    FETCHING = "fetching"  # on its way into a slot
-    READY = "ready"  # in a slot, nobody uses it
-    IN_USE = "in use"  # between acquire and release
-
-
 class Tier:
-    """Slots of one tier and the blocks in them. Subclasses say how a block gets into a slot."""
+    """Slots of one tier and the blocks in them, a `Piece` each. Subclasses say how a block gets into a slot.
 
-    def __init__(self, num_blocks: int, pool: SlotPool, resident: frozenset[int], lookahead: int) -> None:
+    mover: of blocks, from the next farther tier. resident: blocks that keep their slots. lookahead: how many of the others are
+    fetched before they are needed.
+    """
+
+    def __init__(self, num_blocks: int, mover: Mover, pool: SlotPool, resident: frozenset[int], lookahead: int) -> None:
         if pool.count < min(num_blocks, len(resident) + lookahead + 1):
             raise ValueError(
                 f"pool {pool.name!r} has {pool.count} slots, {len(resident)} resident blocks with lookahead {lookahead} "
@@ -46,8 +41,7 @@ class Tier:
         self.resident = resident
         self.lookahead = lookahead
         self.stall_seconds = 0.0
-        self._states = [State.AWAY] * num_blocks
-        self._leases: dict[int, Lease] = {}
+        self._pieces = [Piece(f"block {block} in pool {pool.name!r}", mover) for block in range(num_blocks)]
         self._upcoming: deque[int] = deque()
 
     def begin(self, order: Sequence[int]) -> None:
@@ -63,25 +57,26 @@ class Tier:
                     self._upcoming.popleft()
             else:
                 self._upcoming.appendleft(block)
-        if self._states[block] is State.AWAY:
+        piece = self._pieces[block]
+        if piece.state is State.AWAY:
             self._make_room(block)
             self._fetch(block)
         self._fetch_ahead()
-        if self._states[block] is State.FETCHING:
+        if piece.state is State.FETCHING:
             self._arrive(block)
-        self._change(block, State.READY, State.IN_USE)
-        return self._leases[block].buffer
+        piece.acquire()
+        return piece.buffer
 
     def slot(self, block: int) -> torch.Tensor:
         """The bytes of a block that is acquired."""
-        return self._leases[block].buffer
+        return self._pieces[block].buffer
 
     def views(self, block: int) -> dict[str, torch.Tensor]:
         """The tensors of a block that is acquired, by local name; they lie in its slot."""
         raise NotImplementedError
 
     def release(self, block: int) -> None:
-        self._change(block, State.IN_USE, State.READY)
+        self._pieces[block].release()
         if self._upcoming and self._upcoming[0] == block:
             self._upcoming.popleft()
         self._fetch_ahead()
@@ -89,29 +84,27 @@ class Tier:
     def close(self) -> None:
         """Waits for what is under way; nothing is written to the slots afterwards. Also after a failed step."""
         self._upcoming.clear()
-        for block, state in enumerate(self._states):
-            if state is State.FETCHING:
+        for block, piece in enumerate(self._pieces):
+            if piece.state is State.FETCHING:
                 with contextlib.suppress(UserError):  # the failure that matters was raised before
                     self._arrive(block)
 
     def give_up(self) -> None:
         """Empties all slots, once what is under way has arrived: the blocks' bytes have moved elsewhere."""
         self._upcoming.clear()
-        for block, state in enumerate(self._states):
-            if state is State.FETCHING:
+        for block, piece in enumerate(self._pieces):
+            if piece.state is State.FETCHING:
                 self._arrive(block)
-            if self._states[block] is State.READY:
+            if piece.state is State.READY:
                 self._evict(block)
 
     def ready(self, block: int) -> bool:
         """Whether `acquire` would not wait."""
-        return self._states[block] in (State.READY, State.IN_USE) or (
-            self._states[block] is State.FETCHING and self._arrived(block)
-        )
+        return self._pieces[block].state is not State.AWAY and self._pieces[block].settled
 
     def _fetch_ahead(self) -> None:
         while True:
-            held = {block for block, state in enumerate(self._states) if state is not State.AWAY}
+            held = {block for block, piece in enumerate(self._pieces) if piece.state is not State.AWAY}
             block = next_fetch(self._upcoming, held, self.resident, self.lookahead)
             if block is None or not self._can_fetch(block) or not self._make_room(block, ahead=True):
                 return
@@ -121,7 +114,7 @@ class Tier:
         """Frees a slot where none is free. A fetch ahead never evicts a block that is needed sooner than `block`."""
         if self.pool.free_count:
             return True
-        candidates = {b for b, s in enumerate(self._states) if s is State.READY and b not in self.resident}
+        candidates = self._streamed(State.READY)
         if ahead:
             for soon in self._upcoming:
                 if soon == block:
@@ -130,9 +123,7 @@ class Tier:
             if not candidates:
                 return False
         elif not candidates:
-            stale = next(
-                (b for b, s in enumerate(self._states) if s is State.FETCHING and b not in self.resident), None
-            )
+            stale = min(self._streamed(State.FETCHING), default=None)
             if stale is None:
                 raise RuntimeError(f"block {block} needs a slot of pool {self.pool.name!r}, all are in use")
             self._arrive(stale)
@@ -140,38 +131,29 @@ class Tier:
         self._evict(victim(self._upcoming, candidates))
         return True
 
+    def _streamed(self, state: State) -> set[int]:
+        return {b for b, piece in enumerate(self._pieces) if piece.state is state and b not in self.resident}
+
     def _fetch(self, block: int) -> None:
-        self._change(block, State.AWAY, State.FETCHING)
-        self._leases[block] = self.pool.lease()
-        self._start(block, self._leases[block])
+        lease = self.pool.lease()
+        self._pieces[block].fetch(lease, self._extents(block, lease))
 
     def _arrive(self, block: int) -> None:
-        self._finish(block)
-        self._change(block, State.FETCHING, State.READY)
+        self.stall_seconds += self._pieces[block].arrive(lambda: self._check(block))
 
     def _evict(self, block: int) -> None:
-        self._change(block, State.READY, State.AWAY)
         self._leave(block)
-        self._leases.pop(block).release()
-
-    def _change(self, block: int, expected: State, state: State) -> None:
-        if self._states[block] is not expected:
-            raise RuntimeError(
-                f"block {block} in pool {self.pool.name!r}: expected {expected.value}, it is {self._states[block].value}"
-            )
-        self._states[block] = state
+        self._pieces[block].leave()
 
     def _can_fetch(self, block: int) -> bool:
         return True
 
-    def _start(self, block: int, lease: Lease) -> None:
+    def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
+        """What the mover is to read into the block's slot."""
         raise NotImplementedError
 
-    def _arrived(self, block: int) -> bool:
-        raise NotImplementedError
-
-    def _finish(self, block: int) -> None:
-        raise NotImplementedError
+    def _check(self, block: int) -> None:
+        """Raises when what has arrived in the block's slot is not what it should be."""
 
     def _leave(self, block: int) -> None:
         """The block's slot is about to be given away."""
@@ -191,9 +173,8 @@ class HostTier(Tier):
         resident: frozenset[int],
         lookahead: int,
     ) -> None:
-        super().__init__(len(layouts), pool, resident, lookahead)
+        super().__init__(len(layouts), io, pool, resident, lookahead)
         self._io = io
-        self._tickets: dict[int, int] = {}
         self._files: dict[Any, int] = {}
         self.move_to(layouts)
 
@@ -202,19 +183,22 @@ class HostTier(Tier):
 
     def settle(self, block: int) -> None:
         """Waits for a fetch of the block that is under way: it may have been fetched ahead for a tier that has it already."""
-        if self._states[block] is State.FETCHING:
+        if self._pieces[block].state is State.FETCHING:
             self._arrive(block)
 
     def replace(self, block: int, image: torch.Tensor) -> None:
         """The block is what `image` holds from now on; a slot that has it gets the new bytes. It must not be on its way."""
-        if self._states[block] is State.FETCHING:
-            raise RuntimeError(f"block {block} is fetched while it is updated")
-        if self._states[block] is not State.AWAY:
+        piece = self._pieces[block]
+        if piece.state is State.FETCHING:
+            raise RuntimeError(f"{piece.name} is fetched while it is updated")
+        if piece.state is not State.AWAY:
             size = self.layouts[block].num_bytes
-            self._leases[block].buffer[:size].copy_(image[:size])
+            piece.lease.buffer[:size].copy_(image[:size])
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
         """From now on blocks are read from other places. No slot may hold one: see `give_up`."""
+        for piece in self._pieces:
+            piece.expect(State.AWAY)
         for file in self._files.values():
             self._io.close_file(file)
         self._files = {}
@@ -230,25 +214,30 @@ class HostTier(Tier):
                 self._files[read.path] = self._io.open(read.path)
         self._reads[block] = [(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in reads]
 
-    def _start(self, block: int, lease: Lease) -> None:
+    def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
         address = lease.address
-        self._tickets[block] = self._io.submit_reads(
-            [
-                (file, offset, num_bytes, address + slot_offset)
-                for file, offset, num_bytes, slot_offset in self._reads[block]
-            ]
-        )
+        return [(file, at, num_bytes, address + slot_offset) for file, at, num_bytes, slot_offset in self._reads[block]]
 
-    def _arrived(self, block: int) -> bool:
-        return self._io.done(self._tickets[block])
 
-    def _finish(self, block: int) -> None:
-        self.stall_seconds += self._io.wait(self._tickets[block])
-        self._check(block)
-        del self._tickets[block]  # not before: after a failure `close` waits again
+class _Copies:
+    """Copies of a device, in the shape of disk I/O. What waits for them is compute; the host goes on."""
 
-    def _check(self, block: int) -> None:
-        """Raises UserError when what has arrived is not what it should be."""
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def submit_reads(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor, Direction, Event | None]]) -> Event:
+        """(target, source, direction, what must have happened before). The event covers all of them."""
+        event: Event = COMPLETED
+        for target, source, direction, after in copies:
+            event = self._device.copy_async(target, source, direction, after=after)
+        return event
+
+    def wait(self, event: Event) -> float:
+        self._device.wait(event)
+        return 0.0
+
+    def done(self, event: Event) -> bool:
+        return event.query()
 
 
 class DeviceTier(Tier):
@@ -258,10 +247,10 @@ class DeviceTier(Tier):
     def __init__(
         self, host: HostTier, device: Device, pool: SlotPool, resident: frozenset[int], lookahead: int
     ) -> None:
-        super().__init__(len(host.layouts), pool, resident, lookahead)
+        self._copies = _Copies(device)
+        super().__init__(len(host.layouts), self._copies, pool, resident, lookahead)
         self._host = host
         self._device = device
-        self._copies: dict[int, Event] = {}  # block -> its copy, until compute waits for it
         self._host_held: dict[int, Event] = {}  # block -> the copy that still reads its host slot, oldest first
         self._last_use: dict[int, Event] = {}  # slot index -> the compute that still reads its old bytes
         self._align()
@@ -271,7 +260,7 @@ class DeviceTier(Tier):
 
     def begin(self, order: Sequence[int]) -> None:
         # A block that stays on the device is not asked of the host again.
-        self._host.begin([b for b in order if b not in self.resident or self._states[b] is State.AWAY])
+        self._host.begin([b for b in order if b not in self.resident or self._pieces[b].state is State.AWAY])
         super().begin(order)
 
     def give_up(self) -> None:
@@ -287,12 +276,14 @@ class DeviceTier(Tier):
         """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far; it is then on no
         way from the disk, and `replace` may follow."""
         self._host.settle(block)
-        self._device.synchronize(self._copy(block, self.slot(block), buffer, Direction.D2H, self._device.record()))
+        copies = self._between(block, self.slot(block), buffer, Direction.D2H, self._device.record())
+        self._device.synchronize(self._copies.submit_reads(copies))
         return buffer
 
     def replace(self, block: int, image: torch.Tensor) -> None:
         """An acquired block is what `image`, in host memory, holds from now on, here and in the host tier."""
-        event = self._copy(block, self.slot(block), image, Direction.H2D, self._device.record())
+        copies = self._between(block, self.slot(block), image, Direction.H2D, self._device.record())
+        event = self._copies.submit_reads(copies)
         self._device.wait(event)
         self._device.synchronize(event)  # `image` is written again soon
         self._host.replace(block, image)
@@ -314,11 +305,18 @@ class DeviceTier(Tier):
     def _can_fetch(self, block: int) -> bool:
         return self._host.ready(block)
 
-    def _start(self, block: int, lease: Lease) -> None:
+    def _fetch(self, block: int) -> None:
+        super()._fetch(block)
+        self._host_held[block] = self._pieces[block].ticket
+
+    def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
         self._free_host_slots(keep=self._host.lookahead)
         source = self._host.acquire(block)
-        event = self._copy(block, lease.buffer, source, Direction.H2D, self._last_use.pop(lease.index, None))
-        self._copies[block] = self._host_held[block] = event
+        return self._between(block, lease.buffer, source, Direction.H2D, self._last_use.pop(lease.index, None))
+
+    def _check(self, block: int) -> None:
+        for _, offset, num_bytes in self._spans[block]:
+            self._device.check_readable(self._pieces[block].lease.buffer[offset : offset + num_bytes])
 
     def _align(self) -> None:
         self._views: list[dict[str, View]] = []
@@ -328,28 +326,19 @@ class DeviceTier(Tier):
             self._views.append(views)
             self._spans.append(spans)
 
-    def _copy(
+    def _between(
         self, block: int, slot: torch.Tensor, host: torch.Tensor, direction: Direction, after: Event | None
-    ) -> Event:
-        """Between a slot of this tier and one as the host tier has them; the event covers all of it."""
-        event: Event = COMPLETED
+    ) -> list[tuple[torch.Tensor, torch.Tensor, Direction, Event | None]]:
+        """The copies between a slot of this tier and one as the host tier has them."""
+        copies = []
         for host_offset, offset, num_bytes in self._spans[block]:
             there, here = slot[offset : offset + num_bytes], host[host_offset : host_offset + num_bytes]
             target, source = (there, here) if direction is Direction.H2D else (here, there)
-            event = self._device.copy_async(target, source, direction, after=after)
-        return event
-
-    def _arrived(self, block: int) -> bool:
-        return self._copies[block].query()
-
-    def _finish(self, block: int) -> None:
-        self._device.wait(self._copies[block])
-        for _, offset, num_bytes in self._spans[block]:
-            self._device.check_readable(self.slot(block)[offset : offset + num_bytes])
-        del self._copies[block]
+            copies.append((target, source, direction, after))
+        return copies
 
     def _leave(self, block: int) -> None:
-        lease = self._leases[block]
+        lease = self._pieces[block].lease
         self._last_use[lease.index] = self._device.record()
         self._device.release(lease.buffer)
 

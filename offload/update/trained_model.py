@@ -24,7 +24,7 @@ import torch
 
 from memory.errors import UserError
 from memory.plan import Plan
-from memory.slots import Slab, SlotPool
+from memory.slots import Lease, Slab, SlotPool
 from offload.devices.base import map_host_bytes
 from offload.residency.tiers import HostTier, Tier
 from offload.step.engine import Weights
@@ -74,14 +74,15 @@ class StoredTier(HostTier):
         self._model = model
         super().__init__([unit.layout for unit in units], model.io, pool, resident, lookahead)
 
-    def _start(self, block: int, lease: Any) -> None:
+    def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
         unit = self._units[block]
         self._model.stream.settle(unit.name)
         self.read_from(block, stored_reads(unit, self._model.store))
-        super()._start(block, lease)
+        return super()._extents(block, lease)
 
     def _check(self, block: int) -> None:
-        check_weights(self._units[block], self._model.store, self._leases[block].buffer, torch.get_num_threads())
+        image = self._pieces[block].lease.buffer
+        check_weights(self._units[block], self._model.store, image, torch.get_num_threads())
 
 
 class TrainedModel(StreamedModel):
