@@ -35,12 +35,7 @@ from finetune.methods.base import Method
 from finetune.methods.schedule import check_schedule
 from finetune.methods.weight_training import WeightTraining
 from finetune.methods.zeroth_order import ZerothOrder
-from finetune.objectives.objectives import (
-    CANDIDATE_OBJECTIVES,
-    Objective,
-    full_shape,
-    make_objective,
-)
+from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.planned_run import PlannedRun
 from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
@@ -96,7 +91,8 @@ class Trainer:
             if tensors is not None:
                 return session.plan(make_objective(config, session, tensors).shape(session), elsewhere=True)
             refuse_text(session.parts)
-            return session.plan(full_shape(config, session, config.dataset.sequence_length), elsewhere=True)
+            shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
+            return session.plan(shape, elsewhere=True)
         finally:
             session.close()
 
@@ -162,14 +158,14 @@ class Trainer:
             return tensors
         refuse_text(session.parts)
         longest = config.dataset.sequence_length
+        kind = objective_class(config)
         try:
-            session.plan(full_shape(config, session, min(16, longest)))
+            session.plan(kind.full_shape(config, session, min(16, longest)))
         except PlanRefused:
-            session.plan(full_shape(config, session, longest))  # refuses too, and names the budget that full rows need
+            session.plan(kind.full_shape(config, session, longest))  # refuses too, and names the budget of full rows
             raise
         directory.take(config, inputs)
         options = config.dataset
-        choices = config.method == "zo" and config.zo.objective in CANDIDATE_OBJECTIVES
         data = prepare(
             source,
             model=session.parts.directory,
@@ -177,10 +173,10 @@ class Trainer:
             sequence_length=options.sequence_length,
             form=options.form,
             completion_only=options.completion_only,
-            append_eos=False if choices else options.append_eos,
+            append_eos=False if kind.compares_choices else options.append_eos,
             chat_template=options.chat_template,
             trust_remote_code=config.trust_remote_code,
-            choices=choices,
+            choices=kind.compares_choices,
         )
         for line in describe(data):
             print(line, file=LastingStream(sys.stderr))

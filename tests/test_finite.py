@@ -19,7 +19,7 @@ from finetune.data import preparation, worker
 from finetune.evaluate import evaluate
 from finetune.generate import generate
 from finetune.methods import zeroth_order
-from finetune.objectives.objectives import TokenLoss
+from finetune.objectives.token_loss import TokenLoss
 from memory.errors import UserError
 from offload.streamed_model import StreamedModel
 from offload.weights.checkpoint import read_header

@@ -19,7 +19,8 @@ from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.export import export
-from finetune.objectives.objectives import Objective, make_objective
+from finetune.objectives.base import Objective, check_gradient, make_objective
+from finetune.objectives.registry import OBJECTIVES
 from finetune.objectives.rewards import load_reward, token_f1
 from finetune.runs.directory import RunDirectory
 from finetune.session import Session
@@ -231,3 +232,18 @@ def test_functions_are_found_in_modules():
     assert load_reward("finetune.objectives.rewards:token_f1") is token_f1
     with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):
         load_reward("no_such_module:reward")
+
+
+def test_each_objective_is_in_the_registry_and_only_the_loss_has_a_gradient():
+    for name, entry in OBJECTIVES.items():
+        kind = entry.load()
+        assert issubclass(kind, Objective)
+        assert kind.has_gradient == kind.takes_tensors == entry.packs == (name == "loss")
+        assert kind.compares_choices == (name in ("classification", "accuracy"))
+
+
+def test_a_method_with_gradients_refuses_an_objective_without(tmp_path):
+    model = write_model("llama", tmp_path / "model")
+    config = objective_config(model, tmp_path / "out", pairs(ONE_TOKEN), "exact_match")
+    with opened(config) as (objective, _), pytest.raises(UserError, match="method lora: expected an objective with a gradient"):
+        check_gradient(objective, "lora")

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     Strict,
     TypeAdapter,
@@ -25,17 +22,29 @@ from pydantic import (
     field_validator,
 )
 
-from finetune.config.errors import ConfigError, explain, show
+from finetune.config.errors import ConfigError, explain
 from finetune.config.presets import find_preset, preset_names
 from finetune.config.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
 from finetune.config.unused_keys import WEIGHT_METHODS, unused_keys
 from finetune.config.yaml_text import read_document, read_word, write_document
+from finetune.objectives.registry import check_objective, find_objective
+from finetune.options import (
+    Amount,
+    Conflict,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    Switch,
+    expand_path,
+    show,
+)
 from memory.device_kinds import DEVICE_WORDS
-from memory.units import parse_bytes
 
 SAMPLES = Path(__file__).parent.parent / "samples"
-
-OBJECTIVES = ("loss", "classification", "accuracy", "exact_match", "f1")
 
 # Everyday keys that may stand at the top level, as they do on the command line.
 SHORTHANDS = {
@@ -49,31 +58,15 @@ SHORTHANDS = {
 }
 
 
-def _check_amount(amount: Any) -> Any:
-    if amount is not None:
-        parse_bytes(amount, total_bytes=1 << 60)  # the form only; the machine's totals are the planner's matter
-    return amount
-
-
-def _expand_path(path: Any) -> Any:
-    return os.path.expanduser(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else path
-
-
-def _check_number(value: Any) -> Any:
-    if isinstance(value, bool):  # it would count as 1 or 0
-        raise ValueError(f"expected a number, found {value}")
-    return value
-
-
 def _check_output(path: Any) -> Any:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ValueError(f"expected a directory's path, found {show(path)}")
-    return _expand_path(path)
+    return expand_path(path)
 
 
 def _check_data(data: Any) -> Any:
     if data is None or isinstance(data, (str, os.PathLike)):
-        data = _expand_path(data)
+        data = expand_path(data)
         return _sample_path(data.removeprefix("sample:")) if data and data.startswith("sample:") else data
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise ValueError(f"expected a path, a hub id or a sequence of rows, found {show(data)}")
@@ -89,42 +82,11 @@ def _sample_path(name: str) -> str:
     return str(SAMPLES / f"{name}.jsonl")
 
 
-def _check_objective(value: Any) -> Any:
-    if not callable(value) and value not in OBJECTIVES and not re.fullmatch(r".+:[A-Za-z_]\w*", str(value)):
-        raise ValueError(
-            f"expected one of {', '.join(OBJECTIVES)}, FILE.py:FUNCTION or a function, found {show(value)}"
-        )
-    return value
-
-
-Switch = Annotated[bool, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
-CountOrZero = Annotated[int, Strict(), Field(ge=0)]
-Number = Annotated[float, BeforeValidator(_check_number)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-Amount = Annotated[str | int | None, BeforeValidator(_check_amount)]
-ModelName = Annotated[str, BeforeValidator(_expand_path), Field(min_length=1)]
+ModelName = Annotated[str, BeforeValidator(expand_path), Field(min_length=1)]
 Data = Annotated[Any, BeforeValidator(_check_data)]
 
 
-class Conflict(NamedTuple):
-    """Keys, dotted, whose values do not go together; problem: what was expected and what was found, these keys named."""
-
-    keys: tuple[str, ...]
-    problem: str
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Between keys of this section, which are named without it. `Config` asks all sections and reports everything."""
-        yield from ()
-
-
-class TrainingOptions(_Section):
+class TrainingOptions(Section):
     """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
 
     max_steps: Count | None = None
@@ -184,7 +146,7 @@ class TrainingOptions(_Section):
                 yield Conflict(("max_steps", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), problem)
 
 
-class DatasetOptions(_Section):
+class DatasetOptions(Section):
     """How rows become tokens."""
 
     form: Literal["auto", "messages", "prompt_completion", "alpaca", "text", "input_ids"] = "auto"
@@ -200,7 +162,7 @@ class DatasetOptions(_Section):
     """A path or the template itself; None: the tokenizer's own."""
 
 
-class LoraOptions(_Section):
+class LoraOptions(Section):
     """`peft.LoraConfig` under shorter names; what is not named here goes into `extra` as it is."""
 
     r: Count = 16
@@ -235,14 +197,14 @@ class LoraOptions(_Section):
 PRODUCT_RANK = 32  # of all pending groups together: a few percent of a product, and of the weights' memory
 
 
-class ZerothOrderOptions(_Section):
+class ZerothOrderOptions(Section):
     """Zeroth-order tuning; formulas and sources are in `finetune.methods.zeroth_order`."""
 
     parameters: Literal["all", "lora", "prefix"] = "all"
     """What is perturbed: all weights of the model, a LoRA adapter, or keys and values that stand before every layer's own."""
     prefix_tokens: Count = 5
     """Positions that a prefix has; it begins as random tokens' keys and values."""
-    objective: Annotated[Any, BeforeValidator(_check_objective)] = "loss"
+    objective: Annotated[Any, BeforeValidator(check_objective)] = "loss"
     """What is made small: loss; classification (of the data's few completions, as MeZO trains), accuracy, exact_match or f1
     of the completion; FILE.py:FUNCTION or MODULE:FUNCTION, a reward to make large (in Python, a function), which is called
     as `finetune.objectives.rewards.Reward` says."""
@@ -323,7 +285,7 @@ class ZerothOrderOptions(_Section):
         return self.perturbations + 1 if self.estimator == "fzoo" else 2 * self.perturbations
 
 
-class OptimizerOptions(_Section):
+class OptimizerOptions(Section):
     """The out-of-core optimizer of the methods that train the model's own weights; `training` has AdamW's numbers."""
 
     name: Literal["adamw", "adafactor", "apollo", "lamb", "lion", "sgd"] = "adamw"
@@ -353,7 +315,7 @@ class OptimizerOptions(_Section):
             yield Conflict(("name", "state"), "expected optimizer.state float32 or bfloat16 with lamb, found 8bit")
 
 
-class SelectionOptions(_Section):
+class SelectionOptions(Section):
     """What is trained when, for lisa, badam, slimfit and frugal; formulas and sources are in `finetune.methods.selection`."""
 
     layers: Count | None = None
@@ -376,7 +338,7 @@ class SelectionOptions(_Section):
     1, another budget chooses other blocks."""
 
 
-class EngineOptions(_Section):
+class EngineOptions(Section):
     """How the model is streamed. The planner chooses what is None or auto.
 
     No choice changes results, except `dtype` and the tiles of the loss, which round differently.
@@ -402,7 +364,7 @@ class EngineOptions(_Section):
     simulated_delay_ms: NonNegative = 0.0
 
 
-class Config(_Section):
+class Config(Section):
     """What to train, on what, within which limits. Frozen; every key is checked when it is made.
 
     The everyday keys of `SHORTHANDS` are also taken at the top level: `Config(model=..., max_steps=10)`.
@@ -448,7 +410,7 @@ class Config(_Section):
         if problem is not None:
             keys = ("lr_scheduler", "lr_scheduler_kwargs", "learning_rate")
             yield Conflict(("method", *(f"training.{key}" for key in keys)), problem)
-        if self.method == "zo" and self.zo.objective != "loss" and self.dataset.packing:
+        if self.dataset.packing and not find_objective(self.objective).packs:
             yield Conflict(
                 ("method", "zo.objective", "dataset.packing"),
                 f"expected dataset.packing off with zo.objective {self.zo.objective}, which is asked row by row, found it on",
@@ -514,6 +476,11 @@ class Config(_Section):
         if self.method != "zo":
             return 2e-5
         return {"all": 1e-6, "lora": 1e-4, "prefix": 1e-3}[self.zo.parameters]
+
+    @property
+    def objective(self) -> Any:
+        """The word for what a step makes small, or a function: see `finetune.objectives`."""
+        return self.zo.objective if self.method == "zo" else "loss"
 
     @property
     def has_adapter(self) -> bool:
@@ -586,10 +553,10 @@ class Config(_Section):
         return comments + write_document(values)
 
 
-_SECTIONS: dict[str, type[_Section]] = {
+_SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
     for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 _KEYS = [key for key in Config.model_fields if key not in _SECTIONS]
 _KEYS += [f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields]
@@ -705,7 +672,7 @@ def _expand_shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
         if key not in values:
             continue
         inner = values.get(section)
-        if isinstance(inner, _Section):
+        if isinstance(inner, Section):
             inner = inner.model_dump(exclude_unset=True)
         if inner is None:
             inner = {}

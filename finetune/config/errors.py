@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.options import show
 from memory.errors import UserError
 
 # What other tools call our keys: named in the message about an unknown key.
@@ -98,8 +98,3 @@ def _nearest(location: Sequence[str], sections: Collection[str], keys: Sequence[
         if key is None and near:
             key = names[near[0]]
     return f"; nearest: {key}" if key else ""
-
-
-def show(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, list, dict, type(None))) else type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,12 +11,11 @@ import torch
 from finetune.adapters import peft_files as adapters
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.data.micro_batches import make_micro_batches
 from finetune.methods.base import StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed
-from finetune.objectives.objectives import TokenLoss
+from finetune.objectives.base import Objective, check_gradient
 from finetune.runs.state import load_state, save_state, saved_states
 from finetune.session import Session
 from memory.errors import UserError
@@ -26,11 +25,12 @@ class AdapterTraining:
     """A `finetune.methods.Method`. Raises UserError when the saved state is another run's or damaged."""
 
     def __init__(
-        self, config: Config, session: Session, objective: TokenLoss, num_steps: int, about: dict[str, Any]
+        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
     ) -> None:
         options = config.training
         self._config = config
-        self._data = objective.data
+        check_gradient(objective, config.method)
+        self._objective = objective
         self._session = session
         self._about = about
         self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
@@ -54,7 +54,7 @@ class AdapterTraining:
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options = self._config.training
-        batches = make_micro_batches(self._data, groups, self._session.device.torch_device)
+        batches = self._objective.lanes(groups, self._session.device.torch_device)
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))

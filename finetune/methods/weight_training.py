@@ -14,15 +14,14 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.data.micro_batches import make_micro_batches
 from finetune.methods.base import StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
 from finetune.methods.weight_demand import make_rule
+from finetune.objectives.base import Objective, check_gradient
 from finetune.objectives.errors import StepNotKept
-from finetune.objectives.objectives import TokenLoss
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
@@ -37,11 +36,12 @@ class WeightTraining:
     """A `finetune.methods.Method`. Raises UserError when the working store is another run's or damaged."""
 
     def __init__(
-        self, config: Config, session: Session, objective: TokenLoss, num_steps: int, about: dict[str, Any]
+        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
     ) -> None:
         self._config = config
         self._session = session
-        self._data = objective.data
+        check_gradient(objective, config.method)
+        self._objective = objective
         self._model: TrainedModel = session.streamed
         store = self._model.store
         check_same_run(store.directory, store.about, about)
@@ -60,7 +60,7 @@ class WeightTraining:
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options = self._config.training
-        batches = make_micro_batches(self._data, groups, self._session.device.torch_device)
+        batches = self._objective.lanes(groups, self._session.device.torch_device)
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         learning_rate = self.optimizer.param_groups[0]["lr"]
         max_norm = options.max_grad_norm or 0.0

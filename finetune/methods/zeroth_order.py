@@ -3,7 +3,7 @@
 The weights are never written step by step: an update is a few (seed, coefficient) pairs, which
 `offload.perturb.perturbed_model` applies while blocks are fetched, and the journal of them is the checkpoint.
 
-Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.objectives.objectives`):
+Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.objectives`):
   spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
          Spall 1992; MeZO (Malladi et al. 2023, algorithms 1 and 2).
   fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
@@ -38,8 +38,8 @@ from finetune.config.config import ZerothOrderOptions
 from finetune.data.batches import Row
 from finetune.methods.base import StepResult
 from finetune.methods.schedule import make_scheduler
+from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
-from finetune.objectives.objectives import Objective
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError

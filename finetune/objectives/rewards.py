@@ -1,4 +1,4 @@
-"""What a generated completion is worth: token F1, or a Python function of the user."""
+"""FILE.py:FUNCTION, MODULE:FUNCTION or a function: what a generated completion is worth, as the user's own code says."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from finetune.config import Config
+from finetune.data import TokenDataset
+from finetune.objectives.generated import Generated
+from finetune.session import Session
 from memory.errors import UserError
 
 Reward = Callable[..., Sequence[float]]
@@ -19,6 +25,18 @@ lists of as many strings; returns a number for each, more for better. So does TR
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Rewards(Generated):
+    """- mean reward of what greedy decoding gives."""
+
+    def __init__(self, config: Config, session: Session, data: TokenDataset) -> None:
+        word = config.objective
+        self._reward: Reward = word if callable(word) else load_reward(word)
+        super().__init__(config, session, data)
+
+    def value(self, prompts: list[str], completions: list[str], references: list[str]) -> float:
+        return -float(np.mean(call_reward(self._reward, prompts, completions, references)))
 
 
 def token_f1(completions: Sequence[str], references: Sequence[str], **_: object) -> list[float]:

@@ -1,0 +1,107 @@
+"""What all objectives are: rows to lanes (the micro-batches of one pass), lanes to what is made small."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from finetune.config import Config
+from finetune.data import TokenDataset
+from finetune.data.batches import Row
+from finetune.data.micro_batches import MicroBatches
+from finetune.data.tensor_rows import TensorRows
+from finetune.objectives.registry import find_objective
+from finetune.planned_run import BatchShape
+from finetune.session import Session
+from memory.errors import UserError
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.variants import Variant
+
+
+class Objective(ABC):
+    """Any objective can be had without gradients, by `values`. One that has gradients gives `lanes` for
+    `StreamedModel.train_step` too.
+
+    lengths: tokens of each row, int [rows], by which micro-batches are sorted.
+    """
+
+    has_gradient: ClassVar[bool] = False
+    """Whether methods that compute gradients can train on it."""
+    takes_tensors: ClassVar[bool] = False
+    """Whether rows may be samples of tensors, beside text."""
+    compares_choices: ClassVar[bool] = False
+    """Whether rows are prepared with all their candidates."""
+    lengths: np.ndarray
+
+    @abstractmethod
+    def __init__(self, config: Config, session: Session, data: TokenDataset | TensorRows) -> None:
+        """data: prepared with choices for one that compares them. Raises UserError for data that does not suit."""
+
+    @classmethod
+    def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:
+        """Of a step whose rows have at most `longest` tokens, before there is data. Raises UserError where the model does not
+        suit."""
+        return scored_shape(config, longest)
+
+    @abstractmethod
+    def shape(self, session: Session) -> BatchShape:
+        """Of the largest step, every version of the weights counted."""
+
+    @abstractmethod
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        """What is to be made small under every version of the weights, fp32 [variants], and how many tokens went in.
+
+        groups: the rows of each micro-batch, as `BatchPlan.step` gives them.
+        """
+
+    def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
+        """The same rows as the model's inputs and labels, for methods that compute gradients."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient")
+
+
+def objective_class(config: Config) -> type[Objective]:
+    return find_objective(config.objective).load()
+
+
+def make_objective(config: Config, session: Session, data: TokenDataset | TensorRows) -> Objective:
+    """Raises UserError for data that does not suit."""
+    if isinstance(data, TensorRows) and config.dataset.packing:
+        raise UserError(
+            "dataset.packing: expected it off with rows of tensors, each of which is computed alone, found it on"
+        )
+    kind = objective_class(config)
+    if isinstance(data, TensorRows) and not kind.takes_tensors:
+        raise UserError(
+            f"zo.objective {config.objective}: expected rows of text, found samples of tensors: use objective loss"
+        )
+    return kind(config, session, data)
+
+
+def check_gradient(objective: Objective, method: str) -> None:
+    """For methods that compute gradients. Raises UserError for an objective that has none."""
+    if not objective.has_gradient:
+        raise UserError(
+            f"method {method}: expected an objective with a gradient, found {type(objective).__name__}, which has none: "
+            "use method zo"
+        )
+
+
+def scored_shape(config: Config, longest: int, sequences_per_row: int = 1) -> BatchShape:
+    """Of a step that takes one pass over the weights."""
+    options = config.training
+    sequences = options.batch_size * sequences_per_row
+    rows = min(options.micro_batch_size, sequences)
+    return BatchShape.of_text(
+        rows, longest, -(-sequences // rows) * config.variants, config.method != "zo", config.dataset.packing
+    )
+
+
+def rows_of(groups: Sequence[Sequence[Row]]) -> list[int]:
+    """The step's rows, which are not packed."""
+    return [row[0] for group in groups for row in group]

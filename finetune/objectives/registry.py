@@ -1,0 +1,46 @@
+"""The objectives, by the word that a configuration has for them. Imports neither torch nor NumPy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.options import show
+from finetune.plugin import load
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveEntry:
+    """What is known of an objective before its code is loaded."""
+
+    code: str
+    """"module:Class", a `finetune.objectives.base.Objective`."""
+    packs: bool = False
+    """Whether a row may hold several examples; else each example is asked alone."""
+
+    def load(self) -> type:
+        """The objective's class."""
+        return load(self.code)
+
+
+OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "loss": ObjectiveEntry("finetune.objectives.token_loss:TokenLoss", packs=True),
+    "classification": ObjectiveEntry("finetune.objectives.classification:Classification"),
+    "accuracy": ObjectiveEntry("finetune.objectives.accuracy:Accuracy"),
+    "exact_match": ObjectiveEntry("finetune.objectives.exact_match:ExactMatch"),
+    "f1": ObjectiveEntry("finetune.objectives.f1:F1"),
+}
+_FUNCTION = ObjectiveEntry("finetune.objectives.rewards:Rewards")
+
+
+def find_objective(word: Any) -> ObjectiveEntry:
+    """word: a name of OBJECTIVES, FILE.py:FUNCTION, MODULE:FUNCTION or a function."""
+    return OBJECTIVES[word] if isinstance(word, str) and word in OBJECTIVES else _FUNCTION
+
+
+def check_objective(word: Any) -> Any:
+    """Returns it. Raises ValueError for a word that can name no objective."""
+    if not callable(word) and word not in tuple(OBJECTIVES) and not re.fullmatch(r".+:[A-Za-z_]\w*", str(word)):
+        raise ValueError(f"expected one of {', '.join(OBJECTIVES)}, FILE.py:FUNCTION or a function, found {show(word)}")
+    return word

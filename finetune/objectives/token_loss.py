@@ -1,0 +1,49 @@
+"""loss: the cross entropy of the trained tokens, by the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from finetune.config import Config
+from finetune.data import TokenDataset
+from finetune.data.batches import Row
+from finetune.data.micro_batches import MicroBatches, make_micro_batches
+from finetune.data.tensor_rows import TensorRows
+from finetune.objectives.base import Objective, scored_shape
+from finetune.planned_run import BatchShape
+from finetune.session import Session
+from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.variants import Variant
+
+
+class TokenLoss(Objective):
+    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it."""
+
+    has_gradient = True
+    takes_tensors = True
+
+    def __init__(self, config: Config, session: Session, data: TokenDataset | TensorRows) -> None:
+        self._config = config
+        self._data = data
+        self.lengths = np.asarray(data.lengths)
+
+    def shape(self, session: Session) -> BatchShape:
+        packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
+        shape = scored_shape(self._config, packing or int(self.lengths.max()))
+        if not isinstance(self._data, TensorRows):
+            return shape
+        longest = self._data.longest(shape.inputs["input_ids"].shape[0])
+        return replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
+
+    def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
+        return make_micro_batches(self._data, groups, device)
+
+    def values(
+        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+    ) -> tuple[np.ndarray, int]:
+        batches = self.lanes(groups, model.device.torch_device)
+        return model.losses(batches.inputs, batches.labels, variants).numpy(), batches.tokens
