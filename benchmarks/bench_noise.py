@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Target, Update, move
+from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Parameter, Target, Update, move
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     def one_pass(kind: str, pending: int = 0, pair: bool = False) -> Callable[[], None]:
         groups = [Group(1.0, tuple(Update(j, 1e-6) for j in range(pending)))] if pending else []
         targets = [Target(plus, 99, 1e-3)] + ([Target(minus, 99, -1e-3)] if pair else [])
-        return lambda: move(Noise(kind, 4), 5, source, groups, targets, columns=2000)
+        return lambda: move(Noise(kind, 4), Parameter(5, 2000), source, groups, targets)
 
     cases: dict[str, Callable[[], None]] = {
         "copy": lambda: plus.copy_(source),

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from finetune.config import Config
 from finetune.methods.zeroth_order import probe_seed
-from offload.noise.noise import Group, Noise, Target, Update, move, parameter_key
+from offload.noise.noise import Group, Noise, Parameter, Target, Update, move, parameter_key
 from offload.perturb.journal import Journal, Record
 from offload.weights.checkpoint import read_checkpoint
 
@@ -51,7 +51,7 @@ def seconds_of_a_pass(noise: Noise, elements: int) -> float:
     times = []
     for i in range(7):
         started = time.perf_counter()
-        move(noise, 1, block, [Group(1.0, (Update(i, 1e-6),))], [Target(block)])
+        move(noise, Parameter(1), block, [Group(1.0, (Update(i, 1e-6),))], [Target(block)])
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:]) * elements / block.numel()
 

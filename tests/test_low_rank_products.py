@@ -27,7 +27,7 @@ def moved(group_steps: list[noise.Group], target: noise.Target | None = None) ->
     """The matrix 0 after these groups, and with the target's noise, by the pass over weights: fp32 [ROWS, COLUMNS]."""
     result = torch.zeros(ROWS, COLUMNS)
     target = noise.Target(result) if target is None else target._replace(tensor=result)
-    noise.move(KIND, 5, torch.zeros(ROWS, COLUMNS), group_steps, [target], columns=COLUMNS)
+    noise.move(KIND, noise.Parameter(5, COLUMNS), torch.zeros(ROWS, COLUMNS), group_steps, [target])
     return result
 
 
@@ -79,7 +79,7 @@ def test_products_keep_small_noise_that_weights_in_bf16_lose():
     epsilon = 1e-5
     z = moved([], noise.Target(torch.empty(0), 7, 1.0, 9))
     in_weights = torch.empty_like(weight)
-    noise.move(KIND, 5, weight, (), [noise.Target(in_weights, 7, epsilon, 9)], columns=COLUMNS)
+    noise.move(KIND, noise.Parameter(5, COLUMNS), weight, (), [noise.Target(in_weights, 7, epsilon, 9)])
     kept = (in_weights.float() - weight.float()).norm() / (epsilon * z.norm())
     factors = MatrixNoise(KIND, 5, (ROWS, COLUMNS), torch.bfloat16, torch.device("cpu"), 1).factors((), 7, epsilon, 9)
     added = perturbed_product(x, torch.zeros_like(weight), factors, None).double()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Target, Update, move, parameter_key, sample
+from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Parameter, Target, Update, move, parameter_key, sample
 
 KINDS = ["rademacher", "gaussian"]
 SIZES = [1, 7, 127, 128, 129, 2047, 2048, 2049, 5000, 40_001]
@@ -54,7 +54,7 @@ def test_a_pass(kind, dtype, count, instructions):
         for out in (torch.float32, torch.bfloat16, torch.float16)
         for seed, c in ((77, 1e-3), (77, -1e-3), (0, 0.0), (78, 0.25))
     ]
-    move(Noise(kind), 9, source, GROUPS, targets, first_element=first, instructions=instructions)
+    move(Noise(kind), Parameter(9), source, GROUPS, targets, first, instructions=instructions)
     theta = reference.moved(kind, 9, source, GROUPS, first)
     for target in targets:
         expected = theta
@@ -73,19 +73,19 @@ def test_chunks_threads_and_alignment_change_nothing(kind):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        move(Noise(kind), 4, source, GROUPS, [Target(whole, 5, 0.1)])
+        move(Noise(kind), Parameter(4), source, GROUPS, [Target(whole, 5, 0.1)])
         torch.set_num_threads(3)
         pieces = torch.empty(count)
         for start in range(0, count, 1237):
             end = min(start + 1237, count)
-            move(Noise(kind), 4, source[start:end], GROUPS, [Target(pieces[start:end], 5, 0.1)], first_element=start)
+            move(Noise(kind), Parameter(4), source[start:end], GROUPS, [Target(pieces[start:end], 5, 0.1)], start)
     finally:
         torch.set_num_threads(before)
     assert pieces.equal(whole)
     rows = [17, 3, 400]
     some = torch.empty(3 * 40)
     gathered = torch.cat([source[r * 40 : r * 40 + 40] for r in rows])
-    move(Noise(kind), 4, gathered, GROUPS, [Target(some, 5, 0.1)], segments=[(r * 40, 40) for r in rows])
+    move(Noise(kind), Parameter(4), gathered, GROUPS, [Target(some, 5, 0.1)], [(r * 40, 40) for r in rows])
     assert some.equal(torch.cat([whole[r * 40 : r * 40 + 40] for r in rows]))
 
 
@@ -96,7 +96,7 @@ def test_large_passes(instructions, shift):
     count = 2_000_003
     source = torch.randn(count).bfloat16()
     target = torch.empty(count + shift, dtype=torch.bfloat16)[shift:]
-    move(Noise("rademacher"), 6, source, (), [Target(target, 5, 1e-2)], instructions=instructions)
+    move(Noise("rademacher"), Parameter(6), source, (), [Target(target, 5, 1e-2)], instructions=instructions)
     z = torch.from_numpy(reference.noise("rademacher", 5, 6, 0, count))
     assert target.equal((source.float() + torch.tensor(1e-2) * z).bfloat16())
 
@@ -104,7 +104,7 @@ def test_large_passes(instructions, shift):
 def test_in_place():
     weights = torch.randn(5000)
     expected = reference.moved("gaussian", 1, weights, GROUPS)
-    move(Noise("gaussian"), 1, weights, GROUPS, [Target(weights)])
+    move(Noise("gaussian"), Parameter(1), weights, GROUPS, [Target(weights)])
     assert weights.equal(expected)
 
 
@@ -114,7 +114,8 @@ def test_groups_that_round(instructions):
     weights = torch.randn(4099).bfloat16()
     groups = [Group(1.0, (Update(i, 1e-3),), "nearest") for i in range(3)]
     found = torch.empty(4099)
-    move(Noise("gaussian"), 2, weights, groups, [Target(found)], stored_dtype=torch.bfloat16, instructions=instructions)
+    parameter = Parameter(2, stored_dtype=torch.bfloat16)
+    move(Noise("gaussian"), parameter, weights, groups, [Target(found)], instructions=instructions)
     expected = weights.float()
     for group in groups:
         expected = reference.moved("gaussian", 2, expected, [group]).bfloat16().float()
@@ -122,8 +123,8 @@ def test_groups_that_round(instructions):
 
     value = 1.0 + 2**-7 * 0.3  # between two values of bf16
     same = torch.full((200_000,), value)
-    move(Noise("rademacher"), 2, same, [Group(1.0, (), "stochastic", 5)], [Target(same)], stored_dtype=torch.bfloat16,
-         instructions=instructions)  # fmt: skip
+    groups = [Group(1.0, (), "stochastic", 5)]
+    move(Noise("rademacher"), parameter, same, groups, [Target(same)], instructions=instructions)
     assert set(same.tolist()) == {1.0, 1.0 + 2**-7}
     # 5 standard deviations of a mean of 200,000 such draws.
     assert abs(same.mean().item() - value) < 5 * 2**-7 * (0.3 * 0.7 / 200_000) ** 0.5
@@ -140,11 +141,11 @@ def test_what_rounding_every_step_loses():
 
     def after(groups: list[Group]) -> torch.Tensor:
         result = torch.empty(weights.numel())
-        move(noise, 7, weights, groups, [Target(result)], stored_dtype=torch.bfloat16)
+        move(noise, Parameter(7, stored_dtype=torch.bfloat16), weights, groups, [Target(result)])
         return result.double() - weights.double()
 
     wanted = torch.zeros(weights.numel())
-    move(noise, 7, wanted, [Group(1.0, tuple(updates))], [Target(wanted)])
+    move(noise, Parameter(7), wanted, [Group(1.0, tuple(updates))], [Target(wanted)])
 
     def progress(groups: list[Group]) -> float:
         return float(after(groups) @ wanted.double() / wanted.double().square().sum())
@@ -201,20 +202,20 @@ def test_low_rank(rank, dtype, shape):
     for start in range(0, count, 17):
         end = min(start + 17, count)
         targets = [Target(f[start:end], 77, c, 9) for f, c in zip(found, (1e-3, -1e-3, 0.0), strict=True)]
-        move(noise, 11, source.view(-1)[start:end], groups, targets, columns=columns, first_element=start)
+        move(noise, Parameter(11, columns), source.view(-1)[start:end], groups, targets, start)
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     whole = torch.empty(count)
-    move(noise, 11, source.view(-1), groups, [Target(whole)], columns=columns)
+    move(noise, Parameter(11, columns), source.view(-1), groups, [Target(whole)])
     assert whole.equal(theta)
     some = torch.empty(2 * columns)
     rows = torch.cat([source.view(-1, columns)[i] for i in (1, 0)])
-    move(noise, 11, rows, groups, [Target(some)], columns=columns, segments=[(columns, columns), (0, columns)])
+    move(noise, Parameter(11, columns), rows, groups, [Target(some)], [(columns, columns), (0, columns)])
     assert some.equal(torch.cat([theta[columns : 2 * columns], theta[:columns]]))
 
 
 def test_low_rank_has_unit_variance_and_its_rank():
     z = torch.zeros(300 * 200)
-    move(Noise("low_rank", 4), 5, z, (), [Target(z, 1, 1.0, 2)], columns=200)
+    move(Noise("low_rank", 4), Parameter(5, 200), z, (), [Target(z, 1, 1.0, 2)])
     sizes = torch.linalg.svdvals(z.view(300, 200).double())
     assert sizes[3] > 0.1 * sizes[0] and sizes[4] < 1e-6 * sizes[0]
     assert abs(z.double().pow(2).mean() - 1) < 0.25
@@ -222,20 +223,20 @@ def test_low_rank_has_unit_variance_and_its_rank():
 
 def test_low_rank_vectors_are_normal():
     z = torch.zeros(50)
-    move(Noise("low_rank", 4), 5, z, (), [Target(z, 1, 1.0, 2)])
+    move(Noise("low_rank", 4), Parameter(5), z, (), [Target(z, 1, 1.0, 2)])
     assert z.equal(sample("gaussian", 1, 5, 50))
 
 
 def test_what_does_not_fit_is_refused():
     x = torch.zeros(8)
     with pytest.raises(ValueError, match="expected contiguous"):
-        move(Noise("gaussian"), 1, x, (), [Target(torch.zeros(7))])
+        move(Noise("gaussian"), Parameter(1), x, (), [Target(torch.zeros(7))])
     with pytest.raises(ValueError, match="expected contiguous"):
-        move(Noise("gaussian"), 1, x.double(), (), [Target(x)])
+        move(Noise("gaussian"), Parameter(1), x.double(), (), [Target(x)])
     with pytest.raises(ValueError, match="segments cover 5"):
-        move(Noise("gaussian"), 1, x, (), [Target(x)], segments=[(0, 5)])
+        move(Noise("gaussian"), Parameter(1), x, (), [Target(x)], [(0, 5)])
     with pytest.raises(ValueError, match="no mmx code"):
-        move(Noise("gaussian"), 1, x, (), [Target(x)], instructions="mmx")
+        move(Noise("gaussian"), Parameter(1), x, (), [Target(x)], instructions="mmx")
 
 
 def test_keys_differ():

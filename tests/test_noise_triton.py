@@ -64,8 +64,10 @@ def test_the_same_bits_as_on_the_cpu(kind, dtype, count, first, pending):
     for second_seed in (5, 6):
         expected = targets(second_seed)
         found = [target._replace(tensor=target.tensor.to(DEVICE)) for target in targets(second_seed)]
-        noise.move(Noise(kind), KEY, source, pending, expected, first_element=first, stored_dtype=torch.bfloat16)
-        noise_triton.move(kind, KEY, source.to(DEVICE), pending, found, first, torch.bfloat16)
+        noise.move(Noise(kind), noise.Parameter(KEY, stored_dtype=torch.bfloat16), source, pending, expected, first)
+        noise_triton.move(
+            kind, noise.Parameter(KEY, stored_dtype=torch.bfloat16), source.to(DEVICE), pending, found, first
+        )
         for a, b in zip(expected, found, strict=True):
             assert a.tensor.equal(b.tensor.cpu())
 
@@ -74,8 +76,10 @@ def test_in_place_and_without_noise():
     source = torch.randn(1000).half()
     expected, found = source.clone(), source.to(DEVICE, copy=True)
     groups = [Group(0.9, UPDATES[:2], "nearest")]
-    noise.move(Noise("gaussian"), KEY, expected, groups, [Target(expected)], stored_dtype=torch.float16)
-    noise_triton.move("gaussian", KEY, found, groups, [Target(found)], 0, torch.float16)
+    noise.move(
+        Noise("gaussian"), noise.Parameter(KEY, stored_dtype=torch.float16), expected, groups, [Target(expected)]
+    )
+    noise_triton.move("gaussian", noise.Parameter(KEY, stored_dtype=torch.float16), found, groups, [Target(found)], 0)
     assert found.cpu().equal(expected) and not expected.equal(source)
 
 
@@ -89,18 +93,22 @@ def test_products_in_pytorch_are_those_of_the_native_pass(rank, monkeypatch):
     expected = [
         Target(torch.empty(rows, columns).to(d), 5, c, 9) for d, c in ((torch.bfloat16, 0.1), (torch.float32, -0.1))
     ]
-    noise.move(Noise("low_rank", rank), KEY, source, groups, expected, columns=columns, stored_dtype=torch.bfloat16)
+    noise.move(
+        Noise("low_rank", rank), noise.Parameter(KEY, columns, stored_dtype=torch.bfloat16), source, groups, expected
+    )
     found = [target._replace(tensor=torch.empty_like(target.tensor)) for target in expected]
 
     def factors(updates, shared_seed):
         u, v = torch.zeros(rows * rank), torch.zeros(columns * rank)
-        noise.move(Noise("gaussian"), KEY ^ noise._ROW_KEY, u, [Group(1.0, tuple(updates))], [Target(u)])
-        noise.move(Noise("gaussian"), KEY ^ noise._COLUMN_KEY, v, (), [Target(v, shared_seed, 1.0)])
+        noise.move(
+            Noise("gaussian"), noise.Parameter(KEY ^ noise._ROW_KEY), u, [Group(1.0, tuple(updates))], [Target(u)]
+        )
+        noise.move(Noise("gaussian"), noise.Parameter(KEY ^ noise._COLUMN_KEY), v, (), [Target(v, shared_seed, 1.0)])
         return (u * torch.tensor(float(rank)).rsqrt()).view(rows, rank), v.view(columns, rank).t()
 
     noise._add_products(
         source, groups, found, [factors(g.updates, g.shared_seed) for g in groups],
-        [factors([Update(t.seed, 1.0)], t.shared_seed) for t in found], columns, torch.bfloat16,
+        [factors([Update(t.seed, 1.0)], t.shared_seed) for t in found], noise.Parameter(KEY, columns, torch.bfloat16),
     )  # fmt: skip
     for a, b in zip(expected, found, strict=True):
         assert a.tensor.equal(b.tensor)

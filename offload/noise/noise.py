@@ -76,10 +76,17 @@ class Target(NamedTuple):
     shared_seed: int = 0
 
 
-_ROW_KEY, _COLUMN_KEY = (
-    0x5555555555555555,
-    0xAAAAAAAAAAAAAAAA,
-)  # noise of U and V is unlike that of the parameter itself
+class Parameter(NamedTuple):
+    """Whose noise it is. key: `parameter_key` of its name. columns: its last dimension, 0 where it has one dimension.
+    stored_dtype: what the groups' rounding rounds to."""
+
+    key: int
+    columns: int = 0
+    stored_dtype: torch.dtype = torch.float32
+
+
+# Noise of U and V is unlike that of the parameter itself.
+_ROW_KEY, _COLUMN_KEY = 0x5555555555555555, 0xAAAAAAAAAAAAAAAA
 
 
 def parameter_key(name: str) -> int:
@@ -89,26 +96,20 @@ def parameter_key(name: str) -> int:
 
 def move(
     noise: Noise,
-    parameter: int,
+    parameter: Parameter,
     source: torch.Tensor,
     pending: Sequence[Group],
     targets: Sequence[Target],
-    *,
-    columns: int = 0,
-    first_element: int = 0,
-    segments: Sequence[tuple[int, int]] | None = None,
-    stored_dtype: torch.dtype = torch.float32,
+    elements: int | Sequence[tuple[int, int]] = 0,
     instructions: str = INSTRUCTION_SETS[0],
 ) -> None:
     """The pass of the module's docstring: on the CPU with PyTorch's number of threads, elsewhere on the tensors' device.
 
-    source: contiguous fp32, bf16 or fp16, any alignment; it may be a target itself. It holds the elements of the parameter
-    from `first_element` on, or, on the CPU, those of `segments`, pairs of (first element, count), one after the other.
-    columns: the parameter's last dimension, 0 where it has one dimension. stored_dtype: what the groups' rounding rounds to.
+    source: contiguous fp32, bf16 or fp16, any alignment; it may be a target itself. elements: which ones of the parameter it
+    holds: those from this one on, or, on the CPU, these segments, pairs of (first element, count), one after the other.
     Raises ValueError for tensors that do not fit.
     """
-    if segments is None:
-        segments = [(first_element, source.numel())]
+    segments = [(elements, source.numel())] if isinstance(elements, int) else elements
     for tensor in (source, *(target.tensor for target in targets)):
         if tensor.dtype not in _DTYPES or not tensor.is_contiguous() or tensor.numel() != source.numel():
             raise ValueError(
@@ -117,49 +118,40 @@ def move(
             )
     if sum(count for _, count in segments) != source.numel():
         raise ValueError(f"segments cover {sum(count for _, count in segments)} elements, source has {source.numel()}")
-    if noise.kind == "low_rank" and columns:
-        _move_low_rank(noise, parameter, source, pending, targets, columns, segments, stored_dtype)
+    if noise.kind == "low_rank" and parameter.columns:
+        _move_low_rank(noise, parameter, source, pending, targets, segments)
         return
     kind = "gaussian" if noise.kind == "low_rank" else noise.kind
     if _kernels_for(source) == "triton":
-        from offload.noise import triton_kernels as noise_triton
+        from offload.noise import triton_kernels
 
-        noise_triton.move(kind, parameter, source, pending, targets, first_element, stored_dtype)
+        triton_kernels.move(kind, parameter, source, pending, targets, segments[0][0])
         return
-    rounded_to = _DTYPES[stored_dtype]
+    rounded_to = _DTYPES[parameter.stored_dtype]
     _native.run(
-        instructions,
-        KINDS.index(kind),
-        parameter,
-        source.data_ptr(),
-        _DTYPES[source.dtype],
-        segments,
-        [
-            (group.scale, group.updates, ROUNDINGS.index(group.rounding), rounded_to, group.rounding_seed)
-            for group in pending
-        ],
+        instructions, KINDS.index(kind), parameter.key, source.data_ptr(), _DTYPES[source.dtype], segments,
+        [(g.scale, g.updates, ROUNDINGS.index(g.rounding), rounded_to, g.rounding_seed) for g in pending],
         [(t.tensor.data_ptr(), _DTYPES[t.tensor.dtype], t.seed, t.coefficient) for t in targets],
         torch.get_num_threads(),
-    )
+    )  # fmt: skip
 
 
 def _kernels_for(tensor: torch.Tensor) -> str | None:
     return DEVICE_KINDS[tensor.device.type].noise_kernels
 
 
-def sample(kind: str, seed: int, parameter: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:
+def sample(kind: str, seed: int, key: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:
     """z itself, of a kind that is not low_rank: fp32 [count], the noise of elements `first_element` and on."""
     z = torch.zeros(count)
-    move(Noise(kind), parameter, z, (), [Target(z, seed, 1.0)], first_element=first_element, **options)
+    move(Noise(kind), Parameter(key), z, (), [Target(z, seed, 1.0)], first_element, **options)
     return z
 
 
-def add_rows(noise: Noise, parameter: int, total: torch.Tensor, updates: Sequence[Update], first_row: int = 0) -> None:
+def add_rows(noise: Noise, key: int, total: torch.Tensor, updates: Sequence[Update], first_row: int = 0) -> None:
     """Adds coefficient * U(seed) to `total`, fp32 [rows, rank], the rows from `first_row` on; one update after the other."""
     if updates:
         groups = [Group(1.0, (update,)) for update in updates]
-        first_element = first_row * noise.rank
-        move(Noise("gaussian"), parameter ^ _ROW_KEY, total, groups, [Target(total)], first_element=first_element)
+        move(Noise("gaussian"), Parameter(key ^ _ROW_KEY), total, groups, [Target(total)], first_row * noise.rank)
 
 
 def divided_by_root(noise: Noise, u: torch.Tensor) -> torch.Tensor:
@@ -167,57 +159,45 @@ def divided_by_root(noise: Noise, u: torch.Tensor) -> torch.Tensor:
     return u * torch.tensor(noise.rank, dtype=torch.float32).rsqrt()
 
 
-def shared_columns(
-    noise: Noise, parameter: int, seed: int, columns: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def shared_columns(noise: Noise, key: int, seed: int, columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """V^T of a matrix with so many columns: fp32 [rank, columns]."""
     v = torch.zeros(columns * noise.rank, device=device)
-    move(Noise("gaussian"), parameter ^ _COLUMN_KEY, v, (), [Target(v, seed, 1.0)])
+    move(Noise("gaussian"), Parameter(key ^ _COLUMN_KEY), v, (), [Target(v, seed, 1.0)])
     return v.view(columns, noise.rank).t().contiguous()
 
 
 def _move_low_rank(
     noise: Noise,
-    parameter: int,
+    parameter: Parameter,
     source: torch.Tensor,
     pending: Sequence[Group],
     targets: Sequence[Target],
-    columns: int,
     segments: Sequence[tuple[int, int]],
-    stored_dtype: torch.dtype,
 ) -> None:
-    rank = noise.rank
+    key, columns = parameter.key, parameter.columns
     columns_of = {
-        seed: shared_columns(noise, parameter, seed, columns) for seed in {x.shared_seed for x in (*pending, *targets)}
+        seed: shared_columns(noise, key, seed, columns) for seed in {x.shared_seed for x in (*pending, *targets)}
     }
+    if _kernels_for(source) != "native":
+        factors = [
+            [(u.view(-1, noise.rank), columns_of[x.shared_seed]) for u, x in zip(rows, of, strict=True)]
+            for rows, of in zip(
+                _rows_of(noise, key, columns, pending, targets, segments), (pending, targets), strict=True
+            )
+        ]
+        _add_products(source, pending, targets, *factors, parameter)
+        return
     whole_rows = all(first % columns == 0 and count % columns == 0 for first, count in segments)
     at = 0
     for band in [segments] if whole_rows and segments else [[segment] for segment in segments]:
-        first_column, count = band[0][0] % columns, sum(count for _, count in band)
-        of_rows = [(first // columns * rank, -(-(first % columns + n) // columns) * rank) for first, n in band]
-
-        def rows_of(updates: Sequence[Update], of_rows: Sequence[tuple[int, int]] = of_rows) -> torch.Tensor:
-            """Sum of coefficient * U(seed) / sqrt(rank): fp32 [rows, rank]."""
-            u = torch.zeros(sum(n for _, n in of_rows))
-            group = Group(1.0, tuple(updates))
-            move(Noise("gaussian"), parameter ^ _ROW_KEY, u, [group], [Target(u)], segments=of_rows)
-            return divided_by_root(noise, u)
-
+        count = sum(count for _, count in band)
         # Kept until the pass is over, which holds their addresses.
-        group_rows = [rows_of(group.updates) for group in pending]
-        target_rows = [rows_of([Update(target.seed, 1.0)]) for target in targets]
-        if _kernels_for(source) != "native":
-            factors = [
-                [(u.view(-1, rank), columns_of[x.shared_seed]) for u, x in zip(rows, of, strict=True)]
-                for rows, of in ((group_rows, pending), (target_rows, targets))
-            ]
-            _add_products(source, pending, targets, *factors, columns, stored_dtype)
-            return
+        group_rows, target_rows = _rows_of(noise, key, columns, pending, targets, band)
         _native.run_low_rank(
-            source.data_ptr() + at * source.itemsize, _DTYPES[source.dtype], first_column, count, columns, rank,
+            source.data_ptr() + at * source.itemsize, _DTYPES[source.dtype], band[0][0] % columns, count, columns, noise.rank,
             [
                 (group.scale, u.data_ptr(), columns_of[group.shared_seed].data_ptr(),
-                 _DTYPES[stored_dtype if group.rounding == "nearest" else torch.float32])
+                 _DTYPES[parameter.stored_dtype if group.rounding == "nearest" else torch.float32])
                 for group, u in zip(pending, group_rows, strict=True)
             ],
             [
@@ -230,14 +210,34 @@ def _move_low_rank(
         at += count
 
 
+def _rows_of(
+    noise: Noise,
+    key: int,
+    columns: int,
+    pending: Sequence[Group],
+    targets: Sequence[Target],
+    segments: Sequence[tuple[int, int]],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The sum of coefficient * U(seed) / sqrt(rank) of every group, and of every target with 1 as its coefficient: fp32
+    [rows * rank] each, of the rows that `segments` lie in."""
+    rank = noise.rank
+    of_rows = [(first // columns * rank, -(-(first % columns + n) // columns) * rank) for first, n in segments]
+
+    def rows(updates: Sequence[Update]) -> torch.Tensor:
+        u = torch.zeros(sum(n for _, n in of_rows))
+        move(Noise("gaussian"), Parameter(key ^ _ROW_KEY), u, [Group(1.0, tuple(updates))], [Target(u)], of_rows)
+        return divided_by_root(noise, u)
+
+    return [rows(group.updates) for group in pending], [rows([Update(target.seed, 1.0)]) for target in targets]
+
+
 def _add_products(
     source: torch.Tensor,
     pending: Sequence[Group],
     targets: Sequence[Target],
     group_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
     target_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    columns: int,
-    stored_dtype: torch.dtype,
+    parameter: Parameter,
 ) -> None:
     """The pass for noise of low rank in PyTorch, on any device, for whole rows: the operations of csrc/low_rank.cpp.
 
@@ -251,6 +251,7 @@ def _add_products(
             z = z + u[:, k : k + 1] * v[k]
         return z
 
+    columns = parameter.columns
     num_rows = source.numel() // columns
     step = max(1, _PRODUCT_ELEMENTS // columns)  # bounds what is held in fp32
     for start in range(0, num_rows, step):
@@ -259,7 +260,7 @@ def _add_products(
         for group, factors in zip(pending, group_factors, strict=True):
             theta = theta * torch.tensor(group.scale, dtype=torch.float32) + product(factors, rows)
             if group.rounding == "nearest":
-                theta = theta.to(stored_dtype).float()
+                theta = theta.to(parameter.stored_dtype).float()
         for target, factors in zip(targets, target_factors, strict=True):
             moved = theta
             if target.coefficient:

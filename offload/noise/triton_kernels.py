@@ -1,7 +1,8 @@
 """The pass of `offload.noise.noise` on accelerators, in Triton: the same words, the same single fp32 operations, the same bits.
 
 Nothing may be fused (`enable_fp_fusion=False`), roots are IEEE's, constants are the nearest fp32. A program does `TILE`
-elements: of every 128, word w of their counters' 64 (normals) gives elements w and w + 64, so elements are held as two halves.
+elements: of every span of 128, word w of their counters' 64 (normals) gives elements w and w + 64, so elements are held as
+two halves.
 Imported only where there is an accelerator: PyTorch for CUDA, ROCm and Intel GPUs brings Triton along.
 """
 
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from offload.noise.noise import ROUNDINGS, Group, Target
+from offload.noise.noise import ROUNDINGS, Group, Parameter, Target
 
 TILE = 2048
 _RADEMACHER, _GAUSSIAN = 0, 1
@@ -45,10 +46,10 @@ def _words(first_counter, parameter, seed, NUM: tl.constexpr):
 
 
 @triton.jit
-def _signs(a, b, GROUPS: tl.constexpr):
-    """+1 and -1 by the bits of two words of each of GROUPS counters: fp32 [GROUPS * 64]."""
+def _signs(a, b, SPANS: tl.constexpr):
+    """+1 and -1 by the bits of two words of each of SPANS counters: fp32 [SPANS * 64]."""
     bits = (tl.join(a, b)[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1
-    return tl.reshape(1.0 - 2.0 * bits.to(tl.float32), [GROUPS * 64])
+    return tl.reshape(1.0 - 2.0 * bits.to(tl.float32), [SPANS * 64])
 
 
 @triton.jit
@@ -75,10 +76,10 @@ def _normals(word):
 @triton.jit
 def _noise(tile, parameter, seed, KIND: tl.constexpr, TILE: tl.constexpr):
     """z of the tile's first and second halves of 64: fp32 [TILE / 2] each."""
-    GROUPS: tl.constexpr = TILE // 128
+    SPANS: tl.constexpr = TILE // 128
     if KIND == 0:
-        a, b, c, d = _philox(tile * GROUPS + tl.arange(0, GROUPS).to(tl.int64), parameter, seed)
-        return _signs(a, b, GROUPS), _signs(c, d, GROUPS)
+        a, b, c, d = _philox(tile * SPANS + tl.arange(0, SPANS).to(tl.int64), parameter, seed)
+        return _signs(a, b, SPANS), _signs(c, d, SPANS)
     else:
         return _normals(_words(tile * (TILE // 8), parameter, seed, TILE // 2))
 
@@ -98,10 +99,10 @@ def _rounded(theta, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _rounded_at_random(theta, words, GROUPS: tl.constexpr):
-    """theta, fp32 [GROUPS * 64], to one of its two neighbours in bfloat16; words: uint32 [GROUPS, 32], two elements each."""
+def _rounded_at_random(theta, words, SPANS: tl.constexpr):
+    """theta, fp32 [SPANS * 64], to one of its two neighbours in bfloat16; words: uint32 [SPANS, 32], two elements each."""
     shifts = (16 * tl.arange(0, 2)).to(tl.uint32)
-    random = tl.reshape((words[:, :, None] >> shifts[None, None, :]) & 0xFFFF, [GROUPS * 64])
+    random = tl.reshape((words[:, :, None] >> shifts[None, None, :]) & 0xFFFF, [SPANS * 64])
     bits = theta.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     return (tl.where(finite, bits + random, bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -123,8 +124,11 @@ def _pass(
     target0, target1, target_seeds, target_coefficients,
     KIND: tl.constexpr, ROUNDED_TO: tl.constexpr, TARGETS: tl.constexpr, SAME_NOISE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """firsts: int32 [groups + 1], where each group's updates begin; roundings: int32 [groups]; seeds: int64 [updates]."""
-    GROUPS: tl.constexpr = TILE // 128
+    """A kernel takes pointers and numbers, no structures: hence the many arguments, which `move` and `_pending_on` give.
+
+    firsts: int32 [groups + 1], where each group's updates begin; roundings: int32 [groups]; seeds: int64 [updates].
+    """
+    SPANS: tl.constexpr = TILE // 128
     tile = first_element // TILE + tl.program_id(0).to(tl.int64)
     place = tl.arange(0, TILE // 2)
     low = tile * TILE + (place // 64 * 128 + place % 64).to(tl.int64)
@@ -162,10 +166,10 @@ def _pass(
             theta_low, theta_high = _rounded(theta_low, ROUNDED_TO), _rounded(theta_high, ROUNDED_TO)
         if rounding == 2:
             words = _words(tile * (TILE // 8), parameter, tl.load(rounding_seeds + group), TILE // 2)
-            halves = tl.permute(tl.reshape(words, [GROUPS, 2, 32]), [0, 2, 1])
+            halves = tl.permute(tl.reshape(words, [SPANS, 2, 32]), [0, 2, 1])
             words_low, words_high = tl.split(halves)
-            theta_low = _rounded_at_random(theta_low, words_low, GROUPS)
-            theta_high = _rounded_at_random(theta_high, words_high, GROUPS)
+            theta_low = _rounded_at_random(theta_low, words_low, SPANS)
+            theta_high = _rounded_at_random(theta_high, words_high, SPANS)
     z_low, z_high = _noise(tile, parameter, tl.load(target_seeds), KIND, TILE)
     c = tl.load(target_coefficients)
     _put(target0 + low_at, low_mask, theta_low, z_low, c)
@@ -180,12 +184,11 @@ def _pass(
 
 def move(
     kind: str,
-    parameter: int,
+    parameter: Parameter,
     source: torch.Tensor,
     pending: Sequence[Group],
     targets: Sequence[Target],
     first_element: int,
-    stored_dtype: torch.dtype,
 ) -> None:
     """`offload.noise.noise.move` of one or two targets, for signs and normals, all on one accelerator; checked there."""
     if not source.numel() or not targets:
@@ -193,12 +196,12 @@ def move(
     device = source.device
     num_tiles = -(-(first_element + source.numel()) // TILE) - first_element // TILE
     _pass[(num_tiles,)](
-        source, first_element, first_element + source.numel(), _signed(parameter),
+        source, first_element, first_element + source.numel(), _signed(parameter.key),
         *_pending_on(tuple(pending), device),
         targets[0].tensor, targets[-1].tensor,
         torch.tensor([_signed(t.seed) for t in targets], dtype=torch.int64, device=device),
         torch.tensor([t.coefficient for t in targets], dtype=torch.float32, device=device),
-        KIND=_GAUSSIAN if kind == "gaussian" else _RADEMACHER, ROUNDED_TO=_DTYPES[stored_dtype], TARGETS=len(targets),
+        KIND=_GAUSSIAN if kind == "gaussian" else _RADEMACHER, ROUNDED_TO=_DTYPES[parameter.stored_dtype], TARGETS=len(targets),
         SAME_NOISE=targets[0].seed == targets[-1].seed, TILE=TILE, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -242,12 +242,9 @@ class _Writer:
             low, high = max(piece.offset, chunk.offset), min(piece.offset + piece.num_bytes, end)
             if low < high:
                 first, last = (low - chunk.offset) // old.itemsize, (high - chunk.offset) // old.itemsize
-                noise.move(
-                    self._kind, piece.key, old[first:last], self._groups, [noise.Target(new[first:last])],
-                    columns=piece.columns,
-                    first_element=piece.first_element + (low - piece.offset) // old.itemsize,
-                    stored_dtype=self._stored_dtypes[chunk.entry.name],
-                )  # fmt: skip
+                parameter = noise.Parameter(piece.key, piece.columns, self._stored_dtypes[chunk.entry.name])
+                at = piece.first_element + (low - piece.offset) // old.itemsize
+                noise.move(self._kind, parameter, old[first:last], self._groups, [noise.Target(new[first:last])], at)
 
 
 def _header(

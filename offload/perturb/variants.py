@@ -77,7 +77,7 @@ def folded_bytes(layout: BlockLayout) -> int:
 
 
 def columns_of(tensor: torch.Tensor) -> int:
-    """The `columns` of `noise.move` for a whole parameter, or for some of its rows."""
+    """The `columns` of `noise.Parameter` for a whole one, or for some of its rows."""
     return tensor.shape[-1] if tensor.dim() > 1 else 0
 
 
@@ -95,16 +95,12 @@ class Perturbation:
         source: torch.Tensor,
         targets: Mapping[int, torch.Tensor],
         stored_dtype: torch.dtype,
-        *,
-        first_element: int = 0,
-        segments: Sequence[tuple[int, int]] | None = None,
+        elements: int | Sequence[tuple[int, int]] = 0,
     ) -> None:
-        """Makes variants of `source`, brought up to date: variant index -> where to."""
-        noise.move(
-            self.noise, key, source, self.pending,
-            [noise.Target(target, *self.variants[variant]) for variant, target in targets.items()],
-            columns=columns_of(source), first_element=first_element, segments=segments, stored_dtype=stored_dtype,
-        )  # fmt: skip
+        """Makes variants of `source`, brought up to date: variant index -> where to. elements: as `noise.move` takes them."""
+        parameter = noise.Parameter(key, columns_of(source), stored_dtype)
+        found = [noise.Target(target, *self.variants[variant]) for variant, target in targets.items()]
+        noise.move(self.noise, parameter, source, self.pending, found, elements)
 
     def factors(self, matrix: MatrixNoise, variant: int) -> Factors:
         """What `variant` makes of a matrix whose noise is met in products."""
@@ -194,10 +190,8 @@ class Residents:
     def fold(self) -> None:
         """The pending updates become part of the clean values, which are fp32."""
         for key, clean, _, _, stored_dtype in self._tensors:
-            noise.move(
-                self._perturbation.noise, key, clean, self._perturbation.pending, [noise.Target(clean)],
-                columns=columns_of(clean), stored_dtype=stored_dtype,
-            )  # fmt: skip
+            parameter = noise.Parameter(key, columns_of(clean), stored_dtype)
+            noise.move(self._perturbation.noise, parameter, clean, self._perturbation.pending, [noise.Target(clean)])
         self._made.clear()
 
 
@@ -234,7 +228,7 @@ class PerturbedRows:
             together = self._perturbation.made_together(variant, 2)
             targets = {other: torch.empty(rows.shape, dtype=self._dtype) for other in together}
             segments = [(row * width, width) for row in self._embedding.ids.tolist()]
-            self._perturbation.write(self._key, rows, targets, self._stored_dtype, segments=segments)
+            self._perturbation.write(self._key, rows, targets, self._stored_dtype, segments)
             self._made |= {other: target.to(self._embedding.device) for other, target in targets.items()}
         self._embedding.table = self._made[variant]
 
@@ -438,7 +432,5 @@ def write_variants(
                 tensors[name].copy_(source)
             continue
         first_element = first_row * (source.numel() // source.shape[0]) if source.dim() else 0
-        perturbation.write(
-            keys[name], source, {variant: tensors[name] for variant, tensors in targets.items()}, stored[name],
-            first_element=first_element,
-        )  # fmt: skip
+        of_variants = {variant: tensors[name] for variant, tensors in targets.items()}
+        perturbation.write(keys[name], source, of_variants, stored[name], first_element)

@@ -177,7 +177,8 @@ def _projection(rule: Rule, shape: _Shape, fqn: str, seed: int, period: int, mat
     digest = hashlib.blake2b(f"{seed}/projection/{period}".encode(), digest_size=8).digest()
     target = noise.Target(values, int.from_bytes(digest, "little"), 1.0)
     first_element = matrix * values.numel()
-    noise.move(noise.Noise("gaussian"), noise.parameter_key(fqn), values, (), [target], first_element=first_element)
+    parameter = noise.Parameter(noise.parameter_key(fqn))
+    noise.move(noise.Noise("gaussian"), parameter, values, (), [target], first_element)
     values = values.view(shape.rank, shape.small)
     if rule.name == "apollo":
         return values.mul_(shape.rank**-0.5)
