@@ -7,14 +7,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
+#include "kernels.h"
 #include "noise_bindings.h"
-#include "worker_pool.h"
 
 namespace nb = nanobind;
 
@@ -26,7 +26,6 @@ namespace nb = nanobind;
 
 namespace {
 
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 constexpr int kChunk = 512;          // columns at once
 constexpr uint64_t kRowsAtOnce = 16;  // what a thread takes from the common count
 
@@ -38,22 +37,20 @@ struct Factors {
 struct Group {
     float scale;
     Factors factors;
-    int rounded_to;  // a Dtype: to nearest after the group
+    Dtype rounded_to;  // to nearest after the group
 };
 
 struct Target {
     char* data;
-    int dtype;
+    Dtype dtype;
     Factors factors;
     float coefficient;
 };
 
-inline size_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-FOR_EACH_INSTRUCTION_SET void read(const char* from, int dtype, int count, float* out) {
-    if (dtype == kFloat32) {
+FOR_EACH_INSTRUCTION_SET void read(const char* from, Dtype dtype, int count, float* out) {
+    if (dtype == Dtype::kFloat32) {
         std::memcpy(out, from, 4 * count);
-    } else if (dtype == kBfloat16) {
+    } else if (dtype == Dtype::kBfloat16) {
         for (int i = 0; i < count; ++i) {
             uint16_t half;
             std::memcpy(&half, from + 2 * i, 2);
@@ -69,15 +66,14 @@ FOR_EACH_INSTRUCTION_SET void read(const char* from, int dtype, int count, float
     }
 }
 
-FOR_EACH_INSTRUCTION_SET void write(const float* from, int dtype, int count, char* to) {
-    if (dtype == kFloat32) {
+FOR_EACH_INSTRUCTION_SET void write(const float* from, Dtype dtype, int count, char* to) {
+    if (dtype == Dtype::kFloat32) {
         std::memcpy(to, from, 4 * count);
-    } else if (dtype == kBfloat16) {
+    } else if (dtype == Dtype::kBfloat16) {
         for (int i = 0; i < count; ++i) {
             uint32_t bits;
             std::memcpy(&bits, from + i, 4);
-            bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-            uint16_t half = nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+            uint16_t half = rounded_to_bfloat16(bits) >> 16;
             std::memcpy(to + 2 * i, &half, 2);
         }
     } else {
@@ -105,7 +101,7 @@ FOR_EACH_INSTRUCTION_SET void add_multiple(const float* theta, float c, const fl
 
 struct Pass {
     const char* source;
-    int source_dtype;
+    Dtype source_dtype;
     uint64_t columns;
     int rank;
     std::vector<Group> groups;
@@ -118,7 +114,7 @@ struct Pass {
         for (const Group& group : groups) {
             product(group.factors.u + row * rank, group.factors.v + column, rank, columns, count, z);
             scale_and_add(theta, group.scale, z, count);
-            if (group.rounded_to != kFloat32) {
+            if (group.rounded_to != Dtype::kFloat32) {
                 char rounded[2 * kChunk];
                 write(theta, group.rounded_to, count, rounded);
                 read(rounded, group.rounded_to, count, theta);
@@ -136,11 +132,11 @@ struct Pass {
     }
 };
 
-using GroupArguments = std::tuple<float, uint64_t, uint64_t, int>;           // scale, U, V, dtype rounded to
-using TargetArguments = std::tuple<uint64_t, int, uint64_t, uint64_t, float>;  // data, dtype, U, V, coefficient
+using GroupArguments = std::tuple<float, uint64_t, uint64_t, Dtype>;             // scale, U, V, dtype rounded to
+using TargetArguments = std::tuple<uint64_t, Dtype, uint64_t, uint64_t, float>;  // data, dtype, U, V, coefficient
 
 // Elements [first_column, first_column + count) of a matrix that begins with the factors' first row.
-void run(uint64_t source, int source_dtype, uint64_t first_column, uint64_t count, uint64_t columns, int rank,
+void run(uint64_t source, Dtype source_dtype, uint64_t first_column, uint64_t count, uint64_t columns, int rank,
          const std::vector<GroupArguments>& groups, const std::vector<TargetArguments>& targets, int threads) {
     if (columns == 0 || rank < 1 || first_column >= columns) throw std::invalid_argument("no such matrix");
     auto at = [](uint64_t address) { return reinterpret_cast<const float*>(address); };
@@ -150,18 +146,11 @@ void run(uint64_t source, int source_dtype, uint64_t first_column, uint64_t coun
         pass.targets.push_back({reinterpret_cast<char*>(data), dtype, {at(u), at(v)}, coefficient});
     nb::gil_scoped_release release;
     const uint64_t end = first_column + count, rows = (end + columns - 1) / columns;
-    std::atomic<uint64_t> next{0};
-    auto work = [&] {
-        for (uint64_t start; (start = next.fetch_add(kRowsAtOnce)) < rows;) {
-            for (uint64_t row = start; row < std::min(rows, start + kRowsAtOnce); ++row) {
-                const uint64_t low = std::max(row * columns, first_column), high = std::min((row + 1) * columns, end);
-                for (uint64_t e = low; e < high; e += kChunk)
-                    pass.run(row, e - row * columns, static_cast<int>(std::min<uint64_t>(kChunk, high - e)), e - first_column);
-            }
-        }
-    };
-    const uint64_t useful = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-    run_on_workers(static_cast<int>(std::min<uint64_t>(std::max(threads, 1), useful)), work);
+    in_parallel(rows, kRowsAtOnce, threads, [&](uint64_t row) {
+        const uint64_t low = std::max(row * columns, first_column), high = std::min((row + 1) * columns, end);
+        for (uint64_t e = low; e < high; e += kChunk)
+            pass.run(row, e - row * columns, static_cast<int>(std::min<uint64_t>(kChunk, high - e)), e - first_column);
+    });
 }
 
 }  // namespace

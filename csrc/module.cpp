@@ -3,6 +3,7 @@
 
 #include "arena.h"
 #include "io_bindings.h"
+#include "kernels.h"
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
 
@@ -10,6 +11,10 @@ NB_MODULE(finetune_native, m) {
     m.doc() = "Native parts of finetune: disk I/O, memory, noise and optimizers.";
     // After Ctrl-C the traceback keeps an engine alive until the interpreter ends: nothing a user should read about.
     nanobind::set_leak_warnings(false);
+    nanobind::enum_<Dtype>(m, "Dtype", "Of the numbers at an address.")
+        .value("float32", Dtype::kFloat32)
+        .value("bfloat16", Dtype::kBfloat16)
+        .value("float16", Dtype::kFloat16);
     register_io(m);
     register_arena(m);
     register_noise(m);

@@ -7,14 +7,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
 #include "noise_bindings.h"
-#include "worker_pool.h"
 
 namespace nb = nanobind;
 
@@ -25,71 +24,40 @@ namespace {
 constexpr uint64_t kTilesAtOnce = 64;              // what a thread takes from the common count: runs that prefetchers follow
 constexpr uint64_t kStreamedElements = 2'000'000;  // smaller targets are still cached when they are multiplied
 
-bool has_avx512() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
-#else
-    return false;
-#endif
-}
-
-bool has_avx2() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
-}
-
-TileFunction tile_for(const std::string& instructions) {
-    if (instructions == "portable") return tile_portable();
-    if (instructions == "avx2" && has_avx2()) return tile_avx2();
-    if (instructions == "avx512" && has_avx512()) return tile_avx512();
-    return nullptr;
-}
-
-std::vector<std::string> available() {
-    std::vector<std::string> found;
-    for (const char* name : {"avx512", "avx2", "portable"})
-        if (tile_for(name)) found.push_back(name);
+const Choices<TileFunction>& choices() {
+    static const Processor p;
+    static const Choices<TileFunction> found{p.avx512 && p.avx512_vbmi && p.gfni ? tile_avx512() : nullptr,
+                                             p.avx2 && p.f16c ? tile_avx2() : nullptr, tile_portable()};
     return found;
 }
 
+std::vector<std::string> available() { return choices().available(); }
+
 using SegmentArguments = std::tuple<uint64_t, uint64_t>;  // first element, count
 using UpdateArguments = std::tuple<uint64_t, float>;      // seed, coefficient
-using GroupArguments = std::tuple<float, std::vector<UpdateArguments>, int, int, uint64_t>;  // in the order of Group
-using TargetArguments = std::tuple<uint64_t, int, uint64_t, float>;                          // in the order of Target
+using GroupArguments = std::tuple<float, std::vector<UpdateArguments>, Rounding, Dtype, uint64_t>;  // in the order of Group
+using TargetArguments = std::tuple<uint64_t, Dtype, uint64_t, float>;                               // in the order of Target
 
 struct Segment {
     uint64_t first, count, at, tiles_before;
 };
 
-void run(const std::string& instructions, int kind, uint64_t parameter, uint64_t source, int source_dtype,
+void run(const std::string& instructions, Kind kind, uint64_t parameter, uint64_t source, Dtype source_dtype,
          const std::vector<SegmentArguments>& segment_arguments, const std::vector<GroupArguments>& group_arguments,
          const std::vector<TargetArguments>& target_arguments, int threads) {
-    const TileFunction tile = tile_for(instructions);
-    if (!tile) throw std::invalid_argument("this processor or build has no " + instructions + " code");
-    if (kind < 0 || kind > 1) throw std::invalid_argument("unknown kind of noise");
-    auto dtype_of = [](int code) {
-        if (code < 0 || code > 2) throw std::invalid_argument("unknown dtype");
-        return static_cast<Dtype>(code);
-    };
-
+    const TileFunction tile = choices().named(instructions);
     std::vector<std::vector<Update>> updates;
     std::vector<Group> groups;
     for (const auto& [scale, entries, rounding, rounded_to, rounding_seed] : group_arguments) {
         auto& list = updates.emplace_back();
         for (const auto& [seed, coefficient] : entries) list.push_back({seed, coefficient});
-        if (rounding < 0 || rounding > 2) throw std::invalid_argument("unknown rounding");
-        groups.push_back({scale, nullptr, static_cast<int>(list.size()), static_cast<Rounding>(rounding),
-                          dtype_of(rounded_to), rounding_seed});
+        groups.push_back({scale, nullptr, static_cast<int>(list.size()), rounding, rounded_to, rounding_seed});
     }
     for (size_t i = 0; i < groups.size(); ++i) groups[i].updates = updates[i].data();
     std::vector<Target> targets;
     for (const auto& [address, dtype, seed, coefficient] : target_arguments) {
         if (address == 0 && !segment_arguments.empty()) throw std::invalid_argument("a target with a null address");
-        targets.push_back({reinterpret_cast<void*>(address), dtype_of(dtype), seed, coefficient});
+        targets.push_back({reinterpret_cast<void*>(address), dtype, seed, coefficient});
     }
     std::vector<Segment> segments;
     uint64_t at = 0, tiles = 0;
@@ -101,8 +69,7 @@ void run(const std::string& instructions, int kind, uint64_t parameter, uint64_t
     }
     if (at && source == 0) throw std::invalid_argument("a source with a null address");
 
-    const Pass pass{static_cast<Kind>(kind), parameter, reinterpret_cast<const void*>(source), dtype_of(source_dtype),
-                    groups.data(), static_cast<int>(groups.size()), targets.data(), static_cast<int>(targets.size()),
+    const Pass pass{kind, parameter, reinterpret_cast<const void*>(source), source_dtype, groups.data(), static_cast<int>(groups.size()), targets.data(), static_cast<int>(targets.size()),
                     at >= kStreamedElements};
     auto one = [&](uint64_t index) {
         auto after = std::upper_bound(segments.begin(), segments.end(), index,
@@ -114,13 +81,7 @@ void run(const std::string& instructions, int kind, uint64_t parameter, uint64_t
              s.at + low - s.first);
     };
     nb::gil_scoped_release release;
-    std::atomic<uint64_t> next{0};
-    auto work = [&] {
-        for (uint64_t start; (start = next.fetch_add(kTilesAtOnce)) < tiles;)
-            for (uint64_t i = start; i < std::min(tiles, start + kTilesAtOnce); ++i) one(i);
-    };
-    const uint64_t useful = (tiles + kTilesAtOnce - 1) / kTilesAtOnce;
-    run_on_workers(static_cast<int>(std::min<uint64_t>(std::max(threads, 1), useful)), work);
+    in_parallel(tiles, kTilesAtOnce, threads, one);
 }
 
 }  // namespace
@@ -129,6 +90,12 @@ void run(const std::string& instructions, int kind, uint64_t parameter, uint64_t
 
 void register_noise(nb::module_& m) {
     nb::module_ sub = m.def_submodule("noise", "Counter-based noise and the pass that moves weights by it.");
+    using noise::Kind, noise::Rounding;
+    nb::enum_<Kind>(sub, "Kind").value("rademacher", Kind::kRademacher).value("gaussian", Kind::kGaussian);
+    nb::enum_<Rounding>(sub, "Rounding", "Of what updates were added to.")
+        .value("exact", Rounding::kNone)
+        .value("nearest", Rounding::kNearest)
+        .value("stochastic", Rounding::kStochastic);
     sub.def("available", &noise::available, "Instruction sets whose code can run here, fastest first.");
     sub.def("run", &noise::run, nb::arg("instructions"), nb::arg("kind"), nb::arg("parameter"), nb::arg("source"),
             nb::arg("source_dtype"), nb::arg("segments"), nb::arg("groups"), nb::arg("targets"), nb::arg("threads"));

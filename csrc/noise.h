@@ -10,14 +10,15 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace noise {
 
-enum class Kind : int { kRademacher = 0, kGaussian = 1 };
-enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum class Kind : int { kRademacher, kGaussian };
 
 constexpr int kTile = 2048;  // elements; a whole number of counters of either kind
 
-enum class Rounding : int { kNone = 0, kNearest = 1, kStochastic = 2 };
+enum class Rounding : int { kNone, kNearest, kStochastic };
 
 struct Update {
     uint64_t seed;

@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "dispatch.h"
 #include "optimizer_bindings.h"
-#include "worker_pool.h"
 
 namespace nb = nanobind;
 
@@ -29,63 +29,18 @@ namespace {
 
 constexpr uint64_t kTilesAtOnce = 8;  // what a thread takes from the common count: runs that prefetchers follow
 
-bool has_avx512() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-#else
-    return false;
-#endif
-}
-
-bool has_avx2() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
-}
-
-const Functions* find_functions(const std::string& instructions) {
-    if (instructions == "portable") return functions_portable();
-    if (instructions == "avx2" && has_avx2()) return functions_avx2();
-    if (instructions == "avx512" && has_avx512()) return functions_avx512();
-    return nullptr;
-}
-
-const Functions& functions_for(const std::string& instructions) {
-    const Functions* found = find_functions(instructions);
-    if (!found) throw std::invalid_argument("this processor or build has no " + instructions + " code");
-    return *found;
-}
-
-std::vector<std::string> available() {
-    std::vector<std::string> found;
-    for (const char* name : {"avx512", "avx2", "portable"})
-        if (find_functions(name)) found.push_back(name);
+const Choices<const Functions*>& choices() {
+    static const Processor p;
+    static const Choices<const Functions*> found{p.avx512 ? functions_avx512() : nullptr,
+                                                 p.avx2 && p.fma && p.f16c ? functions_avx2() : nullptr,
+                                                 functions_portable()};
     return found;
 }
 
-template <typename E>
-E checked(int code, int count, const char* what) {
-    if (code < 0 || code >= count) throw std::invalid_argument(std::string("unknown ") + what);
-    return static_cast<E>(code);
-}
-
-// Calls one(i) for all i < count, on up to `threads` threads.
-template <typename One>
-void in_parallel(uint64_t count, uint64_t at_once, int threads, One one) {
-    std::atomic<uint64_t> next{0};
-    auto work = [&] {
-        for (uint64_t start; (start = next.fetch_add(at_once)) < count;)
-            for (uint64_t i = start; i < std::min(count, start + at_once); ++i) one(i);
-    };
-    const uint64_t useful = (count + at_once - 1) / at_once;
-    run_on_workers(static_cast<int>(std::min<uint64_t>(std::max(threads, 1), useful)), work);
-}
+std::vector<std::string> available() { return choices().available(); }
 
 // unit, count, weights, weight dtype, gradients, gradient dtype, copy, element
-using SegmentArguments = std::tuple<uint64_t, uint64_t, uint64_t, int, uint64_t, int, uint64_t, uint64_t>;
+using SegmentArguments = std::tuple<uint64_t, uint64_t, uint64_t, Dtype, uint64_t, Dtype, uint64_t, uint64_t>;
 using StateArguments = std::array<uint64_t, 5>;  // addresses in the order of State, 0 where there is none
 
 State state_of(const StateArguments& addresses, bool wanted, bool coded) {
@@ -97,15 +52,15 @@ State state_of(const StateArguments& addresses, bool wanted, bool coded) {
             reinterpret_cast<const uint8_t*>(addresses[4])};
 }
 
-std::pair<double, double> run(const std::string& instructions, int rule, int format, int root, bool stochastic,
+std::pair<double, double> run(const std::string& instructions, Rule rule, StateFormat format, Root root, bool stochastic,
                               uint64_t seed, const std::array<float, 9>& scalars, uint64_t units, uint64_t remainder,
                               const StateArguments& first, const StateArguments& second,
                               const std::vector<SegmentArguments>& segment_arguments, int threads) {
-    const Functions& functions = functions_for(instructions);
+    const Functions& functions = *choices().named(instructions);
     Pass pass{};
-    pass.rule = checked<Rule>(rule, 5, "rule");
-    pass.format = checked<StateFormat>(format, 3, "format of state");
-    pass.root = checked<Root>(root, 2, "root");
+    pass.rule = rule;
+    pass.format = format;
+    pass.root = root;
     pass.stochastic = stochastic;
     pass.seed = seed;
     static_assert(sizeof(Scalars) == sizeof scalars);
@@ -122,13 +77,12 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
         if (weights == 0 || gradients == 0) throw std::invalid_argument("a segment with a null address");
         if (unit < after || unit > units || count > units - unit)
             throw std::invalid_argument("segments must be sorted, apart and within the piece");
-        const Dtype dtype = checked<Dtype>(weight_dtype, 3, "dtype of weights");
-        if (dtype == Dtype::kFloat16 && (remainder || stochastic))
+        if (weight_dtype == Dtype::kFloat16 && (remainder || stochastic))
             throw std::invalid_argument("float16 weights are rounded to nearest and have no remainder");
+        if (gradient_dtype == Dtype::kFloat16) throw std::invalid_argument("expected fp32 or bf16 gradients");
         after = unit + count;
-        segments.push_back({unit, count, reinterpret_cast<char*>(weights), dtype,
-                            reinterpret_cast<const char*>(gradients),
-                            checked<Dtype>(gradient_dtype, 2, "dtype of gradients"), reinterpret_cast<char*>(copy),
+        segments.push_back({unit, count, reinterpret_cast<char*>(weights), weight_dtype,
+                            reinterpret_cast<const char*>(gradients), gradient_dtype, reinterpret_cast<char*>(copy),
                             element});
     }
     pass.segments = segments.data();
@@ -143,15 +97,14 @@ std::pair<double, double> run(const std::string& instructions, int rule, int for
     return sums;
 }
 
-void square_roots(const std::string& instructions, int root, uint64_t from, uint64_t to, uint64_t count) {
-    const Functions& functions = functions_for(instructions);
+void square_roots(const std::string& instructions, Root root, uint64_t from, uint64_t to, uint64_t count) {
+    const Functions& functions = *choices().named(instructions);
     if (count % kGroup || !from || !to) throw std::invalid_argument("expected whole groups at addresses that are not null");
-    functions.square_roots(checked<Root>(root, 2, "root"), reinterpret_cast<const float*>(from),
-                           reinterpret_cast<float*>(to), count);
+    functions.square_roots(root, reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to), count);
 }
 
 uint64_t checksum(const std::string& instructions, uint64_t address, uint64_t num_bytes, int threads) {
-    const Functions& functions = functions_for(instructions);
+    const Functions& functions = *choices().named(instructions);
     if (num_bytes && !address) throw std::invalid_argument("a null address");
     nb::gil_scoped_release release;
     const char* bytes = reinterpret_cast<const char*>(address);
@@ -182,6 +135,18 @@ uint64_t checksum(const std::string& instructions, uint64_t address, uint64_t nu
 
 void register_optimizer(nb::module_& m) {
     nb::module_ sub = m.def_submodule("optimizer", "Update rules over streamed weights and state, and a checksum.");
+    using optimizer::Rule, optimizer::StateFormat, optimizer::Root;
+    nb::enum_<Rule>(sub, "Rule", "How an element's state and weight move; the formulas are in `offload.update.rules`.")
+        .value("adamw", Rule::kAdamW)
+        .value("lion", Rule::kLion)
+        .value("sgd", Rule::kSgd)
+        .value("signsgd", Rule::kSignSgd)
+        .value("descent", Rule::kDescent, "Along what comes as gradient, without state.");
+    nb::enum_<StateFormat>(sub, "StateFormat", "How state is kept.")
+        .value("float32", StateFormat::kFloat32)
+        .value("bfloat16", StateFormat::kBfloat16)
+        .value("8bit", StateFormat::kEightBit);
+    nb::enum_<Root>(sub, "Root", "Whose square roots AdamW takes.").value("ieee", Root::kIeee).value("mkl", Root::kMkl);
     sub.def("available", &optimizer::available, "Instruction sets whose code can run here, fastest first.");
     sub.def("run", &optimizer::run, nb::arg("instructions"), nb::arg("rule"), nb::arg("format"), nb::arg("root"),
             nb::arg("stochastic"), nb::arg("seed"), nb::arg("scalars"), nb::arg("units"), nb::arg("remainder"),

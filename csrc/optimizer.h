@@ -8,15 +8,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace optimizer {
 
-enum class Rule : int { kAdamW = 0, kLion = 1, kSgd = 2, kSignSgd = 3, kDescent = 4 };
+enum class Rule : int { kAdamW, kLion, kSgd, kSignSgd, kDescent };
 constexpr bool has_state(Rule rule) { return rule != Rule::kSignSgd && rule != Rule::kDescent; }
-enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-enum class StateFormat : int { kFloat32 = 0, kBfloat16 = 1, kEightBit = 2 };
+enum class StateFormat : int { kFloat32, kBfloat16, kEightBit };
 // kMkl: of MKL's code for processors that it has none for, which PyTorch runs on AMD's: an estimate and two Newton steps,
 // often one unit in the last place off.
-enum class Root : int { kIeee = 0, kMkl = 1 };
+enum class Root : int { kIeee, kMkl };
 
 constexpr int kTile = 2048;  // units, what a thread takes at once
 constexpr int kBlock = 256;  // units under one scale of 8-bit state; divides kTile
