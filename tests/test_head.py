@@ -9,7 +9,8 @@ from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from memory.errors import UserError
-from offload.step.head import DeferredLogits, HeadChunk, TiledHead, default_tiles
+from offload.step.deferred_logits import DeferredLogits
+from offload.step.head import HeadChunk, TiledHead, default_tiles
 
 VOCAB, HIDDEN = 101, 24
 SHAPES = [(2, 11), (1, 7), (3, 5)]

@@ -9,9 +9,10 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from finetune.data.cache import MASKED
 from memory.errors import UserError
 from offload.sizing.dry_run import walk
-from offload.step.head import IGNORE_INDEX, DeferredLoss
+from offload.step.deferred_logits import DeferredLoss
 from offload.weights.parts import ModelParts
 
 
@@ -68,4 +69,4 @@ def _loss_is_of_the_next_token(parts: ModelParts) -> bool:
     if not isinstance(loss, DeferredLoss):
         return True
     labels = loss.terms[0].labels
-    return labels[labels != IGNORE_INDEX].equal(ids[0, 1:])
+    return labels[labels != MASKED].equal(ids[0, 1:])

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.data.cache import MASKED
 from finetune.data.model_kinds import reads_text, taken_names
 from finetune.data.sources import File, HubSplit, read_rows, resolve
 from memory.errors import UserError
-from offload.step.head import IGNORE_INDEX
 from offload.weights.parts import ModelParts
 
 _TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask"}
@@ -97,7 +97,7 @@ class TensorRows:
                 f'data: expected samples of one shape in "{name}", found {shapes}: bring them to one shape, or set '
                 "micro_batch_size 1, with which each is computed alone"
             )
-        fill = IGNORE_INDEX if name == "labels" else self._pad_token_id if name.endswith("input_ids") else 0
+        fill = MASKED if name == "labels" else self._pad_token_id if name.endswith("input_ids") else 0
         return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
 
     def _row(self, index: int) -> dict[str, torch.Tensor]:

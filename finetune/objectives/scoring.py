@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from finetune.data import Example, TokenDataset, collate
-from offload.step.head import IGNORE_INDEX
+from finetune.data.cache import MASKED
 from offload.streamed_model import StreamedModel
 
 
@@ -82,7 +82,7 @@ class TextRows:
 
 def ask_trained(example: Example, account: int = 0) -> Asked:
     """The cross entropy of every trained token."""
-    trained = np.flatnonzero(example.labels[1:] != IGNORE_INDEX)
+    trained = np.flatnonzero(example.labels[1:] != MASKED)
     return Asked(example.input_ids, trained, example.labels[1:][trained], np.full(len(trained), account))
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memory.errors import UserError
-from offload.step.head import DeferredLogits, DeferredLoss
+from offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from offload.step.lanes import collected_keys, run_capturing
 from offload.step.own_loss import own_loss
 from offload.weights.parts import ModelParts

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from memory.errors import UserError
+from offload.step.tiled_loss import IGNORE_INDEX
 
 _OF_VALUES = {
     functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss,
@@ -51,7 +52,7 @@ class LossItems(TorchFunctionMode):
             if target.is_floating_point():  # probabilities of classes, [B, classes, ...]
                 self._note(target.numel() // target.shape[1], kwargs)
             else:
-                items = int((target != kwargs.get("ignore_index", -100)).sum())
+                items = int((target != kwargs.get("ignore_index", IGNORE_INDEX)).sum())
                 self._note(items, kwargs)
                 if not items:  # a mean of none is NaN; of the step's mean it is no part
                     kwargs = kwargs | {"reduction": "sum"}
