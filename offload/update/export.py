@@ -14,8 +14,7 @@ import torch
 from offload.residency.io import IOEngine
 from offload.update.parts import TrainedParts
 from offload.update.rules import checksum
-from offload.update.store import StoredPiece
-from offload.update.stream import damaged
+from offload.update.store import StoredPiece, damaged
 from offload.update.units import UpdateUnit
 from offload.weights.checkpoint import Checkpoint
 from offload.weights.checkpoint_directory import new_checkpoint

@@ -35,6 +35,7 @@ from memory.units import format_bytes
 from offload.files import lock as file_lock
 from offload.residency.io import IOEngine
 from offload.update.extent_allocator import ExtentAllocator
+from offload.update.units import Piece
 
 FORMAT = 1
 GROWTH_BYTES = 256 << 20  # the data file grows by at most so much at a time
@@ -240,6 +241,16 @@ def check_unused(directory: Path) -> None:
             f"{directory} holds a run of {step} steps: go on with --resume, or name another --output (or delete the directory, "
             "if the run is not wanted)"
         )
+
+
+def damaged(data: Path, name: str, piece: Piece | None, what: str) -> UserError:
+    """piece: None for the factors."""
+    where = f", bytes {piece.start} to {piece.start + piece.num_bytes} of the unit," if piece else ""
+    return UserError(
+        f"{data}: the {what} of {name}{where} are not what was written (checksum): the disk or memory is faulty. "
+        "Nothing was trained on them. Restore the store from a "
+        "copy, or begin again with another --output"
+    )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

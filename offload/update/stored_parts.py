@@ -13,8 +13,7 @@ from offload.residency.io import IOEngine
 from offload.update.export import stored_moves
 from offload.update.parts import TrainedParts
 from offload.update.rules import checksum
-from offload.update.store import StoredPiece
-from offload.update.stream import damaged
+from offload.update.store import StoredPiece, damaged
 from offload.weights.parameter_map import Extent, ParameterMap, Source
 from offload.weights.parts import ModelParts
 

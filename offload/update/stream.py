@@ -1,4 +1,4 @@
-"""The out-of-core optimizer: streams the state of pieces through a few buffers, updates weights in place, writes new versions.
+"""The stream of optimizer state: pieces with their state pass through a few buffers, ahead of their update and back to disk.
 
 State is read ahead in the order in which gradients will be complete, so that when a unit's backward visit ends its state is
 there; its new version is written while other blocks compute (Fuyou, Liao et al. 2024: synchronous, no staleness).
@@ -9,35 +9,26 @@ and not read again. The first that come are kept, and stay: in an order that is 
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import torch
 
-from memory.errors import UserError
-from memory.slots import Lease, SlotPool, round_up
-from offload.residency.io import IOEngine
+from memory.slots import SlotPool, round_up
+from offload.residency.io import Extent, IOEngine
+from offload.residency.pieces import Piece, State
 from offload.update import adafactor, projections
-from offload.update import rules as update_rules
-from offload.update.rules import Rule, StateFormat, Sums
-from offload.update.store import Key, StoredPiece, WorkingStore
-from offload.update.trust_ratio import TrustRatios, masters
-from offload.update.units import Piece, Segment, UpdateUnit, clipped_reads, missing_ranges
+from offload.update.rules import Rule, StateFormat, checksum
+from offload.update.store import Key, StoredPiece, WorkingStore, damaged
+from offload.update.units import Piece as ImagePiece
+from offload.update.units import Segment, UpdateUnit, clipped_reads, missing_ranges
 from offload.weights.parameter_map import Read
 
 FACTORS = -1
 """Index of the piece that holds no weights, but what a rule with directions keeps of a unit's matrices."""
-
-
-class Direction(Protocol):
-    def of(self, first: int, count: int) -> torch.Tensor:
-        """fp32 [count]: what the elements of a parameter from `first` on move along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,330 +103,240 @@ class Keeping:
         return PieceFormat(whole, piece.num_bytes, master_bytes, start, round_up(end - start), arrays)
 
 
-@dataclass(slots=True)
-class _Fetched:
-    key: Key
-    lease: Lease
-    ticket: int | None  # None: there is nothing to read
-    stored: StoredPiece | None
-    kept: bool = False  # the buffer has held it since it was written
+class StatePiece(Piece):
+    """A piece of a unit with its optimizer state in a buffer, laid out as `format` says.
+
+    index: FACTORS for what belongs to no piece. stored: what the store had of it when it was asked for; None: nothing. kept:
+    whether the buffer stays its own between updates.
+    """
+
+    __slots__ = ("unit", "index", "format", "stored", "kept")
+
+    def __init__(self, io: IOEngine, unit: UpdateUnit, index: int) -> None:
+        super().__init__(f"piece {index} of {unit.name}", io)
+        self.unit = unit
+        self.index = index
+        self.format: PieceFormat | None = None
+        self.stored: StoredPiece | None = None
+        self.kept = False
+
+    @property
+    def key(self) -> Key:
+        return self.unit.name, self.index
+
+    @property
+    def place(self) -> ImagePiece | None:
+        """In the unit's image."""
+        return None if self.index == FACTORS else self.unit.pieces[self.index]
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether they have ever been written."""
+        return self.stored is not None and self.stored.master_bytes > 0
+
+    @property
+    def updates(self) -> int:
+        """How often the state has been updated."""
+        return self.stored.updates if self.stored is not None and self.stored.state_bytes else 0
+
+    def masters(self, dtype: torch.dtype) -> torch.Tensor:
+        """[units] fp32 masters, int16 remainders, or bytes."""
+        return self.buffer[self.format.master_offset : self.format.state_offset].view(dtype)
+
+    @property
+    def all_state(self) -> torch.Tensor:
+        """Bytes."""
+        return self.buffer[self.format.state_offset : self.format.num_bytes]
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Bytes of each array of the state, by name."""
+        return {name: self.buffer[start : start + size] for name, (start, size) in self.format.arrays.items()}
+
+    def units_of(self, segment: Segment) -> slice:
+        """Where masters and state of a segment's elements are in the arrays."""
+        first = (segment.offset - self.place.start) // self.unit.itemsize
+        return slice(first, first + segment.count)
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What the update of a unit has for all of its pieces. directions, ratios: of the rules that have them."""
+class StateStream:
+    """Brings pieces with their state into buffers, in the order of a step, and writes them.
 
-    gradients: Mapping[str, torch.Tensor]
-    directions: Mapping[str, Direction]
-    ratios: TrustRatios | None
-    learning_rate: float
-    grad_scale: float
-    seed: int
-
-
-class OptimizerStream:
-    """pool: buffers, each for the largest piece. kept_pieces: how many of them may be kept; `MIN_STATE_SLOTS` of
-    `memory.plan` are left at least. seed: of stochastic rounding and projections. Not thread-safe."""
+    pool: buffers, each for the largest piece. kept_pieces: how many of them may be kept; `MIN_STATE_SLOTS` of
+    `memory.plan` are left at least. threads: of checksums. Not thread-safe.
+    """
 
     def __init__(
-        self, io: IOEngine, store: WorkingStore, pool: SlotPool, *, keeping: Keeping, seed: int, threads: int,
-        kept_pieces: int = 0,
-    ) -> None:  # fmt: skip
+        self, io: IOEngine, store: WorkingStore, pool: SlotPool, *, keeping: Keeping, threads: int, kept_pieces: int = 0
+    ) -> None:
+        self.keeping = keeping
+        self.stall_seconds = 0.0
         self._io = io
         self._store = store
         self._pool = pool
-        self._keeping = keeping
-        self._seed = seed
         self._threads = threads
-        self._coming: deque[tuple[Request, int]] = deque()
-        self._fetched: deque[_Fetched] = deque()
-        self._writing: dict[Key, tuple[Lease, int]] = {}  # oldest first
-        self._kept_pieces = kept_pieces
-        self._keys_kept: set[Key] = set()
-        self._kept: dict[Key, Lease] = {}  # of these, the ones that nobody uses
-        self.stall_seconds = 0.0
+        self._coming: deque[tuple[Request, int]] = deque()  # of the step, for which nothing is done yet
+        self._pieces: dict[Key, StatePiece] = {}  # whatever has a buffer; READY: kept, and not asked for
+        self._ahead: deque[StatePiece] = deque()  # asked for: FETCHING, or IN_USE if it was kept
+        self._writing: deque[StatePiece] = deque()  # oldest first
+        self._may_keep = kept_pieces
 
     def begin(self, requests: Sequence[Request]) -> None:
         """The updates of the step, in order; what does not come in the end is passed over."""
+        self._pass_over_ahead()
         self._coming = deque((request, index) for request in requests for index in request.fetches())
         if requests:
             coming = {(request.unit.name, index) for request, index in self._coming}
-            for key in self._kept.keys() - coming:
-                self._kept.pop(key).release()
-                self._keys_kept.discard(key)
-        self._fetch_ahead()
+            for piece in list(self._pieces.values()):
+                if piece.state is State.READY and piece.key not in coming:
+                    self._empty(piece)
+        self.fetch_ahead()
 
-    def update(
-        self, request: Request, image: torch.Tensor, gradients: Mapping[str, torch.Tensor],
-        learning_rate: float, grad_scale: float, step: int,
-    ) -> Sums:  # fmt: skip
-        """Updates the trained parameters of a unit in place, in its image (uint8), and starts to write their new version.
+    def take(self, request: Request, index: int) -> StatePiece:
+        """The piece, in use until `write` or `put_back`, read ahead or now; what was read ahead for others before it is passed
+        over. What the store has none of is zeros. Raises UserError for bytes that are not what was written."""
+        key = (request.unit.name, index)
+        while self._ahead and self._ahead[0].key != key and any(piece.key == key for piece in self._ahead):
+            self._pass_over(self._ahead.popleft())
+        if not self._ahead or self._ahead[0].key != key:
+            if any((r.unit.name, i) == key for r, i in self._coming):
+                while (self._coming[0][0].unit.name, self._coming[0][1]) != key:
+                    self._coming.popleft()
+                self._coming.popleft()
+            self._pass_over_ahead()
+            while not self._pool.free_count and not self._is_kept(key):
+                self._finish_write(self._writing[0])
+            self._fetch(request, index)
+        piece = self._ahead.popleft()
+        if piece.state is State.FETCHING:
+            self.stall_seconds += piece.arrive()
+            piece.acquire()
+        self._fill(piece)
+        return piece
 
-        gradients: local name -> contiguous gradient, fp32 or bf16. step: of the run, from 1; it seeds stochastic rounding.
-        """
-        indices = [index for index in request.piece_indices() if _segments(request, index, gradients)]
-        if not indices:
-            return Sums(0.0, 0.0)
-        directions: Mapping[str, Direction] = {}
-        ratios: TrustRatios | None = None
-        if request.rule.has_directions:
-            directions = self._observe(request, gradients, grad_scale)
-        elif request.rule.name == "lamb":
-            ratios = self._trust(request, indices, image, gradients, grad_scale)
-        given = _Given(gradients, directions, ratios, learning_rate * request.scale, grad_scale, self._seed + step)
-        change_sq = weight_sq = 0.0
-        for index in indices:
-            fetched = self._take(request, index)
-            sums = self._update_piece(request, index, fetched, image, given)
-            change_sq, weight_sq = change_sq + sums.change_sq, weight_sq + sums.weight_sq
-            self._fetch_ahead()
-        return Sums(change_sq, weight_sq)
-
-    def settle(self, name: str) -> None:
-        """Waits until no write of unit `name` is under way."""
-        for key in [key for key in self._writing if key[0] == name]:
-            self._finish_write(key)
-
-    def drain(self) -> None:
-        """Waits for all writes; what was fetched and not used is given up."""
-        self._coming.clear()
-        while self._fetched:
-            self._drop(self._fetched.popleft())
-        for key in list(self._writing):
-            self._finish_write(key)
-
-    def _observe(
-        self, request: Request, gradients: Mapping[str, torch.Tensor], grad_scale: float
-    ) -> Mapping[str, Direction]:
-        """Takes the gradients into the unit's factors, and starts to write these."""
-        fetched = self._take(request, FACTORS)
-        _, state, updates = self._checked(request, FACTORS, fetched, None)
-        gradients = {name: grad for name, grad in gradients.items() if name in request.trained}
-        directions = factors_of(request.rule).directions(
-            request.unit, request.rule, state, gradients, grad_scale, self._seed
-        )
-        self._write(request, FACTORS, fetched, updates + 1)
-        self._fetch_ahead()
-        return directions
-
-    def _trust(
-        self, request: Request, indices: Sequence[int], image: torch.Tensor, gradients: Mapping[str, torch.Tensor],
-        grad_scale: float,
-    ) -> TrustRatios:  # fmt: skip
-        """Of all parameters in these pieces; nothing is changed."""
-        ratios = TrustRatios()
-        for index in indices:
-            piece, layout, fetched = request.unit.pieces[index], self._format(request, index), self._take(request, index)
-            master, _, updates = self._checked(request, index, fetched, image)
-            dtype = torch.float32 if self._keeping.state.name == "float32" else torch.bfloat16
-            state = {
-                name: fetched.lease.buffer[start : start + num_bytes].view(dtype)
-                for name, (start, num_bytes) in layout.arrays.items()
-            }
-            for segment in _segments(request, index, gradients):
-                units, weights = _units(request.unit, piece, segment), _weights(image, segment)
-                remainder = None
-                if layout.whole_masters and weights.itemsize == 2:
-                    weights = master.view(torch.float32)[units]
-                elif layout.master_bytes and weights.itemsize == 2:
-                    remainder = master.view(torch.int16)[units]
-                gradient = gradients[segment.name].view(-1)[segment.first_element :][: segment.count]
-                ratios.add(
-                    segment.name, request.rule_of(segment.name), masters(weights, remainder), gradient, grad_scale,
-                    state["first"][units], state["second"][units], updates + 1,
-                )  # fmt: skip
-            self._leave(fetched)
-            self._fetch_ahead()
-        return ratios
-
-    def _update_piece(
-        self, request: Request, index: int, fetched: _Fetched, image: torch.Tensor, given: _Given
-    ) -> Sums:
-        unit, piece = request.unit, request.unit.pieces[index]
-        layout = self._format(request, index)
-        buffer = fetched.lease.buffer[: layout.num_bytes]
-        master, _, updates = self._checked(request, index, fetched, image)
-        found = _segments(request, index, given.gradients)
-        moved_along, segments, rounded = [], [], []
-        for segment in found:
-            along = given.gradients[segment.name].view(-1)[segment.first_element :]
-            if given.directions:
-                along = given.directions[segment.name].of(segment.first_element, segment.count)
-            moved_along.append(along)  # it must live as long as its address is used
-            units, weights = _units(unit, piece, segment), _weights(image, segment)
-            copy = buffer.data_ptr() + segment.offset - piece.start
-            if layout.whole_masters and weights.itemsize == 2:
-                masters_of = master.view(torch.float32)[units]
-                rounded.append((weights, masters_of))
-                weights, copy = masters_of, 0
-            segments.append(
-                update_rules.Segment(
-                    units.start, segment.count, weights.data_ptr(), weights.dtype, along.data_ptr(), along.dtype, copy=copy,
-                    element=_first_element(unit.fqns[segment.name]) + segment.first_element,
-                )
-            )  # fmt: skip
-        # With 8 bit a block of state on the border of two of these is rounded in each.
-        together: dict[tuple[Rule, float], list[update_rules.Segment]] = defaultdict(list)
-        for s, segment in zip(segments, found, strict=True):
-            ratio = 1.0 if given.ratios is None else given.ratios[segment.name]
-            together[request.rule_of(segment.name), ratio].append(s)
-        change_sq = weight_sq = 0.0
-        for (rule, ratio), part in together.items():
-            sums = update_rules.update(
-                rule, updates + 1, given.learning_rate * ratio, part,
-                {name: buffer[start : start + num_bytes] for name, (start, num_bytes) in layout.arrays.items()}, piece.units,
-                state_format=self._keeping.state,
-                remainder=master if layout.master_bytes and not layout.whole_masters else 0,
-                gradient_scale=1.0 if given.directions else given.grad_scale,
-                rounding="nearest" if self._keeping.masters else "stochastic", seed=given.seed, threads=self._threads,
-            )  # fmt: skip
-            change_sq, weight_sq = change_sq + sums.change_sq, weight_sq + sums.weight_sq
-        for weights, masters_of in rounded:
-            weights.copy_(masters_of)
-        if piece.others or rounded or len(segments) < len(piece.segments):
-            # Else only gaps between weights are not what is in the slot.
-            buffer[: piece.num_bytes].copy_(image[piece.start : piece.start + piece.num_bytes])
-        self._write(request, index, fetched, updates + 1)
-        return Sums(change_sq, weight_sq)
-
-    def _checked(
-        self, request: Request, index: int, fetched: _Fetched, image: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Masters and state of a piece that was fetched, bytes; for what was never written zeros, and masters that are the
-        weights of `image`. Third: earlier updates."""
-        unit, stored, layout = request.unit, fetched.stored, self._format(request, index)
-        piece = None if index == FACTORS else unit.pieces[index]
-        master = fetched.lease.buffer[layout.master_offset : layout.state_offset]
-        state = fetched.lease.buffer[layout.state_offset : layout.num_bytes]
-        updates = 0
-        if stored is None or not stored.master_bytes:
-            master.zero_()
-            if layout.whole_masters:
-                for segment in piece.segments:
-                    master.view(torch.float32)[_units(unit, piece, segment)].copy_(_weights(image, segment))
-        elif not fetched.kept:
-            self._check(unit, piece, master, stored.master_sum, "master weights")
-        if stored is None or not stored.state_bytes:
-            state.zero_()
-        else:
-            updates = stored.updates
-            if not fetched.kept:
-                self._check(unit, piece, state, stored.state_sum, "optimizer state")
-        return master, state, updates
-
-    def _write(self, request: Request, index: int, fetched: _Fetched, updates: int) -> None:
-        """Starts to write the new version of a piece, which is in the buffer."""
-        layout, key = self._format(request, index), (request.unit.name, index)
-        offset, state_offset = self._store.place(key, layout.state_offset, layout.state_bytes)
+    def write(self, piece: StatePiece, updates: int) -> None:
+        """Starts to write the new version of a piece that was taken, whose state has been updated so often now."""
+        layout, address = piece.format, piece.lease.address
+        offset, state_offset = self._store.place(piece.key, layout.state_offset, layout.state_bytes)
         bounds = (0, layout.master_offset, layout.state_offset, layout.num_bytes)
-        sums = [self._sum(fetched.lease.buffer[low:high]) for low, high in pairwise(bounds)]
-        address = fetched.lease.address
+        sums = [self._sum(piece.buffer[low:high]) for low, high in pairwise(bounds)]
         extents = [
             (self._store.file, offset, layout.state_offset, address),
             (self._store.file, state_offset, layout.state_bytes, address + layout.state_offset),
         ]
-        ticket = self._io.submit_writes([extent for extent in extents if extent[2]])
+        piece.write([extent for extent in extents if extent[2]])
         self._store.put(
-            key,
+            piece.key,
             StoredPiece(
                 offset, layout.master_offset, layout.master_bytes, state_offset, layout.state_bytes, *sums, updates
             ),
         )
-        self._writing[key] = (fetched.lease, ticket)
+        self._writing.append(piece)
 
-    def _format(self, request: Request, index: int) -> PieceFormat:
-        return self._keeping.piece_format(request.unit, index, request.rule)
+    def put_back(self, piece: StatePiece) -> None:
+        """A piece that was taken and not changed."""
+        piece.release()
+        if not piece.kept:
+            self._empty(piece)
 
-    def _take(self, request: Request, index: int) -> _Fetched:
-        """The piece with its state in a buffer, read ahead or now; what was read ahead for others before it is given up."""
-        key = (request.unit.name, index)
-        while self._fetched and self._fetched[0].key != key and any(f.key == key for f in self._fetched):
-            self._drop(self._fetched.popleft())
-        if not self._fetched or self._fetched[0].key != key:
-            if any(r.unit.name == key[0] and i == index for r, i in self._coming):
-                while (self._coming[0][0].unit.name, self._coming[0][1]) != key:
-                    self._coming.popleft()
-                self._coming.popleft()
-            while self._fetched:
-                self._drop(self._fetched.popleft())
-            while not self._pool.free_count and key not in self._kept:
-                self._finish_write(next(iter(self._writing)))
-            self._fetch(request, index)
-        fetched = self._fetched.popleft()
-        if fetched.ticket is not None:
-            self.stall_seconds += self._io.wait(fetched.ticket)
-        return fetched
-
-    def _fetch_ahead(self) -> None:
-        for key in [key for key, (_, ticket) in self._writing.items() if self._io.done(ticket)]:
-            self._finish_write(key)
+    def fetch_ahead(self) -> None:
+        """Finishes what is written, and asks for what comes next."""
+        for piece in [piece for piece in self._writing if piece.settled]:
+            self._finish_write(piece)
         while self._coming:
             request, index = self._coming[0]
-            key = request.unit.name, index
-            if request.rule.name == "lamb" and any(fetched.kept and fetched.key == key for fetched in self._fetched):
-                return  # it takes a piece twice: that comes back
-            if self._pool.free_count or key in self._kept:
+            key = (request.unit.name, index)
+            if self._is_kept(key):
                 self._fetch(*self._coming.popleft())
-            elif self._fetched or not self._writing:
+            elif key in self._pieces and self._pieces[key].state is not State.WRITING:
+                return  # wanted twice, and not yet used for the first time
+            elif self._pool.free_count:
+                self._fetch(*self._coming.popleft())
+            elif self._ahead or not self._writing:
                 return
             else:  # with nothing read ahead the next update would wait for a read: better to wait for a write now
-                self._finish_write(next(iter(self._writing)))
+                self._finish_write(self._writing[0])
+
+    def settle(self, name: str) -> None:
+        """Waits until no write of unit `name` is under way."""
+        for piece in [piece for piece in self._writing if piece.unit.name == name]:
+            self._finish_write(piece)
+
+    def drain(self) -> None:
+        """Waits for all writes; what was fetched and not used is given up."""
+        self._coming.clear()
+        self._pass_over_ahead()
+        while self._writing:
+            self._finish_write(self._writing[0])
 
     def _fetch(self, request: Request, index: int) -> None:
+        """There is a free buffer, or the piece has one."""
         key = (request.unit.name, index)
-        if key in self._writing:
-            self._finish_write(key)
-        stored = self._store.pieces.get(key)
-        if key in self._kept:
-            self._fetched.append(_Fetched(key, self._kept.pop(key), None, stored, kept=True))
-            return
-        lease = self._pool.lease()
-        layout, ticket = self._format(request, index), None
-        if stored is not None:
-            file, address = self._store.file, lease.address
-            parts = [
-                (file, stored.offset + stored.weights_bytes, stored.master_bytes, address + layout.master_offset),
-                (file, stored.state_offset, stored.state_bytes, address + layout.state_offset),
-            ]
-            if extents := [part for part in parts if part[2]]:
-                ticket = self._io.submit_reads(extents)
-        self._fetched.append(_Fetched(key, lease, ticket, stored))
-
-    def _drop(self, fetched: _Fetched) -> None:
-        if fetched.ticket is not None:
-            self._io.wait(fetched.ticket)
-        self._leave(fetched)
-
-    def _leave(self, fetched: _Fetched) -> None:
-        """It was not changed."""
-        if fetched.kept:
-            self._give_back(fetched.key, fetched.lease)
+        piece = self._pieces.get(key)
+        if piece is not None and piece.state is State.WRITING:
+            self._finish_write(piece)
+        layout, stored = self.keeping.piece_format(request.unit, index, request.rule), self._store.pieces.get(key)
+        if key in self._pieces:
+            piece.acquire()
         else:
-            fetched.lease.release()
+            piece, lease = StatePiece(self._io, request.unit, index), self._pool.lease()
+            piece.fetch(lease, self._extents(stored, layout, lease.address) if stored is not None else [])
+            self._pieces[key] = piece
+        piece.format, piece.stored = layout, stored
+        self._ahead.append(piece)
 
-    def _finish_write(self, key: Key) -> None:
-        lease, ticket = self._writing[key]
-        self.stall_seconds += self._io.wait(ticket)
-        del self._writing[key]
-        self._give_back(key, lease)
+    def _extents(self, stored: StoredPiece, layout: PieceFormat, address: int) -> list[Extent]:
+        """Weights are not read: they are in a slot."""
+        masters = stored.offset + stored.weights_bytes
+        extents = [
+            (self._store.file, masters, stored.master_bytes, address + layout.master_offset),
+            (self._store.file, stored.state_offset, stored.state_bytes, address + layout.state_offset),
+        ]
+        return [extent for extent in extents if extent[2]]
 
-    def _give_back(self, key: Key, lease: Lease) -> None:
-        """A buffer that holds the newest version of a piece, which may keep it."""
-        if key not in self._keys_kept and len(self._keys_kept) < self._kept_pieces:
-            self._keys_kept.add(key)
-        if key in self._kept:  # lamb takes a piece twice, and has read it a second time meanwhile
-            self._kept.pop(key).release()
-        if key in self._keys_kept:
-            self._kept[key] = lease
-        else:
-            lease.release()
+    def _fill(self, piece: StatePiece) -> None:
+        """Checks what was read, and makes zeros of what there was none of."""
+        stored, masters, state = piece.stored, piece.masters(torch.uint8), piece.all_state
+        if not piece.has_masters:
+            masters.zero_()
+        elif not piece.kept and self._sum(masters) != stored.master_sum:
+            raise damaged(self._store.path, piece.unit.name, piece.place, "master weights")
+        if stored is None or not stored.state_bytes:
+            state.zero_()
+        elif not piece.kept and self._sum(state) != stored.state_sum:
+            raise damaged(self._store.path, piece.unit.name, piece.place, "optimizer state")
+
+    def _finish_write(self, piece: StatePiece) -> None:
+        self.stall_seconds += piece.written()
+        self._writing.remove(piece)
+        if not piece.kept and self._may_keep:
+            self._may_keep -= 1
+            piece.kept = True
+        if not piece.kept:
+            self._empty(piece)
+
+    def _is_kept(self, key: Key) -> bool:
+        """Whether a buffer has the piece, and nobody has asked for it."""
+        return key in self._pieces and self._pieces[key].state is State.READY
+
+    def _pass_over_ahead(self) -> None:
+        while self._ahead:
+            self._pass_over(self._ahead.popleft())
+
+    def _pass_over(self, piece: StatePiece) -> None:
+        """It was asked for, and is not needed."""
+        if piece.state is State.FETCHING:
+            piece.arrive()
+            piece.acquire()
+        self.put_back(piece)
+
+    def _empty(self, piece: StatePiece) -> None:
+        """Gives its buffer to others."""
+        piece.leave()
+        del self._pieces[piece.key]
+        self._may_keep += piece.kept
 
     def _sum(self, part: torch.Tensor) -> int:
-        return update_rules.checksum(part, part.numel(), self._threads) if part.numel() else 0
-
-    def _check(self, unit: UpdateUnit, piece: Piece | None, part: torch.Tensor, expected: int, what: str) -> None:
-        if self._sum(part) != expected:
-            raise damaged(self._store.path, unit.name, piece, what)
+        return checksum(part, part.numel(), self._threads) if part.numel() else 0
 
 
 def factors_of(rule: Rule) -> ModuleType:
@@ -458,36 +359,5 @@ def check_weights(unit: UpdateUnit, store: WorkingStore, image: torch.Tensor, th
         stored = store.pieces.get((unit.name, index))
         if stored is not None:
             part = image[piece.start : piece.start + piece.num_bytes]
-            if update_rules.checksum(part, part.numel(), threads) != stored.weights_sum:
+            if checksum(part, part.numel(), threads) != stored.weights_sum:
                 raise damaged(store.path, unit.name, piece, "weights")
-
-
-def damaged(data: Path, name: str, piece: Piece | None, what: str) -> UserError:
-    """piece: None for the factors."""
-    where = f", bytes {piece.start} to {piece.start + piece.num_bytes} of the unit," if piece else ""
-    return UserError(
-        f"{data}: the {what} of {name}{where} are not what was written (checksum): the disk or memory is faulty. "
-        "Nothing was trained on them. Restore the store from a "
-        "copy, or begin again with another --output"
-    )
-
-
-def _segments(request: Request, index: int, gradients: Mapping[str, torch.Tensor]) -> list[Segment]:
-    """Of a piece, what is updated."""
-    segments = request.unit.pieces[index].segments
-    return [segment for segment in segments if segment.name in request.trained and segment.name in gradients]
-
-
-def _units(unit: UpdateUnit, piece: Piece, segment: Segment) -> slice:
-    """Where the state of a segment's elements is in the piece's arrays."""
-    first = (segment.offset - piece.start) // unit.itemsize
-    return slice(first, first + segment.count)
-
-
-def _weights(image: torch.Tensor, segment: Segment) -> torch.Tensor:
-    return image[segment.offset : segment.end].view(segment.view.dtype)
-
-
-def _first_element(fqn: str) -> int:
-    """Where a parameter's elements begin in the sequence of random bits: far from those of others."""
-    return int.from_bytes(hashlib.blake2b(fqn.encode(), digest_size=3).digest(), "little") << 40

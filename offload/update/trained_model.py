@@ -30,10 +30,11 @@ from offload.residency.tiers import HostTier, Tier
 from offload.step.engine import Weights
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic, all_if
 from offload.update.gradient_spill import GradientSpill
+from offload.update.optimizer import Optimizer
 from offload.update.parts import RowUnit, TrainedParts, rows_source
 from offload.update.rules import Sums
 from offload.update.store import WorkingStore
-from offload.update.stream import Keeping, OptimizerStream, Request, check_weights, stored_reads
+from offload.update.stream import Keeping, Request, StateStream, check_weights, stored_reads
 from offload.update.units import UpdateUnit
 from offload.weights.embedding import RowsOnDemand
 from offload.weights.parameter_map import Read, bind_views
@@ -95,7 +96,8 @@ class TrainedModel(StreamedModel):
         self.trained = trained
         about = about | {"layout": trained.layout_digest}
         self._store_options = {"directory": store_directory, "about": about, "resume": resume, "versions": versions}
-        self._stream_options = {"keeping": keeping, "seed": seed, "threads": torch.get_num_threads()}
+        self._keeping = keeping
+        self._seed = seed
         self._update: Update | None = None
         self._measures_norm = False
         self._norms: dict[str, list[torch.Tensor]] = {}
@@ -121,9 +123,11 @@ class TrainedModel(StreamedModel):
         self._image: torch.Tensor | None = None  # of a unit that is updated beside an accelerator
         if plan.update_image_bytes:
             self._image = self._host_slab.carve("update", plan.update_image_bytes, 1).lease().buffer
-        self.stream = OptimizerStream(
-            self.io, self.store, pool, kept_pieces=plan.kept_pieces, **self._stream_options
+        threads = torch.get_num_threads()
+        self.stream = StateStream(
+            self.io, self.store, pool, keeping=self._keeping, threads=threads, kept_pieces=plan.kept_pieces
         )
+        self._optimizer = Optimizer(self.stream, seed=self._seed, threads=threads)
         self._table: RowsOnDemand | None = next(
             (e for e in self.embeddings if e.serves(self.model.get_input_embeddings())), None
         )
@@ -239,7 +243,7 @@ class TrainedModel(StreamedModel):
         gradients = {name: grad.contiguous() for name, grad in gradients.items()}
         if not counted:
             self._count(unit, gradients)
-        self._sums[unit.name] = self.stream.update(
+        self._sums[unit.name] = self._optimizer.update(
             update.requests[unit.name], image, gradients, update.learning_rate, scale, update.step
         )
 
