@@ -59,3 +59,7 @@ class Section(BaseModel):
     def conflicts(self) -> Iterator[Conflict]:
         """Between keys of this section, which are named without it. `Config` asks all sections and reports everything."""
         yield from ()
+
+    def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        """Between keys of this section and others, all named with their section."""
+        yield from ()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.config.unused_keys import unused_adapter_note
 from finetune.data import BatchPlan, TokenDataset, prepare
 from finetune.data.model_kinds import refuse_text
 from finetune.data.packed_rows import check_texts_stay_apart
@@ -309,7 +310,7 @@ def _notes(config: Config, num_steps: int) -> list[str]:
     """What a run of so many steps does not do, though its settings might make one think so. Raises UserError when they are too
     few for the schedule."""
     options = config.training
-    notes = [check_schedule(options, num_steps)]
+    notes = [check_schedule(options, num_steps), unused_adapter_note(config)]
     if options.eval_steps and config.eval_data is None:
         notes.append("there is no eval_data, so training.eval_steps evaluates nothing")
     if config.method == "zo" and not config.has_adapter and options.weight_decay and not options.decay_norms_and_biases:

@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-import finetune.config.config
+import finetune.data.options
+from finetune.adapters.lora_options import LoraOptions
 from finetune.config import Config, ConfigError
-from finetune.config.config import SHORTHANDS, DatasetOptions, LoraOptions, TrainingOptions
+from finetune.config.config import KEYS
 from finetune.config.errors import OTHER_NAMES
+from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import find_preset, preset_names, read_presets
+from finetune.config.sections import SECTIONS
+from finetune.config.training_options import TrainingOptions
+from finetune.config.unused_keys import unused_adapter_note
+from finetune.data.options import DatasetOptions
 
 
 def problems(**values: object) -> dict[str, str]:
@@ -108,7 +114,7 @@ def test_unknown_key_like_no_other() -> None:
 
 
 def test_every_other_name_points_at_a_key() -> None:
-    assert set(OTHER_NAMES.values()) <= set(finetune.config.config._KEYS)
+    assert set(OTHER_NAMES.values()) <= set(KEYS)
 
 
 @pytest.mark.parametrize("amount", ["1GiB", "50%", "-2GB", 2**30, None])
@@ -142,7 +148,7 @@ def test_paths_and_data_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_samples_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(finetune.config.config, "SAMPLES", tmp_path)
+    monkeypatch.setattr(finetune.data.options, "SAMPLES", tmp_path)
     (tmp_path / "reviews.jsonl").touch()
     assert Config(model="m", data="sample:reviews").data == str(tmp_path / "reviews.jsonl")
     assert "(reviews), found 'review'" in problems(model="m", data="sample:review")["data"]
@@ -399,7 +405,7 @@ def test_schedulers_are_those_of_transformers() -> None:
 
 
 def test_forms_are_those_of_the_data_package() -> None:
-    source = Path(finetune.config.config.__file__).parents[1] / "data" / "forms.py"
+    source = Path(finetune.data.options.__file__).parents[1] / "data" / "forms.py"
     assigned = {
         node.targets[0].id: node.value
         for node in ast.parse(source.read_text()).body
@@ -436,3 +442,27 @@ def test_tiny_preset_needs_nothing_more() -> None:
 )
 def test_the_pending_noises_of_a_group_are_bounded(zo, steps):
     assert Config(model="m", method="zo", zo=zo).zo.group_steps == steps
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_names_its_wrong_keys_and_the_nearest(section):
+    key = next(iter(SECTIONS[section].model_fields))
+    with pytest.raises(ConfigError) as caught:
+        Config(model="m", **{section: {key: object(), f"{key}x": 1}})
+    wrong, unknown = caught.value.problems
+    assert wrong.startswith(f"{section}.{key}: expected ")
+    assert unknown == f"{section}.{key}x: unknown key; nearest: {section}.{key} (value 1)"
+
+
+def test_a_wrong_name_of_an_optimizer_is_reported_by_its_key():
+    with pytest.raises(ConfigError, match=r"optimizer\.name: expected 'adamw', .*, found 'adam'"):
+        Config(model="m", method="full", optimizer={"name": "adam"})
+
+
+def test_an_adapters_keys_beside_another_method_are_named():
+    def note(**values):
+        return unused_adapter_note(Config(model="m", **values))
+
+    assert note(method="full", lora={"r": 8, "alpha": 32}).endswith("method full, so these keys change nothing: lora.r")
+    assert note(method="zo", zo={"parameters": "prefix"}, lora={"r": 8, "dropout": 0.1}).endswith(": lora.r, lora.dropout")
+    assert note(lora={"r": 8}) is note(method="zo", zo={"parameters": "lora"}, lora={"r": 8}) is note(method="full") is None

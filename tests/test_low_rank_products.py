@@ -11,8 +11,8 @@ from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError
-from finetune.config.config import ZerothOrderOptions
 from finetune.methods.perturbation_demand import perturbation_demand
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from offload.noise import noise
 from offload.perturb.products import Factors, MatrixNoise, perturbed_product

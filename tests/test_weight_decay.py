@@ -8,7 +8,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS
 
-from finetune.config.config import TrainingOptions
+from finetune.config.training_options import TrainingOptions
 from finetune.methods.weight_decay import undecayed
 
 OPTIONS = TrainingOptions(weight_decay=0.1)

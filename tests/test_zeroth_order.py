@@ -20,11 +20,11 @@ from text_models import make_config
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError
-from finetune.config.config import ZerothOrderOptions
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.zeroth_order import clipped, probe_seed, projected_gradients, variants
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.perturb.journal import Journal

@@ -1,4 +1,4 @@
-"""Which of PEFT's LoRA options a streamed model can have: a gate that stands before every adapter, fresh or loaded.
+"""Section `lora`, and which of PEFT's LoRA options a streamed model can have: a gate before every adapter, fresh or loaded.
 
 While a model is streamed, its weights are placeholders when PEFT makes the adapter, a block's forward runs again in the
 backward pass, and the micro-batches of a step go through a block one after the other before the next block. Options that look
@@ -15,9 +15,49 @@ test, which fails for options that stand in no list.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Strict, field_validator
+
+from finetune.options import Count, Section, Share, Switch
 from memory.errors import UserError
+
+
+def _peft_name(key: str) -> str:
+    """What `peft.LoraConfig` calls a key of the section."""
+    return {"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(key, key)
+
+
+class LoraOptions(Section):
+    """`peft.LoraConfig` under shorter names; what is not named here goes into `extra` as it is."""
+
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Share = 0.0
+    target_modules: str | list[str] | None = None
+    """"all-linear", a regular expression of module names, or a list of their endings. None: all-linear less routed experts,
+    which are most of a model that has them."""
+    use_rslora: Switch = False
+    use_dora: Switch = False
+    init_lora_weights: Annotated[bool, Strict()] | str = True
+    extra: dict[str, Any] = {}
+
+    @field_validator("extra")
+    @classmethod
+    def _check_extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        named = {name: key for key in cls.model_fields for name in (key, _peft_name(key))}
+        for key in extra:
+            if key in named:
+                raise ValueError(
+                    f"expected only arguments that have no key of their own, found {key!r}: use lora.{named[key]}"
+                )
+        return extra
+
+    def peft_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `peft.LoraConfig`."""
+        own = {_peft_name(key): value for key, value in self if key != "extra"}
+        return own | {"target_modules": self.target_modules or "all-linear"} | self.extra
+
 
 EQUAL = frozenset({
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
@@ -66,9 +106,7 @@ _UNKNOWN = "it is not known to give plain PEFT's numbers while the model is stre
 # What was made from these is in the adapter's file, and the base's weights are not touched when it is loaded.
 _FREE_WHEN_LOADED = {"task_type", "inference_mode", "bias", "eva_config", "lora_ga_config"}
 _EQUAL_WHEN_LOADED = {"eva", "lora_ga"}
-_OWN_KEYS = {"lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"} | {
-    key: f"lora.{key}" for key in ("r", "target_modules", "use_rslora", "use_dora", "init_lora_weights")
-}
+_OWN_KEYS = {_peft_name(key): f"lora.{key}" for key in LoraOptions.model_fields if key != "extra"}
 
 
 def key_of(option: str) -> str:

@@ -21,9 +21,18 @@ class AdapterEntry:
     """Learning rate that suits gradients; a kind that has one is a method of its own name."""
     section: str | None = None
     """Of the configuration: its options."""
+    options: str | None = None
+    """"module:Class", a `finetune.options.Section`: what that section is."""
+    one_text: str = ""
+    """Why a row cannot hold several texts with it; empty: it can."""
 
 
 ADAPTERS: dict[str, AdapterEntry] = {
-    "lora": AdapterEntry("finetune.adapters.lora:Lora", "a LoRA adapter", "LORA", 1e-4, gradient_rate=2e-4, section="lora"),
-    "prefix": AdapterEntry("finetune.adapters.prefix:Prefix", "a prefix", "PREFIX_TUNING", 1e-3),
+    "lora": AdapterEntry(
+        "finetune.adapters.lora:Lora", "a LoRA adapter", "LORA", 1e-4, gradient_rate=2e-4, section="lora",
+        options="finetune.adapters.lora_options:LoraOptions",
+    ),  # fmt: skip
+    "prefix": AdapterEntry(
+        "finetune.adapters.prefix:Prefix", "a prefix", "PREFIX_TUNING", 1e-3, one_text="which stands before one text"
+    ),
 }

@@ -1,6 +1,7 @@
 """Which keys a method reads. One that it does not read changes nothing, whatever it is set to: it is refused.
 
-But for `lora`: one configuration with an adapter's settings is often tried with other methods.
+But for those of adapters: one configuration with an adapter's settings is often tried with other methods. They are named when
+the run begins.
 """
 
 from __future__ import annotations
@@ -8,33 +9,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-WEIGHT_METHODS = ("full", "lisa", "badam", "slimfit", "frugal")
-_READ_BY = {
-    "zo": "method zo",
-    "optimizer": f"methods {', '.join(WEIGHT_METHODS)}",
-    "selection": f"methods {', '.join(WEIGHT_METHODS[1:])}",
-}
+from finetune.config.sections import ADAPTER_SECTIONS
+from finetune.methods.registry import METHOD_SECTIONS, METHODS
+
 _OF_GRADIENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+_OWN_WORDS = ("selection.subspace",)  # keys whose section says itself which method they are for
 
 
 def unused_keys(config: Any) -> Iterator[tuple[str, str]]:
     """(key, problem) for every key that was set to something else than its default and that the method does not read."""
-    reads = {
-        "zo": config.method == "zo",
-        "optimizer": config.method in WEIGHT_METHODS,
-        "selection": config.method in WEIGHT_METHODS[1:],
-    }
-    for section, readers in _READ_BY.items():
-        if not reads[section]:
-            for key in _changed(getattr(config, section)):
-                if (section, key) != ("selection", "subspace"):  # which has words of its own
-                    yield f"{section}.{key}", f"expected only with {readers}, found with method {config.method}"
-    if config.method == "zo":
-        for key in _changed(config.training):
-            if key in _OF_GRADIENTS and getattr(config.training, key):  # without clipping it clips nothing, as is said
-                yield f"training.{key}", "expected only with methods that have gradients, found with method zo"
+    method = METHODS[config.method]
+    for section in METHOD_SECTIONS:
+        if section in method.reads:
+            continue
+        readers = [name for name, other in METHODS.items() if section in other.reads]
+        words = f"{'methods' if len(readers) > 1 else 'method'} {', '.join(readers)}"
+        for key in _changed(config, section):
+            if key not in _OWN_WORDS:
+                yield key, f"expected only with {words}, found with method {config.method}"
+    if not method.has_gradients:
+        for key in _OF_GRADIENTS:
+            # Without clipping it clips nothing, as is said.
+            if f"training.{key}" in _changed(config, "training") and getattr(config.training, key):
+                yield (
+                    f"training.{key}",
+                    f"expected only with methods that have gradients, found with method {config.method}",
+                )
 
 
-def _changed(section: Any) -> list[str]:
-    fields = type(section).model_fields
-    return [key for key in fields if key in section.model_fields_set and getattr(section, key) != fields[key].default]
+def unused_adapter_note(config: Any) -> str | None:
+    """What a run says of an adapter's keys that are set and that it does not read."""
+    read = METHODS[config.method].recorded(config)
+    keys = [key for section in ADAPTER_SECTIONS if section not in read for key in _changed(config, section)]
+    if not keys:
+        return None
+    return f"no adapter of that kind is trained with method {config.method}, so these keys change nothing: {', '.join(keys)}"
+
+
+def _changed(config: Any, section: str) -> list[str]:
+    """Dotted keys that were set to something else than their default."""
+    options = getattr(config, section)
+    fields = type(options).model_fields
+    changed = (
+        key for key in fields if key in options.model_fields_set and getattr(options, key) != fields[key].default
+    )
+    return [f"{section}.{key}" for key in changed]

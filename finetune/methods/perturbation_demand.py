@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from finetune.config.config import ZerothOrderOptions
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from offload.perturb.products import factor_bytes, matrices_of
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.variants import folded_bytes, noise_keys, variant_layout

@@ -12,8 +12,12 @@ from typing import Any
 from finetune.adapters.registry import ADAPTERS
 from finetune.plugin import load
 
-SHARED_SECTIONS = ("training", "dataset", "engine")
-"""Sections of the configuration that all methods read."""
+METHOD_SECTIONS = {
+    "zo": "finetune.methods.zeroth_order_options:ZerothOrderOptions",
+    "optimizer": "finetune.methods.optimizer_options:OptimizerOptions",
+    "selection": "finetune.methods.selection_options:SelectionOptions",
+}
+"""Sections that some methods read, besides those of adapters: "module:Class", a `finetune.options.Section`."""
 
 
 @dataclass(frozen=True, slots=True)

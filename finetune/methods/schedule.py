@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from finetune.config.config import TrainingOptions
 from finetune.config.schedule_options import length_problem, warmup_note, warmup_steps
+from finetune.config.training_options import TrainingOptions
 from memory.errors import UserError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from finetune.config.config import TrainingOptions
+from finetune.config.training_options import TrainingOptions
 
 _LEFT_ALONE = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
 """The patterns of `transformers.Trainer.get_decay_parameter_names`, searched in lower case."""

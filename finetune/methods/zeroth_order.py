@@ -34,10 +34,10 @@ import torch
 from finetune.adapters import peft_files as adapters
 from finetune.adapters import prefix
 from finetune.config import Config
-from finetune.config.config import ZerothOrderOptions
 from finetune.data.batches import Row
 from finetune.methods.base import StepResult
 from finetune.methods.schedule import make_scheduler
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
 from finetune.runs.identity import check_same_run

@@ -15,8 +15,8 @@ from typing import Any
 
 from finetune.adapters.seal import made_by
 from finetune.config import Config
-from finetune.config.config import ZerothOrderOptions
 from finetune.methods.perturbation_demand import PerturbationDemand, perturbation_demand
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.reporting.report import last_step
 from finetune.runs.directory import reading, recorded
 from finetune.runs.identity import check_model, check_same_run, recorded_setting

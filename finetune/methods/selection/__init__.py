@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from finetune.methods.registry import METHODS
+from finetune.methods.selection_options import SelectionOptions
 from finetune.plugin import load
 from memory.errors import UserError
 
@@ -20,7 +21,7 @@ from memory.errors import UserError
 class Selection:
     """All blocks, always (method full); what other strategies have in common.
 
-    options: a `finetune.config.config.SelectionOptions`. resident: the blocks that stay in memory, which may be preferred.
+    resident: the blocks that stay in memory, which may be preferred.
     layers: blocks that are chosen at a time. interval: steps between choices. ends: whether embedding, head and final norm are
     trained too. keeps_state: whether a block's optimizer state waits until it is chosen again. sign_scale: learning rate of
     the signs that all other blocks take, in units of the learning rate; None: they stay as they are.
@@ -32,7 +33,7 @@ class Selection:
     default_keep_state = True
     sign_scale: float | None = None
 
-    def __init__(self, options: Any, seed: int, num_blocks: int, resident: frozenset[int] = frozenset()) -> None:
+    def __init__(self, options: SelectionOptions, seed: int, num_blocks: int, resident: frozenset[int] = frozenset()) -> None:
         self.options = options
         self._seed = seed
         self.num_blocks = num_blocks

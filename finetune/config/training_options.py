@@ -1,0 +1,80 @@
+"""Section `training`: steps, batches, learning rate, what is saved and measured when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from finetune.config.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
+from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch
+
+
+class TrainingOptions(Section):
+    """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
+
+    max_steps: Count | None = None
+    """Stops after this many steps; None: after `epochs`."""
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    micro_batch_size: Count = 1
+    learning_rate: NonNegative | None = None
+    """None: what suits the method, see `Config.learning_rate`."""
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    """A name of `transformers.SchedulerType`; those that need an evaluation result every step are left out."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`; see `finetune.config.schedule_options`."""
+    warmup_steps: CountOrZero = 0
+    warmup_ratio: Share = 0.0
+    """Share of all steps, rounded up; an alternative to `warmup_steps`."""
+    weight_decay: NonNegative = 0.0
+    decay_norms_and_biases: Switch = False
+    """Whether weight decay is for all parameters; else norms and biases are left alone, as in Transformers' Trainer. Method zo
+    decays all: its journal has one factor a step. Runs that began before there was a choice have decayed all."""
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NonNegative | None = 1.0
+    """0 or None: gradients are not clipped."""
+    seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
+    eval_steps: Count | None = None
+    """Evaluates every so many steps; None: only at the end."""
+    save_steps: Count = 50
+    """How often the state is committed from which `resume` goes on; Ctrl-C commits too."""
+    report_to: list[Literal["tensorboard"]] = []
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.warmup_steps and self.warmup_ratio:
+            yield Conflict(
+                ("warmup_steps", "warmup_ratio"),
+                f"expected warmup_steps or warmup_ratio, found both ({self.warmup_steps} and {self.warmup_ratio})",
+            )
+        schedule, arguments = self.lr_scheduler, self.lr_scheduler_kwargs
+        problems = list(argument_problems(schedule, arguments))
+        for problem in problems:
+            yield Conflict(("lr_scheduler", "lr_scheduler_kwargs"), problem)
+        if self.max_steps and not problems:
+            warmup = warmup_steps(self.warmup_steps, self.warmup_ratio, self.max_steps)
+            if problem := length_problem(schedule, arguments, warmup, self.max_steps):
+                yield Conflict(
+                    ("max_steps", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), problem
+                )
+
+    def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        schedule, arguments = self.lr_scheduler, self.lr_scheduler_kwargs
+        if not any(argument_problems(schedule, arguments)):
+            if problem := rate_problem(schedule, arguments, config.learning_rate):
+                keys = ("lr_scheduler", "lr_scheduler_kwargs", "learning_rate")
+                yield Conflict(("method", *(f"training.{key}" for key in keys)), problem)
