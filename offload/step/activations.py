@@ -13,13 +13,13 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from memory.errors import UserError
 from memory.slots import Lease, SlotPool, round_up
-from offload.residency.io import IOFailure
+from offload.residency.io import IOEngine, IOFailure
+from offload.residency.pieces import Piece, State
 
 SPILL_MIN_BYTES = 65536  # smaller tensors (masks, positions, rotary tables) are not worth a disk request
 
@@ -27,17 +27,14 @@ SPILL_MIN_BYTES = 65536  # smaller tensors (masks, positions, rotary tables) are
 class SavedTensor:
     """One tensor kept for backward; `users` counts the visits that still need it."""
 
-    __slots__ = ("users", "_owner", "_tensor", "_meta", "_lease", "_offset", "_write", "_read")
+    __slots__ = ("users", "_owner", "_tensor", "_meta", "_spilled")
 
     def __init__(self, owner: Activations, tensor: torch.Tensor) -> None:
         self.users = 0
         self._owner = owner
         self._tensor: torch.Tensor | None = tensor
         self._meta = (tensor.dtype, tensor.shape, tensor.nbytes)
-        self._lease: Lease | None = None
-        self._offset: int | None = None  # place in the scratch file
-        self._write: int | None = None  # ticket under way
-        self._read: int | None = None
+        self._spilled: _Spilled | None = None  # None: it has not left memory
 
     @property
     def num_bytes(self) -> int:
@@ -55,6 +52,17 @@ class SavedTensor:
             self._owner._free(self)
         elif self.users < 0:
             raise RuntimeError("a saved tensor was released more often than it was used")
+
+
+class _Spilled(Piece):
+    """A saved tensor's bytes in the scratch file, and in a slot while they are on their way or in use."""
+
+    __slots__ = ("num_bytes", "offset")
+
+    def __init__(self, io: IOEngine, lease: Lease, num_bytes: int, offset: int) -> None:
+        super().__init__(f"block input at {offset} of the scratch file", io, State.IN_USE, lease)
+        self.num_bytes = num_bytes
+        self.offset = offset
 
 
 class Activations:
@@ -81,19 +89,19 @@ class Activations:
 class SpillingActivations(Activations):
     """Spills to disk; see [Note: spilling].
 
-    io: an offload.residency.io.IOEngine. pool: page-aligned slots, each at least as large as the largest block input.
+    pool: page-aligned slots, each at least as large as the largest block input.
     host_bytes: how much may wait in memory. device: where restored tensors go.
     directory: where the scratch file is made (it must have room for all block inputs of a step).
     """
 
-    def __init__(self, io: Any, pool: SlotPool, host_bytes: int, device: torch.device, directory: Path) -> None:
+    def __init__(self, io: IOEngine, pool: SlotPool, host_bytes: int, device: torch.device, directory: Path) -> None:
         self._io = io
         self._pool = pool
         self._host_bytes = host_bytes
         self._device = device
         self._held: deque[SavedTensor] = deque()  # in memory as they came, oldest first
         self._held_bytes = 0
-        self._writing: deque[SavedTensor] = deque()
+        self._written: deque[_Spilled] = deque()  # oldest first; some may have been taken back or freed since
         self._to_read: deque[SavedTensor] = deque()
         self._free_offsets: dict[int, list[int]] = {}
         self._end = 0
@@ -126,9 +134,9 @@ class SpillingActivations(Activations):
         self._read_ahead()
 
     def close(self) -> None:
-        while self._writing:
+        while self._written:
             with contextlib.suppress(IOFailure):  # nobody will read it
-                self._finish_write(self._writing.popleft())
+                self._finish_write(self._written.popleft())
         self._io.close_file(self._file)
 
     def _spill(self, saved: SavedTensor) -> None:
@@ -139,71 +147,63 @@ class SpillingActivations(Activations):
         room = round_up(saved.num_bytes)
         offsets = self._free_offsets.setdefault(room, [])
         if offsets:
-            saved._offset = offsets.pop()
+            offset = offsets.pop()
         else:
-            saved._offset, self._end = self._end, self._end + room
-        saved._lease = lease
-        saved._write = self._io.submit_writes([(self._file, saved._offset, saved.num_bytes, lease.address)])
-        self._writing.append(saved)
+            offset, self._end = self._end, self._end + room
+        piece = saved._spilled = _Spilled(self._io, lease, saved.num_bytes, offset)
+        piece.write([(self._file, offset, saved.num_bytes, lease.address)])
+        self._written.append(piece)
 
     def _lease(self) -> Lease:
-        while self._writing and self._pool.free_count == 0:
-            self._finish_write(self._writing.popleft())
+        while self._written and self._pool.free_count == 0:
+            self._finish_write(self._written.popleft())
         return self._pool.lease()
 
-    def _finish_write(self, saved: SavedTensor) -> None:
-        if saved._write is None:  # taken back or freed while it was being written
-            return
-        self.stall_seconds += self._io.wait(saved._write)
-        saved._write = None
-        saved._lease.release()
-        saved._lease = None
+    def _finish_write(self, piece: _Spilled) -> None:
+        if piece.state is State.WRITING:
+            self.stall_seconds += piece.written()
+            piece.leave()
 
     def _read_ahead(self) -> None:
         while self._to_read:
-            while self._writing and (self._writing[0]._write is None or self._io.done(self._writing[0]._write)):
-                self._finish_write(self._writing.popleft())
-            saved = self._to_read[0]
-            if saved._offset is None or saved._read is not None:  # freed, or restored already
-                self._to_read.popleft()
-            elif self._pool.free_count or saved._lease is not None:
-                self._start_read(self._to_read.popleft())
-            else:
-                return
+            while self._written and self._written[0].settled:
+                self._finish_write(self._written.popleft())
+            piece = self._to_read[0]._spilled
+            if piece is not None and piece.state in (State.AWAY, State.WRITING):
+                if self._pool.free_count == 0 and piece.state is State.AWAY:
+                    return
+                self._start_read(piece)
+            self._to_read.popleft()  # else it is freed, or on its way already
 
-    def _start_read(self, saved: SavedTensor) -> None:
-        if saved._write is not None:
-            # Forwarding: the bytes are still in the slot they are written from.
-            self._io.wait(saved._write)
-            saved._write = None
-        if saved._lease is not None:
-            saved._read = -1
-            return
-        saved._lease = self._lease()
-        saved._read = self._io.submit_reads([(self._file, saved._offset, saved.num_bytes, saved._lease.address)])
+    def _start_read(self, piece: _Spilled) -> None:
+        if piece.state is State.WRITING:
+            piece.written()  # forwarding: the bytes are still in the slot they were written from
+        else:
+            lease = self._lease()
+            piece.fetch(lease, [(self._file, piece.offset, piece.num_bytes, lease.address)])
 
     def _restore(self, saved: SavedTensor) -> None:
-        if saved._read is None:
-            self._start_read(saved)
-        if saved._read >= 0:
-            self.stall_seconds += self._io.wait(saved._read)
-        dtype, shape, num_bytes = saved._meta
+        piece, (dtype, shape, num_bytes) = saved._spilled, saved._meta
+        if piece is None:
+            super()._restore(saved)
+        if piece.state in (State.AWAY, State.WRITING):
+            self._start_read(piece)
+        if piece.state is State.FETCHING:
+            self.stall_seconds += piece.arrive()
+        piece.acquire()
         # On the CPU a view of the slot; on an accelerator a copy, which the stream orders before its use.
-        saved._tensor = saved._lease.buffer[:num_bytes].view(dtype).view(shape).to(self._device)
+        saved._tensor = piece.buffer[:num_bytes].view(dtype).view(shape).to(self._device)
 
     def _free(self, saved: SavedTensor) -> None:
-        if saved._write is not None:
-            self._io.wait(saved._write)
-            saved._write = None
-        if saved._read is not None and saved._read >= 0 and saved._tensor is None:
-            self._io.wait(saved._read)
-        saved._tensor = None
-        if saved._lease is not None:
-            saved._lease.release()
-            saved._lease = None
-        if saved._offset is not None:
-            self._free_offsets[round_up(saved.num_bytes)].append(saved._offset)
-            saved._offset = None
+        super()._free(saved)
+        piece, saved._spilled = saved._spilled, None
+        if piece is not None:
+            piece.settle()
+            if piece.state is State.IN_USE:
+                piece.release()
+            if piece.state is State.READY:
+                piece.leave()
+            self._free_offsets[round_up(piece.num_bytes)].append(piece.offset)
             self._read_ahead()
         elif saved in self._held:
             self._held.remove(saved)

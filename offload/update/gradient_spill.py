@@ -11,6 +11,18 @@ import torch
 
 from memory.slots import PAGE_BYTES, round_up
 from offload.residency.io import IOEngine
+from offload.residency.pieces import Piece, State
+
+
+class _Spilled(Piece):
+    """The gradients of a unit. places: local name -> offset in the file, shape, dtype. tensors: until they are written."""
+
+    __slots__ = ("places", "tensors")
+
+    def __init__(self, io: IOEngine, unit: str) -> None:
+        super().__init__(f"gradients of {unit}", io, State.IN_USE)
+        self.places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        self.tensors: list[torch.Tensor] = []
 
 
 class GradientSpill:
@@ -20,44 +32,48 @@ class GradientSpill:
         self._io = io
         self._path = scratch / "gradients"
         self._file: int | None = None
-        self._places: dict[str, dict[str, tuple[int, tuple[int, ...], torch.dtype]]] = {}
+        self._pieces: dict[str, _Spilled] = {}
         self._end = 0
-        self._writing: tuple[int, list[torch.Tensor]] | None = None
+        self._writing: _Spilled | None = None
         self._scratch = scratch
 
     def put(self, unit: str, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Starts to write; the tensors are kept until the next call. They must not change."""
+        """Starts to write; the tensors are kept until the next call. They must not change. Those that were put before must
+        have been taken."""
         if self._file is None:
             self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file = self._io.open(self._path, writable=True, create=True)
         self._finish()
-        extents, places, kept = [], {}, []
+        piece = self._pieces.setdefault(unit, _Spilled(self._io, unit))
+        piece.expect(State.IN_USE)
+        extents = []
         for name, tensor in gradients.items():
             tensor = tensor.contiguous()
-            places[name] = (self._end, tuple(tensor.shape), tensor.dtype)
+            piece.places[name] = (self._end, tuple(tensor.shape), tensor.dtype)
+            piece.tensors.append(tensor)
             extents.append((self._file, self._end, tensor.nbytes, tensor.data_ptr()))
-            kept.append(tensor)
             self._end += round_up(tensor.nbytes, PAGE_BYTES)
-        self._places[unit] = places
-        self._writing = (self._io.submit_writes(extents), kept)
+        piece.write(extents)
+        self._writing = piece
 
     def take(self, unit: str) -> dict[str, torch.Tensor]:
         """What was put for `unit`, empty if nothing was; it is gone afterwards."""
         found = self.peek(unit)
-        self._places.pop(unit, None)
-        if not self._places:
+        self._pieces.pop(unit, None)
+        if not self._pieces:
             self._end = 0
         return found
 
     def peek(self, unit: str) -> dict[str, torch.Tensor]:
         """What was put for `unit`, empty if nothing was."""
         self._finish()
-        found, extents = {}, []
-        for name, (offset, shape, dtype) in self._places.get(unit, {}).items():
-            found[name] = torch.empty(shape, dtype=dtype)
-            extents.append((self._file, offset, found[name].nbytes, found[name].data_ptr()))
-        if extents:
-            self._io.wait(self._io.submit_reads(extents))
+        piece = self._pieces.get(unit)
+        if piece is None:
+            return {}
+        found = {name: torch.empty(shape, dtype=dtype) for name, (_, shape, dtype) in piece.places.items()}
+        piece.fetch(None, [(self._file, piece.places[name][0], x.nbytes, x.data_ptr()) for name, x in found.items()])
+        piece.arrive()
+        piece.leave()
         return found
 
     def close(self) -> None:
@@ -67,6 +83,7 @@ class GradientSpill:
 
     def _finish(self) -> None:
         if self._writing is not None:
-            ticket, _ = self._writing
-            self._io.wait(ticket)
+            self._writing.written()
+            self._writing.leave()
+            self._writing.tensors.clear()
             self._writing = None
