@@ -99,7 +99,7 @@ def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) ->
         except PlanRefused as error:
             refused = error
     raise PlanRefused(
-        f"a row of eval_data has {rows.max_length} tokens, those of training at most {longest}: with eval_data {refused}",
+        f"the longest row of eval_data has {rows.max_length} tokens, that of training {longest}: with eval_data {refused}",
         refused.smallest_bytes,
     )
 

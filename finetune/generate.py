@@ -60,7 +60,7 @@ def generate(
         tokenizer = load_tokenizer(session.parts.directory, config)
         if chat is None and tokenizer.chat_template and adapter is not None and was_trained_on_plain_prompts(adapter):
             chat = False
-            words = "note: the run was trained on prompts without the chat template, so it is asked without it; --chat uses it"
+            words = "note: the run was trained without the chat template, so the prompt is not put into it; --chat does that"
             print(words, file=sys.stderr)
         ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
         check_ids(tokenizer, list(chain.from_iterable(ids)), session.model.get_input_embeddings().weight.shape[0])
@@ -118,8 +118,8 @@ def decode(
         for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
             if bool(logits.isnan().any()):
                 raise UserError(
-                    "no next token can be chosen, for the model's numbers are NaN: look for a faulty weight, or try another "
-                    "engine.dtype"
+                    "no next token can be chosen, because the model's outputs are NaN: look for a faulty weight, or try "
+                    "another engine.dtype"
                 )
             token = choosers[i](logits[0].cpu())
             news[i] = torch.tensor([[token]], device=device)

@@ -167,8 +167,8 @@ class Session:
         """What the user should know about the checkpoint and the adapter."""
         sources = self.parts.sources
         notes = [
-            f"note: config.json ties {target} to {source}, but the checkpoint holds both with unlike values: they are two "
-            "weights here, as Transformers has it"
+            f"note: config.json ties {target} to {source}, but the checkpoint holds both with different values: they "
+            "stay two weights, as in Transformers"
             for target, source in sources.apart
         ]
         if unused := sources.unused:
@@ -531,8 +531,8 @@ def _compute_dtype(word: str, device: Device, has_gradients: bool, stored: torch
     """
     if word == "float16" and has_gradients:
         raise UserError(
-            "engine.dtype: expected bfloat16 or float32 with methods that have gradients, which are not scaled and vanish in "
-            "float16, found float16: set engine.dtype to one of these, or leave it auto"
+            "engine.dtype: expected bfloat16 or float32 with methods that have gradients, found float16, in which small "
+            "gradients become 0: set engine.dtype to one of these, or leave it auto"
         )
     if word != "auto":
         return getattr(torch, word)

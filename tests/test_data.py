@@ -110,7 +110,7 @@ def test_a_template_that_writes_the_last_turn_otherwise(chatml, tmp_path, here):
         (CHAT_TEXT.replace("the mat", "<think></think>the mat"), ["<think></think>the mat<|im_end|>"]),
     ]
     assert data.meta["notes"] == [
-        "1 conversations became several examples: the chat template writes turns otherwise once others follow"
+        "1 conversations became several examples: the chat template writes turns differently when others follow"
     ]
     with pytest.raises(DataError, match=r"data\[0\]: the chat template writes .* give a chat_template with"):
         make([{"messages": CHAT}], chatml, tmp_path, chat_template=UPPER)
@@ -220,7 +220,7 @@ def test_truncated_and_dropped_are_counted(plain, tmp_path, here):
     data = make(rows, plain, tmp_path, sequence_length=20)
     assert len(data) == 2 and data.lengths.max() == 20
     assert [data.meta[key] for key in ("rows", "truncated", "dropped")] == [3, 1, 1]
-    assert describe(data) == ["data: 3 rows, 1 cut at 20 tokens, 1 of 3 left out: nothing trained is left of them"]
+    assert describe(data) == ["data: 3 rows, 1 cut at 20 tokens, 1 of 3 left out: no token of them would be trained"]
     with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token in its first 20"):
         make(rows[1:2], plain, tmp_path, sequence_length=20)
     with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token$"):
@@ -335,7 +335,7 @@ def test_hub_out_of_reach_or_refusing(plain, tmp_path, here, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     response = SimpleNamespace(headers={}, request=None)
     answer(RepositoryNotFoundError("404\nRepository not found", response=response))
-    with pytest.raises(DataError, match="some/set is not a file here, and the hub does not give it: .*not found"):
+    with pytest.raises(DataError, match="some/set is not a file here, and it could not be loaded from the hub: .*not found"):
         make("some/set", plain, tmp_path)
     assert os.environ["HF_HUB_OFFLINE"] == "0"
     # Out of reach, what was downloaded before serves.

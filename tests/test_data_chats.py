@@ -132,7 +132,7 @@ def test_a_thought_that_the_prompt_has_closed_is_refused(chatml, tmp_path):
     closed = "<think>\n{% if not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
     template = DROPS_THOUGHTS.replace("assistant\n{% endif %}", f"assistant\n{closed}")
     row = {"messages": thinking(None, "world")[2:]}
-    with pytest.raises(DataError, match="leaves no room for what it thinks .'world'.: give chat_template_kwargs, such as"):
+    with pytest.raises(DataError, match="has no place for its thoughts .'world'.: give chat_template_kwargs, such as"):
         make([row], chatml, tmp_path, chat_template=template)
     row["chat_template_kwargs"] = {"enable_thinking": True}
     data = make([row], chatml, tmp_path, chat_template=template)

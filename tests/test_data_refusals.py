@@ -86,7 +86,7 @@ BAD_MESSAGES = [
     ({"messages": CHAT, "weight": 0.1}, 'found a row of "weight" 0.1'),
     ({"prompt": "the", "completion": " cat", "weight": 0}, 'found a row of "weight" 0'),
     ({"text": "the", "weight": 0.5}, 'found a row of "weight" 0.5'),
-    ({"prompt": "the", "completion": " cat", "label": False}, 'found "label" false, which marks an answer as unwanted'),
+    ({"prompt": "the", "completion": " cat", "label": False}, 'found "label" false, which marks an unwanted answer'),
     ({"prompt": CHAT[:1], "chosen": CHAT[1:2], "rejected": CHAT[3:]}, "found pairs of a chosen and a rejected answer"),
     ({"input_ids": [1, 2], "loss_mask": [0, 1]}, 'found "loss_mask", which some tools align with the next token'),
     ({"prompt": "a", "completion": "b", "sample_weight": 0}, 'found a row of "sample_weight" 0: all rows and tokens count'),

@@ -144,7 +144,7 @@ RANDOM_ROUNDING = {"full": {"optimizer": {"master": "none"}}, "zo": {"zo": {"rou
 def test_what_fp16_weights_cannot_is_refused(method, tied, data, tmp_path):  # noqa: F811
     key = "model__layers__1__mlp__up_proj__weight"
     model = changed(tied, tmp_path / "model", **{key: weights(tied)[key.replace("__", ".")].half()})
-    with pytest.raises(UserError, match=r"up_proj\.weight is stored as float16, which .* can't round at random"):
+    with pytest.raises(UserError, match=r"up_proj\.weight is stored as float16, which .* cannot round stochastically"):
         Trainer(run_config(model, data, tmp_path / "out", method, **RANDOM_ROUNDING[method])).plan()
 
 

@@ -78,7 +78,7 @@ DESCRIPTIVE = frozenset({"peft_type", "auto_mapping", "peft_version", "base_mode
 _NEEDS_WEIGHTS = "it computes from the base weights, which are not in memory when adapters are made"
 
 REFUSED = {
-    "task_type": "it follows from the model",
+    "task_type": "the model determines it",
     "inference_mode": "an adapter in inference mode is not trained",
     "bias": "the biases of the model itself are streamed and not trained",
     "init_lora_weights": f"{_NEEDS_WEIGHTS}. True, false, gaussian and orthogonal do not",
@@ -91,14 +91,14 @@ REFUSED = {
     "kasa_config": "it changes the base weights by a decomposition of them, and they are not in memory when adapters are made",
     "velora_config.init_type": "what batch_average_once keeps of the first step would be lost when the run is resumed: use "
     "batch_average or random",
-    "alora_invocation_tokens": "where an adapter begins to act is handed to the layers for one forward pass of the whole "
-    "model, and blocks run one by one here, and again in the backward pass",
+    "alora_invocation_tokens": "it tells all layers once per forward pass where the adapter begins, but blocks run one "
+    "by one here, and again in the backward pass",
     "use_qalora": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
     "qalora_group_size": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
     "monteclora_config": "its samples come from a buffer that moves with every forward, and a block's forward runs again in "
     "the backward pass",
     "layer_replication": "the blocks are those of the checkpoint",
-    "runtime_config": "there is nothing to move to a device for a moment",
+    "runtime_config": "the streamed model decides where tensors live",
     "arrow_config": "it routes among several adapters, and there is one here",
 }
 _UNKNOWN = "it is not known to give plain PEFT's numbers while the model is streamed"
@@ -127,7 +127,7 @@ def check_fresh(config: Any, task_type: str | None) -> None:
 def check_option(option: str, value: Any) -> None:
     """The same for one option that has another value than its default."""
     if not _is_equal(option, value):
-        raise UserError(f"{key_of(option)}={value!r} cannot be had while the model is streamed: {_reason(option)}")
+        raise UserError(f"{key_of(option)}={value!r} cannot be used while the model is streamed: {_reason(option)}")
 
 
 def check_loaded(config: Any, place: Any) -> None:
@@ -137,7 +137,7 @@ def check_loaded(config: Any, place: Any) -> None:
         if known or option == "init_lora_weights" and value in _EQUAL_WHEN_LOADED:
             continue
         raise UserError(
-            f"the adapter in {place} has {option}={value!r}, which cannot be had while the model is streamed: "
+            f"the adapter in {place} has {option}={value!r}, which cannot be used while the model is streamed: "
             f"{_reason(option)}. Merge it into the model with PEFT and give the result as the model"
         )
 

@@ -211,7 +211,7 @@ class ChatTemplate:
         if self._always_asks(asked, text):
             raise DataError(
                 f"{place}: the chat template asks for an answer after every conversation, also after message {index}, where "
-                "that would be trained: put what asks under {% if add_generation_prompt %}, in a chat_template of yours"
+                "it would be trained: give a chat_template that writes it under {% if add_generation_prompt %}"
             )
         if text.startswith(asked) and len(text) > len(asked):
             start = len(asked)
@@ -245,7 +245,7 @@ class ChatTemplate:
         start = len(commonprefix([asked, probe.partition(_SENTINEL)[0]]))
         if _THOUGHT_END in asked[len(plain) :] and (thinking := _thinking(messages[-1])):
             raise DataError(
-                f"{place}: the prompt that asks for message {index} leaves no room for what it thinks "
+                f"{place}: the generation prompt before message {index} has no place for its thoughts "
                 f'({_thought_of(thinking)[:40]!r}): give chat_template_kwargs, such as {{"enable_thinking": true}}, another '
                 "chat_template, or rows without thoughts"
             )

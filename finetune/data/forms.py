@@ -133,8 +133,8 @@ def parse(row: Any, form: str, place: str, *, chat: bool) -> Parsed:
     _refuse_weights(row, place)
     if row.get("label") is False and form not in ("text", "input_ids"):
         raise DataError(
-            f'{place}: found "label" false, which marks an answer as unwanted (as TRL\'s KTO has them): everything is learned '
-            "here: leave such rows out"
+            f'{place}: found "label" false, which marks an unwanted answer (TRL\'s KTO). It would be learned like any '
+            "other: leave such rows out"
         )
     return _PARSERS[form](row, place, chat)
 
@@ -159,7 +159,7 @@ def _refuse_weights(row: dict[str, Any], place: str) -> None:
     for key in ROW_WEIGHTS.intersection(row):
         values = row[key] if isinstance(row[key], list) else [row[key]]
         if any(isinstance(value, (int, float)) and value != 1 for value in values):
-            raise DataError(f'{place}: found a row of "{key}" {row[key]!r}: all rows and tokens count alike here: remove it')
+            raise DataError(f'{place}: found "{key}" {row[key]!r}, but all rows and tokens have equal weight here: remove it')
 
 
 def _parse_messages(row: dict[str, Any], place: str, chat: bool) -> Chat:

@@ -134,7 +134,7 @@ def describe(data: TokenDataset) -> list[str]:
         parts.append(f"{meta['truncated']:,} cut at {meta['sequence_length']:,} tokens")
     if meta["dropped"]:
         longer = f"longer than sequence_length ({meta['sequence_length']:,})"
-        why = longer if compared else "nothing trained is left of them"
+        why = longer if compared else "no token of them would be trained"
         parts.append(f"{meta['dropped']:,} of {count:,} left out: {why}")
     return [f"{'+'.join(meta['sources'])}: {', '.join(parts)}", *(f"note: {note}" for note in meta["notes"])]
 
@@ -165,7 +165,7 @@ def _tokenizer_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(_TOKENIZER_FILES)))
     except Exception as error:  # network, hub, and naming errors have no common root
         raise DataError(
-            f"model {model!r} is neither a folder here nor could its tokenizer be had from the hub: "
+            f"model {model!r} is neither a folder here nor could its tokenizer be loaded from the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 

@@ -270,7 +270,7 @@ def _hub_commit(dataset_id: str) -> str | None:
         return HfApi().dataset_info(dataset_id, timeout=10).sha
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"{dataset_id} is not a file here, and the hub does not give it: {reason}") from error
+        raise DataError(f"{dataset_id} is not a file here, and it could not be loaded from the hub: {reason}") from error
     except Exception:  # no network, in the many forms that takes: an earlier download may serve
         return None
 

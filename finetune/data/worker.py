@@ -129,8 +129,8 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
 def _notes(counts: Counter[str]) -> list[str]:
     """What the user should know of how conversations became examples."""
     said = {
-        "split": "{} conversations became several examples: the chat template writes turns otherwise once others follow",
-        "put back": "{} thoughts that the chat template leaves out stand where its generation prompt opens them",
+        "split": "{} conversations became several examples: the chat template writes turns differently when others follow",
+        "put back": "{} thoughts that the chat template leaves out are written where its generation prompt opens them",
         "unopened": "{} turns are trained as the chat template writes them, without what its generation prompt adds to it",
     }
     return [words.format(f"{counts[key]:,}") for key, words in said.items() if counts[key]]

@@ -93,7 +93,7 @@ class AdapterTraining:
                 self.save(step)
         saved = saved_states(folder)
         if not saved:
-            return "No state was saved before: begin again (with --resume too, the run begins with its first step)"
+            return "No state was saved yet: start again (with --resume too, the run starts with its first step)"
         return f"The newest saved state is {saved[-1]}: go on with --resume"
 
     def finish(self, step: int) -> None:

@@ -53,7 +53,8 @@ def check_rounding(config: Config, parts: ModelParts, names: Iterable[str]) -> N
     fp16 = next((name for name in sorted(names) if parts.sources[name].dtype == torch.float16), None)
     if at_random and fp16 is not None:
         raise UserError(
-            f"{fp16} is stored as float16, which {key} can't round at random: set it to {remedy}, or save the model in bfloat16"
+            f"{fp16} is stored as float16, which {key} cannot round stochastically: set it to {remedy}, or save the model in "
+            "bfloat16"
         )
 
 

@@ -88,7 +88,7 @@ class WeightTraining:
             for name, sums in updated.sums.items():
                 if not all(map(isfinite, sums)):
                     raise StepNotKept(
-                        f"the norm of what step {step + 1} changes in {name} is not finite, so it is not kept: lower "
+                        f"the change of {name} in step {step + 1} is not finite, so the step is not kept: lower "
                         "training.learning_rate"
                     )
             index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}

@@ -144,8 +144,8 @@ class ZerothOrder:
                     prefix.begin_as_tokens(model, self._model, config.training.seed)
                 if prefix.digest(model) != digest:
                     raise UserError(
-                        f"{initial} is not the prefix that this run began with, and the one that is made of the seed here is "
-                        "another: bring it back from a copy, or begin anew without --resume"
+                        f"{initial} is not the prefix that this run began with, and the seed gives another one on this "
+                        "machine: bring it back from a copy, or start again without --resume"
                     )
                 if self.journal.steps:
                     self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")

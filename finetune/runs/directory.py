@@ -103,8 +103,8 @@ class RunDirectory:
             for path in inputs:
                 if path.resolve().is_relative_to((self.path / name).resolve()):
                     raise UserError(
-                        f"{path} is to be read, and belongs to the earlier run in {self.path}, which would be set aside: name "
-                        "another --output"
+                        f"{path} is input of this run, but belongs to the earlier run in {self.path}, which would be set "
+                        "aside: name another --output"
                     )
         self.earlier_bytes = _num_bytes(self.path / PREVIOUS) + sum(_num_bytes(self.path / name) for name in self._aside)
 

@@ -40,7 +40,7 @@ class StoredWeights:
         self._held = ExitStack()
         try:
             if not self._held.enter_context(reading(run)):
-                raise UserError(f"a run is under way in {run}, and writes where this would read: wait for it")
+                raise UserError(f"a run is writing in {run}: wait for it")
             self._manifest = read_manifest(run / "store")
             _check_same_run(run, run / "store", self._manifest["about"])
             if self._manifest["writing"]:

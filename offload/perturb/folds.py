@@ -62,7 +62,7 @@ def newest_fold(
             _check(path, journal.digest(step), io_backend)
             return step, read_checkpoint(path)
         except CheckpointError as error:
-            passed_over(f"note: {path} is passed over, older weights and the journal do as well: {error}")
+            passed_over(f"note: {path} is passed over ({error}); older weights and the journal give the same bits")
     return None
 
 

@@ -82,7 +82,7 @@ def own_loss(model: nn.Module, output: Any) -> Any:
     loss = getattr(output, "loss", None)
     if loss is None:
         raise UserError(
-            f"{type(model).__name__} gives no loss for these rows: expected the labels that its forward makes a loss of, found "
-            'none: name their column "labels", or as its forward does'
+            f"{type(model).__name__} gives no loss for these rows: expected labels, found none: name their column "
+            '"labels", or as its forward names them'
         )
     return loss

@@ -70,8 +70,8 @@ class TrainedParts:
         was kept say nothing of it."""
         if about.get("layout", self.layout_digest) != self.layout_digest:
             raise UserError(
-                f"{store} holds weights as they lay in the files of the model that it began with; in these files the same "
-                "tensors lie otherwise (other shards, or another order): name the files that the run began with"
+                f"{store} holds weights in the places of the files that the run began with; in these files the same tensors "
+                "lie otherwise (other shards, or another order): name the files that the run began with"
             )
 
 
