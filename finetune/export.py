@@ -21,7 +21,7 @@ from offload.update.export import export_store
 from offload.update.parts import find_trained
 from offload.update.store import StoredPiece, lock_store, read_manifest
 from offload.weights.checkpoint import resolve_model
-from offload.weights.parameter_map import TORCH_DTYPES
+from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parts import cut
 
 _WEIGHTS = (

@@ -51,7 +51,7 @@ from offload.update.parts import TrainedParts, check_storage, find_trained
 from offload.update.trained_model import TrainedModel
 from offload.weights.checkpoint import read_header, resolve_model
 from offload.weights.finite import first_not_finite
-from offload.weights.parameter_map import aligned_bytes
+from offload.weights.layout import aligned_bytes
 from offload.weights.parts import cut
 from offload.weights.skeleton import is_placeholder
 

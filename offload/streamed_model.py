@@ -25,6 +25,7 @@ from offload.step.engine import Engine, Weights
 from offload.step.head import HeadChunk, TiledHead
 from offload.step.own_loss import LossItems, own_loss, shares
 from offload.weights.embedding import RowsOnDemand
+from offload.weights.formats import PlainTensor, Stored
 from offload.weights.parts import EdgeTensor, HeadPart, ModelParts
 from offload.weights.skeleton import input_table
 
@@ -258,22 +259,23 @@ class StreamedModel:
     def _load_edges(self, edges: Sequence[EdgeTensor]) -> None:
         files: dict[Path, int] = {}
         for edge in edges:
-            tensor = torch.empty(edge.source.shape, dtype=edge.source.dtype)
-            reads = []
-            for piece in edge.source.pieces:
-                if piece.path not in files:
-                    files[piece.path] = self.io.open(piece.path)
-                reads.append(
-                    (files[piece.path], piece.file_offset, piece.num_bytes, tensor.data_ptr() + piece.target_offset)
-                )
-            if reads:
-                self.io.wait(self.io.submit_reads(reads))
-            self._take_edge(edge, tensor)
+            self._take_edge(edge, edge.source.load(lambda tensor: self._read_tensor(tensor, files)))
         for file in files.values():
             self.io.close_file(file)
 
-    def _take_edge(self, edge: EdgeTensor, tensor: torch.Tensor) -> None:
-        edge.install(tensor.to(self.device.torch_device, edge.dtype))
+    def _read_tensor(self, stored: PlainTensor, files: dict[Path, int]) -> torch.Tensor:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        reads = []
+        for extent in stored.extents:
+            if extent.path not in files:
+                files[extent.path] = self.io.open(extent.path)
+            reads.append((files[extent.path], extent.file_offset, extent.num_bytes, tensor.data_ptr() + extent.target_offset))
+        if reads:
+            self.io.wait(self.io.submit_reads(reads))
+        return tensor
+
+    def _take_edge(self, edge: EdgeTensor, stored: Stored) -> None:
+        edge.install(edge.source.decode(stored, edge.dtype).to(self.device.torch_device))
 
 
 class BlockWeights:
@@ -317,8 +319,9 @@ class Chunks:
             self._head.binding.bind(views)
             self._chunk = HeadChunk(0, self._head.module.weight, self._head.module.bias)
         else:
-            bias = views["bias"].to(self._dtype) if "bias" in views else None
-            self._chunk = HeadChunk(self._head.starts[index], views["weight"].to(self._dtype), bias)
+            layout = self._head.layouts[index]
+            bias = layout.decode(views, "bias", self._dtype) if "bias" in layout.weights else None
+            self._chunk = HeadChunk(self._head.starts[index], layout.decode(views, "weight", self._dtype), bias)
 
     def enter(self, variant: int) -> HeadChunk:
         return self._chunk

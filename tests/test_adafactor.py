@@ -11,7 +11,7 @@ from memory.slots import round_up
 from offload.update.adafactor import factor_bytes, factor_views, observe
 from offload.update.rules import Rule
 from offload.update.units import make_unit
-from offload.weights.parameter_map import BlockLayout, View
+from offload.weights.layout import BlockLayout, View
 
 SHAPES = [(37,), (1, 50), (50, 1), (23, 41), (3, 17, 11)]
 

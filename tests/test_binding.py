@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from extents import plain_weights
 from torch import nn
 
 import offload.weights.binding
@@ -34,7 +35,7 @@ def test_converted_linear_has_the_bits_of_fp32(rows, columns, shape, stored, bia
     plain = Block(rows, columns, bias)
     plain.load_state_dict({name: value.float() for name, value in values.items()})
     placeholder = block.norm.weight
-    binding = Binding(block, dict.fromkeys(values, torch.float32), dict.fromkeys(values, stored))
+    binding = Binding(block, dict.fromkeys(values, torch.float32), plain_weights(values))
     with pytest.raises(RuntimeError, match="while its block is away"):
         block(torch.zeros(1, columns))
     inputs = torch.randn(*shape, columns, generator=generator)
@@ -63,8 +64,7 @@ def test_bound_parameters_of_one_slot_do_not_share_a_version():
     for name, tensor in block.state_dict().items():
         values[name] = slot[offset : offset + tensor.numel()].view(tensor.shape)
         offset += tensor.numel()
-    dtypes = dict.fromkeys(values, torch.float32)
-    Binding(block, dtypes, dtypes).bind(values)
+    Binding(block, dict.fromkeys(values, torch.float32), plain_weights(values)).bind(values)
     x = torch.randn(2, 5, requires_grad=True)
     y = block(x)
     with torch.no_grad():

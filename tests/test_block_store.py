@@ -15,19 +15,12 @@ import transformers as tf
 from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 
+from memory.slots import PAGE_BYTES
 from offload.weights.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from offload.weights.conversion import PlacementTensor, extents_of
-from offload.weights.parameter_map import (
-    PAGE_BYTES,
-    Source,
-    align_views,
-    aligned_bytes,
-    bind_views,
-    layout_block,
-    map_parameters,
-    plan_rows,
-    view_slot,
-)
+from offload.weights.formats import PlainTensor
+from offload.weights.layout import align_views, aligned_bytes, bind_views, layout_block, row_ranges, view_slot
+from offload.weights.parameter_map import map_parameters
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
@@ -168,7 +161,7 @@ def check_against_transformers(directory: Path, auto: Any, dtype: torch.dtype) -
         # Transformers keeps a few parameters in fp32 whatever the checkpoint has; the source is what the file has.
         reference[name] = reference[name].to(source.dtype)
         assert equal_bits(read_source(source), reference[name]), name
-    groups: dict[str, dict[str, Source]] = {}
+    groups: dict[str, dict[str, PlainTensor]] = {}
     for name, source in sources.items():
         groups.setdefault(".".join(name.split(".")[:3]), {})[name] = source
     for group in groups.values():
@@ -195,11 +188,11 @@ def test_experts_are_read_from_one_tensor_each_and_from_fused_ones(tmp_path: Pat
     model.save_pretrained(tmp_path)
     per_expert = map_parameters(meta(MODELS[case][0], model.config), read_checkpoint(tmp_path))
     name = next(name for name in per_expert if name.endswith("mlp.experts.gate_up_proj"))
-    assert len(per_expert[name].pieces) > 1
+    assert len(per_expert[name].extents) > 1
     # The same state dict under the model's own names: what Transformers 5 calls the fused layout.
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
     fused = check_against_transformers(tmp_path, MODELS[case][0], torch.float32)
-    assert len(fused[name].pieces) == 1
+    assert len(fused[name].extents) == 1
 
 
 def test_old_key_names_are_followed(tmp_path: Path) -> None:
@@ -359,9 +352,9 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 # Layouts.
 
 
-def entry_source(path: Path, offset: int, shape: tuple[int, ...], dtype: str = "F32", size: int = 4) -> Source:
+def entry_source(path: Path, offset: int, shape: tuple[int, ...], dtype: str = "F32", size: int = 4) -> PlainTensor:
     entry = TensorEntry("x", dtype, shape, path, offset, int(np.prod(shape)) * size)
-    return Source(
+    return PlainTensor(
         {"F32": torch.float32, "BF16": torch.bfloat16}[dtype], shape, extents_of("x", PlacementTensor.of(entry))
     )
 
@@ -373,7 +366,7 @@ def noise(tmp_path: Path) -> Path:
     return path
 
 
-def check_layout(sources: dict[str, Source]) -> Any:
+def check_layout(sources: dict[str, PlainTensor]) -> Any:
     """Every invariant that the docstring of BlockLayout names, and the bytes."""
     layout = layout_block(sources)
     assert layout.num_bytes % PAGE_BYTES == 0
@@ -449,9 +442,9 @@ def test_tensors_off_their_own_alignment_are_placed_on_it(noise: Path, offset: i
 def test_parts_of_a_fused_tensor_lie_together(noise: Path) -> None:
     parts = [TensorEntry("e", "F32", (20, 50), noise, offset, 4000) for offset in (40_000, 8, 80_004, 100_000)]
     placement = torch.stack([PlacementTensor.of(part) for part in parts])
-    fused = Source(torch.float32, (4, 20, 50), extents_of("e", placement))
+    fused = PlainTensor(torch.float32, (4, 20, 50), extents_of("e", placement))
     layout = check_layout({"fused": fused, "single": entry_source(noise, 4008, (9,))})
-    assert len(fused.pieces) == 4
+    assert len(fused.extents) == 4
     assert len(layout.reads) == 5
 
 
@@ -459,7 +452,7 @@ def test_most_bytes_of_a_fused_tensor_are_congruent(noise: Path) -> None:
     small = TensorEntry("e", "F32", (10, 50), noise, 104, 2000)
     large = TensorEntry("e", "F32", (100, 50), noise, 40_000, 20_000)
     placement = torch.cat([PlacementTensor.of(small), PlacementTensor.of(large)])
-    layout = check_layout({"fused": Source(torch.float32, (110, 50), extents_of("e", placement))})
+    layout = check_layout({"fused": PlainTensor(torch.float32, (110, 50), extents_of("e", placement))})
     assert layout.reads[1].slot_offset % PAGE_BYTES == layout.reads[1].file_offset % PAGE_BYTES
 
 
@@ -492,11 +485,10 @@ def test_views_share_the_slots_memory(noise: Path) -> None:
 # Rows on demand.
 
 
-def rows_of(source: Source, row_ids: Any) -> tuple[torch.Tensor, int]:
-    count = len(set(torch.as_tensor(row_ids).flatten().tolist()))
-    reads = plan_rows(source, row_ids)
-    shape = (count, *source.shape[1:])
-    return read_source(Source(source.dtype, shape, tuple(reads))), len(reads)
+def rows_of(source: PlainTensor, row_ids: Any) -> tuple[torch.Tensor, int]:
+    rows = source.rows(row_ranges(row_ids, source.shape[0]))
+    assert len(rows.shape) == len(source.shape) and rows.shape[0] == len(set(torch.as_tensor(row_ids).flatten().tolist()))
+    return read_source(rows), len(rows.extents)
 
 
 def test_rows_are_unique_ascending_and_coalesced(noise: Path) -> None:
@@ -508,24 +500,24 @@ def test_rows_are_unique_ascending_and_coalesced(noise: Path) -> None:
     assert num_reads == 4
     assert equal_bits(rows_of(source, [7])[0], matrix[7:8])
     assert rows_of(source, range(100))[1] == 1
-    assert plan_rows(source, []) == []
+    assert source.rows(row_ranges([], 100)).extents == ()
 
 
 def test_rows_of_a_table_in_several_files(noise: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(noise.read_bytes()[::-1])
     entries = [TensorEntry("e", "BF16", (10, 5), path, 10, 100) for path in (noise, tmp_path / "other")]
     placement = torch.cat([PlacementTensor.of(entry) for entry in entries])
-    source = Source(torch.bfloat16, (20, 5), extents_of("e", placement))
+    source = PlainTensor(torch.bfloat16, (20, 5), extents_of("e", placement))
     matrix = read_source(source)
     rows, num_reads = rows_of(source, [8, 9, 10, 11, 19])
     assert equal_bits(rows, matrix[[8, 9, 10, 11, 19]])
     assert num_reads == 3
     halves = torch.cat([PlacementTensor.of(entry) for entry in entries], dim=1)
-    source = Source(torch.bfloat16, (10, 10), extents_of("e", halves))
+    source = PlainTensor(torch.bfloat16, (10, 10), extents_of("e", halves))
     assert equal_bits(rows_of(source, [3, 4, 9])[0], read_source(source)[[3, 4, 9]])
 
 
 @pytest.mark.parametrize("row", [-1, 100])
 def test_a_row_outside_the_table_is_named(noise: Path, row: int) -> None:
     with pytest.raises(IndexError, match=f"row {row} of a matrix with 100 rows"):
-        plan_rows(entry_source(noise, 12, (100, 7)), [5, row])
+        row_ranges([5, row], 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from extents import plain_weights
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,7 +201,7 @@ def test_converted_weights(monkeypatch):
     block = Mlp().requires_grad_(False)
     values = {name: tensor.to(torch.bfloat16) for name, tensor in block.state_dict().items()}
     x, grads = torch.randn(2, 7, WIDTH), [torch.randn(2, 7, WIDTH)]
-    binding = Binding(block, dict.fromkeys(values, torch.float32), dict.fromkeys(values, torch.bfloat16))
+    binding = Binding(block, dict.fromkeys(values, torch.float32), plain_weights(values))
     binding.bind(values)
     expected, count, _ = gradients(block, x, grads)
     needless = Needless(block)

@@ -16,7 +16,7 @@ from finetune.session import Session
 from offload.devices.base import map_host_bytes
 from offload.residency.io import IOEngine
 from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit
-from offload.weights.parameter_map import bind_views
+from offload.weights.layout import bind_views
 from offload.weights.parts import cut
 
 

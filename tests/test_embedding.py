@@ -10,7 +10,7 @@ from torch import nn
 from memory.errors import UserError
 from offload.residency.io import IOEngine
 from offload.weights.embedding import RowsOnDemand
-from offload.weights.parameter_map import Extent, Source
+from offload.weights.formats import Extent, PlainTensor
 
 ROWS, WIDTH = 101, 13
 
@@ -21,12 +21,12 @@ class Scaled(nn.Embedding):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
-def table(request, tmp_path) -> tuple[torch.Tensor, Source]:
+def table(request, tmp_path) -> tuple[torch.Tensor, PlainTensor]:
     weight = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(request.param)
     path = tmp_path / "model.safetensors"
     save_file({"w": weight}, path)
     start = path.stat().st_size - weight.nbytes
-    return weight, Source(weight.dtype, (ROWS, WIDTH), (Extent(path, start, weight.nbytes, 0),))
+    return weight, PlainTensor(weight.dtype, (ROWS, WIDTH), (Extent(path, start, weight.nbytes, 0),))
 
 
 def placeholder(kind, padding_idx=None) -> nn.Embedding:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extents import plain_weights
 from test_resume import models  # noqa: F401  fixture
 from torch import nn
 
@@ -123,7 +124,7 @@ def test_no_rows_and_a_weight_that_is_not_there():
     assert perturbed_product(torch.empty(0, COLUMNS), weight, Factors(1.0, None, None), None).shape == (0, ROWS)
     module = nn.Module()
     module.inner = nn.Linear(3, 4)
-    binding = Binding(module, {"inner.weight": torch.float32}, {"inner.weight": torch.float32})
+    binding = Binding(module, {"inner.weight": torch.float32}, plain_weights({"inner.weight": module.inner.weight}))
     binding.multiply_by({"inner.weight": lambda x: x})
     assert (module.inner.weight.shape, module.inner.weight.dtype) == ((4, 3), torch.float32)
     with pytest.raises(UserError, match="use zo.perturb weights"):

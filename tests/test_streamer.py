@@ -18,7 +18,8 @@ from offload.devices.base import map_host_bytes
 from offload.devices.simulated import SimulatedDevice
 from offload.residency.io import FaultPlan, IOEngine, IOFailure
 from offload.residency.tiers import DeviceTier, HostTier
-from offload.weights.parameter_map import BlockLayout, Extent, Source, layout_block
+from offload.weights.formats import Extent, PlainTensor
+from offload.weights.layout import BlockLayout, layout_block
 
 NUM_BLOCKS = 6
 SIZES = [5000, 7777, 4096, 123, 9001, 7777]
@@ -51,7 +52,7 @@ def blocks(tmp_path) -> tuple[list[BlockLayout], list[np.ndarray]]:
     path.write_bytes(b"header" + b"".join(c.tobytes() for c in contents))
     layouts, offset = [], 6
     for size in SIZES:
-        layouts.append(layout_block({"w": Source(torch.uint8, (size,), (Extent(path, offset, size, 0),))}))
+        layouts.append(layout_block({"w": PlainTensor(torch.uint8, (size,), (Extent(path, offset, size, 0),))}))
         offset += size
     return layouts, contents
 

@@ -14,7 +14,7 @@ from transformers import core_model_loading as ops
 
 from offload.weights.checkpoint import CheckpointError, TensorEntry
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
-from offload.weights.parameter_map import Source
+from offload.weights.formats import PlainTensor
 
 
 class Reference:
@@ -47,7 +47,7 @@ class Reference:
         placed = run_converter(converters[1], name, model)
         assert placed.keys() == expected.keys()
         for key, placement in placed.items():
-            source = Source(torch.int32, tuple(placement.shape), extents_of(key, placement))
+            source = PlainTensor(torch.int32, tuple(placement.shape), extents_of(key, placement))
             assert read_source(source).equal(expected[key]), key
 
 
@@ -138,7 +138,7 @@ def test_any_chain_of_movements_is_placed(tmp_path: Path) -> None:
             step, choices = int(random.integers(8)), [int(choice) for choice in random.permutation(24)]
             real, placed = move(real, step, choices), move(placed, step, choices)
         for expected, placement in zip(real, placed, strict=True):
-            source = Source(torch.int32, tuple(placement.shape), extents_of("x", placement))
+            source = PlainTensor(torch.int32, tuple(placement.shape), extents_of("x", placement))
             assert read_source(source).equal(expected)
 
 

@@ -22,7 +22,9 @@ from finetune.adapters.peft_files import task_type
 from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
 from memory.errors import UserError
 from offload.weights.checkpoint import TensorEntry, read_header
-from offload.weights.parameter_map import TORCH_DTYPES, Extent, ParameterMap, Source
+from offload.weights.formats import PlainTensor
+from offload.weights.formats.plain import TORCH_DTYPES
+from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import ModelParts
 
 KINDS = ("LORA", "PREFIX_TUNING", "IA3", "LOHA", "LOKR", "VERA")
@@ -145,13 +147,13 @@ def _with_tables(parts: ModelParts, tables: dict[str, TensorEntry], config: Any,
     whole = list(getattr(config, "modules_to_save", None) or ())
     found = set()
     for name, entry in tables.items():
-        old, dtype = sources[name], TORCH_DTYPES.get(entry.dtype)
-        if entry.shape != old.shape or dtype is None:
+        old = sources[name]
+        if entry.shape != old.shape or entry.dtype not in TORCH_DTYPES:
             raise UserError(
                 f"the adapter in {directory} brings {name} as {entry.dtype} {list(entry.shape)}, the model has "
                 f"{list(old.shape)}: was its vocabulary changed? Merge the adapter into that model and give the result"
             )
-        new = Source(dtype, old.shape, (Extent(entry.path, entry.offset, entry.num_bytes, 0),))
+        new = PlainTensor.of(entry)
         own = [word for word in whole if _is_part(name, word)]
         found.update(own)
         alone = own and not getattr(config, "ensure_weight_tying", False)

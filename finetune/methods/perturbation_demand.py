@@ -9,7 +9,7 @@ from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from offload.perturb.products import factor_bytes, matrices_of
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.variants import folded_bytes, noise_keys, variant_layout
-from offload.weights.binding import strips
+from offload.weights.formats.plain import strips
 from offload.weights.parts import ModelParts
 
 

@@ -35,7 +35,7 @@ from offload.step.engine import Weights
 from offload.step.head import HeadChunk
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel
 from offload.weights.checkpoint import Checkpoint, read_checkpoint
-from offload.weights.parameter_map import TORCH_DTYPES
+from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parts import EdgeTensor, ModelParts
 
 

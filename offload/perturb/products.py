@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from offload.noise import noise
-from offload.weights.binding import Binding, linear_product
+from offload.weights.binding import Binding
+from offload.weights.formats.plain import linear_product
 
 
 class Factors(NamedTuple):

@@ -22,7 +22,9 @@ from offload.residency.io import IOEngine
 from offload.update.rules import checksum
 from offload.weights.checkpoint import Checkpoint, TensorEntry
 from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.parameter_map import TORCH_DTYPES, Extent, ParameterMap, Source, copies_of
+from offload.weights.formats import Extent, PlainTensor, StoredWeight
+from offload.weights.formats.plain import TORCH_DTYPES
+from offload.weights.parameter_map import ParameterMap, copies_of
 
 CHUNK_BYTES = 2 << 20  # of the original, per buffer
 BUFFERS = 4
@@ -95,11 +97,11 @@ def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> Pa
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in old.tensors.values():
         by_file[entry.path].append(entry)
-    known: dict[Source, Source] = {}
+    known: dict[StoredWeight, StoredWeight] = {}
 
-    def move(source: Source) -> Source:
+    def move(source: StoredWeight) -> StoredWeight:
         if source not in known:
-            known[source] = _moved(source, by_file, new)
+            known[source] = source.moved(lambda tensor: _moved(tensor, by_file, new))
         return known[source]
 
     moved = copy(sources)
@@ -108,9 +110,9 @@ def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> Pa
     return moved
 
 
-def _moved(source: Source, by_file: Mapping[Path, list[TensorEntry]], new: Checkpoint) -> Source:
+def _moved(source: PlainTensor, by_file: Mapping[Path, list[TensorEntry]], new: Checkpoint) -> PlainTensor:
     dtype, pieces = source.dtype, []
-    for piece in source.pieces:
+    for piece in source.extents:
         entry = next(e for e in by_file[piece.path] if e.offset <= piece.file_offset < e.offset + max(e.num_bytes, 1))
         target = new.tensors[entry.name]
         dtype = TORCH_DTYPES[target.dtype]
@@ -126,7 +128,7 @@ def _moved(source: Source, by_file: Mapping[Path, list[TensorEntry]], new: Check
                 scaled(piece.target_offset),
             )
         )
-    return Source(dtype, source.shape, tuple(pieces))
+    return PlainTensor(dtype, source.shape, tuple(pieces))
 
 
 def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_Piece]]:
@@ -134,7 +136,7 @@ def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_
     for name, key in keys.items():
         itemsize, shape = sources[name].dtype.itemsize, sources[name].shape
         columns = shape[-1] if len(shape) > 1 else 0
-        for piece in sources[name].pieces:
+        for piece in sources[name].extents:
             for path, offset, num_bytes, skip in (
                 Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
                 *copies_of(sources.copies, piece.path, piece.file_offset, piece.num_bytes),

@@ -32,7 +32,8 @@ from offload.residency.tiers import Tier
 from offload.step.head import HeadChunk
 from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
-from offload.weights.parameter_map import BlockLayout, ParameterMap, View, bind_views
+from offload.weights.layout import BlockLayout, View, bind_views
+from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import HeadPart, ModelParts
 
 CACHE_LINE_BYTES = 64
@@ -64,7 +65,7 @@ def variant_layout(
         if name in without:
             continue
         views[name] = View(end, dtypes[name], view.shape)
-        end += round_up(torch.Size(view.shape).numel() * dtypes[name].itemsize, CACHE_LINE_BYTES)
+        end += round_up(views[name].num_bytes, CACHE_LINE_BYTES)
     return BlockLayout(round_up(end), (), views)
 
 

@@ -21,7 +21,7 @@ from memory.fetch_policy import next_fetch, victim
 from memory.slots import Lease, SlotPool
 from offload.devices import COMPLETED, Device, Direction, Event
 from offload.residency.pieces import Mover, Piece, State
-from offload.weights.parameter_map import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
+from offload.weights.layout import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
 
 
 class Tier:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +68,7 @@ def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[Move]:
     the trained parameters."""
     for name in unit.fqns:
         view = unit.layout.views[name]
-        low, high = view.slot_offset, view.slot_offset + prod(view.shape) * view.dtype.itemsize
+        low, high = view.slot_offset, view.end
         for read in unit.layout.reads:
             start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
             if start < stop:

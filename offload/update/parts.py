@@ -8,18 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from memory.errors import UserError
 from offload.files.sealed import json_digest
 from offload.step.head import HEAD_CHUNK_BYTES
 from offload.update.units import UpdateUnit, make_unit
-from offload.weights.parameter_map import Extent, ParameterMap, Source, layout_block
-from offload.weights.parts import ModelParts, slice_rows
+from offload.weights.formats import Extent, PlainTensor, StoredWeight
+from offload.weights.layout import layout_block
+from offload.weights.parameter_map import ParameterMap
+from offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
         step = max(1, HEAD_CHUNK_BYTES // (source.num_bytes // source.shape[0]))
         for index, start in enumerate(range(0, source.shape[0], step)):
             stop = min(start + step, source.shape[0])
-            layout = layout_block({"weight": slice_rows(source, start, stop)})
+            layout = layout_block({"weight": source.rows([(start, stop)])})
             unit = make_unit(f"{name}#{index}", layout, named(f"{name}.", ["weight"]))
             table.append(RowUnit(unit, start, stop))
     edge_sources = {edge.name: edge.source for edge in parts.edges if edge.name in parts.parameters}
@@ -131,27 +130,23 @@ def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
     is stored twice in one dtype."""
     for name in sorted(names):
         source = sources[name]
-        if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if not source.can_be_updated:
             raise UserError(
-                f"{name} is stored as {_word(source.dtype)}, expected bfloat16, float16 or float32: save the model in one of "
+                f"{name} is stored as {source.word}, expected bfloat16, float16 or float32: save the model in one of "
                 "these, or train an adapter (--method lora)"
             )
         again = next((copy for home, copy in sources.copies if home == source and copy.dtype != home.dtype), None)
         if again is not None:
             raise UserError(
-                f"{name} is stored twice, as {_word(source.dtype)} and as {_word(again.dtype)}, and both would have to change: "
+                f"{name} is stored twice, as {source.word} and as {again.word}, and both would have to change: "
                 "save the model again in one dtype, or train an adapter (--method lora)"
             )
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _refuse_shared(parts: ModelParts, wanted: set[str]) -> None:
     """Only embedding and head may be one weight: others that a model uses at several places would get several updates."""
     ends = {f"{name}.weight" for name, _, _ in parts.embeddings} | ({f"{parts.head.name}.weight"} if parts.head else set())
-    places: dict[Source, set[str]] = {}
+    places: dict[StoredWeight, set[str]] = {}
     for name in parts.parameters:
         places.setdefault(parts.sources[name], set()).add(name)
     for name in sorted(wanted):
@@ -179,17 +174,17 @@ def _matching(parts: ModelParts, patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def rows_source(parts: Sequence[RowUnit], reads_of, source: Source) -> Source:
+def rows_source(parts: Sequence[RowUnit], reads_of, source: PlainTensor) -> PlainTensor:
     """`source`, a matrix, with its rows where `reads_of(unit)` says that the units' images are now."""
     row_bytes = source.num_bytes // source.shape[0]
     pieces = []
     for part in parts:
         view = part.unit.layout.views["weight"]
-        low, high = view.slot_offset, view.slot_offset + prod(view.shape) * view.dtype.itemsize
+        low, high = view.slot_offset, view.end
         for read in reads_of(part.unit):
             start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
             if start < stop:
                 skip = start - read.slot_offset
                 target = part.start * row_bytes + start - low
                 pieces.append(Extent(read.path, read.file_offset + skip, stop - start, target))
-    return Source(source.dtype, source.shape, tuple(sorted(pieces, key=lambda extent: extent.target_offset)))
+    return PlainTensor(source.dtype, source.shape, tuple(sorted(pieces, key=lambda extent: extent.target_offset)))

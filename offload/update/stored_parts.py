@@ -14,7 +14,8 @@ from offload.update.export import stored_moves
 from offload.update.parts import TrainedParts
 from offload.update.rules import checksum
 from offload.update.store import StoredPiece, damaged
-from offload.weights.parameter_map import Extent, ParameterMap, Source
+from offload.weights.formats import Extent, PlainTensor, StoredWeight
+from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import ModelParts
 
 _Range = tuple[int, int, int]
@@ -32,11 +33,15 @@ def stored_parts(
             ranges[move.path].append((move.file_offset, move.file_offset + move.num_bytes, start))
     for found in ranges.values():
         found.sort()
-    known: dict[Source, Source] = {}
+
+    def move(tensor: PlainTensor) -> PlainTensor:
+        extents = (one for extent in tensor.extents for one in _placed(extent, ranges.get(extent.path, ()), data))
+        return PlainTensor(tensor.dtype, tensor.shape, tuple(extents))
+
+    known: dict[StoredWeight, StoredWeight] = {}
     for source in parts.sources.values():
         if source not in known:
-            extents = (one for extent in source.pieces for one in _placed(extent, ranges.get(extent.path, ()), data))
-            known[source] = Source(source.dtype, source.shape, tuple(extents))
+            known[source] = source.moved(move)
     sources = ParameterMap()
     sources.update((name, known[source]) for name, source in parts.sources.items())
     sources.tied, sources.apart = parts.sources.tied, parts.sources.apart

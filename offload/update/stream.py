@@ -25,7 +25,7 @@ from offload.update.rules import Rule, StateFormat, checksum
 from offload.update.store import Key, StoredPiece, WorkingStore, damaged
 from offload.update.units import Piece as ImagePiece
 from offload.update.units import Segment, UpdateUnit, clipped_reads, missing_ranges
-from offload.weights.parameter_map import Read
+from offload.weights.layout import Read
 
 FACTORS = -1
 """Index of the piece that holds no weights, but what a rule with directions keeps of a unit's matrices."""

@@ -37,7 +37,7 @@ from offload.update.store import WorkingStore
 from offload.update.stream import Keeping, Request, StateStream, check_weights, stored_reads
 from offload.update.units import UpdateUnit
 from offload.weights.embedding import RowsOnDemand
-from offload.weights.parameter_map import Read, bind_views
+from offload.weights.layout import Read, bind_views
 from offload.weights.parts import EdgeTensor
 
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
 
-from offload.weights.parameter_map import BlockLayout, Read, View
+from offload.weights.layout import BlockLayout, Read, View
 
 PIECE_BYTES = 2 << 20  # of weights: with its state, what a level 3 cache holds and a disk reads at full speed
 
@@ -68,7 +67,7 @@ def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUni
         segments = []
         for offset, (local, view) in sorted(views.items()):
             size = view.dtype.itemsize
-            low, high = max(offset, start), min(offset + prod(view.shape) * size, start + num_bytes)
+            low, high = max(offset, start), min(view.end, start + num_bytes)
             if low < high:
                 segments.append(Segment(local, view, low, (low - offset) // size, (high - low) // size))
         others = {
@@ -76,7 +75,7 @@ def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUni
             for local, view in layout.views.items()
             if view.slot_offset not in views
             and view.slot_offset < start + num_bytes
-            and view.slot_offset + prod(view.shape) * view.dtype.itemsize > start
+            and view.end > start
         }
         pieces.append(Piece(start, num_bytes, num_bytes // itemsize, tuple(segments), frozenset(others)))
     return UpdateUnit(name, layout, fqns, itemsize, tuple(pieces))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,20 +20,12 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
 from offload.weights.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
+from offload.weights.formats import Extent
 
 # A tensor cut into more and smaller pieces than this (a transposed matrix: every element) would be read far below the
 # disk's speed: refused.
 MAX_SMALL_PIECES = 8192
 SMALL_PIECE_BYTES = 512
-
-
-class Extent(NamedTuple):
-    """`num_bytes` bytes at `file_offset` of `path` go to byte `target_offset` of the tensor (contiguous, row-major)."""
-
-    path: Path
-    file_offset: int
-    num_bytes: int
-    target_offset: int
 
 
 class _Box(NamedTuple):

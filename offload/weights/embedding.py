@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from memory.errors import UserError
-from offload.weights.parameter_map import Source, plan_rows
+from offload.weights.formats import PlainTensor, StoredWeight
+from offload.weights.layout import row_ranges
 
 
 class RowsOnDemand:
@@ -20,7 +21,7 @@ class RowsOnDemand:
     them itself.
     """
 
-    def __init__(self, module: nn.Embedding, source: Source, dtype: torch.dtype, io: Any, device: torch.device) -> None:
+    def __init__(self, module: nn.Embedding, source: StoredWeight, dtype: torch.dtype, io: Any, device: torch.device) -> None:
         self._module = module
         self._forward = module.forward
         self._source = source
@@ -46,7 +47,7 @@ class RowsOnDemand:
         """Whether `module` is this table, or an adapter around it."""
         return any(part is self._module for part in module.modules())
 
-    def move_to(self, source: Source) -> None:
+    def move_to(self, source: StoredWeight) -> None:
         """From now on rows are read from another place; those in memory are given up."""
         for file in self._files.values():
             self._io.close_file(file)
@@ -87,17 +88,22 @@ class RowsOnDemand:
             )
         if ids.numel() == self.ids.numel() and bool((ids == self.ids).all()):
             return
-        rows = torch.empty(ids.numel(), *self._source.shape[1:], dtype=self._source.dtype)
-        reads = []
-        for path, offset, num_bytes, target_offset in plan_rows(self._source, ids.tolist()):
-            if path not in self._files:
-                self._files[path] = self._io.open(path)
-            reads.append((self._files[path], offset, num_bytes, rows.data_ptr() + target_offset))
-        if reads:
-            self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
-        self.ids, self.rows, self.table = ids, rows, rows.to(self._dtype).to(self.device)
+        wanted = self._source.rows(row_ranges(ids, self._source.shape[0]))
+        rows = wanted.load(self._read_tensor)
+        self.ids, self.rows, self.table = ids, rows, wanted.decode(rows, self._dtype).to(self.device)
         self.parameter = None
         self.after_read()
+
+    def _read_tensor(self, stored: PlainTensor) -> torch.Tensor:
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        reads = []
+        for path, offset, num_bytes, target_offset in stored.extents:
+            if path not in self._files:
+                self._files[path] = self._io.open(path)
+            reads.append((self._files[path], offset, num_bytes, tensor.data_ptr() + target_offset))
+        if reads:
+            self.stall_seconds += self._io.wait(self._io.submit_reads(reads))
+        return tensor
 
     def _read_more(self, ids: torch.Tensor) -> None:
         """In mid-step: where a gradient is wanted, that of the rows which earlier forwards looked up is kept."""

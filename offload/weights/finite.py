@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from offload.weights.checkpoint import TensorEntry
-from offload.weights.parameter_map import TORCH_DTYPES
+from offload.weights.formats.plain import TORCH_DTYPES
 
 PIECE_BYTES = 4 * 2**20  # a multiple of every element's size
 _DTYPES = ("F16", "BF16", "F32", "F64")

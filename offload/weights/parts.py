@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,10 @@ from memory.errors import UserError
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
 from offload.weights.checkpoint import Checkpoint, read_checkpoint
-from offload.weights.parameter_map import BlockLayout, Extent, ParameterMap, Source, layout_block, map_parameters
+from offload.weights.formats import StoredWeight
+from offload.weights.formats.plain import dense_bytes
+from offload.weights.layout import BlockLayout, layout_block
+from offload.weights.parameter_map import ParameterMap, map_parameters
 from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, set_placeholders
 
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
@@ -29,14 +32,18 @@ class EdgeTensor:
     """A parameter or buffer outside of blocks, embeddings and head: loaded once, resident."""
 
     name: str
+    """Fully qualified."""
     owner: nn.Module
     attribute: str
-    source: Source
+    """Of `owner`, under which the tensor is."""
+    source: StoredWeight
     dtype: torch.dtype
+    """In which it computes."""
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.source.shape) * self.dtype.itemsize
+        """While it is resident."""
+        return dense_bytes(self.source.shape, self.dtype)
 
     def install(self, value: torch.Tensor) -> None:
         """Makes `value`, in the dtype that computes, the module's own."""
@@ -48,38 +55,47 @@ class EdgeTensor:
 
 @dataclass(frozen=True, slots=True)
 class HeadPart:
-    """The language-model head in chunks of vocabulary rows. `starts[i]`: first row of chunk i; views "weight", "bias".
-
-    name: fqn of the module.
-    """
+    """The language-model head in chunks of vocabulary rows."""
 
     name: str
+    """Fully qualified, of the module."""
     module: nn.Linear
     layouts: tuple[BlockLayout, ...]
+    """Of each chunk: its "weight" and "bias"."""
     starts: tuple[int, ...]
+    """The first row of each chunk."""
     binding: Binding
+    """Of a head of one chunk."""
     tile_tokens: int
+    """Rows of hidden states that meet a chunk at once."""
     tile_vocab: int
+    """Rows of a chunk; the last one may have fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """model: the skeleton, parameters are placeholders. prefixes (fqns), blocks, layouts and bindings run in parallel, in
-    module order. sources: where the bytes of every parameter and buffer are. parameters: the fqns among them that are
-    floating-point parameters."""
+    """prefixes, blocks, layouts and bindings run in parallel, in module order."""
 
     directory: Path
+    """Of config.json."""
     checkpoint: Checkpoint
     model: nn.Module
+    """The skeleton: its parameters are placeholders."""
     dtype: torch.dtype
+    """In which the model computes, less what insists on another."""
     sources: ParameterMap
+    """How every parameter and buffer is stored."""
     parameters: frozenset[str]
+    """Fully qualified names of floating-point parameters."""
     prefixes: tuple[str, ...]
+    """Fully qualified names of the blocks."""
     blocks: tuple[nn.Module, ...]
     layouts: tuple[BlockLayout, ...]
     bindings: tuple[Binding, ...]
     head: HeadPart | None
-    embeddings: tuple[tuple[str, nn.Embedding, Source], ...]
+    """None where the model's own loss takes whole logits, or none."""
+    embeddings: tuple[tuple[str, nn.Embedding, StoredWeight], ...]
+    """Tables of which rows are read on demand: name of the module, module, weight."""
     edges: tuple[EdgeTensor, ...]
 
     @property
@@ -139,63 +155,62 @@ def cut(
     dtype = choose_dtype(stored_dtype(checkpoint))
     model = build_on_meta(directory, dtype, trust_remote_code)
     sources = map_parameters(model, checkpoint)
-    if sources.absent:
-        raise UserError(
-            f"{directory}: the checkpoint lacks {len(sources.absent)} tensors that {type(model).__name__} would start at "
-            f"random ({', '.join(sources.absent[:3])}...). Fine-tune a checkpoint that has them, or name another class in "
-            "config.json's architectures"
-        )
+    _refuse_absent(directory, model, sources.absent)
     dtypes = dtype_plan(model, dtype)
     blocks = find_blocks(model)
     head_module = _head_module(model)
     set_placeholders(model, dtypes)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        dtypes[name] = buffer.dtype
-
-    layouts, bindings, taken = [], [], set()
-    for prefix, block in blocks.items():
-        local = _local(sources, prefix)
-        taken |= {f"{prefix}.{name}" for name in local}
-        layouts.append(layout_block(local))
-        bindings.append(
-            Binding(block, {n: dtypes[f"{prefix}.{n}"] for n in local}, {n: s.dtype for n, s in local.items()})
-        )
-
-    names = {module: name for name, module in model.named_modules()}
+    dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
+    local = {prefix: _local(sources, prefix) for prefix in blocks}
+    taken = {f"{prefix}.{name}" for prefix, weights in local.items() for name in weights}
+    bindings = (Binding(blocks[prefix], _local(dtypes, prefix), weights) for prefix, weights in local.items())
     head = None
     if head_module is not None:
-        prefix = names[head_module]
-        local = {n: sources[f"{prefix}.{n}"] for n, _ in head_module.named_parameters()}
-        taken |= {f"{prefix}.{n}" for n in local}
-        head = _cut_head(
-            prefix, head_module, local, {n: dtypes[f"{prefix}.{n}"] for n in local}, tile_tokens, tile_vocab, trains_weights
+        prefix = next(name for name, module in model.named_modules() if module is head_module)
+        weights = {name: sources[f"{prefix}.{name}"] for name, _ in head_module.named_parameters()}
+        taken |= {f"{prefix}.{name}" for name in weights}
+        head = _cut_head(prefix, head_module, weights, _local(dtypes, prefix), tile_tokens, tile_vocab, trains_weights)
+    embeddings = _cut_embeddings(model, sources, taken, trains_weights)
+    taken |= {f"{name}.weight" for name, _, _ in embeddings}
+    edges = []
+    for name, source in sources.items():
+        if name not in taken:
+            owner, _, attribute = name.rpartition(".")
+            edges.append(EdgeTensor(name, model.get_submodule(owner), attribute, source, dtypes[name]))
+    parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    return ModelParts(
+        directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
+        tuple(layout_block(weights) for weights in local.values()), tuple(bindings), head, embeddings, tuple(edges),
+    )  # fmt: skip
+
+
+def _local(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What is within the module `prefix`, by local name."""
+    return {name[len(prefix) + 1 :]: value for name, value in values.items() if name.startswith(f"{prefix}.")}
+
+
+def _refuse_absent(directory: Path, model: nn.Module, absent: Sequence[str]) -> None:
+    if absent:
+        raise UserError(
+            f"{directory}: the checkpoint lacks {len(absent)} tensors that {type(model).__name__} would start at "
+            f"random ({', '.join(absent[:3])}...). Fine-tune a checkpoint that has them, or name another class in "
+            "config.json's architectures"
         )
 
-    embeddings = []
-    for module, name in names.items():
+
+def _cut_embeddings(
+    model: nn.Module, sources: ParameterMap, taken: Collection[str], trains_weights: bool
+) -> tuple[tuple[str, nn.Embedding, StoredWeight], ...]:
+    found = []
+    for name, module in model.named_modules():
         weight = f"{name}.weight"
         if isinstance(module, nn.Embedding) and weight not in taken and weight in sources:
             # A subclass may take something else than ids (OPT's positions take the mask): only the input table surely doesn't.
             is_input = module is input_table(model)
             is_large = sources[weight].num_bytes >= ROWS_ON_DEMAND_MIN_BYTES
             if is_input if trains_weights else is_large and (is_input or type(module) is nn.Embedding):
-                embeddings.append((name, module, sources[weight]))
-                taken.add(weight)
-
-    edges = []
-    for name, source in sources.items():
-        if name not in taken:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            edges.append(EdgeTensor(name, owner, name.rpartition(".")[2], source, dtypes[name]))
-    parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
-    return ModelParts(
-        directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
-        tuple(layouts), tuple(bindings), head, tuple(embeddings), tuple(edges),
-    )  # fmt: skip
-
-
-def _local(sources: Mapping[str, Source], prefix: str) -> dict[str, Source]:
-    return {name[len(prefix) + 1 :]: source for name, source in sources.items() if name.startswith(f"{prefix}.")}
+                found.append((name, module, sources[weight]))
+    return tuple(found)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -224,7 +239,7 @@ def _head_module(model: nn.Module) -> nn.Linear | None:
 def _cut_head(
     name: str,
     module: nn.Linear,
-    sources: dict[str, Source],
+    sources: dict[str, StoredWeight],
     dtypes: dict[str, torch.dtype],
     tile_tokens: int | None,
     tile_vocab: int | None,
@@ -232,33 +247,21 @@ def _cut_head(
 ) -> HeadPart:
     weight = sources["weight"]
     # Chunks of a trained head are units of the working store, which must be the same on every machine.
-    row_bytes = prod(weight.shape[1:]) * (weight.dtype if trained else dtypes["weight"]).itemsize
+    row_bytes = weight.num_bytes // weight.shape[0] if trained else dense_bytes(weight.shape[1:], dtypes["weight"])
     default_tokens, default_vocab = default_tiles(weight.shape[0], row_bytes, trained)
     tile_vocab = min(tile_vocab or default_vocab, weight.shape[0])
     starts = tuple(range(0, weight.shape[0], tile_vocab))
     layouts = _head_layouts(sources, starts, tile_vocab)
-    binding = Binding(module, dtypes, {n: s.dtype for n, s in sources.items()})
+    binding = Binding(module, dtypes, sources)
     binding.convert_at_bind()  # once a step, not once a tile
     return HeadPart(name, module, layouts, starts, binding, tile_tokens or default_tokens, tile_vocab)
 
 
-def _head_layouts(sources: Mapping[str, Source], starts: Sequence[int], tile_vocab: int) -> tuple[BlockLayout, ...]:
+def _head_layouts(sources: Mapping[str, StoredWeight], starts: Sequence[int], tile_vocab: int) -> tuple[BlockLayout, ...]:
     return tuple(
-        layout_block({n: slice_rows(s, start, min(start + tile_vocab, s.shape[0])) for n, s in sources.items()})
+        layout_block({n: s.rows([(start, min(start + tile_vocab, s.shape[0]))]) for n, s in sources.items()})
         for start in starts
     )
-
-
-def slice_rows(source: Source, start: int, stop: int) -> Source:
-    row_bytes = source.num_bytes // source.shape[0]
-    low, high = start * row_bytes, stop * row_bytes
-    pieces = []
-    for piece in source.pieces:
-        first, last = max(piece.target_offset, low), min(piece.target_offset + piece.num_bytes, high)
-        if first < last:
-            shift = first - piece.target_offset
-            pieces.append(Extent(piece.path, piece.file_offset + shift, last - first, first - low))
-    return Source(source.dtype, (stop - start, *source.shape[1:]), tuple(pieces))
 
 
 def describe_blocks(blocks: Sequence[nn.Module]) -> str:

@@ -1,0 +1,36 @@
+"""Weight formats: see `base.StoredWeight`, and [Note: a new format] there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from offload.weights.checkpoint import TensorEntry
+from offload.weights.formats.base import Stored, StoredWeight, stored_name
+from offload.weights.formats.plain import Extent, PlainTensor
+
+__all__ = ["FORMATS", "Extent", "FoundWeight", "PlainTensor", "Stored", "StoredWeight", "find_weights", "stored_name"]
+
+FORMATS: tuple[type[StoredWeight], ...] = (PlainTensor,)
+"""In the order in which they look for their weights: plain is what no other has found."""
+
+
+class FoundWeight(NamedTuple):
+    """A weight of a checkpoint, before it is known which parameter it is: its format, and its stored tensors by field."""
+
+    form: type[StoredWeight]
+    parts: dict[str, TensorEntry]
+
+
+def find_weights(entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None) -> dict[str, FoundWeight]:
+    """Every weight of a checkpoint, by the name that it would have if it were plain.
+
+    quantization: `quantization_config` of config.json.
+    """
+    left, found = dict(entries), {}
+    for form in FORMATS:
+        weights = form.find(left, quantization)
+        found |= {name: FoundWeight(form, parts) for name, parts in weights.items()}
+        taken = {entry.name for parts in weights.values() for entry in parts.values()}
+        left = {name: entry for name, entry in left.items() if name not in taken}
+    return found

@@ -1,0 +1,116 @@
+"""What a weight format is: how the numbers of a weight lie in the user's files, and how they are computed with.
+
+A weight of the model is stored as one or more *stored tensors* (`PlainTensor`: dtype, shape, extents). What moves bytes
+(layouts, reads, slots) knows stored tensors only. What computes (a binding, a table of embeddings, the head) asks the weight.
+
+[Note: a new format]
+A format is a class: a frozen dataclass whose fields of type `PlainTensor` are the stored tensors of one weight (packed numbers,
+scales, zero points) and whose other fields say how to read them. `find` recognises the format, `rows` cuts a matrix, `decode`
+gives its numbers. Everything else has a default here. One line in `FORMATS` makes it known.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offload.weights.checkpoint import TensorEntry
+
+if TYPE_CHECKING:
+    from offload.weights.formats.plain import PlainTensor
+
+Stored = Tensor | dict[str, Tensor]
+"""Bytes of a weight in memory: its stored tensors by name; of a plain one, the tensor."""
+
+
+def stored_name(name: str, part: str) -> str:
+    """The name of a weight's stored tensor in a layout: `q_proj.weight` is stored as `q_proj.weight.scale` and others."""
+    return f"{name}.{part}" if part else name
+
+
+class StoredWeight(ABC):
+    """One weight (or persistent buffer) of the model as its files have it. Equal ones are the same bytes."""
+
+    __slots__ = ()
+
+    word: ClassVar[str]
+    """The format, in messages: "stored as ..."."""
+    shape: tuple[int, ...]
+    """Of the numbers: the module's. A field or a property."""
+
+    @classmethod
+    @abstractmethod
+    def find(
+        cls, entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
+    ) -> dict[str, dict[str, TensorEntry]]:
+        """The weights of a checkpoint that are in this format: the name that the weight would have if it were plain -> field of
+        this class -> the tensor that is stored for it.
+
+        entries: tensors that no format before has found, by name. quantization: `quantization_config` of config.json.
+        """
+
+    @classmethod
+    def make(
+        cls, shape: tuple[int, ...], parts: Mapping[str, PlainTensor], quantization: Mapping[str, Any] | None
+    ) -> StoredWeight:
+        """The weight of these parts, as `find` named them. shape: what the model expects, for formats that do not store it.
+
+        Raises CheckpointError for parts that do not fit each other.
+        """
+        return cls(**parts)
+
+    @property
+    def tensors(self) -> dict[str, PlainTensor]:
+        """The stored tensors by field; a plain weight's only one is "". """
+        from offload.weights.formats.plain import PlainTensor
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, PlainTensor)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all stored tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def can_be_updated(self) -> bool:
+        """Whether kernels can change the numbers where they are stored, by an optimizer's step or by noise."""
+        return False
+
+    def moved(self, move: Callable[[PlainTensor], PlainTensor]) -> StoredWeight:
+        """The same numbers with every stored tensor where `move` says."""
+        return replace(self, **{name: move(tensor) for name, tensor in self.tensors.items()})
+
+    @abstractmethod
+    def rows(self, ranges: Iterable[tuple[int, int]]) -> Self:
+        """Of a matrix, the rows [start, stop) of all ranges, one after the other: those bytes and no others."""
+
+    def load(self, read: Callable[[PlainTensor], Tensor]) -> Stored:
+        """What `read` makes of every stored tensor."""
+        return {name: read(tensor) for name, tensor in self.tensors.items()}
+
+    def take(self, views: Mapping[str, Tensor], name: str) -> Stored:
+        """This weight's stored tensors out of a slot's. name: what the weight is called in the slot's layout."""
+        return {part: views[stored_name(name, part)] for part in self.tensors}
+
+    def is_stored_as(self, dtype: torch.dtype) -> bool:
+        """Whether the stored bytes are the numbers in `dtype`, and need no decoding."""
+        return False
+
+    @abstractmethod
+    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
+        """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta."""
+
+    def linear(self, x: Tensor, stored: Stored, bias: Tensor | None = None) -> Tensor:
+        """x [n, columns] times the weight [rows, columns] transposed, plus bias [rows]: [n, rows] in the dtype of `x`."""
+        return functional.linear(x, self.decode(stored, x.dtype), bias)
+
+    def linear_backward(self, grad: Tensor, stored: Stored) -> Tensor:
+        """The gradient of `x` in `linear`: grad [n, rows] times the weight, [n, columns]."""
+        return grad @ self.decode(stored, grad.dtype)
