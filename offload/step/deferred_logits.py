@@ -156,8 +156,8 @@ def _float(x: torch.Tensor, columns: slice) -> torch.Tensor:
 
 def _needs_whole_logits(operation: str) -> UserError:
     return UserError(
-        f"the model applies {operation} to its logits or its loss. Logits are never whole here, so only elementwise "
-        "operations, a choice of rows and cross entropy are possible: this model's own loss can't be streamed"
+        f"the model applies {operation} to its logits or its loss. A tiled loss never has whole logits, so only "
+        "elementwise operations, a choice of rows and cross entropy are possible: this model's own loss can't be streamed"
     )
 
 
