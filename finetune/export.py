@@ -15,7 +15,7 @@ from finetune.runs.tuned_weights import check_whole
 from memory.errors import UserError
 from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
-from offload.perturb.replay import moved_sources, replay
+from offload.perturb.replay import Changes, moved_sources, replay
 from offload.perturb.variants import noise_keys
 from offload.update.export import export_store
 from offload.update.parts import find_trained
@@ -129,11 +129,11 @@ def _export_journal(
     if folded is not None:
         first_step, checkpoint = folded
         sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
+    stored_dtypes = {name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()}
+    changes = Changes(sources, keys, journal.noise, journal.groups(first_step, steps), stored_dtypes)
     replay(
-        checkpoint, sources, keys, journal.noise, journal.groups(first_step, steps), directory,
-        stored_dtypes={name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()},
-        side_files=_side_files(config, model),
-        io_backend=config.engine.io_backend, progress=progress,
+        checkpoint, changes, directory,
+        side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps
 

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from memory.errors import UserError
 from offload.files.sealed import file_checksum, seal, unseal
 from offload.perturb.journal import Journal
 from offload.residency.io import IOEngine
+from offload.residency.pieces import new_pool, pass_through
 from offload.update.rules import checksum
 from offload.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
@@ -31,12 +29,12 @@ CHECKSUMS = "checksums.json"
 _BUFFERS = 4
 _NAME = re.compile(r"step-\d{8}")
 
-Piece = tuple[int, int, int]
+WrittenRange = tuple[int, int, int]
 """(offset in its file, bytes, update_rules.checksum of them)"""
 
 
-def write_checksums(directory: Path, steps: str, weights: Mapping[str, Sequence[Piece]]) -> None:
-    """Says what was written to `directory`: the digest of its steps, and the pieces, without gaps, of every file of weights."""
+def write_checksums(directory: Path, steps: str, weights: Mapping[str, Sequence[WrittenRange]]) -> None:
+    """Says what was written to `directory`: the digest of its steps, and the ranges, without gaps, of every file of weights."""
     others = {path.name: file_checksum(path) for path in directory.glob("*.index.json")}
     content = seal({"steps": steps, "weights": weights, "others": others})
     (directory / CHECKSUMS).write_text(json.dumps(content, separators=(",", ":")))
@@ -76,32 +74,23 @@ def _check(directory: Path, steps: str, io_backend: str) -> None:
             if file_checksum(directory / name) != expected:
                 raise CheckpointError(f"{name} is damaged")
         with IOEngine(io_backend) as io:
-            for name, pieces in content["weights"].items():
-                _check_weights(io, directory / name, pieces)
+            for name, written in content["weights"].items():
+                _check_weights(io, directory / name, written)
     except FileNotFoundError as error:
         raise CheckpointError(f"{Path(error.filename).name} is not there") from error
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{CHECKSUMS} is damaged ({error})") from error
 
 
-def _check_weights(io: IOEngine, path: Path, pieces: Sequence[Piece]) -> None:
-    end = sum(num_bytes for _, num_bytes, _ in pieces)
+def _check_weights(io: IOEngine, path: Path, written: Sequence[WrittenRange]) -> None:
+    end = sum(num_bytes for _, num_bytes, _ in written)
     if path.stat().st_size != end:
         raise CheckpointError(f"{path.name} has {path.stat().st_size} bytes, expected {end}")
-    size = -(-max(num_bytes for _, num_bytes, _ in pieces) // 4096) * 4096
-    memory = torch.empty(_BUFFERS * size + 4096, dtype=torch.uint8)
-    free = list(memory[-memory.data_ptr() % 4096 :][: _BUFFERS * size].split(size))
-    file, waiting, reading = io.open(path), deque(pieces), deque()
+    pool, file = new_pool(max(num_bytes for _, num_bytes, _ in written), _BUFFERS), io.open(path)
     try:
-        while waiting or reading:
-            while waiting and free:
-                piece, buffer = waiting.popleft(), free.pop()
-                reading.append((piece, buffer, io.submit_reads([(file, piece[0], piece[1], buffer.data_ptr())])))
-            (offset, num_bytes, expected), buffer, ticket = reading.popleft()
-            io.wait(ticket)
-            if checksum(buffer, num_bytes) != expected:
+        for (offset, num_bytes, expected), piece in pass_through(io, pool, ((r, file, r[0], r[1]) for r in written)):
+            if checksum(piece.buffer, num_bytes) != expected:
                 raise CheckpointError(f"{path.name} is damaged: {num_bytes} bytes at {offset} do not match their checksum")
-            free.append(buffer)
     except UserError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
     finally:

@@ -21,7 +21,7 @@ from torch import nn
 from memory.plan import Plan
 from offload.devices import Device
 from offload.noise.noise import Noise, parameter_key
-from offload.perturb.replay import moved_sources, replay
+from offload.perturb.replay import Changes, moved_sources, replay
 from offload.perturb.variants import (
     Perturbation,
     PerturbedBlocks,
@@ -149,11 +149,11 @@ class PerturbedModel(StreamedModel):
         steps: the digest of all steps that the weights then hold. See [Note: where moved weights live].
         """
         rounds = any(group.rounding != "exact" for group in self.perturbation.pending)
-        replay(
-            self.parts.checkpoint, self.parts.sources, self.keys, self.perturbation.noise, self.perturbation.pending,
-            directory, stored_dtypes=self.stored_dtypes, dtype=None if rounds else torch.float32,
-            steps=steps, io_backend=self.io.backend, progress=progress,
+        changes = Changes(
+            self.parts.sources, self.keys, self.perturbation.noise, self.perturbation.pending, self.stored_dtypes,
+            None if rounds else torch.float32,
         )  # fmt: skip
+        replay(self.parts.checkpoint, changes, directory, steps=steps, io_backend=self.io.backend, progress=progress)
         self.move_to(read_checkpoint(directory))
 
     def move_to(self, checkpoint: Checkpoint) -> None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from offload.noise import noise
-from offload.perturb.folds import Piece, write_checksums
+from offload.perturb.folds import WrittenRange, write_checksums
 from offload.residency.io import IOEngine
+from offload.residency.pieces import new_pool, pass_through
 from offload.update.rules import checksum
 from offload.weights.checkpoint import Checkpoint, TensorEntry
 from offload.weights.checkpoint_directory import new_checkpoint
@@ -33,61 +35,80 @@ BUFFER_BYTES = BUFFERS * 3 * CHUNK_BYTES  # each has room for a chunk and for it
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-class _Piece(NamedTuple):
-    """Bytes [offset, offset + num_bytes) of a file are elements from `first_element` on of the parameter with `key`, which
-    has so many columns (0: it has one dimension)."""
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What steps make of a checkpoint."""
 
-    offset: int
-    num_bytes: int
+    sources: ParameterMap
+    """Where parameters are in it."""
+    keys: Mapping[str, int]
+    """Fully qualified name -> key of its noise, of every parameter that changes."""
+    noise: noise.Noise
+    groups: Sequence[noise.Group]
+    """What is added, in order."""
+    stored_dtypes: Mapping[str, torch.dtype]
+    """Name of a tensor in the files -> dtype that the groups' rounding rounds to."""
+    dtype: torch.dtype | None = None
+    """What tensors that change are written as; None: as `stored_dtypes` says."""
+
+    def spans(self) -> dict[Path, list[_Span]]:
+        """By file, sorted."""
+        found: dict[Path, set[_Span]] = defaultdict(set)
+        for name, key in self.keys.items():
+            source = self.sources[name]
+            columns = source.shape[-1] if len(source.shape) > 1 else 0
+            for piece in source.extents:
+                for path, offset, num_bytes, skip in (
+                    Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
+                    *copies_of(self.sources.copies, piece.path, piece.file_offset, piece.num_bytes),
+                ):
+                    first = (piece.target_offset + skip) // source.dtype.itemsize
+                    found[path].add(_Span(offset, offset + num_bytes, key, first, columns))
+        return {path: sorted(spans) for path, spans in found.items()}
+
+
+class _Span(NamedTuple):
+    """Bytes [start, stop) of a file are elements from `first_element` on of the parameter with `key`, which has so many columns
+    (0: it has one dimension)."""
+
+    start: int
+    stop: int
     key: int
     first_element: int
     columns: int
 
 
 class _Chunk(NamedTuple):
+    """Bytes of a tensor, and where they go. dtype: what they are written as; None: they are copied."""
+
     entry: TensorEntry
     offset: int  # in the original file
     num_bytes: int
+    dtype: torch.dtype | None
     new_offset: int
     new_bytes: int
 
 
 def replay(
     checkpoint: Checkpoint,
-    sources: ParameterMap,
-    keys: Mapping[str, int],
-    kind: noise.Noise,
-    groups: Sequence[noise.Group],
+    changes: Changes,
     directory: Path,
     *,
-    stored_dtypes: Mapping[str, torch.dtype],
-    dtype: torch.dtype | None = None,
     steps: str | None = None,
     side_files: Mapping[Path, Path] | None = None,
     io_backend: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes `checkpoint` with `groups` applied to `directory`, which appears only once it is whole and durable.
+    """Writes `checkpoint` with `changes` to `directory`, which appears only once it is whole and durable.
 
-    keys: parameter fqn -> key of its noise; others are copied. stored_dtypes: tensor name -> dtype that rounding rounds to.
-    dtype: what moved tensors become; None: what `stored_dtypes` says. steps: the digest of the steps that are in the result,
-    kept beside it with checksums (`offload.perturb.folds`); None: neither is. side_files: as `new_checkpoint` takes them.
-    progress: bytes of the original done, and of all.
+    steps: the digest of the steps that are in the result, kept beside it with checksums (`offload.perturb.folds`); None:
+    neither is. side_files: as `new_checkpoint` takes them. progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
-    pieces = _pieces(sources, keys)
-    moved = {
-        entry.name
-        for entry in checkpoint.tensors.values()
-        if any(p.offset < entry.offset + entry.num_bytes and entry.offset < p.offset + p.num_bytes
-               for p in pieces.get(entry.path, ()))
-    }  # fmt: skip
-    new_dtypes = {name: (dtype or stored_dtypes[name]) if name in moved else None for name in checkpoint.tensors}
     with new_checkpoint(directory, checkpoint, side_files) as temporary, IOEngine(io_backend) as io:
-        writer = _Writer(io, pieces, kind, groups, stored_dtypes, checkpoint.num_bytes, progress)
+        writer = _Writer(io, checkpoint, changes, progress)
         for path in checkpoint.files:
-            entries = sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda e: e.offset)
-            writer.write_file(path, temporary / path.name, entries, new_dtypes)
+            writer.write_file(path, temporary / path.name)
         if steps is not None:
             write_checksums(temporary, steps, writer.written)
 
@@ -131,122 +152,71 @@ def _moved(source: PlainTensor, by_file: Mapping[Path, list[TensorEntry]], new: 
     return PlainTensor(dtype, source.shape, tuple(pieces))
 
 
-def _pieces(sources: ParameterMap, keys: Mapping[str, int]) -> dict[Path, list[_Piece]]:
-    found: dict[Path, set[_Piece]] = defaultdict(set)
-    for name, key in keys.items():
-        itemsize, shape = sources[name].dtype.itemsize, sources[name].shape
-        columns = shape[-1] if len(shape) > 1 else 0
-        for piece in sources[name].extents:
-            for path, offset, num_bytes, skip in (
-                Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
-                *copies_of(sources.copies, piece.path, piece.file_offset, piece.num_bytes),
-            ):
-                first = (piece.target_offset + skip) // itemsize
-                found[path].add(_Piece(offset, num_bytes, key, first, columns))
-    return {path: sorted(pieces) for path, pieces in found.items()}
-
-
 class _Writer:
-    """Reads, moves and writes chunks of one file after the other, `BUFFERS` of them under way."""
+    """Reads, moves and writes chunks of one file after the other. written: by name of the file, all that was."""
 
     def __init__(
-        self,
-        io: IOEngine,
-        pieces: Mapping[Path, list[_Piece]],
-        kind: noise.Noise,
-        groups: Sequence[noise.Group],
-        stored_dtypes: Mapping[str, torch.dtype],
-        total_bytes: int,
-        progress: Callable[[int, int], None],
+        self, io: IOEngine, checkpoint: Checkpoint, changes: Changes, progress: Callable[[int, int], None]
     ) -> None:
         self._io = io
-        self._pieces = pieces
-        self._kind = kind
-        self._groups = groups
-        self._stored_dtypes = stored_dtypes
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
+        self._checkpoint = checkpoint
+        self._changes = changes
+        self._spans = changes.spans()
         self._progress = progress
-        self.written: dict[str, list[Piece]] = defaultdict(list)
-        self._buffer = torch.empty(BUFFER_BYTES + 4096, dtype=torch.uint8)
-        start = -self._buffer.data_ptr() % 4096
-        self._buffers = self._buffer[start : start + BUFFER_BYTES].split(3 * CHUNK_BYTES)
+        self._done_bytes = 0
+        self._pool = new_pool(3 * CHUNK_BYTES, BUFFERS)
+        self.written: dict[str, list[WrittenRange]] = defaultdict(list)
 
-    def write_file(
-        self, old: Path, new: Path, entries: Sequence[TensorEntry], new_dtypes: Mapping[str, torch.dtype | None]
-    ) -> None:
-        header, offsets = _header(entries, new_dtypes)
+    def write_file(self, old: Path, new: Path) -> None:
+        entries = sorted((e for e in self._checkpoint.tensors.values() if e.path == old), key=lambda e: e.offset)
+        dtypes = {entry.name: self._new_dtype(entry) for entry in entries}
+        header, offsets = _header(entries, dtypes)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(header)
         self._note(new, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         source, target = self._io.open(old), self._io.open(new, writable=True)
-        chunks = deque(_chunks(entries, offsets, new_dtypes))
-        pieces = self._pieces.get(old, [])
-        reading: deque[tuple[_Chunk, torch.Tensor, int]] = deque()
-        writing: deque[tuple[torch.Tensor, int]] = deque()
-        free = list(self._buffers)
-        first_piece = 0
-        while chunks or reading:
-            while chunks and free:
-                chunk, buffer = chunks.popleft(), free.pop()
-                ticket = self._io.submit_reads([(source, chunk.offset, chunk.num_bytes, buffer.data_ptr())])
-                reading.append((chunk, buffer, ticket))
-            if not reading:
-                buffer, ticket = writing.popleft()
-                self._io.wait(ticket)
-                free.append(buffer)
-                continue
-            chunk, buffer, ticket = reading.popleft()
-            self._io.wait(ticket)
-            while (
-                first_piece < len(pieces) and pieces[first_piece].offset + pieces[first_piece].num_bytes <= chunk.offset
-            ):
-                first_piece += 1
-            result = buffer[CHUNK_BYTES : CHUNK_BYTES + chunk.new_bytes]
-            self._fill(chunk, buffer[: chunk.num_bytes], result, pieces, first_piece, new_dtypes[chunk.entry.name])
+        spans = deque(self._spans.get(old, ()))
+        chunks = ((chunk, source, chunk.offset, chunk.num_bytes) for chunk in _chunks(entries, offsets, dtypes))
+        for chunk, piece in pass_through(self._io, self._pool, chunks):
+            while spans and spans[0].stop <= chunk.offset:
+                spans.popleft()
+            result = piece.buffer[CHUNK_BYTES : CHUNK_BYTES + chunk.new_bytes]
+            self._fill(chunk, piece.buffer[: chunk.num_bytes], result, spans)
             self._note(new, chunk.new_offset, result)
-            ticket = self._io.submit_writes([(target, chunk.new_offset, chunk.new_bytes, result.data_ptr())])
-            writing.append((buffer, ticket))
-            while writing and (self._io.done(writing[0][1]) or not free and not chunks):
-                buffer, ticket = writing.popleft()
-                self._io.wait(ticket)
-                free.append(buffer)
+            piece.write([(target, chunk.new_offset, chunk.new_bytes, result.data_ptr())])
             self._done_bytes += chunk.num_bytes
-            self._progress(self._done_bytes, self._total_bytes)
-        for _, ticket in writing:
-            self._io.wait(ticket)
+            self._progress(self._done_bytes, self._checkpoint.num_bytes)
         self._io.sync(target)
         self._io.close_file(target)
         self._io.close_file(source)
 
+    def _new_dtype(self, entry: TensorEntry) -> torch.dtype | None:
+        """What the tensor is written as; None: it does not change."""
+        start, stop = entry.offset, entry.offset + entry.num_bytes
+        if any(span.start < stop and start < span.stop for span in self._spans.get(entry.path, ())):
+            return self._changes.dtype or self._changes.stored_dtypes[entry.name]
+        return None
+
     def _note(self, path: Path, offset: int, written: torch.Tensor) -> None:
         self.written[path.name].append((offset, written.numel(), checksum(written, written.numel())))
 
-    def _fill(
-        self,
-        chunk: _Chunk,
-        read: torch.Tensor,
-        result: torch.Tensor,
-        pieces: Sequence[_Piece],
-        first_piece: int,
-        new_dtype: torch.dtype | None,
-    ) -> None:
-        if new_dtype is None:
+    def _fill(self, chunk: _Chunk, read: torch.Tensor, result: torch.Tensor, spans: Iterable[_Span]) -> None:
+        """spans: sorted; some may be of later chunks."""
+        if chunk.dtype is None:
             result.copy_(read)
             return
-        old, new = read.view(TORCH_DTYPES[chunk.entry.dtype]), result.view(new_dtype)
+        old, new = read.view(TORCH_DTYPES[chunk.entry.dtype]), result.view(chunk.dtype)
         new.copy_(old)
-        end = chunk.offset + chunk.num_bytes
-        for index in range(first_piece, len(pieces)):
-            piece = pieces[index]
-            if piece.offset >= end:
+        changes, end = self._changes, chunk.offset + chunk.num_bytes
+        for span in spans:
+            if span.start >= end:
                 break
-            low, high = max(piece.offset, chunk.offset), min(piece.offset + piece.num_bytes, end)
+            low, high = max(span.start, chunk.offset), min(span.stop, end)
             if low < high:
                 first, last = (low - chunk.offset) // old.itemsize, (high - chunk.offset) // old.itemsize
-                parameter = noise.Parameter(piece.key, piece.columns, self._stored_dtypes[chunk.entry.name])
-                at = piece.first_element + (low - piece.offset) // old.itemsize
-                noise.move(self._kind, parameter, old[first:last], self._groups, [noise.Target(new[first:last])], at)
+                parameter = noise.Parameter(span.key, span.columns, changes.stored_dtypes[chunk.entry.name])
+                at = span.first_element + (low - span.start) // old.itemsize
+                noise.move(changes.noise, parameter, old[first:last], changes.groups, [noise.Target(new[first:last])], at)
 
 
 def _header(
@@ -282,7 +252,7 @@ def _chunks(
                 if dtype is None
                 else (_scaled(entry, start, dtype), _scaled(entry, num_bytes, dtype))
             )
-            yield _Chunk(entry, entry.offset + start, num_bytes, offsets[entry.name] + new_start, new_bytes)
+            yield _Chunk(entry, entry.offset + start, num_bytes, dtype, offsets[entry.name] + new_start, new_bytes)
 
 
 def _scaled(entry: TensorEntry, num_bytes: int, dtype: torch.dtype) -> int:
