@@ -67,8 +67,8 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
 class HeldOut:
     """Rows that are measured in the middle of a training run, and the shape of the passes that its plan has room for."""
 
-    rows: TextRows | TensorRows
-    shape: BatchShape
+    rows: TextRows | TensorRows  # all of the evaluation data
+    shape: BatchShape  # of a pass over them
 
 
 def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) -> tuple[PlannedRun, HeldOut | None]:

@@ -30,12 +30,12 @@ class ArenaStats:
     because the arena had no room: results stay right, but the memory is over what was planned.
     """
 
-    capacity_bytes: int
-    used_bytes: int
+    capacity_bytes: int  # of address space
+    used_bytes: int  # in blocks now
     peak_bytes: int
     extent_bytes: int
-    largest_free_bytes: int
-    blocks: int
+    largest_free_bytes: int  # of one free range
+    blocks: int  # in use now
     overflow_bytes: int
     overflow_peak_bytes: int
 
@@ -73,7 +73,7 @@ class Arena:
 class ArenaUnavailable:
     """Why tensors stay with the C library's allocator. Falsy, so `if arena:` tells the two results apart."""
 
-    reason: str
+    reason: str  # in words, for messages
 
     def __bool__(self) -> bool:
         return False

@@ -21,10 +21,10 @@ def round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
 class Lease:
     """The right to use one slot until `release`. `buffer` is the slot's bytes: uint8 [slot_bytes]."""
 
-    pool: SlotPool
-    index: int
+    pool: SlotPool  # that lends the slot
+    index: int  # of the slot in its pool
     buffer: torch.Tensor
-    released: bool = False
+    released: bool = False  # whether it was given back: then the buffer is another's
 
     @property
     def address(self) -> int:

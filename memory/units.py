@@ -90,7 +90,7 @@ def available_host_bytes() -> int:
 class CgroupLimit:
     """used_bytes: without pages of files, which the kernel takes back when it needs to; 0 where it cannot be read."""
 
-    limit_bytes: int
+    limit_bytes: int  # memory that the group may use
     used_bytes: int
 
 

@@ -12,9 +12,9 @@ _PACKAGE = Path(__file__).parent.parent
 class Preset:
     """`goal` is the first comment line of the file."""
 
-    name: str
+    name: str  # the file's name without `.yaml`
     goal: str
-    path: Path
+    path: Path  # of the file
 
 
 def presets_folder() -> Path:

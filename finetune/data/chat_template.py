@@ -57,8 +57,8 @@ class Style:
 class Rendered:
     """The text of an example, and the (start, end) of what is trained in it, in characters."""
 
-    text: str
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    text: str  # as the template writes it
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of what is trained in `text`: (start, end)
 
 
 class ChatTemplate:

@@ -31,8 +31,8 @@ from finetune.data.forms import Chat, Pair, Parsed, TextPiece, Tokens
 class Encoded:
     """One sequence, int32 [tokens] each, not longer than the sequence length; `truncated`: it was."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
+    input_ids: np.ndarray  # token ids
+    labels: np.ndarray  # the ids again, -100 where nothing is trained
     truncated: bool
 
 

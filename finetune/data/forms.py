@@ -72,8 +72,8 @@ class Pair:
 class Tokens:
     """Token ids and labels of the same length; a label is an id or -100."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int]  # as they stand in the row
+    labels: list[int]  # -100: not trained
 
 
 Parsed = Chat | Pair | TextPiece | Tokens

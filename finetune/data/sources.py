@@ -45,17 +45,17 @@ class TextPiece:
     """A consecutive part of one plain-text document."""
 
     text: str
-    first: bool
-    last: bool
+    first: bool  # whether the document begins with it
+    last: bool  # whether the document ends with it
 
 
 @dataclass(frozen=True, slots=True)
 class File:
     """A local file, with what tells one version of it from another."""
 
-    path: str
-    size: int
-    mtime_ns: int
+    path: str  # absolute
+    size: int  # in bytes
+    mtime_ns: int  # of the last change, in nanoseconds
     sha256: str | None = None  # set for rows handed over in memory, whose temporary file has no lasting identity
 
     @property
@@ -75,9 +75,9 @@ class File:
 class HubSplit:
     """One split of a dataset on the hub."""
 
-    id: str
-    config: str | None
-    split: str
+    id: str  # of the data set, such as owner/name
+    config: str | None  # of the data set; None: its only or default one
+    split: str  # such as train or train[:100]
     commit: str | None  # None when the hub could not be asked
 
     @property

@@ -37,18 +37,18 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 class Job:
     """Everything the process needs; `folder` exists and is empty."""
 
-    folder: str
-    sources: list[dict[str, Any]]
-    tokenizer: str
-    fingerprint: str
-    model: str
-    sequence_length: int
-    form: str
-    completion_only: bool
+    folder: str  # where the cache is written
+    sources: list[dict[str, Any]]  # fields of the `File` and `HubSplit` objects to read
+    tokenizer: str  # directory of its files
+    fingerprint: str  # of the tokenizer's files, which the cache's name holds
+    model: str  # its directory or id, for messages
+    sequence_length: int  # tokens of an example at most
+    form: str  # of the rows, see `finetune.data.forms`; or auto
+    completion_only: bool  # see `DatasetOptions`, as for the next three
     append_eos: bool | None
     chat_template: str | None
     trust_remote_code: bool
-    choices: bool
+    choices: bool  # whether every row gets all completions of the data as candidates
 
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:

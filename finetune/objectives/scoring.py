@@ -34,7 +34,7 @@ class Asked:
     accounts[i] says what the cross entropy counts for: 0 the loss, 1 + r * K + k candidate k of row r.
     """
 
-    input_ids: np.ndarray
+    input_ids: np.ndarray  # of the sequence
     positions: np.ndarray
     targets: np.ndarray
     accounts: np.ndarray

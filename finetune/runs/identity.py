@@ -40,10 +40,10 @@ class RunIdentity:
     """model_name: as PEFT is to find it, see `model_name`. examples: rows of the data. dtype: that is computed in. prompts: how
     rows of text were written, "chat" or "plain", for those who ask the model; None: in both ways, or not known."""
 
-    config: Config
+    config: Config  # whose keys that change numbers count
     model_name: str
-    model_digest: str
-    data_digest: str
+    model_digest: str  # of configuration, headers and a sample of the weights
+    data_digest: str  # of all tokens or tensors
     examples: int
     dtype: torch.dtype
     prompts: str | None = None

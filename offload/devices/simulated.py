@@ -37,14 +37,14 @@ Range = tuple[int, int]  # addresses, end exclusive
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    direction: Direction
-    clock: Clock
+    direction: Direction  # which link it takes
+    clock: Clock  # see [Note: clocks]
     dst: np.ndarray  # uint8 [num_bytes], a view that keeps its memory alive; so is src
-    src: np.ndarray
+    src: np.ndarray  # uint8 [num_bytes]
     kept_src: np.ndarray | None = None  # the source's bytes, when a later copy has taken its place
     staged: np.ndarray | None = None  # the result, until it is published
-    error: BaseException | None = None
-    discarded: bool = False
+    error: BaseException | None = None  # that it ended in
+    discarded: bool = False  # its slot was released first: nothing of it counts
 
     @property
     def name(self) -> str:

@@ -40,7 +40,7 @@ class Record:
     """Step `step` (from 0): weights times `scale`, plus the updates. `scalars`: what the estimator wants to remember."""
 
     step: int
-    learning_rate: float
+    learning_rate: float  # of the step, as the schedule gave it
     updates: tuple[Update, ...]
     scale: float = 1.0
     scalars: tuple[float, ...] = ()

@@ -18,8 +18,8 @@ COPY_PROBE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    read_bytes_per_second: float
-    flops_per_second: float
+    read_bytes_per_second: float  # from the model's disk, with direct I/O
+    flops_per_second: float  # of a product in the dtype that computes
     copy_bytes_per_second: float = float("inf")  # to the device
 
 

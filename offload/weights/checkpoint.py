@@ -45,12 +45,12 @@ class CheckpointError(UserError):
 class TensorEntry:
     """One tensor in a file. `offset` counts bytes from the start of the file, not of its data section."""
 
-    name: str
-    dtype: str
+    name: str  # in the file
+    dtype: str  # safetensors' word, such as BF16
     shape: tuple[int, ...]
-    path: Path
+    path: Path  # of the file
     offset: int
-    num_bytes: int
+    num_bytes: int  # of its data
 
 
 @dataclass(frozen=True)
