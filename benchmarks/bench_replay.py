@@ -23,9 +23,9 @@ from safetensors import safe_open
 
 from finetune.config import Config
 from finetune.methods.zeroth_order import probe_seed
+from offload.files.checkpoint import read_checkpoint
 from offload.noise.noise import Group, Noise, Parameter, Target, Update, move, parameter_key
 from offload.perturb.journal import Journal, Record
-from offload.weights.checkpoint import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import noise_reference as reference  # noqa: E402

@@ -13,6 +13,7 @@ from finetune.runs.directory import reading, recorded
 from finetune.runs.identity import check_model, check_same_run, recorded_setting
 from finetune.runs.tuned_weights import check_whole
 from memory.errors import UserError
+from offload.files.checkpoint import resolve_model
 from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
 from offload.perturb.replay import Changes, moved_sources, replay
@@ -20,7 +21,6 @@ from offload.perturb.variants import noise_keys
 from offload.update.export import export_store
 from offload.update.parts import find_trained
 from offload.update.store import StoredPiece, lock_store, read_manifest
-from offload.weights.checkpoint import resolve_model
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parts import cut
 

@@ -42,6 +42,7 @@ from memory.onednn_cache import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, 
 from memory.plan import Demand, Limits, Wishes, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.devices import Device, choose_device
+from offload.files.checkpoint import read_header, resolve_model
 from offload.noise.noise import Noise
 from offload.perturb.perturbed_model import PerturbedModel
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
@@ -49,7 +50,6 @@ from offload.sizing.positions import longest_row
 from offload.streamed_model import StreamedModel
 from offload.update.parts import TrainedParts, check_storage, find_trained
 from offload.update.trained_model import TrainedModel
-from offload.weights.checkpoint import read_header, resolve_model
 from offload.weights.finite import first_not_finite
 from offload.weights.layout import aligned_bytes
 from offload.weights.parts import cut

@@ -21,8 +21,8 @@ from finetune.generate import generate
 from finetune.methods import zeroth_order
 from finetune.objectives.token_loss import TokenLoss
 from memory.errors import UserError
+from offload.files.checkpoint import read_header
 from offload.streamed_model import StreamedModel
-from offload.weights.checkpoint import read_header
 from offload.weights.finite import first_not_finite
 
 NAME = "model.layers.1.mlp.up_proj.weight"

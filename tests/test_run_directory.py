@@ -21,9 +21,9 @@ from finetune.export import export
 from finetune.runs.directory import RunDirectory, reading
 from finetune.runs.identity import RunIdentity, model_name, settings
 from memory.errors import UserError
+from offload.files.checkpoint import read_checkpoint
 from offload.files.new_directory import new_directory
 from offload.files.sealed import unseal
-from offload.weights.checkpoint import read_checkpoint
 from offload.weights.digest import model_digest
 
 ROWS = [{"prompt": f"hello {i} there", "completion": " cat" if i % 3 else " was great"} for i in range(7)]

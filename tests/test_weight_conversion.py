@@ -12,7 +12,7 @@ import transformers as tf
 from extents import read_source
 from transformers import core_model_loading as ops
 
-from offload.weights.checkpoint import CheckpointError, TensorEntry
+from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
 from offload.weights.formats import PlainTensor
 

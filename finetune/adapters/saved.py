@@ -21,7 +21,7 @@ from finetune.adapters.lora_options import check_loaded
 from finetune.adapters.peft_files import task_type
 from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
 from memory.errors import UserError
-from offload.weights.checkpoint import TensorEntry, read_header
+from offload.files.checkpoint import TensorEntry, read_header
 from offload.weights.formats import PlainTensor
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parameter_map import ParameterMap

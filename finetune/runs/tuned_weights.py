@@ -21,13 +21,13 @@ from finetune.reporting.report import last_step
 from finetune.runs.directory import reading, recorded
 from finetune.runs.identity import check_model, check_same_run, recorded_setting
 from memory.errors import UserError
+from offload.files.checkpoint import Checkpoint
 from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
 from offload.perturb.perturbed_model import PerturbedModel
 from offload.update.parts import find_trained
 from offload.update.store import StoredPiece, read_manifest
 from offload.update.stored_parts import check_pieces, stored_parts
-from offload.weights.checkpoint import Checkpoint
 from offload.weights.parts import ModelParts, cut
 
 

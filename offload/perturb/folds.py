@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from memory.errors import UserError
+from offload.files.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from offload.files.sealed import file_checksum, seal, unseal
 from offload.perturb.journal import Journal
 from offload.residency.io import IOEngine
 from offload.residency.pieces import new_pool, pass_through
 from offload.update.rules import checksum
-from offload.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
 CHECKSUMS = "checksums.json"
 _BUFFERS = 4

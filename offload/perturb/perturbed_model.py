@@ -20,6 +20,7 @@ from torch import nn
 
 from memory.plan import Plan
 from offload.devices import Device
+from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.noise.noise import Noise, parameter_key
 from offload.perturb.replay import Changes, moved_sources, replay
 from offload.perturb.variants import (
@@ -34,7 +35,6 @@ from offload.perturb.variants import (
 from offload.step.engine import Weights
 from offload.step.head import HeadChunk
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel
-from offload.weights.checkpoint import Checkpoint, read_checkpoint
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parts import EdgeTensor, ModelParts
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 
+from offload.files.checkpoint import Checkpoint, TensorEntry
 from offload.noise import noise
 from offload.perturb.folds import WrittenRange, write_checksums
 from offload.residency.io import IOEngine
 from offload.residency.pieces import new_pool, pass_through
 from offload.update.rules import checksum
-from offload.weights.checkpoint import Checkpoint, TensorEntry
 from offload.weights.checkpoint_directory import new_checkpoint
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
 from offload.weights.formats.plain import TORCH_DTYPES

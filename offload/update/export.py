@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from offload.files.checkpoint import Checkpoint
 from offload.residency.io import IOEngine
 from offload.update.parts import TrainedParts
 from offload.update.rules import checksum
 from offload.update.store import StoredPiece, damaged
 from offload.update.units import UpdateUnit
-from offload.weights.checkpoint import Checkpoint
 from offload.weights.checkpoint_directory import new_checkpoint
 from offload.weights.parameter_map import ParameterMap, copies_of
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memory.errors import UserError
+from offload.files.checkpoint import Checkpoint
 from offload.files.new_directory import new_directory
-from offload.weights.checkpoint import Checkpoint
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from offload.weights.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
+from offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
 from offload.weights.formats import Extent
 
 # A tensor cut into more and smaller pieces than this (a transposed matrix: every element) would be read far below the

@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from offload.weights.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
 
 SAMPLE_BYTES = 4096
 MAX_SAMPLED_TENSORS = 2048

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from offload.weights.checkpoint import TensorEntry
+from offload.files.checkpoint import TensorEntry
 from offload.weights.formats.plain import TORCH_DTYPES
 
 PIECE_BYTES = 4 * 2**20  # a multiple of every element's size

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from offload.weights.checkpoint import Checkpoint, CheckpointError
+from offload.files.checkpoint import Checkpoint, CheckpointError
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
 from offload.weights.formats import Extent, FoundWeight, PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.plain import torch_dtype

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from memory.errors import UserError
+from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
-from offload.weights.checkpoint import Checkpoint, read_checkpoint
 from offload.weights.formats import StoredWeight
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, layout_block
@@ -167,16 +167,12 @@ def cut(
     head = None
     if head_module is not None:
         prefix = next(name for name, module in model.named_modules() if module is head_module)
-        weights = {name: sources[f"{prefix}.{name}"] for name, _ in head_module.named_parameters()}
+        weights = _local(sources, prefix)
         taken |= {f"{prefix}.{name}" for name in weights}
         head = _cut_head(prefix, head_module, weights, _local(dtypes, prefix), tile_tokens, tile_vocab, trains_weights)
     embeddings = _cut_embeddings(model, sources, taken, trains_weights)
     taken |= {f"{name}.weight" for name, _, _ in embeddings}
-    edges = []
-    for name, source in sources.items():
-        if name not in taken:
-            owner, _, attribute = name.rpartition(".")
-            edges.append(EdgeTensor(name, model.get_submodule(owner), attribute, source, dtypes[name]))
+    edges = (_edge(model, name, source, dtypes[name]) for name, source in sources.items() if name not in taken)
     parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     return ModelParts(
         directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
@@ -187,6 +183,11 @@ def cut(
 def _local(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """What is within the module `prefix`, by local name."""
     return {name[len(prefix) + 1 :]: value for name, value in values.items() if name.startswith(f"{prefix}.")}
+
+
+def _edge(model: nn.Module, name: str, source: StoredWeight, dtype: torch.dtype) -> EdgeTensor:
+    owner, _, attribute = name.rpartition(".")
+    return EdgeTensor(name, model.get_submodule(owner), attribute, source, dtype)
 
 
 def _refuse_absent(directory: Path, model: nn.Module, absent: Sequence[str]) -> None:

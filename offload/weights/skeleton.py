@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,31 +21,15 @@ from memory.errors import UserError
 
 def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The architecture that config.json names, all tensors on meta, in eval mode. Raises UserError when it is unknown."""
-    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-        initialization,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, initialization
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
     architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    is_other_model = model_class is not None and not isinstance(config, model_class.config_class or object)
-    is_bare = model_class is MODEL_MAPPING.get(type(config), ())  # saved without a head, which may be the embedding
-    if is_other_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(
-            f"{directory / 'config.json'}: model_type is {config.model_type}, of which {architectures[0]}, named by "
-            "architectures, is not: correct the one that is wrong"
-        )
-    if (is_other_model or is_bare) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # as AutoModelForCausalLM, which goes by model_type
+    model_class = _model_class(config, architectures, directory)
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
         if model_class is not None:
             try:
@@ -66,6 +52,24 @@ def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool =
         if getattr(getattr(module, "config", None), "use_cache", None):
             module.config.use_cache = False
     return model.eval()
+
+
+def _model_class(config: Any, architectures: Sequence[str], directory: Path) -> Any:
+    """The class of Transformers that config.json asks for; None where there is none of that name."""
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    is_other_model = model_class is not None and not isinstance(config, model_class.config_class or object)
+    is_bare = model_class is MODEL_MAPPING.get(type(config), ())  # saved without a head, which may be the embedding
+    if is_other_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{directory / 'config.json'}: model_type is {config.model_type}, of which {architectures[0]}, named by "
+            "architectures, is not: correct the one that is wrong"
+        )
+    if (is_other_model or is_bare) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # as AutoModelForCausalLM, which goes by model_type
+    return model_class
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,10 +12,10 @@ from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.devices import RaceError
 from offload.devices.simulated import SimulatedDevice
+from offload.files.checkpoint import read_checkpoint
 from offload.residency.io import IOEngine
 from offload.residency.tiers import DeviceTier
 from offload.sizing.calibration import Rates
-from offload.weights.checkpoint import read_checkpoint
 from offload.weights.parts import cut
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from offload.weights.checkpoint import TensorEntry
+from offload.files.checkpoint import TensorEntry
 from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.plain import Extent, PlainTensor
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offload.weights.checkpoint import TensorEntry
+from offload.files.checkpoint import TensorEntry
 
 if TYPE_CHECKING:
     from offload.weights.formats.plain import PlainTensor

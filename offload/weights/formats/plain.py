@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offload.weights.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
+from offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
 from offload.weights.formats.base import StoredWeight
 
 STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache

@@ -226,6 +226,32 @@ def read_header(path: Path) -> list[TensorEntry]:
 
     Raises CheckpointError naming the file, the tensor, what was expected and what was found.
     """
+    text, file_bytes = _header_text(path)
+    header = _parse_json(text, f"{path}: header")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _damaged(path, "'__metadata__' to be an object of strings", f"{metadata!r:.60}")
+
+    data_start = 8 + len(text)
+    infos = sorted(((name, *_tensor_info(path, name, info)) for name, info in header.items()), key=lambda row: row[3:])
+    entries, end = [], 0
+    for name, dtype, shape, begin, stop in infos:
+        if begin != end or stop < begin:
+            _damaged(path, f"tensor '{name}' to start at data byte {end}, where another ends", f"{begin} to {stop}")
+        expected = _num_bytes(path, name, dtype, shape)
+        if expected != stop - begin:
+            _damaged(path, f"tensor '{name}' of {dtype} {list(shape)} to have {expected} bytes", f"{stop - begin}")
+        entries.append(TensorEntry(name, dtype, shape, path, data_start + begin, stop - begin))
+        end = stop
+    if data_start + end != file_bytes:
+        last = f"tensor '{entries[-1].name}'" if entries else "the header"
+        state = "truncated" if file_bytes < data_start + end else "longer than it should be"
+        _damaged(path, f"{data_start + end} bytes, the end of {last}", f"{file_bytes} bytes (the file is {state})")
+    return entries
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The JSON of the header, and the size of the file."""
     try:
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -242,27 +268,7 @@ def read_header(path: Path) -> list[TensorEntry]:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     if not text.startswith(b"{"):
         _damaged(path, "a header that starts with '{'", repr(text[:8]))
-    header = _parse_json(text, f"{path}: header")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _damaged(path, "'__metadata__' to be an object of strings", f"{metadata!r:.60}")
-
-    data_start = 8 + header_bytes
-    infos = sorted(((name, *_tensor_info(path, name, info)) for name, info in header.items()), key=lambda row: row[3:])
-    entries, end = [], 0
-    for name, dtype, shape, begin, stop in infos:
-        if begin != end or stop < begin:
-            _damaged(path, f"tensor '{name}' to start at data byte {end}, where another ends", f"{begin} to {stop}")
-        expected = _num_bytes(path, name, dtype, shape)
-        if expected != stop - begin:
-            _damaged(path, f"tensor '{name}' of {dtype} {list(shape)} to have {expected} bytes", f"{stop - begin}")
-        entries.append(TensorEntry(name, dtype, shape, path, data_start + begin, stop - begin))
-        end = stop
-    if data_start + end != file_bytes:
-        last = f"tensor '{entries[-1].name}'" if entries else "the header"
-        state = "truncated" if file_bytes < data_start + end else "longer than it should be"
-        _damaged(path, f"{data_start + end} bytes, the end of {last}", f"{file_bytes} bytes (the file is {state})")
-    return entries
+    return text, file_bytes
 
 
 def _tensor_info(path: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -16,7 +16,7 @@ from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 
 from memory.slots import PAGE_BYTES
-from offload.weights.checkpoint import CheckpointError, TensorEntry, read_checkpoint
+from offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from offload.weights.conversion import PlacementTensor, extents_of
 from offload.weights.formats import PlainTensor
 from offload.weights.layout import align_views, aligned_bytes, bind_views, layout_block, row_ranges, view_slot
