@@ -20,7 +20,8 @@ from offload.perturb.replay import Changes, moved_sources, replay
 from offload.perturb.variants import noise_keys
 from offload.update.export import export_store
 from offload.update.parts import find_trained
-from offload.update.store import StoredPiece, lock_store, read_manifest
+from offload.update.store import lock_store, read_manifest
+from offload.update.stored_parts import StoredPieces
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parts import cut
 
@@ -89,11 +90,9 @@ def _export_locked_store(
         tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
     )  # fmt: skip
     check_model(f"the run in {config.output} tuned", about["model"], parts, config.model)
-    pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
-    trained = find_trained(parts, recorded_setting(about, "train"))
-    trained.check_layout(store, about)
+    stored = StoredPieces.of(store, manifest, find_trained(parts, recorded_setting(about, "train")))
     export_store(
-        parts.checkpoint, parts.sources, trained, store / "data", pieces, directory,
+        parts.checkpoint, parts.sources, stored, directory,
         side_files=_side_files(config, model), io_backend=config.engine.io_backend, progress=progress,
     )  # fmt: skip
     return steps

@@ -26,8 +26,8 @@ from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
 from offload.perturb.perturbed_model import PerturbedModel
 from offload.update.parts import find_trained
-from offload.update.store import StoredPiece, read_manifest
-from offload.update.stored_parts import check_pieces, stored_parts
+from offload.update.store import read_manifest
+from offload.update.stored_parts import StoredPieces, stored_parts
 from offload.weights.parts import ModelParts, cut
 
 
@@ -54,17 +54,16 @@ class StoredWeights:
 
     def place(self, parts: ModelParts) -> ModelParts:
         """`parts` of the original, with their bytes where they are now. Every stored byte is checked once, here."""
-        config, about, data = self._config, self._manifest["about"], self._run / "store" / "data"
+        config, about = self._config, self._manifest["about"]
         check_model(f"the run in {self._run} tuned", about["model"], parts, config.model)
-        pieces = {(unit, index): StoredPiece(*values) for unit, index, *values in self._manifest["pieces"]}
         units = cut(
             parts.directory, trust_remote_code=config.trust_remote_code, trains_weights=True,
             tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
         )  # fmt: skip
         trained = find_trained(units, recorded_setting(about, "train"))
-        trained.check_layout(data.parent, about)
-        check_pieces(trained, data, pieces, config.engine.io_backend)
-        return stored_parts(parts, trained, data, pieces)
+        stored = StoredPieces.of(self._run / "store", self._manifest, trained)
+        stored.check(config.engine.io_backend)
+        return stored_parts(parts, stored)
 
     def close(self) -> None:
         self._held.close()

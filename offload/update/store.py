@@ -26,6 +26,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ class StoredPiece:
     def ranges(self) -> list[tuple[int, int]]:
         """(offset, bytes) in the data file."""
         return [(self.offset, self.kept_bytes), (self.state_offset, self.state_bytes)]
+
+
+def stored_pieces(manifest: Mapping[str, Any]) -> dict[Key, StoredPiece]:
+    """Those of a manifest."""
+    return {(unit, index): StoredPiece(*values) for unit, index, *values in manifest["pieces"]}
 
 
 class WorkingStore:
@@ -127,8 +133,7 @@ class WorkingStore:
                 "happen"
             )
         self.about, self.step, self.notes = content["about"], content["step"], content["notes"]
-        for unit, index, *values in content["pieces"]:
-            self.pieces[unit, index] = StoredPiece(*values)
+        self.pieces = stored_pieces(content)
 
     def place(self, key: Key, kept_bytes: int, state_bytes: int) -> tuple[int, int]:
         """Where the next version of a piece goes in the data file: what is kept, and the state. Raises UserError when the

@@ -5,37 +5,99 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from offload.residency.io import IOEngine
-from offload.update.export import stored_moves
+from offload.residency.pieces import new_pool, pass_through
 from offload.update.parts import TrainedParts
 from offload.update.rules import checksum
-from offload.update.store import StoredPiece, damaged
+from offload.update.store import Key, StoredPiece, damaged, stored_pieces
+from offload.update.units import PIECE_BYTES, UpdateUnit
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.parameter_map import ParameterMap
+from offload.weights.parameter_map import ParameterMap, copies_of
 from offload.weights.parts import ModelParts
 
 _Range = tuple[int, int, int]
 """Bytes [start, stop) of a file of the checkpoint, and where the store's file has what they are now."""
 
 
-def stored_parts(
-    parts: ModelParts, trained: TrainedParts, data: Path, pieces: Mapping[tuple[str, int], StoredPiece]
-) -> ModelParts:
-    """`parts`, of the original, read from the store's file `data` where it has pieces. trained: the units of the pieces."""
+class Move(NamedTuple):
+    """`num_bytes` bytes from `image_offset` of a unit's image on belong at `file_offset` of a file of the checkpoint."""
+
+    image_offset: int
+    num_bytes: int
+    path: Path
+    file_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPieces:
+    """What a working store has of a model's weights."""
+
+    trained: TrainedParts
+    """The units of the pieces."""
+    data: Path
+    """The store's file."""
+    pieces: Mapping[Key, StoredPiece]
+
+    @classmethod
+    def of(cls, directory: Path, manifest: Mapping[str, Any], trained: TrainedParts) -> StoredPieces:
+        """Of the store in `directory`. Raises UserError when its pieces are not those of `trained`."""
+        trained.check_layout(directory, manifest["about"])
+        return cls(trained, directory / "data", stored_pieces(manifest))
+
+    def of_unit(self, unit: UpdateUnit) -> dict[int, StoredPiece]:
+        """By index in the unit, ascending."""
+        found = ((index, self.pieces.get((unit.name, index))) for index in range(len(unit.pieces)))
+        return {index: stored for index, stored in found if stored is not None}
+
+    def moves(self, unit: UpdateUnit, sources: ParameterMap) -> Iterator[tuple[int, Move]]:
+        """(index of the piece, move) for what the store has of the unit."""
+        moves = list(_moves(unit, sources))
+        for index in self.of_unit(unit):
+            piece = unit.pieces[index]
+            for move in moves:
+                start = max(move.image_offset, piece.start)
+                stop = min(move.image_offset + move.num_bytes, piece.start + piece.num_bytes)
+                if start < stop:
+                    yield index, Move(start, stop - start, move.path, move.file_offset + start - move.image_offset)
+
+    def check_piece(self, unit: UpdateUnit, index: int, weights: torch.Tensor) -> None:
+        """Raises UserError unless `weights` (uint8), freshly read, are what was written."""
+        if checksum(weights, weights.numel()) != self.pieces[unit.name, index].weights_sum:
+            raise damaged(self.data, unit.name, unit.pieces[index], "weights")
+
+    def check(self, io_backend: str = "auto") -> None:
+        """Reads the weights of all pieces once. Raises UserError when one is not what was written."""
+        if not self.pieces:
+            return
+        with IOEngine(io_backend) as io:
+            file = io.open(self.data)
+            ranges = (
+                ((unit, index, stored.weights_bytes), file, stored.offset, stored.weights_bytes)
+                for unit in self.trained.units
+                for index, stored in self.of_unit(unit).items()
+            )
+            for (unit, index, num_bytes), piece in pass_through(io, new_pool(PIECE_BYTES, 1), ranges):
+                self.check_piece(unit, index, piece.buffer[:num_bytes])
+
+
+def stored_parts(parts: ModelParts, stored: StoredPieces) -> ModelParts:
+    """`parts`, of the original, read from the store where it has pieces."""
     ranges: dict[Path, list[_Range]] = defaultdict(list)
-    for unit in trained.units:
-        for index, move in stored_moves(unit, parts.sources, pieces):
-            start = pieces[unit.name, index].offset + move.image_offset - unit.pieces[index].start
+    for unit in stored.trained.units:
+        for index, move in stored.moves(unit, parts.sources):
+            start = stored.pieces[unit.name, index].offset + move.image_offset - unit.pieces[index].start
             ranges[move.path].append((move.file_offset, move.file_offset + move.num_bytes, start))
     for found in ranges.values():
         found.sort()
 
     def move(tensor: PlainTensor) -> PlainTensor:
-        extents = (one for extent in tensor.extents for one in _placed(extent, ranges.get(extent.path, ()), data))
+        extents = (one for extent in tensor.extents for one in _placed(extent, ranges.get(extent.path, ()), stored.data))
         return PlainTensor(tensor.dtype, tensor.shape, tuple(extents))
 
     known: dict[StoredWeight, StoredWeight] = {}
@@ -49,19 +111,19 @@ def stored_parts(
     return parts.on(parts.checkpoint, sources)
 
 
-def check_pieces(
-    trained: TrainedParts, data: Path, pieces: Mapping[tuple[str, int], StoredPiece], io_backend: str = "auto"
-) -> None:
-    """Reads the weights of all pieces once. Raises UserError when one is not what was written."""
-    with IOEngine(io_backend) as io:
-        file = io.open(data) if pieces else -1
-        for unit in trained.units:
-            for index, piece in enumerate(unit.pieces):
-                if (stored := pieces.get((unit.name, index))) is not None:
-                    buffer = torch.empty(stored.weights_bytes, dtype=torch.uint8)
-                    io.wait(io.submit_reads([(file, stored.offset, buffer.numel(), buffer.data_ptr())]))
-                    if checksum(buffer, buffer.numel()) != stored.weights_sum:
-                        raise damaged(data, unit.name, piece, "weights")
+def _moves(unit: UpdateUnit, sources: ParameterMap) -> Iterator[Move]:
+    """Where the trained bytes of the image come from in the original, and where it holds them once more: read ranges cut to
+    the trained parameters."""
+    for name in unit.fqns:
+        view = unit.layout.views[name]
+        low, high = view.slot_offset, view.end
+        for read in unit.layout.reads:
+            start, stop = max(low, read.slot_offset), min(high, read.slot_offset + read.num_bytes)
+            if start < stop:
+                offset = read.file_offset + start - read.slot_offset
+                yield Move(start, stop - start, read.path, offset)
+                for path, at, num_bytes, skip in copies_of(sources.copies, read.path, offset, stop - start):
+                    yield Move(start + skip, num_bytes, path, at)
 
 
 def _placed(extent: Extent, ranges: Sequence[_Range], data: Path) -> Iterator[Extent]:
