@@ -66,3 +66,12 @@ def test_options_in_a_document_are_options_of_the_command(document):
 def test_commands_are_found_in_all_kinds_of_code():
     text = "`finetune plan`\n\n    finetune run a \\\n      --seed 1\n\n```sh\n$ finetune eval --json\n```\nfinetune: no\n"
     assert [line.split() for line in commands(text)] == [["eval", "--json"], ["run", "a", "--seed", "1"], ["plan"]]
+
+
+def test_examples_for_contributors_are_the_trees():
+    """A block of Python that begins with a file's name is a part of that file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", text, re.M | re.S)
+    assert blocks
+    for path, code in blocks:
+        assert code.rstrip("\n") in (ROOT / path).read_text(encoding="utf-8"), (path, code)
