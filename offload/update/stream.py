@@ -215,10 +215,11 @@ class StateStream:
 
     def write(self, piece: StatePiece, updates: int) -> None:
         """Starts to write the new version of a piece that was taken, whose state has been updated so often now."""
-        layout, address = piece.format, piece.lease.address
+        layout, buffer = piece.format, piece.buffer
         offset, state_offset = self._store.place(piece.key, layout.state_offset, layout.state_bytes)
         bounds = (0, layout.master_offset, layout.state_offset, layout.num_bytes)
-        sums = [self._sum(piece.buffer[low:high]) for low, high in pairwise(bounds)]
+        sums = [self._sum(buffer[low:high]) for low, high in pairwise(bounds)]
+        address = buffer.data_ptr()
         extents = [
             (self._store.file, offset, layout.state_offset, address),
             (self._store.file, state_offset, layout.state_bytes, address + layout.state_offset),
