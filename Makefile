@@ -1,11 +1,11 @@
-# Everything from a clean clone: `make demo`, `make test`, `make lint`.
+# Everything from a clean clone: `make demo`, `make test`, `make test-all`, `make lint`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc finetune offload memory configs -type f \
 	-not -name '*.pyc' -not -path '*/__pycache__*' 2>/dev/null)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slow test-all lint setup clean
 
 # An unchanged tree is not built again.
 setup: $(VENV)/.installed
@@ -26,8 +26,16 @@ demo: setup $(VENV)/.model
 	$(BIN)/python -m finetune.demo
 
 # One process a core, so one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --dist=worksteal
+
+# What finds most faults soonest; `test-all` runs the rest as well.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --dist=worksteal
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -18,3 +19,14 @@ def small_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is not slow is chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen = Counter()
+    for item in items:
+        if every := item.get_closest_marker("every"):
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % every.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1

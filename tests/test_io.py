@@ -395,6 +395,7 @@ def run_python(code: str, *flags: str, timeout: float = 30) -> subprocess.Comple
     return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.every(2)
 def test_works_under_python_O_and_ends_without_close(tmp_path, backend):
     content = make_file(tmp_path / "data", 20_001)
     code = f"""
@@ -412,6 +413,7 @@ engine.submit_reads([(file_id, 0, 20_001, ctypes.addressof(buffer))])
     assert result.stdout.strip() == hashlib.sha256(content.tobytes()).hexdigest()
 
 
+@pytest.mark.every(2)
 def test_ctrl_c_interrupts_a_wait(tmp_path, backend):
     with open(tmp_path / "data", "wb") as file:
         file.truncate(64 << 20)

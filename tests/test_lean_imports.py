@@ -74,6 +74,7 @@ def test_heavy_modules_stay_out_of_a_whole_training_run() -> None:
     assert trained(True)[2] == ""
 
 
+@pytest.mark.slow
 def test_the_real_compiler_comes_when_asked_for() -> None:
     run("""
 import torch

@@ -45,6 +45,7 @@ for kind in (0, 1):
 """
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("count, first", [(1, 0), (4096, 0), (2999, 77), (300, (1 << 39) - 130)])

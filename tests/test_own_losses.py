@@ -195,6 +195,7 @@ def streamed_step(kind: Kind, folder: Path, out: Path, **changes: Any) -> dict[s
 LORA = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "init_lora_weights": "gaussian"}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", KINDS)
 def test_loss_and_gradient_are_the_models_own(name, tmp_path):
     kind = KINDS[name]

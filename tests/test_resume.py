@@ -216,6 +216,7 @@ def test_a_killed_run_goes_on_from_what_was_committed(models, data, tmp_path, un
     assert_same(Left.by(config), unbroken)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(models, data, tmp_path, unbroken):
     config = run_config(models["float32"], data, tmp_path / "out", LONG)
     process = start(config, tmp_path)

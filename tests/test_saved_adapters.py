@@ -102,6 +102,7 @@ SAME = {
 }  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", SAME)
 @pytest.mark.parametrize("ends", ["apart", "tied"])
 def test_gives_plain_pefts_losses(case, ends, model, tied, tmp_path):

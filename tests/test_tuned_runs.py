@@ -65,6 +65,7 @@ def measured(config: Config, rows: str, folder: Path) -> float:
     return evaluate(make_config(model, folder / "evaluated", eval_data=rows), adapter)["loss"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_in_the_run_is_that_of_what_it_has_tuned_so_far(
     method, models, data, other_rows, tmp_path, monkeypatch  # noqa: F811
@@ -93,6 +94,7 @@ def test_evaluation_in_the_run_is_that_of_what_it_has_tuned_so_far(
 TUNED = [("lora", "float32"), ("zo", "float32"), ("zo", "bfloat16"), ("full", "bfloat16"), ("lisa", "float32")]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("method", "dtype"), TUNED)
 def test_a_run_is_measured_and_speaks_without_an_export(method, dtype, models, data, other_rows, tmp_path):  # noqa: F811
     """And the process is after each part as it was before: it trains again, within the same plan."""

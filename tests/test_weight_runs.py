@@ -77,6 +77,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("method", "changes"), SETTINGS.values(), ids=SETTINGS)
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(method, changes, models, data, tmp_path):  # noqa: F811
     model = models["bfloat16"]
@@ -97,6 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(method, changes, models,
     assert not all(value.equal(weights(model)[name]) for name, value in weights(tmp_path / "a").items())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_state_that_is_kept_is_not_read(name, models, data, tmp_path, monkeypatch):  # noqa: F811
     def read_in_last_step(output: str) -> int:
@@ -125,6 +127,7 @@ def _metrics(config: Config) -> list[str]:
     return (config.output / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lisa"])
 def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # noqa: F811
     """Killed at random moments of its steps and commits."""
@@ -146,6 +149,7 @@ def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # n
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("part", ["weights", "master", "state"])
 def test_a_flipped_bit_is_found(part, models, data, tmp_path):  # noqa: F811
     config = config_of(models["bfloat16"], data, tmp_path / "out")

@@ -75,6 +75,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("zo", SETTINGS.values(), ids=SETTINGS)
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(zo, models, data, tmp_path):  # noqa: F811
     model = models["bfloat16"]
@@ -102,6 +103,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("zo", [SETTINGS["exact"], SETTINGS["stochastic"]], ids=["exact", "stochastic"])
 def test_folded_weights_are_only_a_shortcut(zo, models, data, tmp_path, capfd):  # noqa: F811
     """Export, and a resumed run, give the same weights with and without what was folded."""
@@ -145,6 +147,7 @@ def test_products_of_a_run_that_has_done_more_steps_than_are_asked_for(models, d
     assert Trainer(fewer).train().report["evaluation"]["loss"] == evaluation["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(models, data, tmp_path):  # noqa: F811
     """Killed at random moments until it is done, folds included."""
     steps = 60

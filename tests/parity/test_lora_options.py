@@ -68,6 +68,7 @@ def use_of_one_end(lora: dict[str, Any]) -> bool:
     return not {"trainable_token_indices", "ensure_weight_tying"} & lora.get("extra", {}).keys()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", SAME)
 def test_gives_plain_pefts_bits(case, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)

@@ -35,6 +35,7 @@ LORA = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path):

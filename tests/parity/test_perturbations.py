@@ -162,6 +162,7 @@ def assert_exported(config: Config, plain: PlainMezo, folder: Path) -> None:
         assert found[name].flatten().equal(plain.up_to_date(name).to(stored).float()), name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path, monkeypatch):
@@ -173,6 +174,7 @@ def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path, monkey
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_fifty_steps(noise, checkpoint, tokens, tmp_path):
     """Twelve of them folds."""
@@ -185,6 +187,7 @@ def test_fifty_steps(noise, checkpoint, tokens, tmp_path):
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("engine", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
@@ -199,6 +202,7 @@ def test_placements(device, engine, noise, checkpoint, tokens, tmp_path):
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
 def test_low_rank(name, device, checkpoint, tokens, tmp_path, monkeypatch):

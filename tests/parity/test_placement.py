@@ -53,6 +53,7 @@ def skip_without_uring(engine: dict) -> None:
                 pytest.skip(io.backend_reason)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("engine", CPU, ids=str)
 def test_cpu(engine, golden, checkpoint, tokens, tmp_path, spill_everything):
     engine = {"io_backend": "io_uring", **engine}
@@ -61,6 +62,7 @@ def test_cpu(engine, golden, checkpoint, tokens, tmp_path, spill_everything):
     assert_same_bits(run, golden)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("engine", SIMULATED, ids=str)
 def test_simulated_device(engine, golden, checkpoint, tokens, tmp_path, spill_everything):
     config = make_config(checkpoint("llama"), tokens, tmp_path / "out", device="simulated", engine=engine)
@@ -91,6 +93,7 @@ def smallest_device(config: Config) -> Config:
     return config.model_copy(update={"device_memory": refused.value.smallest_bytes})
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("resident", [0, 2])
 def test_disk_bytes_do_not_depend_on_the_number_of_micro_batches(resident, checkpoint, tokens, tmp_path, monkeypatch):
     """At most 2 x (model - resident) a step, and what is read once: edges and resident blocks."""
@@ -140,6 +143,7 @@ class TestMissingWait:
             streamed_run(config)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("tiles", [{"loss_tile_tokens": 5}, {"loss_tile_vocab": 33}, {"loss_tile_vocab": 1}])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_tiles_round_differently_but_mean_the_same(name, tiles, checkpoint, tokens, tmp_path):

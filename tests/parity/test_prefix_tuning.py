@@ -39,6 +39,7 @@ class PlainPrefix(PlainMezo):
         self.group, self.losses = [], []
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "device"),

@@ -91,6 +91,7 @@ class PlainProducts(PlainMezo):
         return y.view(*x.shape[:-1], -1)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "device"),
@@ -107,6 +108,7 @@ def test_architectures(name, device, dtype, checkpoint, tokens, tmp_path, monkey
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("rounding", "dtype", "engine"),
     [("exact", dtype, engine) for dtype in ("float32", "bfloat16") for engine in PLACEMENTS]

@@ -216,6 +216,7 @@ def weights_config(model: Any, data: Any, output: Any, method: str = "full", **c
     return make_config(model, data, output, **{"method": method} | changes)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "mixtral", "vit"])
@@ -262,6 +263,7 @@ def test_selected_blocks(method, checkpoint, tokens, tmp_path):
     assert_same(streamed(config, tmp_path / "model"), expected)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize(
     ("optimizer", "name"),
@@ -311,6 +313,7 @@ def assert_same_beside_an_accelerator(model: Any, tokens: Any, directory: Any, c
 SLOW_LINK = {"simulated_copy_gbps": 0.5, "simulated_delay_ms": 0.3}
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize(
     "engine",
@@ -329,6 +332,7 @@ def test_updates_beside_an_accelerator(name, engine, clipping, checkpoint, token
     assert_same_beside_an_accelerator(checkpoint(name, torch.bfloat16), tokens, tmp_path, clipping, engine)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
@@ -342,6 +346,7 @@ def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, t
     assert_same_beside_an_accelerator(checkpoint(name, torch.bfloat16), tokens, tmp_path, clipping, SLOW_LINK)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", ["lisa", "badam", "slimfit", "frugal"])
 def test_selected_blocks_beside_an_accelerator(method, checkpoint, tokens, tmp_path):
     config = weights_config(
