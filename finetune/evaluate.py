@@ -30,6 +30,7 @@ from finetune.runs.tuned_weights import as_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
+from offload.sizing.needs import HOST_BLOCKS, HOST_HEAD
 from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
@@ -185,8 +186,9 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
     planned = best
     while True:
         parts, plan = planned.parts, planned.plan
-        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident)
-        if parts.head is not None and len(parts.head.layouts) > plan.head_slots:
+        resident = plan.slots[HOST_BLOCKS].resident
+        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in resident)
+        if parts.head is not None and len(parts.head.layouts) > plan.count(HOST_HEAD):
             streamed += sum(layout.num_bytes for layout in parts.head.layouts)
         reading = streamed * -(-micro_batches // lanes)
         if reading < least:

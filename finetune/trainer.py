@@ -42,6 +42,7 @@ from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
 from finetune.reporting.run_report import run_report
 from finetune.runs.directory import RunDirectory
+from finetune.runs.disk import check_disk
 from finetune.runs.identity import RunIdentity
 from finetune.runs.signals import REPEAT_SECONDS, Stopped, stop_requests
 from finetune.session import Session
@@ -51,7 +52,6 @@ from finetune.training.loop import TrainingLoop
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
-from memory.units import format_bytes, parse_bytes
 from offload.sizing.calibration import Rates, measure_rates
 
 
@@ -197,7 +197,7 @@ class Trainer:
         session.num_steps = batches.num_steps
         planned, self._held_out = plan_with_evaluation(session, config, shape)
 
-        _check_disk(config, planned, directory.earlier_bytes)
+        check_disk(config, planned.plan, directory.earlier_bytes)
         about = directory.begin(identity, batches.num_steps)
         meter = MemoryMeter().start()
         progress = Progress(
@@ -316,31 +316,3 @@ def _notes(config: Config, num_steps: int) -> list[str]:
     if config.method == "zo" and not config.has_adapter and options.weight_decay and not options.decay_norms_and_biases:
         notes.append("method zo has weight decay for norms and biases too")
     return [f"note: {note}" for note in notes if note is not None]
-
-
-def _check_disk(config: Config, planned: PlannedRun, earlier_bytes: int) -> None:
-    """Raises UserError unless what the run will write fits the file system, and with that of earlier runs `--disk`."""
-    adapter_bytes = sum(p.nbytes for p in planned.trainable)
-    copies = 3 * 3 if config.method == "lora" else 0  # two kept and one being written, each with AdamW's two moments
-    data = config.output / "store" / "data"
-    existing = data.stat().st_size if data.is_file() else 0
-    parts = {
-        "resumable states": copies * adapter_bytes,
-        "adapter": adapter_bytes,
-        "the prefix that it begins as": adapter_bytes if config.tunes_prefix else 0,
-        "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
-        "working store": max(0, planned.store.num_bytes - existing) if planned.store else 0,
-        "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
-        "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
-    }
-    need = sum(parts.values())
-    free = shutil.disk_usage(config.output).free
-    allowed = free if config.disk is None else min(free, max(0, parse_bytes(config.disk, free) - earlier_bytes))
-    if need > allowed:
-        raise UserError(
-            f"the run writes up to {format_bytes(need)} under {config.output} ("
-            + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-            + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}"
-            + (f" beside {format_bytes(earlier_bytes)} of earlier runs: " if earlier_bytes and allowed < free else ": ")
-            + "make room, name another --output, or raise --disk"
-        )

@@ -7,7 +7,7 @@ import torch
 from transformers.optimization import Adafactor
 
 import offload.update.adafactor
-from memory.slots import round_up
+from memory.units import round_up
 from offload.update.adafactor import factor_bytes, factor_views, observe
 from offload.update.rules import Rule
 from offload.update.units import make_unit

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from memory.slots import PAGE_BYTES, Lease, Slab, SlotPool, round_up
+from memory.slots import Lease, Slab, SlotPool
+from memory.units import PAGE_BYTES, round_up
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from math import prod
 
 import torch
 
-from memory.slots import round_up
+from memory.units import round_up
 from offload.update.rules import Rule
 from offload.update.units import UpdateUnit
 

@@ -24,7 +24,7 @@ from math import prod
 
 import torch
 
-from memory.slots import round_up
+from memory.units import round_up
 from offload.noise import noise
 from offload.update.adafactor import TEMPORARY_BYTES, chunks, from_rows, scaled
 from offload.update.rules import Rule

@@ -17,7 +17,8 @@ from types import ModuleType
 
 import torch
 
-from memory.slots import SlotPool, round_up
+from memory.slots import SlotPool
+from memory.units import round_up
 from offload.residency.io import Extent, IOEngine
 from offload.residency.pieces import Piece, State
 from offload.update import adafactor, projections
