@@ -24,10 +24,10 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.config.unused_keys import unused_adapter_note
-from finetune.data import BatchPlan, TokenDataset, prepare
+from finetune.data import BatchPlan, TokenDataset
 from finetune.data.model_kinds import refuse_text
 from finetune.data.packed_rows import check_texts_stay_apart
-from finetune.data.preparation import describe
+from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
@@ -166,18 +166,9 @@ class Trainer:
             session.plan(kind.full_shape(config, session, longest))  # refuses too, and names the budget of full rows
             raise
         directory.take(config, inputs)
-        options = config.dataset
-        data = prepare(
-            source,
-            model=session.parts.directory,
-            cache_dir=config.output / "tokens",
-            sequence_length=options.sequence_length,
-            form=options.form,
-            completion_only=options.completion_only,
-            append_eos=False if kind.compares_choices else options.append_eos,
-            chat_template=options.chat_template,
-            trust_remote_code=config.trust_remote_code,
-            choices=kind.compares_choices,
+        append_eos = False if kind.compares_choices else config.dataset.append_eos
+        data = prepare_for(
+            config, source, session.parts.directory, choices=kind.compares_choices, append_eos=append_eos
         )
         for line in describe(data):
             print(line, file=LastingStream(sys.stderr))
