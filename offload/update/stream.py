@@ -327,9 +327,10 @@ class StateStream:
     def _pass_over(self, piece: StatePiece) -> None:
         """It was asked for, and is not needed."""
         if piece.state is State.FETCHING:
-            piece.arrive()
-            piece.acquire()
-        self.put_back(piece)
+            piece.settle()
+            self._empty(piece)
+        else:
+            self.put_back(piece)
 
     def _empty(self, piece: StatePiece) -> None:
         """Gives its buffer to others."""
