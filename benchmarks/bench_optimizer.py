@@ -15,9 +15,22 @@ from collections.abc import Callable
 
 import torch
 
-from offload.update.rules import INSTRUCTION_SETS, ROOT, Rule, Segment, StateFormat, checksum, update
+from offload.update.kernels import (
+    INSTRUCTION_SETS,
+    ROOT,
+    Code,
+    PieceState,
+    Segment,
+    StateFormat,
+    Step,
+    checksum,
+    update,
+)
+from offload.update.rules import OPTIMIZERS
+from offload.update.rules.signs import SignSgd
 
 F32, BF16 = torch.float32, torch.bfloat16
+RULES = OPTIMIZERS | {"signsgd": SignSgd}
 PAUSE_SECONDS = 0.05  # PyTorch's threads spin for a while after an operation, and would take a core from the next one
 
 
@@ -40,9 +53,10 @@ def main() -> None:
         state: str,
         master: bool,
         copied: bool,
-        **options: str,
+        rounding: str = "nearest",
+        root: str = ROOT,
     ) -> tuple[int, Callable[[], object]]:
-        rule, state_format = Rule(name, weight_decay=0.01), StateFormat(state)
+        rule, state_format = RULES[name](weight_decay=0.01), StateFormat(state)
         sizes = state_format.array_bytes(rule, count)
         w, g = weights(dtype), weights(gradient_dtype)
         arrays = {key: torch.zeros(size, dtype=torch.uint8) for key, size in sizes.items()}
@@ -52,9 +66,8 @@ def main() -> None:
         num_bytes = 2 * sum(sizes.values()) + count * (
             (2 + copied) * dtype.itemsize + gradient_dtype.itemsize + 4 * master
         )
-        return num_bytes, lambda: update(
-            rule, 5, 1e-5, [segment], arrays, count, state_format=state_format, remainder=remainder, **options
-        )
+        step, kept = Step(5, 1e-5, rounding=rounding), PieceState(count, arrays, state_format, remainder)
+        return num_bytes, lambda: update(rule, step, [segment], kept, Code(root=root))
 
     parameter = torch.nn.Parameter(weights(F32))
     parameter.grad = weights(F32)

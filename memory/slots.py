@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memory.units import round_up
+PAGE_BYTES = 4096
+
+
+def round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
+    return -(-num_bytes // multiple) * multiple
 
 
 @dataclass(slots=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.optimization import Adafactor
 
-import offload.update.adafactor
-from memory.units import round_up
-from offload.update.adafactor import factor_bytes, factor_views, observe
-from offload.update.rules import Rule
+import offload.update.matrices
+from memory.slots import round_up
+from offload.update.rules.adafactor import Adafactor as Rule
+from offload.update.rules.adafactor import factor_views, observe
 from offload.update.units import make_unit
 from offload.weights.layout import BlockLayout, View
 
@@ -28,10 +28,10 @@ def unit_of(shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
-    factors = factor_views(unit, torch.zeros(factor_bytes(unit, Rule("adafactor")), dtype=torch.uint8))
+    factors = factor_views(unit, torch.zeros(Rule().factor_bytes(unit) // 4))
     assert sum(r.numel() + c.numel() for r, c, _ in factors.values()) == 37 + 51 + 51 + 64 + 3 * 28
     for name, shape in zip(unit.fqns, SHAPES, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(shape))
@@ -42,7 +42,7 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
             parameter.grad = (gradient * scale if scale != 1 else gradient).float()
             optimizer.step()
             expected = (before - parameter.detach()).view(-1)
-            direction = observe(gradient, scale, *factors[name])
+            direction = observe(gradient, scale, factors[name])
             assert factors[name][2].item() == step
             cuts = [0, *sorted(torch.randint(0, gradient.numel() + 1, (3,)).tolist()), gradient.numel()]
             found = torch.cat([direction.of(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)])
@@ -51,6 +51,6 @@ def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
 
 def test_a_gradient_of_zeros_moves_nothing():
     unit = unit_of([(4, 6)])
-    factors = factor_views(unit, torch.zeros(factor_bytes(unit, Rule("adafactor")), dtype=torch.uint8))["p0"]
-    direction = observe(torch.zeros(4, 6), 1.0, *factors)
+    factors = factor_views(unit, torch.zeros(Rule().factor_bytes(unit) // 4))["p0"]
+    direction = observe(torch.zeros(4, 6), 1.0, factors)
     assert direction.of(3, 9).equal(torch.zeros(9))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from test_adafactor import unit_of
 
-import offload.update.adafactor
+import offload.update.matrices
 from offload.noise.noise import parameter_key
-from offload.update.projections import directions, factor_bytes
-from offload.update.rules import Rule
+from offload.update.rules.apollo import Apollo
+from offload.update.rules.frugal import Columns, Projection
+from offload.update.rules.projected import ProjectedRule
 
 SHAPES = [(37,), (4, 50), (23, 41), (41, 23), (3, 17, 11)]
 RANK = 5
@@ -26,20 +27,20 @@ def normals(seed: int, name: str, period: int, matrix: int, count: int) -> torch
 class Reference:
     """One matrix [n, m] with n <= m, in fp64."""
 
-    def __init__(self, rule: Rule, name: str, matrix: int, seed: int = 9) -> None:
+    def __init__(self, rule: ProjectedRule, name: str, matrix: int, seed: int = 9) -> None:
         self.rule, self.name, self.matrix, self.seed = rule, name, matrix, seed
         self.updates = self.since = 0
         self.first = self.second = 0.0
 
     def project(self, g: torch.Tensor) -> None:
         rule, n = self.rule, len(g)
-        period, step = divmod(self.updates, rule.interval)
-        if step == 0 and rule.name != "apollo":
+        period, step = divmod(self.updates, rule.refresh_steps)
+        if step == 0 and not isinstance(rule, Apollo):
             self.first = self.second = self.since = 0
         z = normals(self.seed, self.name, period, self.matrix, rule.rank * n)
-        if rule.name == "apollo":
+        if isinstance(rule, Apollo):
             self.p = z.view(rule.rank, n) / rule.rank**0.5
-        elif rule.name == "projection":
+        elif isinstance(rule, Projection):
             self.p = torch.linalg.qr(z.view(rule.rank, n).T).Q.T
         else:
             self.p = torch.eye(n, dtype=torch.float64)[z[:n].argsort()[: rule.rank]]
@@ -50,12 +51,12 @@ class Reference:
         (beta1, beta2), self.updates, self.since = self.rule.betas, self.updates + 1, self.since + 1
         self.first = beta1 * self.first + (1 - beta1) * low
         self.second = beta2 * self.second + (1 - beta2) * low**2
-        root = (self.second / (1 - beta2**self.since)).sqrt() + self.rule.eps
+        root = (self.second / (1 - beta2**self.since)).sqrt() + self.rule.adam_epsilon
         self.u = self.first / (1 - beta1**self.since) / root
 
     def frugal(self, g: torch.Tensor) -> torch.Tensor:
         self.project(g)
-        return self.p.T @ self.u + self.rule.scale * (g - self.p.T @ self.low).sign()
+        return self.p.T @ self.u + self.rule.sign_scale * (g - self.p.T @ self.low).sign()
 
     def apollo(self, g: torch.Tensor) -> torch.Tensor:
         self.project(g)
@@ -64,14 +65,16 @@ class Reference:
         return self.rule.scale**0.5 * g * (self.u.norm(dim=0) / (self.low.norm(dim=0) + 1e-8))
 
 
-def expected_of(rule: Rule, name: str, references: list[Reference], g: torch.Tensor, last_norm: list[float]) -> torch.Tensor:
+def expected_of(
+    rule: ProjectedRule, name: str, references: list[Reference], g: torch.Tensor, last_norm: list[float]
+) -> torch.Tensor:
     if g.dim() < 2 or min(g.shape[-2:]) <= rule.rank:
         references[0].adam(g)
         return references[0].u
     matrices = [x if x.shape[0] <= x.shape[1] else x.T for x in g.reshape(-1, *g.shape[-2:])]
-    step = Reference.apollo if rule.name == "apollo" else Reference.frugal
+    step = Reference.apollo if isinstance(rule, Apollo) else Reference.frugal
     moved = [step(reference, x) for reference, x in zip(references, matrices, strict=False)]
-    if rule.name == "apollo":
+    if isinstance(rule, Apollo):
         norm = torch.stack(moved).norm().item()
         limit = min(norm, 1.01 * last_norm[0]) if last_norm[0] else norm
         moved, last_norm[0] = [x * limit / norm for x in moved], limit
@@ -81,7 +84,7 @@ def expected_of(rule: Rule, name: str, references: list[Reference], g: torch.Ten
 class PlainDirections:
     """A torch.optim-like optimizer of one fp32 parameter."""
 
-    def __init__(self, rule: Rule, name: str, master: torch.Tensor, seed: int) -> None:
+    def __init__(self, rule: ProjectedRule, name: str, master: torch.Tensor, seed: int) -> None:
         self.rule, self.name, self.last_norm = rule, name, [0.0]
         self.references = [Reference(rule, name, i, seed) for i in range(master.shape[:-2].numel())]
         self.param_groups = [{"params": [torch.nn.Parameter(master)]}]
@@ -99,23 +102,23 @@ class PlainDirections:
 @pytest.mark.parametrize(
     "rule",
     [
-        Rule("apollo", rank=RANK, interval=2, scale=1.5),
-        Rule("apollo", rank=1, interval=3, scale=128.0),
-        Rule("projection", rank=RANK, interval=2, scale=0.1),
-        Rule("columns", rank=RANK, interval=3),
+        Apollo(rank=RANK, refresh_steps=2, scale=1.5),
+        Apollo(rank=1, refresh_steps=3, scale=128.0),
+        Projection(rank=RANK, refresh_steps=2, sign_scale=0.1),
+        Columns(rank=RANK, refresh_steps=3),
     ],
-    ids=lambda rule: f"{rule.name} {rule.rank}",
+    ids=lambda rule: f"{type(rule).__name__} {rule.rank}",
 )
 def test_directions_are_those_of_the_papers(rule, scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
-    state = torch.zeros(factor_bytes(unit, rule), dtype=torch.uint8)
+    state = torch.zeros(rule.factor_bytes(unit) // 4)
     references = {name: [Reference(rule, name, i) for i in range(3)] for name in unit.fqns}
     norms = {name: [0.0] for name in unit.fqns}
     for _ in range(5):
         gradients = {n: torch.randn(s).to(dtype) for n, s in zip(unit.fqns, SHAPES, strict=True)}
-        found = directions(unit, rule, state, gradients, scale, 9)
+        found = rule.directions(unit, state, gradients, scale, 9)
         for name, gradient in gradients.items():
             g = (gradient * scale if scale != 1 else gradient).double()
             expected = expected_of(rule, name, references[name], g, norms[name]).reshape(-1)
@@ -123,22 +126,22 @@ def test_directions_are_those_of_the_papers(rule, scale, dtype, chunk, monkeypat
             moved = torch.cat([found[name].of(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]).double()
             # A sign of next to nothing may be the other one.
             assert (moved - expected).norm() <= 2e-4 * expected.norm() or (
-                ((moved - expected).abs() > 1e-3 * expected.abs().max()).sum() <= 1 and rule.name in ("projection", "columns")
+                ((moved - expected).abs() > 1e-3 * expected.abs().max()).sum() <= 1 and not isinstance(rule, Apollo)
             ), name
 
 
 def test_state_is_of_the_rank():
-    rule, unit = Rule("apollo", rank=RANK), unit_of(SHAPES)
+    rule, unit = Apollo(rank=RANK), unit_of(SHAPES)
     elements = 2 * (37 + 200 + RANK * 41 + RANK * 41 + 3 * RANK * 17)
-    assert factor_bytes(unit, rule) == -(-4 * (elements + 2 * len(SHAPES)) // 4096) * 4096
+    assert rule.factor_bytes(unit) == 4 * (elements + 2 * len(SHAPES))
 
 
 def test_a_parameter_without_a_gradient_keeps_its_state():
-    rule, unit = Rule("projection", rank=RANK, interval=9), unit_of([(6, 8), (7, 9)])
-    state = torch.zeros(factor_bytes(unit, rule), dtype=torch.uint8)
+    rule, unit = Projection(rank=RANK, refresh_steps=9), unit_of([(6, 8), (7, 9)])
+    state = torch.zeros(rule.factor_bytes(unit) // 4)
     gradients = {"p0": torch.randn(6, 8), "p1": torch.randn(7, 9)}
-    directions(unit, rule, state, gradients, 1.0, 0)
-    before = state.view(torch.float32).clone()
-    assert list(directions(unit, rule, state, {"p0": gradients["p0"]}, 1.0, 0)) == ["p0"]
-    after, split = state.view(torch.float32), 2 * RANK * 8 + 2
+    rule.directions(unit, state, gradients, 1.0, 0)
+    before = state.clone()
+    assert list(rule.directions(unit, state, {"p0": gradients["p0"]}, 1.0, 0)) == ["p0"]
+    after, split = state, 2 * RANK * 8 + 2
     assert not after[:split].equal(before[:split]) and after[split:].equal(before[split:])

@@ -14,7 +14,7 @@ from memory.slots import Slab
 from offload.devices.base import map_host_bytes
 from offload.residency.io import FaultPlan, IOEngine
 from offload.update.gradient_spill import GradientSpill
-from offload.update.rules import Rule
+from offload.update.rules import OPTIMIZERS
 from offload.update.store import WorkingStore
 from offload.update.stream import Keeping, Request, StateStream
 from offload.update.units import UpdateUnit, make_unit
@@ -35,13 +35,13 @@ def units(tmp_path, monkeypatch) -> list[UpdateUnit]:
 
 def make_stream(io: IOEngine, directory: Path, units, *, buffers: int = 4, kept: int = 0) -> StateStream:
     store = WorkingStore(directory, io, {})
-    slot_bytes = Keeping().piece_format(units[0], 0, Rule("adamw")).num_bytes
+    slot_bytes = Keeping().piece_format(units[0], 0, OPTIMIZERS["adamw"]()).num_bytes
     pool = Slab(map_host_bytes(slot_bytes * (buffers + kept))).carve("state", slot_bytes, buffers + kept)
     return StateStream(io, store, pool, keeping=Keeping(), threads=1, kept_pieces=kept)
 
 
 def request(unit: UpdateUnit, rule: str = "adamw") -> Request:
-    return Request(unit, frozenset({"w"}), Rule(rule))
+    return Request(unit, frozenset({"w"}), OPTIMIZERS[rule]())
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lamb"])

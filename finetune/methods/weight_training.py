@@ -19,14 +19,15 @@ from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
-from finetune.methods.weight_needs import make_rule
+from finetune.methods.weight_demand import make_rule
 from finetune.objectives.base import Objective, check_gradient
 from finetune.objectives.errors import StepNotKept
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
 from offload.residency.io import IOFailure
-from offload.update.rules import Rule
+from offload.update.rules.rule import Rule
+from offload.update.rules.signs import SignSgd
 from offload.update.stream import Request
 from offload.update.trained_model import TrainedModel, Update, clip_scale
 from offload.update.units import UpdateUnit
@@ -46,7 +47,7 @@ class WeightTraining:
         store = self._model.store
         check_same_run(store.directory, store.about, about)
         self._rule, self._block_rule = make_rule(config), make_rule(config, of_blocks=True)
-        self._signs = Rule("signsgd", weight_decay=config.training.weight_decay)
+        self._signs = SignSgd(weight_decay=config.training.weight_decay)
         trained = self._model.trained
         self._selection = make_selection(config, len(trained.blocks), self._model.tier.resident)
         self._selection.restore(store.notes)
@@ -138,5 +139,5 @@ class WeightTraining:
     def _forget_state(self, requests: dict[str, Request]) -> None:
         store = self._model.store
         for key, piece in list(store.pieces.items()):
-            if piece.state_bytes and (key[0] not in requests or requests[key[0]].rule.name == "signsgd"):
+            if piece.state_bytes and (key[0] not in requests or not requests[key[0]].rule.keeps_state):
                 store.drop_state(key)

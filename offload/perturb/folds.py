@@ -23,14 +23,14 @@ from offload.files.sealed import file_checksum, seal, unseal
 from offload.perturb.journal import Journal
 from offload.residency.io import IOEngine
 from offload.residency.pieces import new_pool, pass_through
-from offload.update.rules import checksum
+from offload.update.kernels import checksum
 
 CHECKSUMS = "checksums.json"
 _BUFFERS = 4
 _NAME = re.compile(r"step-\d{8}")
 
 WrittenRange = tuple[int, int, int]
-"""(offset in its file, bytes, update_rules.checksum of them)"""
+"""(offset in its file, bytes, kernels.checksum of them)"""
 
 
 def write_checksums(directory: Path, steps: str, weights: Mapping[str, Sequence[WrittenRange]]) -> None:

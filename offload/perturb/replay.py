@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from memory.units import round_up
 from offload.files.checkpoint import Checkpoint, TensorEntry
 from offload.noise import noise
 from offload.perturb.folds import WrittenRange, write_checksums
 from offload.residency.io import IOEngine
 from offload.residency.pieces import new_pool, pass_through
-from offload.update.rules import checksum
+from offload.update.kernels import checksum
 from offload.weights.checkpoint_directory import new_checkpoint
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
 from offload.weights.formats.plain import TORCH_DTYPES
@@ -237,7 +236,7 @@ def _header(
         }
         end += num_bytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    size = round_up(len(text) + 8)
+    size = -(-(len(text) + 8) // 4096) * 4096
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8), {k: size + v for k, v in starts.items()}
 
 

@@ -7,20 +7,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import torch
 
-from offload.update import rules as update_rules
-from offload.update.rules import Rule, Sums
-from offload.update.stream import FACTORS, Request, StatePiece, StateStream, factors_of
-from offload.update.trust_ratio import TrustRatios, masters
+from offload.update import kernels
+from offload.update.kernels import Sums
+from offload.update.matrices import scaled
+from offload.update.rules.rule import Direction, FirstPass, Rule
+from offload.update.stream import FACTORS, Request, StatePiece, StateStream
 from offload.update.units import Segment
-
-
-class Direction(Protocol):
-    def of(self, first: int, count: int) -> torch.Tensor:
-        """fp32 [count]: what the elements of a parameter from `first` on move along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +26,8 @@ class _Given:
     """Local name -> contiguous gradient, fp32 or bf16."""
     directions: Mapping[str, Direction]
     """Local name -> what its elements move along instead, of a rule that has directions."""
-    ratios: TrustRatios | None
-    """What each parameter's learning rate is multiplied by, of a rule that does so."""
+    ratios: FirstPass | None
+    """What each parameter's learning rate is multiplied by, of a rule with two passes."""
     learning_rate: float
     grad_scale: float
     """What gradients are multiplied by."""
@@ -70,11 +65,11 @@ class Optimizer:
         if not indices:
             return Sums(0.0, 0.0)
         directions: Mapping[str, Direction] = {}
-        ratios: TrustRatios | None = None
+        ratios: FirstPass | None = None
         if request.rule.has_directions:
             directions = self._observe(request, gradients, grad_scale)
-        elif request.rule.name == "lamb":
-            ratios = self._trust(request, indices, image, gradients, grad_scale)
+        if request.rule.passes == 2:
+            ratios = self._look(request, indices, image, gradients, grad_scale)
         given = _Given(gradients, directions, ratios, learning_rate * request.scale, grad_scale, self._seed + step)
         total = Sums(0.0, 0.0)
         for index in indices:
@@ -89,19 +84,18 @@ class Optimizer:
         """Takes the gradients into the unit's factors, and starts to write these."""
         piece = self._stream.take(request, FACTORS)
         gradients = {name: grad for name, grad in gradients.items() if name in request.trained}
-        directions = factors_of(request.rule).directions(
-            request.unit, request.rule, piece.all_state, gradients, grad_scale, self._seed
-        )
+        factors = piece.all_state.view(torch.float32)
+        directions = request.rule.directions(request.unit, factors, gradients, grad_scale, self._seed)
         self._stream.write(piece, piece.updates + 1)
         self._stream.fetch_ahead()
         return directions
 
-    def _trust(
+    def _look(
         self, request: Request, indices: Sequence[int], image: torch.Tensor, gradients: Mapping[str, torch.Tensor],
         grad_scale: float,
-    ) -> TrustRatios:  # fmt: skip
-        """Of all parameters in these pieces; nothing is changed."""
-        ratios = TrustRatios()
+    ) -> FirstPass:  # fmt: skip
+        """Shows the rule all parameters in these pieces; nothing is changed."""
+        ratios = request.rule.first_pass()
         dtype = torch.float32 if self._keeping.state.name == "float32" else torch.bfloat16
         for index in indices:
             piece = self._take(request, index, image)
@@ -114,8 +108,9 @@ class Optimizer:
                     remainder = piece.masters(torch.int16)[units]
                 gradient = gradients[segment.name].view(-1)[segment.first_element :][: segment.count]
                 ratios.add(
-                    segment.name, request.rule_of(segment.name), masters(weights, remainder), gradient, grad_scale,
-                    state["first"][units], state["second"][units], piece.updates + 1,
+                    segment.name, request.rule_of(segment.name), kernels.masters(weights, remainder),
+                    scaled(gradient, grad_scale), {name: array[units].float() for name, array in state.items()},
+                    piece.updates + 1,
                 )  # fmt: skip
             self._stream.put_back(piece)
             self._stream.fetch_ahead()
@@ -133,7 +128,7 @@ class Optimizer:
         """Updates what is trained of a piece, and starts to write it."""
         found = _segments(request, piece.index, given.gradients)
         # With 8 bit a block of state on the border of two of these is rounded in each.
-        together: dict[tuple[Rule, float], list[update_rules.Segment]] = defaultdict(list)
+        together: dict[tuple[Rule, float], list[kernels.Segment]] = defaultdict(list)
         rounded: list[tuple[torch.Tensor, torch.Tensor]] = []
         for segment in found:
             weights, copy = _weights(image, segment), piece.lease.address + segment.offset - piece.place.start
@@ -143,7 +138,7 @@ class Optimizer:
                 weights, copy = whole, 0
             along = given.along(segment)
             together[request.rule_of(segment.name), given.ratio(segment)].append(
-                update_rules.Segment(
+                kernels.Segment(
                     piece.units_of(segment).start, segment.count, weights, weights.dtype, along, along.dtype, copy=copy,
                     element=_first_element(request.unit.fqns[segment.name]) + segment.first_element,
                 )
@@ -159,16 +154,20 @@ class Optimizer:
         return reduce(_add, sums, Sums(0.0, 0.0))
 
     def _run(
-        self, rule: Rule, ratio: float, segments: Sequence[update_rules.Segment], piece: StatePiece, given: _Given
+        self, rule: Rule, ratio: float, segments: Sequence[kernels.Segment], piece: StatePiece, given: _Given
     ) -> Sums:
-        remainders = piece.format.master_bytes and not piece.format.whole_masters
-        return update_rules.update(
-            rule, piece.updates + 1, given.learning_rate * ratio, segments, piece.arrays(), piece.place.units,
-            state_format=self._keeping.state,
-            remainder=piece.masters(torch.int16) if remainders else 0,
+        step = kernels.Step(
+            piece.updates + 1,
+            given.learning_rate * ratio,
             gradient_scale=1.0 if given.directions else given.grad_scale,
-            rounding="nearest" if self._keeping.masters else "stochastic", seed=given.seed, threads=self._threads,
-        )  # fmt: skip
+            rounding="nearest" if self._keeping.masters else "stochastic",
+            seed=given.seed,
+        )
+        remainders = piece.format.master_bytes and not piece.format.whole_masters
+        state = kernels.PieceState(
+            piece.place.units, piece.arrays(), self._keeping.state, piece.masters(torch.int16) if remainders else 0
+        )
+        return kernels.update(rule, step, segments, state, kernels.Code(self._threads))
 
 
 def _add(one: Sums, other: Sums) -> Sums:

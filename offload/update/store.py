@@ -34,7 +34,6 @@ from typing import Any
 from memory.errors import UserError
 from memory.units import format_bytes
 from offload.files import lock as file_lock
-from offload.files.replaced import replace_file
 from offload.residency.io import IOEngine
 from offload.update.extent_allocator import ExtentAllocator
 from offload.update.units import Piece
@@ -49,7 +48,7 @@ Key = tuple[str, int]
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
     """Where a piece is in the data file: its weights at `offset`, the remainders of fp32 masters right behind, the optimizer
-    state apart from them, so that its room can be given to another piece. Sums: see update_rules.checksum. state_bytes 0: no
+    state apart from them, so that its room can be given to another piece. Sums: see `kernels.checksum`. state_bytes 0: no
     state is kept. updates: how often the state has been updated, for bias correction.
     """
 
@@ -214,7 +213,7 @@ class WorkingStore:
             separators=(",", ":"),
         )
         try:
-            replace_file(self._manifest, f"{_digest(body)}\n{body}\n".encode())
+            publish(self._manifest, f"{_digest(body)}\n{body}\n".encode())
         except OSError as error:
             raise self._refusal(f"write {self._manifest}", error) from error
 
@@ -275,6 +274,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}, expected {FORMAT}: use the version that wrote it")
     return content
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Replaces the file by `content`, durably: steps 3 to 5 of [Note: commit]."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _digest(body: str) -> str:

@@ -13,8 +13,8 @@ import torch
 
 from offload.residency.io import IOEngine
 from offload.residency.pieces import new_pool, pass_through
+from offload.update.kernels import checksum
 from offload.update.parts import TrainedParts
-from offload.update.rules import checksum
 from offload.update.store import Key, StoredPiece, damaged, stored_pieces
 from offload.update.units import PIECE_BYTES, UpdateUnit
 from offload.weights.formats import Extent, PlainTensor, StoredWeight

@@ -13,16 +13,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import ModuleType
 
 import torch
 
-from memory.slots import SlotPool
-from memory.units import round_up
+from memory.slots import SlotPool, round_up
 from offload.residency.io import Extent, IOEngine
 from offload.residency.pieces import Piece, State
-from offload.update import adafactor, projections
-from offload.update.rules import Rule, StateFormat, checksum
+from offload.update.kernels import StateFormat, checksum
+from offload.update.rules.rule import Rule
 from offload.update.store import Key, StoredPiece, WorkingStore, damaged
 from offload.update.units import Piece as ImagePiece
 from offload.update.units import Segment, UpdateUnit, clipped_reads, missing_ranges
@@ -56,8 +54,8 @@ class Request:
 
     def fetches(self) -> list[int]:
         """Pieces in the order in which they are wanted."""
-        first = [FACTORS] if self.rule.has_directions else self.piece_indices() if self.rule.name == "lamb" else []
-        return [*first, *self.piece_indices()]
+        factors = [FACTORS] if self.rule.has_directions else []
+        return factors + self.rule.passes * self.piece_indices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Keeping:
 
     def piece_format(self, unit: UpdateUnit, index: int, rule: Rule) -> PieceFormat:
         if index == FACTORS:
-            return PieceFormat(False, 0, 0, 0, factors_of(rule).factor_bytes(unit, rule), {})
+            return PieceFormat(False, 0, 0, 0, round_up(rule.factor_bytes(unit)), {})
         piece = unit.pieces[index]
         whole = self.masters and any(segment.view.dtype == torch.float16 for segment in piece.segments)
         each = 4 if whole else 2 if self.masters and unit.itemsize == 2 else 0
@@ -327,10 +325,9 @@ class StateStream:
     def _pass_over(self, piece: StatePiece) -> None:
         """It was asked for, and is not needed."""
         if piece.state is State.FETCHING:
-            piece.settle()
-            self._empty(piece)
-        else:
-            self.put_back(piece)
+            piece.arrive()
+            piece.acquire()
+        self.put_back(piece)
 
     def _empty(self, piece: StatePiece) -> None:
         """Gives its buffer to others."""
@@ -340,11 +337,6 @@ class StateStream:
 
     def _sum(self, part: torch.Tensor) -> int:
         return checksum(part, part.numel(), self._threads) if part.numel() else 0
-
-
-def factors_of(rule: Rule) -> ModuleType:
-    """The module of a rule that has directions."""
-    return adafactor if rule.name == "adafactor" else projections
 
 
 def stored_reads(unit: UpdateUnit, store: WorkingStore) -> list[Read]:

@@ -1,7 +1,7 @@
 """Training of a model's own weights, out of core, against plain PyTorch with everything resident: bit for bit.
 
 The reference keeps an fp32 master of every 16-bit weight, which torch.optim.AdamW updates; the weight is the master rounded
-half away from zero (see `offload.update.rules`).
+half away from zero (see `offload.update.kernels`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,22 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
-from tiny_models import (
-    aligned_copies,
-    keep_at_most,
-    loss_shares,
-    make_config,
-    plain_batches,
-    reference_device,
-    token_loss,
-)
+from tiny_models import aligned_copies, loss_shares, make_config, plain_batches, reference_device, token_loss
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 import finetune.session
-import offload.update.adafactor
+import memory.plan
+import offload.update.matrices
 import offload.update.units
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import make_selection
-from finetune.methods.weight_needs import make_rule
+from finetune.methods.weight_demand import make_rule
 from finetune.trainer import Trainer
-from offload.sizing.needs import DEVICE_BLOCKS, stream_needs
-from offload.update.rules import ROOT, square_root
+from offload.update.kernels import ROOT, square_root
+from offload.update.rules.projected import ProjectedRule
 from offload.weights.skeleton import find_blocks
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
@@ -51,7 +44,11 @@ def small_pieces(request, monkeypatch):
     monkeypatch.setattr(offload.update.units, "PIECE_BYTES", SMALL_PIECES)
     clipping = getattr(request.node, "callspec", None) and request.node.callspec.params.get("clipping")
     if clipping:
-        keep_at_most(3 if clipping == "previous" else 1, monkeypatch)
+        keeping = memory.plan._keeping
+        most = 3 if clipping == "previous" else 1
+        monkeypatch.setattr(
+            memory.plan, "_keeping", lambda plan, demand, more: keeping(plan, demand, min(more, most - plan.kept_pieces))
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +189,7 @@ def new_optimizer(
 ) -> torch.optim.Optimizer:
     options = config.training
     rule = replace(make_rule(config, of_blocks=in_block), weight_decay=decay)
-    if rule.name in ("apollo", "projection", "columns"):
+    if isinstance(rule, ProjectedRule):
         return PlainDirections(rule, name, master, options.seed)
     if config.optimizer.name == "adafactor":
         return tf.optimization.Adafactor(
@@ -279,7 +276,7 @@ def test_selected_blocks(method, checkpoint, tokens, tmp_path):
 )  # fmt: skip
 def test_rules_that_look_at_whole_matrices(optimizer, name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """To rounding: sums over matrices are taken in chunks. Adafactor is Transformers' own."""
-    monkeypatch.setattr(offload.update.adafactor, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", 100)
     config = weights_config(
         checkpoint(name), tokens, tmp_path / "out", training={"weight_decay": 0.1, "micro_batch_size": 5},
         optimizer={"name": optimizer, "clipping": clipping, "rank": 4, "refresh_steps": 3},
@@ -342,13 +339,11 @@ def test_updates_beside_an_accelerator(name, engine, clipping, checkpoint, token
 def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """The host fetches such a block ahead at first, for a visit that does not ask for it."""
 
-    def needs(streamed, on_device, *_):
-        needs = stream_needs(streamed, on_device, resident_blocks=0, lookahead=1)
-        kept = max(1, len(streamed.block_bytes) - 2)
-        pools = (replace(pool, kept=kept) if pool.name == DEVICE_BLOCKS else pool for pool in needs.pools)
-        return replace(needs, pools=tuple(pools))
+    def make_plan(demand, limits, wishes):
+        plan = memory.plan.make_plan(demand, limits, wishes)
+        return memory.plan._with_slots(plan, demand, 1, 0, max(1, len(demand.block_bytes) - 2))
 
-    monkeypatch.setattr(finetune.session, "stream_needs", needs)
+    monkeypatch.setattr(finetune.session, "make_plan", make_plan)
     assert_same_beside_an_accelerator(checkpoint(name, torch.bfloat16), tokens, tmp_path, clipping, SLOW_LINK)
 
 
@@ -364,7 +359,7 @@ def test_selected_blocks_beside_an_accelerator(method, checkpoint, tokens, tmp_p
 
 
 def test_thirty_steps_with_little_memory(checkpoint, tokens, tmp_path, monkeypatch):
-    keep_at_most(0, monkeypatch)
+    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: plan)
     config = weights_config(
         checkpoint("llama"), tokens, tmp_path / "out",
         engine={"resident_blocks": 0, "lookahead": 0, "activations": "disk", "io_backend": "threads"},

@@ -1,21 +1,10 @@
 """Optimizers' updates of streamed weights in one pass over memory, and a checksum of memory that came from disk.
 
 A *piece* is `units` consecutive elements of state: arrays of them, beside the weights that its segments point to. An update
-reads gradients, weights and state once and writes the new ones. With fp32 state and fp32 weights (or bf16 weights with the
-lower half of their fp32 master, `remainder`) the results are, bit for bit, those of torch.optim with foreach=False on fp32
-parameters:
-
-    adamw     m = lerp(m, g, 1 - beta1); v = beta2 v + (1 - beta2) g g
-              theta = (1 - lr wd) theta - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-    lion      theta = (1 - lr wd) theta - lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g    (Chen et al. 2023)
-    sgd       m = momentum m + g; theta = (1 - lr wd) theta - lr m       (torch.optim.SGD's, but for the decoupled decay)
-    signsgd   theta = (1 - lr wd) theta - lr sign(g)
-    adafactor, apollo, projection, columns
-              theta = (1 - lr wd) theta - lr g, where g is the direction that `offload.update.adafactor` or
-              `offload.update.projections` makes of the gradient
-    lamb      as adamw; the learning rate has the parameter's ratio of `offload.update.trust_ratio` in it
-
-g is the gradient times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
+reads gradients, weights and state once and writes the new ones. What a rule does to an element stands in its file in
+`offload.update.rules`; with fp32 state and fp32 weights (or bf16 weights with the lower half of their fp32 master,
+`remainder`) the results are, bit for bit, those of torch.optim with foreach=False on fp32 parameters. There g is the gradient
+times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
 
 [Note: fused operations]
 Found in PyTorch 2.13 on AVX2 and AVX-512, the same in vector bodies and scalar tails: lerp and add(alpha=) are fused
@@ -26,7 +15,7 @@ the same whatever the instruction set. On Intel's processors MKL has a third (on
 they take IEEE's there, and a weight can differ from PyTorch's by a unit in the last place of its fp32 master.
 
 [Note: 8-bit state]
-Blocks of 256 units have a scale, their largest magnitude, and codes for values of a fixed table in [-1, 1] or [0, 1] whose
+Blocks of `BLOCK` units have a scale, their largest magnitude, and codes for values of a fixed table in [-1, 1] or [0, 1] whose
 relative precision falls with the magnitude (dynamic quantisation, Dettmers et al. 2022, "8-bit Optimizers via Block-wise
 Quantization").
 """
@@ -34,75 +23,41 @@ Quantization").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from finetune_native import Dtype
 from finetune_native import optimizer as _native
 
-RULES = ("adamw", "lion", "sgd", "signsgd", "adafactor", "lamb", "apollo", "projection", "columns")
-STATE_FORMATS = ("float32", "bfloat16", "8bit")
+from offload.update.rules.rule import BLOCK, STATE_ITEMSIZES, Rule
+
 ROUNDINGS = ("nearest", "stochastic")
-ROOTS = ("ieee", "mkl")
-BLOCK = 256
-"""Units under one scale of 8-bit state."""
+ROOTS = tuple(_native.Root.__members__)
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
-_DESCENT = 4
-_KERNELS = {"adamw": 0, "lion": 1, "sgd": 2, "signsgd": 3, "lamb": 0}
-_STATE_OF = {"adamw": ("first", "second"), "lamb": ("first", "second"), "lion": ("first",), "sgd": ("first",)}
-_ITEMSIZES = {"float32": 4, "bfloat16": 2, "8bit": 1}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {getattr(torch, dtype.name): dtype for dtype in Dtype}
 
 Address = torch.Tensor | int
 """A contiguous CPU tensor, or an address; 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """name: one of `RULES`. betas: of adamw, lamb, lion and what projects. eps: of these but lion. momentum: of sgd. Weight
-    decay is decoupled in all. rank, interval, scale: of apollo, projection and columns, see `offload.update.projections`."""
-
-    name: str
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    rank: int = 0
-    interval: int = 1
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise ValueError(f"unknown rule {self.name!r}; there are {', '.join(RULES)}")
-
-    @property
-    def state(self) -> tuple[str, ...]:
-        """Which of "first" and "second" it keeps of every element."""
-        return _STATE_OF.get(self.name, ())
-
-    @property
-    def has_directions(self) -> bool:
-        """Whether a step moves along something made of whole matrices, whose state is apart from the elements'."""
-        return self.name in ("adafactor", "apollo", "projection", "columns")
-
-
-@dataclass(frozen=True, slots=True)
 class StateFormat:
-    """How streamed state is kept. name: one of `STATE_FORMATS`; bf16 state is always rounded stochastically."""
+    """How streamed state is kept. name: one of `STATE_ITEMSIZES`."""
 
     name: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.name not in STATE_FORMATS:
-            raise ValueError(f"unknown format {self.name!r}; there are {', '.join(STATE_FORMATS)}")
+        if self.name not in STATE_ITEMSIZES:
+            raise ValueError(f"unknown format {self.name!r}; there are {', '.join(STATE_ITEMSIZES)}")
 
     def array_bytes(self, rule: Rule, units: int) -> dict[str, int]:
         """Name -> bytes of every array of a piece: "first", "second", and with 8 bit "first_scales", "second_scales"."""
         sizes = {}
-        for name in rule.state:
-            sizes[name] = units * _ITEMSIZES[self.name]
+        for name in rule.states:
+            sizes[name] = units * STATE_ITEMSIZES[self.name]
             if self.name == "8bit":
                 sizes[f"{name}_scales"] = 4 * -(-units // BLOCK)
         return sizes
@@ -130,6 +85,36 @@ class Segment(NamedTuple):
     element: int = 0
 
 
+class PieceState(NamedTuple):
+    """What a piece keeps beside its weights. arrays: those of `StateFormat.array_bytes`, of `units` elements. remainder: int16
+    [units], the lower halves of the fp32 masters of bf16 weights."""
+
+    units: int
+    arrays: Mapping[str, Address]
+    format: StateFormat = StateFormat()
+    remainder: Address = 0
+
+
+class Step(NamedTuple):
+    """number: from 1 on, of the state. rounding: one of `ROUNDINGS`, of 16-bit weights without a remainder; fp16 to nearest
+    only. seed: of random bits."""
+
+    number: int
+    learning_rate: float
+    gradient_scale: float = 1.0
+    rounding: str = "nearest"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What runs, and on how many threads; none of it changes a bit but for `root`, one of `ROOTS`."""
+
+    threads: int = field(default_factory=torch.get_num_threads)
+    instructions: str = INSTRUCTION_SETS[0]
+    root: str = field(default_factory=lambda: ROOT)
+
+
 class Sums(NamedTuple):
     """Sums of squares over an update's elements: of changes of the weights, and of new weights. Of the fp32 masters where
     there are any, else of the weights as stored. The same for any number of threads."""
@@ -138,67 +123,33 @@ class Sums(NamedTuple):
     weight_sq: float
 
 
-def update(
-    rule: Rule,
-    step: int,
-    learning_rate: float,
-    segments: Sequence[Segment],
-    state: Mapping[str, Address],
-    units: int,
-    *,
-    state_format: StateFormat = StateFormat(),  # noqa: B008
-    remainder: Address = 0,
-    gradient_scale: float = 1.0,
-    rounding: str = "nearest",
-    seed: int = 0,
-    threads: int | None = None,
-    instructions: str = INSTRUCTION_SETS[0],
-    root: str | None = None,
-) -> Sums:
-    """One step of a piece, in place. step: from 1 on.
+def update(rule: Rule, step: Step, segments: Sequence[Segment], state: PieceState, code: Code | None = None) -> Sums:
+    """One step of a piece, in place.
 
-    segments: sorted by unit, apart from each other. state: the arrays of `StateFormat.array_bytes`. remainder: int16
-    [units], the lower halves of the fp32 masters of bf16 weights. rounding: of 16-bit weights without; fp16 to nearest only.
-    root: one of `ROOTS`, PyTorch's by default. A unit in no segment keeps its state; with 8 bit, if no unit of its block is
-    in one. Raises ValueError for what does not fit.
+    segments: sorted by unit, apart from each other. A unit in no segment keeps its state; with 8 bit, if no unit of its block
+    is in one. Raises ValueError for what does not fit.
     """
-    beta1, beta2 = rule.betas
-    keep1, divisor, step_size = beta1, 1.0, learning_rate
-    if step < 1:
-        raise ValueError(f"steps count from 1, found {step}")
+    code = code or Code()
+    if step.number < 1:
+        raise ValueError(f"steps count from 1, found {step.number}")
     for s in segments:
         if s.weight_dtype not in _DTYPES or s.gradient_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"expected fp32, bf16 or fp16 weights and fp32 or bf16 gradients, found {s}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
-    if rule.name in ("adamw", "lamb"):
-        step_size = learning_rate / (1 - beta1**step)
-        divisor = (1 - beta2**step) ** 0.5
-    elif rule.name == "sgd":
-        keep1 = rule.momentum
-    scalars = (
-        gradient_scale,
-        1 - learning_rate * rule.weight_decay,
-        keep1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        divisor,
-        rule.eps,
-        -step_size,
-    )
-    change_sq, weight_sq = _native.run(
-        instructions,
-        _KERNELS.get(rule.name, _DESCENT),
-        STATE_FORMATS.index(state_format.name),
-        ROOTS.index(root or ROOT),
-        rounding == "stochastic",
-        seed,
-        scalars,
-        units,
-        _address(remainder),
-        _state("first", state, _SIGNED),
-        _state("second", state, _UNSIGNED),
+    if step.rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {step.rounding!r}; there are {', '.join(ROUNDINGS)}")
+    decay = 1 - step.learning_rate * rule.weight_decay
+    sums = _native.run(
+        code.instructions,
+        _native.Rule[rule.kernel],
+        _native.StateFormat[state.format.name],
+        _native.Root[code.root],
+        step.rounding == "stochastic",
+        step.seed,
+        (step.gradient_scale, decay, *rule.scalars(step.learning_rate, step.number)),
+        state.units,
+        _address(state.remainder),
+        _array("first", state.arrays, _SIGNED),
+        _array("second", state.arrays, _UNSIGNED),
         [
             (
                 s.unit,
@@ -212,9 +163,9 @@ def update(
             )
             for s in segments
         ],
-        torch.get_num_threads() if threads is None else threads,
+        code.threads,
     )
-    return Sums(change_sq, weight_sq)
+    return Sums(*sums)
 
 
 def checksum(
@@ -230,6 +181,13 @@ def checksum(
     return _native.checksum(
         instructions, _address(memory), num_bytes, torch.get_num_threads() if threads is None else threads
     )
+
+
+def masters(weights: torch.Tensor, remainder: torch.Tensor | None) -> torch.Tensor:
+    """fp32 masters of stored weights; remainder: int16, the lower halves, of bf16 weights that have them."""
+    if remainder is None:
+        return weights.float()
+    return ((weights.view(torch.int16).int() << 16) + remainder).view(torch.float32)
 
 
 def code_table(signed: bool) -> torch.Tensor:
@@ -250,8 +208,8 @@ def _address(memory: Address) -> int:
     return memory.data_ptr()
 
 
-def _state(name: str, state: Mapping[str, Address], table: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    return (_address(state.get(name, 0)), _address(state.get(f"{name}_scales", 0)), *(t.data_ptr() for t in table))
+def _array(name: str, arrays: Mapping[str, Address], table: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return (_address(arrays.get(name, 0)), _address(arrays.get(f"{name}_scales", 0)), *(t.data_ptr() for t in table))
 
 
 def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -269,7 +227,7 @@ def _with_bounds(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 def square_root(x: torch.Tensor, root: str, instructions: str = INSTRUCTION_SETS[0]) -> torch.Tensor:
     """fp32 roots of a contiguous fp32 tensor whose size is a multiple of 16."""
     result = torch.empty_like(x)
-    _native.square_roots(instructions, ROOTS.index(root), _address(x), result.data_ptr(), x.numel())
+    _native.square_roots(instructions, _native.Root[root], _address(x), result.data_ptr(), x.numel())
     return result
 
 
