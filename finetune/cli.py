@@ -7,15 +7,16 @@ number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 from __future__ import annotations
 
 import errno
-import functools
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune.cli_options import KEYS, OTHER, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.errors import UserError
 
@@ -32,83 +33,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MEMORY, _TRAINING, _OTHER = "Memory and device", "Training", "Other"
-ConfigArgument = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file or the name of a preset.")]
-ModelFlag = Annotated[str | None, typer.Option("--model", help="Model directory or hub id.")]
-DataFlag = Annotated[str | None, typer.Option("--data", help="Data file, directory or hub id.")]
-EvalDataFlag = Annotated[str | None, typer.Option("--eval-data", help="Data to evaluate on.")]
-MethodFlag = Annotated[
-    str | None,
-    typer.Option("--method", help="How: lora, zo (forward passes only), full, lisa, badam, slimfit or frugal."),
-]
-OutputFlag = Annotated[str | None, typer.Option("--output", help="Directory for everything that is written.")]
-AdapterFlag = Annotated[
-    str | None, typer.Option("--adapter", help="Directory of a PEFT adapter, or of a run. [default: a run in --output]")
-]
-HostMemoryFlag = Annotated[
-    str | None,
-    typer.Option("--host-memory", help="Limit of the whole process: 1GiB, 50%, -2GB.", rich_help_panel=_MEMORY),
-]
-DeviceMemoryFlag = Annotated[
-    str | None, typer.Option("--device-memory", help="Limit on the accelerator.", rich_help_panel=_MEMORY)
-]
-DiskFlag = Annotated[
-    str | None, typer.Option("--disk", help="Limit of what is written to disk.", rich_help_panel=_MEMORY)
-]
-DeviceFlag = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda, xpu, mps or simulated.", rich_help_panel=_MEMORY)
-]
-MaxStepsFlag = Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps.", rich_help_panel=_TRAINING)]
-EpochsFlag = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=_TRAINING)]
-BatchSizeFlag = Annotated[int | None, typer.Option("--batch-size", help="Rows a step.", rich_help_panel=_TRAINING)]
-MicroBatchSizeFlag = Annotated[
-    int | None, typer.Option("--micro-batch-size", help="Rows that compute together.", rich_help_panel=_TRAINING)
-]
-SequenceLengthFlag = Annotated[
-    int | None, typer.Option("--sequence-length", help="Tokens a row at most.", rich_help_panel=_TRAINING)
-]
-LearningRateFlag = Annotated[float | None, typer.Option("--learning-rate", rich_help_panel=_TRAINING)]
-SeedFlag = Annotated[int | None, typer.Option("--seed", rich_help_panel=_TRAINING)]
-ResumeFlag = Annotated[
-    bool | None,
-    typer.Option(
-        "--resume/--no-resume", help="Go on from the state in the output directory.", rich_help_panel=_TRAINING
-    ),
-]
-TrustFlag = Annotated[
-    bool | None,
-    typer.Option(
-        "--trust-remote-code/--no-trust-remote-code", help="Run the model's own code.", rich_help_panel=_OTHER
-    ),
-]
-SetFlag = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other key, such as lora.r=8.", rich_help_panel=_OTHER),
-]
-DebugFlag = Annotated[
-    bool, typer.Option("--debug", envvar="FINETUNE_DEBUG", help="Show tracebacks.", rich_help_panel=_OTHER)
-]
+_PLACES = ("output", "host_memory", "device_memory", "disk", "device")
+_LAST = ("trust_remote_code", "settings", ..., "debug")
+_RUN = (
+    "config", "model", "data", "eval_data", "method", *_PLACES, "max_steps", "epochs", "batch_size", "micro_batch_size",
+    "sequence_length", "learning_rate", "seed", "resume", *_LAST,
+)  # fmt: skip
 
 
-def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Ends a command with one message and the right exit code, whatever it raised."""
+def _command(*options: str | EllipsisType, name: str | None = None, **renamed: str) -> Callable[[Callable], Callable]:
+    """Adds a command, which is called with the configuration that its options give, where CONFIG is one of them, and with its
+    own parameters. It ends with one message and the right exit code, whatever it raises.
 
-    @functools.wraps(command)
-    def run(*args: Any, debug: bool, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt as stop:
-            typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
-            raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
-        except (typer.Exit, BrokenPipeError):
-            raise
-        except Exception as error:
-            if debug:
+    options: as `with_options` has them. renamed: an option to another key than its own.
+    """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        def run(debug: bool | None, **flags: Any) -> None:
+            try:
+                keys = {renamed.get(key, key): flags.pop(key) for key in KEYS if key in flags}
+                if "config" in flags:
+                    flags["config"] = _load_config(flags["config"], keys, flags.pop("settings"))
+                command(**flags)
+            except KeyboardInterrupt as stop:
+                typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
+                raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
+            except (typer.Exit, BrokenPipeError):
                 raise
-            typer.echo(_message(error), err=True)
-            raise typer.Exit(1) from None
+            except Exception as error:
+                if debug:
+                    raise
+                typer.echo(_message(error), err=True)
+                raise typer.Exit(1) from None
 
-    return run
+        app.command(name)(with_options(run, command, options))
+        return command
+
+    return add
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
@@ -139,13 +100,10 @@ def _how_to_go_on(command: str, step: int) -> str:
     return f" Go on from the last committed step with:\n  finetune {shlex.join(words)} --resume"
 
 
-def _load_config(context: typer.Context, settings: list[str] | None, **renamed: str) -> Config:
-    """The configuration that a command's CONFIG and flags name; `renamed` maps a flag to another key than its own."""
+def _load_config(source: str | None, keys: Mapping[str, Any], settings: list[str] | None) -> Config:
     from finetune.config import Config
 
-    flags = {name: value for name, value in context.params.items() if value is not None}
-    overrides = {renamed.get(name, name): value for name, value in flags.items() if name not in _NOT_KEYS}
-    return Config.load(flags.get("config"), overrides, settings or ())
+    return Config.load(source, {key: value for key, value in keys.items() if value is not None}, settings or ())
 
 
 def _named_run(config: Config) -> Path | None:
@@ -158,110 +116,41 @@ def _named_run(config: Config) -> Path | None:
     return None
 
 
-_NOT_KEYS = {
-    "config", "settings", "debug", "adapter", "as_json",
-    "prompt", "max_new_tokens", "temperature", "top_p", "sampling_seed", "chat", "to", "at_step",
-}  # fmt: skip
-
-
-@app.command()
-@_reported
-def run(
-    context: typer.Context,
-    config: ConfigArgument = None,
-    model: ModelFlag = None,
-    data: DataFlag = None,
-    eval_data: EvalDataFlag = None,
-    method: MethodFlag = None,
-    output: OutputFlag = None,
-    host_memory: HostMemoryFlag = None,
-    device_memory: DeviceMemoryFlag = None,
-    disk: DiskFlag = None,
-    device: DeviceFlag = None,
-    max_steps: MaxStepsFlag = None,
-    epochs: EpochsFlag = None,
-    batch_size: BatchSizeFlag = None,
-    micro_batch_size: MicroBatchSizeFlag = None,
-    sequence_length: SequenceLengthFlag = None,
-    learning_rate: LearningRateFlag = None,
-    seed: SeedFlag = None,
-    resume: ResumeFlag = None,
-    trust_remote_code: TrustFlag = None,
-    settings: SetFlag = None,
-    debug: DebugFlag = False,
-) -> None:
-    """Train, and write the adapter or the tuned weights, metrics and report into the output directory."""
-    loaded = _load_config(context, settings)
-    _require(loaded.data, "data to train on", "--data FILE")
+@_command(*_RUN)
+def run(config: Config) -> None:
+    """Train. The adapter or the tuned weights, metrics and a report are written into the output directory."""
+    _require(config.data, "data to train on", "--data FILE")
     from finetune.reporting.progress import LastingStream
     from finetune.trainer import Trainer
 
     # A run is not lost because `| head` has seen enough of it.
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    Trainer(loaded).train()
+    Trainer(config).train()
 
 
-@app.command()
-@_reported
-def plan(
-    context: typer.Context,
-    config: ConfigArgument = None,
-    model: ModelFlag = None,
-    data: DataFlag = None,
-    eval_data: EvalDataFlag = None,
-    method: MethodFlag = None,
-    output: OutputFlag = None,
-    host_memory: HostMemoryFlag = None,
-    device_memory: DeviceMemoryFlag = None,
-    disk: DiskFlag = None,
-    device: DeviceFlag = None,
-    max_steps: MaxStepsFlag = None,
-    epochs: EpochsFlag = None,
-    batch_size: BatchSizeFlag = None,
-    micro_batch_size: MicroBatchSizeFlag = None,
-    sequence_length: SequenceLengthFlag = None,
-    learning_rate: LearningRateFlag = None,
-    seed: SeedFlag = None,
-    resume: ResumeFlag = None,
-    trust_remote_code: TrustFlag = None,
-    settings: SetFlag = None,
-    debug: DebugFlag = False,
-) -> None:
-    """Say whether it fits, what would live where and how long a step takes; nothing is trained."""
-    loaded = _load_config(context, settings)
+@_command(*_RUN)
+def plan(config: Config) -> None:
+    """Show whether the run fits, what is placed where, and how long a step takes. Nothing is trained."""
     from finetune.trainer import Trainer
 
-    typer.echo(Trainer(loaded).plan().describe())
+    typer.echo(Trainer(config).plan().describe())
 
 
-@app.command("eval")
-@_reported
+@_command(
+    "config", "model", "data", "adapter", *_PLACES, "batch_size", "micro_batch_size", "sequence_length", *_LAST,
+    name="eval", data="eval_data",
+)  # fmt: skip
 def evaluate(
-    context: typer.Context,
-    config: ConfigArgument = None,
-    model: ModelFlag = None,
-    data: DataFlag = None,
-    adapter: AdapterFlag = None,
-    output: OutputFlag = None,
-    host_memory: HostMemoryFlag = None,
-    device_memory: DeviceMemoryFlag = None,
-    disk: DiskFlag = None,
-    device: DeviceFlag = None,
-    batch_size: BatchSizeFlag = None,
-    micro_batch_size: MicroBatchSizeFlag = None,
-    sequence_length: SequenceLengthFlag = None,
-    trust_remote_code: TrustFlag = None,
-    settings: SetFlag = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OTHER)] = False,
-    debug: DebugFlag = False,
+    config: Config,
+    adapter: str | None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OTHER)] = False,
 ) -> None:
-    """Print the loss on data, and the accuracy where rows have a prompt and one of a few completions."""
-    loaded = _load_config(context, settings, data="eval_data")
-    _require(loaded.eval_data, "data to evaluate on", "--data FILE")
+    """Print the loss on data, and the accuracy where each row has a prompt and one of a few completions."""
+    _require(config.eval_data, "data to evaluate on", "--data FILE")
     from finetune.evaluate import evaluate as evaluate_model
     from finetune.reporting.report import to_json
 
-    result = evaluate_model(loaded, adapter or _named_run(loaded))
+    result = evaluate_model(config, adapter or _named_run(config))
     if as_json:
         typer.echo(to_json(result))
     else:
@@ -269,40 +158,32 @@ def evaluate(
             typer.echo(f"{name}: {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
-@app.command()
-@_reported
+@_command("config", "model", "adapter", ..., *_PLACES, "trust_remote_code", "settings", "debug")
 def generate(
-    context: typer.Context,
-    config: ConfigArgument = None,
-    model: ModelFlag = None,
-    adapter: AdapterFlag = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="None: read from standard input.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
-    sampling_seed: Annotated[int, typer.Option("--seed")] = 42,
+    config: Config,
+    adapter: str | None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue. [default: read from standard input]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    sampling_seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. [default: as the run was trained, else if there is one]"),
     ] = None,
-    output: OutputFlag = None,
-    host_memory: HostMemoryFlag = None,
-    device_memory: DeviceMemoryFlag = None,
-    disk: DiskFlag = None,
-    device: DeviceFlag = None,
-    trust_remote_code: TrustFlag = None,
-    settings: SetFlag = None,
-    debug: DebugFlag = False,
 ) -> None:
-    """Print what the model says next, as it comes."""
-    loaded = _load_config(context, settings)
+    """Print what the model says next, token by token."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")  # as a shell's $(...) would: echo's line end is no part of it
     _require(prompt, "a prompt", "--prompt TEXT, or text on standard input")
     from finetune.generate import generate as generate_text
 
     pieces = generate_text(
-        loaded, adapter or _named_run(loaded), [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        config, adapter or _named_run(config), [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         seed=sampling_seed, chat=chat,
     )  # fmt: skip
     for piece in pieces:
@@ -310,37 +191,31 @@ def generate(
     typer.echo()
 
 
-@app.command()
-@_reported
+@_command("config", "model", "output", ..., "trust_remote_code", "settings", "debug")
 def export(
-    context: typer.Context,
-    config: ConfigArgument = None,
-    model: ModelFlag = None,
-    output: Annotated[str | None, typer.Option("--output", help="Directory of the run.")] = None,
+    config: Config,
     to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
-    at_step: Annotated[int | None, typer.Option("--at-step", help="The model as of this step; none: the last.")] = None,
-    trust_remote_code: TrustFlag = None,
-    settings: SetFlag = None,
-    debug: DebugFlag = False,
+    at_step: Annotated[
+        int | None, typer.Option("--at-step", help="Export the model as it was after this step. [default: the last step]")
+    ] = None,
 ) -> None:
-    """Write the model whose own weights a run has tuned (any method but lora) as a checkpoint like the original.
+    """Write the model that a run has tuned as a checkpoint like the original.
 
-    An adapter needs no export: it is in the run's output directory, in PEFT's format.
+    This is for runs that tune the model's own weights. An adapter needs no export: it is in the output directory, in PEFT's
+    format.
     """
-    loaded = _load_config(context, settings)
     _require(to, "a directory to write to", "--to DIRECTORY")
     from pathlib import Path
 
     from finetune.export import export as export_model
 
     target = Path(to).expanduser()
-    steps = export_model(loaded, target, at_step)
+    steps = export_model(config, target, at_step)
     typer.echo(f"{target}: the model after {steps} steps")
 
 
-@app.command()
-@_reported
-def presets(debug: DebugFlag = False) -> None:
+@_command("debug")
+def presets() -> None:
     """List the presets, for `finetune run NAME`."""
     from finetune.config.presets import read_presets
 
@@ -350,9 +225,8 @@ def presets(debug: DebugFlag = False) -> None:
         typer.echo(f"{preset.name:{width}}  {preset.goal}")
 
 
-@app.command()
-@_reported
-def version(debug: DebugFlag = False) -> None:
+@_command("debug")
+def version() -> None:
     """Print the versions of this tool and of what it stands on."""
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed_version

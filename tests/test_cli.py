@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from finetune.cli import app
+from finetune.cli_options import KEYS
 from finetune.config import Config
+from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import read_presets
 from memory.errors import UserError
 
@@ -99,6 +102,18 @@ def test_version_and_presets() -> None:
     goals = {preset.name: preset.goal for preset in read_presets()}
     assert dict(line.split(maxsplit=1) for line in lines) == goals
     assert len({line.index(goals[line.split()[0]]) for line in lines}) == 1
+
+
+def test_shared_options_are_keys_of_the_configuration() -> None:
+    assert KEYS.keys() <= Config.model_fields.keys() | SHORTHANDS.keys()
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "eval", "generate", "export"])
+def test_help_says_what_every_option_is_for(command: str) -> None:
+    parameters = get_command(app).commands[command].params
+    assert all(len(one.help) > 9 for one in parameters), [one.name for one in parameters if not one.help]
+    names = [one.name for one in parameters]
+    assert names[:2] == ["config", "model"] and names[-1] == "debug" and len(set(names)) == len(names)
 
 
 EVERYDAY = [

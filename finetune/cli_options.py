@@ -1,0 +1,90 @@
+"""The options that commands of `finetune` share, each named once, and how a command takes some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature, signature
+from types import EllipsisType
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from finetune.methods.registry import METHODS
+from memory.device_kinds import DEVICE_WORDS
+
+OTHER = "Other"
+
+
+def _option(kind: type, flag: str, text: str, panel: str | None = None, **more: Any) -> Any:
+    return Annotated[kind | None, typer.Option(flag, help=text, rich_help_panel=panel, **more)]
+
+
+def _memory(flag: str, text: str) -> Any:
+    return _option(str, flag, text, "Memory and device")
+
+
+def _training(kind: type, flag: str, text: str) -> Any:
+    return _option(kind, flag, text, "Training")
+
+
+# Keys of the configuration, under the names that they have there. None: the option was not given.
+KEYS = {
+    "model": _option(str, "--model", "Model directory or hub id."),
+    "data": _option(str, "--data", "Data file, directory or hub id."),
+    "eval_data": _option(str, "--eval-data", "Data to evaluate on."),
+    "method": _option(str, "--method", f"Training method: {', '.join(METHODS)}. [default: lora]"),
+    "output": _option(str, "--output", "Directory of the run: everything is written there. [default: out]"),
+    "host_memory": _memory(
+        "--host-memory",
+        "Memory limit of the process: 8GiB, 50%, or -2GB for all but 2 GB. [default: 95% of the machine's available memory]",
+    ),
+    "device_memory": _memory("--device-memory", "Memory limit on the accelerator."),
+    "disk": _memory("--disk", "Limit of what is written to disk."),
+    "device": _memory("--device", f"Where to compute: {', '.join(DEVICE_WORDS)}. [default: auto]"),
+    "max_steps": _training(int, "--max-steps", "Optimizer steps. [default: as many as --epochs have]"),
+    "epochs": _training(float, "--epochs", "Passes over the data. [default: 1]"),
+    "batch_size": _training(int, "--batch-size", "Rows per optimizer step. [default: 8]"),
+    "micro_batch_size": _training(int, "--micro-batch-size", "Rows that are computed together. [default: 1]"),
+    "sequence_length": _training(int, "--sequence-length", "Tokens per row; longer rows are cut. [default: 1024]"),
+    "learning_rate": _training(float, "--learning-rate", "Peak learning rate. [default: depends on the method]"),
+    "seed": _training(int, "--seed", "Seed of the data order, dropout and noise. [default: 42]"),
+    "resume": _training(bool, "--resume/--no-resume", "Continue from the state in the output directory."),
+    "trust_remote_code": _option(
+        bool, "--trust-remote-code/--no-trust-remote-code", "Run Python code that comes with the model.", OTHER
+    ),
+}
+OPTIONS = KEYS | {
+    "config": Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file or the name of a preset.")],
+    "adapter": _option(
+        str, "--adapter", "Directory of a PEFT adapter, or of a run. [default: the run in --output, where one is named]"
+    ),
+    "settings": _option(
+        list[str], "--set", "Any other key of the configuration, such as lora.r=8.", OTHER, metavar="KEY=VALUE"
+    ),
+    "debug": _option(bool, "--debug", "Show tracebacks.", OTHER, envvar="FINETUNE_DEBUG"),
+}
+
+
+def own_options(command: Callable[..., None]) -> list[Parameter]:
+    """Parameters of `command` that no other command has, with what typer is to know of them."""
+    hints = get_type_hints(command, localns={"Config": Any}, include_extras=True)
+    own = [one for name, one in signature(command).parameters.items() if name not in OPTIONS]
+    return [one.replace(annotation=hints[one.name], kind=Parameter.KEYWORD_ONLY) for one in own]
+
+
+def with_options(
+    run: Callable[..., None], command: Callable[..., None], names: Iterable[str | EllipsisType]
+) -> Callable[..., None]:
+    """`run`, to be called with the options `names` and with those of `command`, whose name and help text it gets.
+
+    names: of `OPTIONS`, in the order of the help text; ... stands for the command's own.
+    """
+    parameters: list[Parameter] = []
+    for name in names:
+        if name is ...:
+            parameters += own_options(command)
+        else:
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=OPTIONS[name]))
+    run.__name__, run.__doc__, run.__annotations__ = command.__name__, command.__doc__, {}
+    run.__signature__ = Signature(parameters)
+    return run
