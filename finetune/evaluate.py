@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from finetune.config import Config
-from finetune.data import TokenDataset, prepare
+from finetune.data import TokenDataset
 from finetune.data.micro_batches import make_micro_batches
 from finetune.data.model_kinds import refuse_text
-from finetune.data.preparation import describe
+from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
@@ -30,6 +30,7 @@ from finetune.runs.tuned_weights import as_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
+from offload.sizing.needs import HOST_BLOCKS, HOST_HEAD
 from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
@@ -123,27 +124,12 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
         if source is None:
             raise UserError("no data to evaluate on: give --data (a path, a hub id, or rows)")
         print("note: there is no eval_data; measuring on the training data", file=sys.stderr)
-    options = config.dataset
-
-    def tokens(append_eos: bool | None, choices: bool) -> TokenDataset:
-        return prepare(
-            source,
-            model=directory,
-            cache_dir=config.output / "tokens",
-            sequence_length=options.sequence_length,
-            form=options.form,
-            completion_only=options.completion_only,
-            append_eos=append_eos,
-            chat_template=options.chat_template,
-            trust_remote_code=config.trust_remote_code,
-            choices=choices,
-        )
-
-    data = tokens(options.append_eos, choices=False)
+    append_eos = config.dataset.append_eos
+    data = prepare_for(config, source, directory, choices=False, append_eos=append_eos)
     if (data.meta["different_completions"] or 0) >= 2:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
-        append_eos = data.meta["eos_token_id"] is not None and options.append_eos is not False
-        data = tokens(append_eos, choices=True)
+        append_eos = data.meta["eos_token_id"] is not None and append_eos is not False
+        data = prepare_for(config, source, directory, choices=True, append_eos=append_eos)
     for line in describe(data):
         print(line, file=sys.stderr)
     return data
@@ -185,8 +171,9 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
     planned = best
     while True:
         parts, plan = planned.parts, planned.plan
-        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in plan.host_resident)
-        if parts.head is not None and len(parts.head.layouts) > plan.head_slots:
+        resident = plan.slots[HOST_BLOCKS].resident
+        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in resident)
+        if parts.head is not None and len(parts.head.layouts) > plan.count(HOST_HEAD):
             streamed += sum(layout.num_bytes for layout in parts.head.layouts)
         reading = streamed * -(-micro_batches // lanes)
         if reading < least:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import nn
 
-from finetune.methods.weight_demand import StoreSize
-from memory.plan import Demand, Plan
+from memory.needs import Needs
+from memory.plan import Plan
 from memory.simulator import StepTime, simulate_step
 from memory.units import format_bytes
 from offload.sizing.calibration import Rates
 from offload.sizing.dry_run import VisitSize
+from offload.sizing.needs import ACTIVATIONS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE, Streamed
 from offload.weights.parts import ModelParts, describe_blocks
 
 LONE_MASK_PAIRS = 1 << 18
@@ -22,18 +22,14 @@ LONE_MASK_PAIRS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The largest micro-batch as the model's keyword arguments, and how many a step has.
+    """The largest micro-batch of a step, and how many there are."""
 
-    train: whether gradients and optimizer state exist. kept_bytes: what a step holds beside, such as key-value caches.
-    packed: whether a row of text holds several. samples: of rows of tensors, whose labels are in `inputs` too; None: text.
-    """
-
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]  # the model's keyword arguments; of rows of tensors, their labels too
     micro_batches: int
-    train: bool
-    kept_bytes: int = 0
-    packed: bool = False
-    samples: int | None = None
+    train: bool  # whether there is a backward pass
+    kept_bytes: int = 0  # what a step holds beside, such as key-value caches
+    packed: bool = False  # whether a row of text holds several
+    samples: int | None = None  # rows of tensors in a micro-batch; None: text
 
     @classmethod
     def of_text(
@@ -61,27 +57,52 @@ class BatchShape:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredBatch:
+    """A batch with what the model's code makes of it: what methods look at to say what they add."""
+
+    shape: BatchShape
+    visit: VisitSize  # of one block, by one micro-batch
+    loss_bytes: int  # that one tile of the loss allocates
+    row_bytes: int  # of the embedding rows that a step names, in the dtype that computes
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a step, or samples."""
+        return self.shape.micro_batches * self.shape.rows
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSize:
+    """What training the model's own weights asks of the disk, at most."""
+
+    num_bytes: int  # of the working store
+    read_bytes: int  # of masters and state, in a step
+    write_bytes: int  # of weights too, in a step
+    pieces: int  # that a step updates
+    trained_share: float  # of the blocks, in a step
+    ends: bool  # whether embedding and head are trained
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """A plan with what it was made from; `describe` is what `finetune plan` prints."""
 
     plan: Plan
-    demand: Demand
-    visit: VisitSize
+    needs: Needs
+    streamed: Streamed
+    batch: MeasuredBatch
     parts: ModelParts
-    shape: BatchShape
     device_kind: str
-    trainable: tuple[nn.Parameter, ...]
-    folded_bytes: int  # of the moved weights that are written while the run goes on
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
     budget_words: str = ""  # where the host budget comes from, if not from the user
 
+    @property
+    def shape(self) -> BatchShape:
+        return self.batch.shape
+
     def describe(self) -> str:
-        plan, parts = self.plan, self.parts
-        passes = 2 if self.shape.train else 1
-        read_bytes = passes * sum(size for i, size in enumerate(self.demand.block_bytes) if i not in plan.host_resident)
-        if plan.head_slots < self.demand.head_chunks:
-            read_bytes += self.demand.head_chunks * self.demand.head_chunk_bytes
+        plan, parts, blocks = self.plan, self.parts, self.plan.slots[HOST_BLOCKS]
         lines = [
             f"{parts.directory.name}: {describe_blocks(parts.blocks)}, "
             f"{format_bytes(parts.checkpoint.num_bytes)} of weights, computed in {str(parts.dtype).removeprefix('torch.')} "
@@ -89,9 +110,9 @@ class PlannedRun:
             f"a step: {self.shape.micro_batches // self.variants} micro-batches of at most "
             + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape))
             + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
-            f"blocks: {len(plan.host_resident)} of {len(parts.blocks)} resident, lookahead {plan.host_lookahead}; block inputs "
-            + ("on disk" if plan.activation_slots else "in memory")
-            + f"; disk read a step at most {format_bytes(read_bytes)}",
+            f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; block inputs "
+            + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
+            + f"; disk read a step at most {format_bytes(self._read_bytes)}",
         ]
         if self.store is not None:
             lines.append(
@@ -112,16 +133,26 @@ class PlannedRun:
         return "\n".join(lines)
 
     @property
+    def _read_bytes(self) -> int:
+        """Of weights, in a step, at most."""
+        resident, streamed = self.plan.slots[HOST_BLOCKS].resident, self.streamed
+        passes = 2 if self.shape.train else 1
+        read_bytes = passes * sum(size for i, size in enumerate(streamed.block_bytes) if i not in resident)
+        if self.plan.count(HOST_HEAD) < streamed.chunks:
+            read_bytes += streamed.chunks * streamed.chunk_bytes
+        return read_bytes
+
+    @property
     def _store_read_bytes(self) -> int:
         """In a step, of masters and state: less what stays in memory."""
-        return int(self.store.read_bytes * (1 - self.plan.kept_pieces / max(1, self.store.pieces)))
+        return int(self.store.read_bytes * (1 - self.plan.slots[STATE].kept / max(1, self.store.pieces)))
 
     def predict_step(self, rates: Rates) -> StepTime:
         """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
         slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it."""
         rows, store = self.shape.micro_batches, self.store
         blocks = len(self.parts.blocks)
-        forward = self.visit.flops * rows / rates.flops_per_second
+        forward = self.batch.visit.flops * rows / rates.flops_per_second
         head = self.parts.head
         # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
         passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
@@ -130,22 +161,22 @@ class PlannedRun:
         # gradient.
         backward = (1.8 + (store.trained_share if store is not None else 0)) * forward
 
-        def through(bytes_per_second: float, resident: frozenset[int], lookahead: int) -> StepTime:
+        def through(bytes_per_second: float, pool: str) -> StepTime:
+            slots = self.plan.slots[pool]
             return simulate_step(
                 blocks,
-                self.demand.block_bytes,
+                self.streamed.block_bytes,
                 [forward] * blocks,
                 [backward] * blocks if self.shape.train else None,
                 head_flops / rates.flops_per_second,
                 bytes_per_second,
-                resident,
-                lookahead,
+                slots.resident,
+                slots.lookahead,
             )
 
-        plan = self.plan
-        step = through(rates.read_bytes_per_second, plan.host_resident, plan.host_lookahead)
-        if plan.device_budget_bytes is not None:
-            link = through(rates.copy_bytes_per_second, plan.device_resident, plan.device_lookahead)
+        step = through(rates.read_bytes_per_second, HOST_BLOCKS)
+        if self.plan.device_budget_bytes is not None:
+            link = through(rates.copy_bytes_per_second, DEVICE_BLOCKS)
             step = max(step, replace(link, read_bytes=step.read_bytes), key=lambda time: time.seconds)
         if store is None:
             return step

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +21,44 @@ from finetune.adapters import saved as saved_adapter
 from finetune.adapters.seal import WEIGHTS, trained_on
 from finetune.config import Config
 from finetune.data.packed_rows import check_positions_argument
-from finetune.methods.perturbation_demand import PerturbationDemand, most_product_groups, perturbation_demand
-from finetune.methods.weight_demand import (
+from finetune.methods.perturbation_needs import PerturbedWeights, fold_needs, most_product_groups, perturbed_weights
+from finetune.methods.weight_needs import (
     check_rounding,
-    largest_piece_bytes,
     make_keeping,
-    make_rule,
     store_size,
-    training_temporaries,
-    update_host_bytes,
+    streamed_with_tables,
+    trained_weight_needs,
 )
-from finetune.planned_run import BatchShape, PlannedRun
+from finetune.needs_of_model import (
+    adapter_needs,
+    batch_needs,
+    measure_batch,
+    perturbed_adapter_needs,
+    process_as_it_is,
+    trained_adapter_needs,
+)
+from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
 from finetune.runs.identity import check_model, model_name
 from finetune.runs.tuned_weights import JournalWeights, StoredWeights, find_result
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.onednn_cache import BYTES_PER_BUFFER, BYTES_PER_SHAPE, keep_shapes, shapes_to_keep
-from memory.plan import Demand, Limits, Wishes, make_plan
+from memory.needs import Needs
+from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
+from memory.plan import Limits, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.devices import Device, choose_device
 from offload.files.checkpoint import read_header, resolve_model
 from offload.noise.noise import Noise
 from offload.perturb.perturbed_model import PerturbedModel
-from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
+from offload.sizing.needs import Streamed, stream_needs
 from offload.sizing.positions import longest_row
 from offload.streamed_model import StreamedModel
 from offload.update.parts import TrainedParts, check_storage, find_trained
 from offload.update.trained_model import TrainedModel
 from offload.weights.finite import first_not_finite
-from offload.weights.layout import aligned_bytes
 from offload.weights.parts import cut
 from offload.weights.skeleton import is_placeholder
 
-OPTIMIZER_BYTES_PER_PARAMETER = 8  # AdamW: exp_avg and exp_avg_sq in fp32, adapters' own dtype
-COMPUTE_BOUND_TOKENS = 2048
-"""A trained weight takes 8 operations a token and moves some 26 bytes a step: with so many tokens a CPU computes longer than
-its disk moves."""
 HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
 
 
@@ -200,22 +200,18 @@ class Session:
                 f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
                 f"has, found {self.config.host_memory}: give less, such as 90%"
             )
-        demand, visit = self._demand(shape)
+        # Without a backward pass nothing waits for it.
+        block_inputs = self.config.engine.activations if shape.train else "host"
+        needs, streamed, batch = self._needs(shape, block_inputs)
         if also is not None:
-            demand = demand.covering(self._demand(also)[0])
-        engine = self.config.engine
-        activations = engine.activations if shape.train else "host"  # nothing waits for a backward pass
-        plan = make_plan(demand, limits, Wishes(engine.resident_blocks, engine.lookahead, activations))
-        perturbed = self._perturbation_demand()
+            needs = needs.covering(self._needs(also, block_inputs)[0])
         return PlannedRun(
-            plan,
-            demand,
-            visit,
+            make_plan(needs, limits),
+            needs,
+            streamed,
+            batch,
             self.parts,
-            shape,
             self.device.kind,
-            tuple(self.trainable),
-            perturbed.folded_bytes if perturbed else 0,
             None if self.trained is None else store_size(self.config, self.trained),
             self.config.variants if self.train else 1,
             "" if self.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
@@ -330,113 +326,43 @@ class Session:
                 device = _amount("device_memory", self.config.device_memory, self.device.total_bytes())
         return Limits(host, device)
 
-    def _demand(self, shape: BatchShape) -> tuple[Demand, VisitSize]:
-        parts, lanes = self.parts, shape.micro_batches
+    def _needs(self, shape: BatchShape, block_inputs: str) -> tuple[Needs, Streamed, MeasuredBatch]:
+        """Raises UserError for rows that are longer than the model has positions for."""
         if shape.samples is None:
             prefix.check_positions(self.model, shape.inputs["input_ids"].shape[1])
             self._check_positions(shape)
         if shape.packed:
             check_positions_argument(self.parts.model)
-        trained = self.trained
+        config, parts, trained, engine = self.config, self.parts, self.trained, self.config.engine
+        on_device = not self.device.shares_host_memory
         names = [frozenset(unit.fqns) for unit in trained.blocks] if trained else None
-        measured = (parts, self.model, shape.inputs, shape.train, names)
-        visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
-        itemsize = parts.dtype.itemsize
-        adapter_bytes = sum(p.nbytes for p in self.trainable)
-        state = adapter_bytes
-        if shape.train:
-            state += adapter_bytes + OPTIMIZER_BYTES_PER_PARAMETER * sum(p.numel() for p in self.trainable)
-        elif self.train:
-            state += sum(4 * p.numel() + self.config.variants * p.nbytes for p in self.trainable)
-        head = parts.head
-        loss_bytes, step = 0, shape.kept_bytes
-        if head is not None:
-            hidden_size = head.module.weight.shape[1]
-            tile = min(head.tile_tokens, shape.rows)
-            # logits in the model's dtype, in fp32, their softmax and its gradient; a converted weight where dtypes differ
-            loss_bytes = tile * head.tile_vocab * (3 * 4 + (itemsize if itemsize < 4 else 0))
-            if self.model.get_output_embeddings() is not head.module:
-                loss_bytes += 3 * tile * head.tile_vocab * itemsize  # an adapter's product, scaled, and the sum
-            if head.layouts[0].views["weight"].dtype != parts.dtype:
-                loss_bytes += head.tile_vocab * hidden_size * itemsize
-            # hidden states of every lane before the head and their gradients; a head in chunks keeps sums in fp32
-            per_row = hidden_size * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64
-            step += lanes * shape.rows * per_row
-        elif (output := self.model.get_output_embeddings()) is not None:  # whole logits, of every lane until the loss is there
-            logits_bytes = shape.rows * output.weight.shape[0] * itemsize
-            loss_bytes, step = 3 * logits_bytes, step + lanes * logits_bytes
-        for _, _, source in parts.embeddings:
-            row_bytes = source.num_bytes // source.shape[0] + prod(source.shape[1:]) * itemsize
-            step += min(lanes * shape.rows, source.shape[0]) * row_bytes
-        edge_bytes = parts.edge_bytes
-        block_bytes = [layout.num_bytes for layout in parts.layouts]
-        head_chunk_bytes = max((layout.num_bytes for layout in head.layouts), default=0) if head else 0
-        loss_bytes += adapters.table_bytes(self.model, parts)
-        temporaries, perturbed = max(visit.peak_bytes, loss_bytes), self._perturbation_demand()
-        if shape.samples is None or "input_ids" in shape.inputs:
-            masks = self._masks(shape)
-            step += lanes * (masks.kept_bytes + prefix.lane_bytes(self.model, itemsize))
-            temporaries = max(temporaries, masks.made_bytes)
-        if perturbed is not None:
-            block_bytes, head_chunk_bytes = perturbed.block_bytes, perturbed.head_chunk_bytes
-            edge_bytes = perturbed.edge_bytes
-            temporaries += perturbed.visit_bytes
-        if not self.device.shares_host_memory:
-            block_bytes = [max(pair) for pair in zip(block_bytes, map(aligned_bytes, parts.layouts), strict=True)]
-            head_chunk_bytes = max([head_chunk_bytes, *(aligned_bytes(x) for x in (head.layouts if head else ()))])
-        state_slot_bytes = 0
-        waiting_state_slots = update_image_bytes = update_gradients_bytes = 0
+        batch = measure_batch(parts, self.model, shape, names)
+        streamed = Streamed.of(parts, on_device)
+        needs = batch_needs(parts, self.model, batch, block_inputs)
         if trained is not None:
-            state_slot_bytes = largest_piece_bytes(self.config, trained)
-            store = store_size(self.config, trained)
-            shares = self.device.shares_host_memory
-            computes_long = store.trained_share == 1 and shares and lanes * shape.rows >= COMPUTE_BOUND_TOKENS
-            # Buffers may be as large as what a rule with directions keeps of a whole unit, and the disk has little to do there.
-            if computes_long and not make_rule(self.config, of_blocks=True).has_directions:
-                waiting_state_slots = max(len(unit.pieces) for unit in trained.blocks)
-            host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it
-            edge_bytes += host_edge_bytes if shares else edge_bytes
-            head_chunk_bytes = max([head_chunk_bytes, *(part.unit.layout.num_bytes for part in trained.table)])
-            temporaries, waiting = training_temporaries(
-                self.config, parts, trained, visit.peak_bytes, loss_bytes, lanes
-            )
-            rows_bytes = sum(
-                min(lanes * shape.rows, source.shape[0]) * prod(source.shape[1:]) * itemsize
-                for _, _, source in parts.embeddings
-            )
-            step += 2 * rows_bytes  # gradients of the rows, and what one micro-batch adds to them
-            if shares:
-                step += waiting
-            else:
-                update_image_bytes = max(*block_bytes, head_chunk_bytes)
-                update_gradients_bytes = update_host_bytes(self.config, trained, itemsize) + host_edge_bytes + rows_bytes
-        demand = Demand(
-            block_bytes=tuple(block_bytes),
-            head_chunk_bytes=head_chunk_bytes,
-            head_chunks=(len(head.layouts) if head else 0) + (len(trained.table) if trained else 0),
-            state_bytes=state,
-            edge_bytes=edge_bytes,
-            temporaries_bytes=temporaries,
-            step_bytes=step,
-            boundary_bytes=visit.boundary_bytes,
-            boundary_total_bytes=visit.boundary_bytes * lanes * len(parts.blocks)
-            if shape.train
-            else visit.boundary_bytes * lanes,
-            baseline_bytes=_baseline_bytes(adapter_bytes),
-            variant_bytes=perturbed.variant_bytes if perturbed else 0,
-            head_variant_bytes=perturbed.head_variant_bytes if perturbed else 0,
-            folding_bytes=perturbed.folding_bytes if perturbed else 0,
-            code_bytes=self._code_bytes(lanes),
-            state_slot_bytes=state_slot_bytes,
-            waiting_state_slots=waiting_state_slots,
-            state_pieces=0 if trained is None else store.pieces,
-            update_image_bytes=update_image_bytes,
-            update_gradients_bytes=update_gradients_bytes,
-            saving_bytes=0 if self.device.shares_host_memory else self._saving_bytes(adapter_bytes),
-            device_libraries_bytes=self.device.traits.libraries_bytes,
-            host_libraries_bytes=self.device.traits.host_libraries_bytes,
-        )
-        return demand, visit
+            streamed = streamed_with_tables(streamed, trained)
+            needs += trained_weight_needs(config, parts, trained, batch, streamed, on_device)
+        elif (perturbed := self._perturbed_weights()) is not None:
+            streamed = streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+            needs += perturbed.needs
+            if self.perturbs_all:
+                needs += fold_needs(parts, config.zo, self.num_steps)
+        elif not self.train:
+            needs += adapter_needs(self.trainable)
+        elif config.method == "zo":
+            needs += perturbed_adapter_needs(self.trainable, config.variants, on_device, config.tunes_prefix)
+        else:
+            needs += trained_adapter_needs(self.trainable, on_device)
+        adapter_bytes = sum(p.nbytes for p in self.trainable)
+        process = process_as_it_is(self.device, parts.dtype, adapter_bytes, shape.micro_batches)
+        slots = stream_needs(streamed, on_device, engine.resident_blocks, engine.lookahead)
+        return process + slots + needs, streamed, batch
+
+    def _perturbed_weights(self) -> PerturbedWeights | None:
+        """None: no weights of the model's own are perturbed or moved."""
+        if isinstance(self.tuned, JournalWeights):
+            return self.tuned.as_perturbed(self.parts)
+        return perturbed_weights(self.parts, self.config.zo, self.num_steps) if self.perturbs_all else None
 
     def _check_positions(self, shape: BatchShape) -> None:
         length, kind = shape.inputs["input_ids"].shape[1], type(self.parts.model).__name__
@@ -450,35 +376,6 @@ class Session:
             if length > made_for >= self._longest_row and not shape.packed:
                 print(f"note: rows of {length} tokens are longer than the {made_for} that {kind} was made for", file=sys.stderr)
             self._longest_row = length
-
-    def _masks(self, shape: BatchShape) -> MaskSize:
-        count, length = shape.inputs["input_ids"].shape
-        if shape.samples is not None:  # short texts would not do without the rows' other tensors: one of numbers is assumed
-            return MaskSize(count * length**2 * self.parts.dtype.itemsize, 0)
-        masks = measure_masks(self.parts, self.model, count, length, shape.packed)
-        if count > 1:
-            return masks
-        short = measure_masks(self.parts, self.model, 2, isqrt(shape.mask_pairs // 2), False)
-        return max(masks, short)
-
-    def _perturbation_demand(self) -> PerturbationDemand | None:
-        """None: no weights of the model's own are perturbed or moved."""
-        if isinstance(self.tuned, JournalWeights):
-            return self.tuned.demand(self.parts)
-        return perturbation_demand(self.parts, self.config.zo, self.num_steps) if self.perturbs_all else None
-
-    def _saving_bytes(self, adapter_bytes: int) -> int:
-        """What adapters on a device take of host memory: while they are saved, with their moments; a zeroth-order run has
-        clean values there all the time."""
-        if not self.train:
-            return 0
-        per_parameter = 4 if self.config.method == "zo" else OPTIMIZER_BYTES_PER_PARAMETER
-        return adapter_bytes + per_parameter * sum(p.numel() for p in self.trainable)
-
-    def _code_bytes(self, micro_batches: int) -> int:
-        if not self.device.traits.computes_on_host or self.parts.dtype == torch.float32:
-            return 0  # fp32 products go through MKL, which compiles nothing
-        return shapes_to_keep(micro_batches) * BYTES_PER_SHAPE
 
 
 def _copy_to(device: torch.device, parameters: Sequence[nn.Parameter]) -> None:
@@ -508,12 +405,6 @@ def _check_zeroth_order(device: Device, model: nn.Module) -> None:
             "lora.use_dora cannot be combined with method zo, nor can rows and modules that are trained beside the adapter "
             "(lora.extra): leave it out, or use method lora"
         )
-
-
-def _baseline_bytes(adapter_bytes: int) -> int:
-    """The process as it is, less the adapters, which move into the arena."""
-    trim_malloc()
-    return max(0, host_bytes() - adapter_bytes)
 
 
 def _amount(key: str, amount: Any, total: int) -> int:

@@ -24,10 +24,10 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.config.unused_keys import unused_adapter_note
-from finetune.data import BatchPlan, TokenDataset, prepare
+from finetune.data import BatchPlan, TokenDataset
 from finetune.data.model_kinds import refuse_text
 from finetune.data.packed_rows import check_texts_stay_apart
-from finetune.data.preparation import describe
+from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
@@ -42,6 +42,7 @@ from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
 from finetune.reporting.run_report import run_report
 from finetune.runs.directory import RunDirectory
+from finetune.runs.disk import check_disk
 from finetune.runs.identity import RunIdentity
 from finetune.runs.signals import REPEAT_SECONDS, Stopped, stop_requests
 from finetune.session import Session
@@ -51,7 +52,6 @@ from finetune.training.loop import TrainingLoop
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
-from memory.units import format_bytes, parse_bytes
 from offload.sizing.calibration import Rates, measure_rates
 
 
@@ -166,18 +166,9 @@ class Trainer:
             session.plan(kind.full_shape(config, session, longest))  # refuses too, and names the budget of full rows
             raise
         directory.take(config, inputs)
-        options = config.dataset
-        data = prepare(
-            source,
-            model=session.parts.directory,
-            cache_dir=config.output / "tokens",
-            sequence_length=options.sequence_length,
-            form=options.form,
-            completion_only=options.completion_only,
-            append_eos=False if kind.compares_choices else options.append_eos,
-            chat_template=options.chat_template,
-            trust_remote_code=config.trust_remote_code,
-            choices=kind.compares_choices,
+        append_eos = False if kind.compares_choices else config.dataset.append_eos
+        data = prepare_for(
+            config, source, session.parts.directory, choices=kind.compares_choices, append_eos=append_eos
         )
         for line in describe(data):
             print(line, file=LastingStream(sys.stderr))
@@ -197,7 +188,7 @@ class Trainer:
         session.num_steps = batches.num_steps
         planned, self._held_out = plan_with_evaluation(session, config, shape)
 
-        _check_disk(config, planned, directory.earlier_bytes)
+        check_disk(config, planned.plan, directory.earlier_bytes)
         about = directory.begin(identity, batches.num_steps)
         meter = MemoryMeter().start()
         progress = Progress(
@@ -316,31 +307,3 @@ def _notes(config: Config, num_steps: int) -> list[str]:
     if config.method == "zo" and not config.has_adapter and options.weight_decay and not options.decay_norms_and_biases:
         notes.append("method zo has weight decay for norms and biases too")
     return [f"note: {note}" for note in notes if note is not None]
-
-
-def _check_disk(config: Config, planned: PlannedRun, earlier_bytes: int) -> None:
-    """Raises UserError unless what the run will write fits the file system, and with that of earlier runs `--disk`."""
-    adapter_bytes = sum(p.nbytes for p in planned.trainable)
-    copies = 3 * 3 if config.method == "lora" else 0  # two kept and one being written, each with AdamW's two moments
-    data = config.output / "store" / "data"
-    existing = data.stat().st_size if data.is_file() else 0
-    parts = {
-        "resumable states": copies * adapter_bytes,
-        "adapter": adapter_bytes,
-        "the prefix that it begins as": adapter_bytes if config.tunes_prefix else 0,
-        "folded weights": 2 * planned.folded_bytes,  # the old ones stay until the new ones are whole
-        "working store": max(0, planned.store.num_bytes - existing) if planned.store else 0,
-        "token cache": sum(f.stat().st_size for f in (config.output / "tokens").rglob("*") if f.is_file()),
-        "block inputs": planned.demand.boundary_total_bytes if planned.plan.activation_slots else 0,
-    }
-    need = sum(parts.values())
-    free = shutil.disk_usage(config.output).free
-    allowed = free if config.disk is None else min(free, max(0, parse_bytes(config.disk, free) - earlier_bytes))
-    if need > allowed:
-        raise UserError(
-            f"the run writes up to {format_bytes(need)} under {config.output} ("
-            + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-            + f"), {format_bytes(allowed)} are {'free' if allowed == free else 'allowed by --disk'}"
-            + (f" beside {format_bytes(earlier_bytes)} of earlier runs: " if earlier_bytes and allowed < free else ": ")
-            + "make room, name another --output, or raise --disk"
-        )

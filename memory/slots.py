@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PAGE_BYTES = 4096
-
-
-def round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
-    return -(-num_bytes // multiple) * multiple
+from memory.units import round_up
 
 
 @dataclass(slots=True)

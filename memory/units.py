@@ -11,6 +11,9 @@ import psutil
 
 from memory.meter import host_bytes
 
+PAGE_BYTES = 4096  # what direct I/O, slots and files are aligned to
+MIB = 1 << 20
+
 _PREFIXES = "KMGTP"
 _AMOUNT = re.compile(r"(?P<minus>-?)\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>%|[A-Za-z]*)")
 _EXPECTED = "expected bytes such as 1GiB, 6GB, 512M, 50% (of what there is) or -2GB (all but 2 GB)"
@@ -57,6 +60,10 @@ def _unit_bytes(unit: str, amount: str | int) -> int:
     if not power or suffix not in ("", "b", "ib"):
         raise ValueError(f"unknown unit {unit!r} in {amount!r}: {_EXPECTED}")
     return (1000 if suffix == "b" else 1024) ** power
+
+
+def round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
+    return -(-num_bytes // multiple) * multiple
 
 
 def format_bytes(num_bytes: int | float) -> str:

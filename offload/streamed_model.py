@@ -18,8 +18,16 @@ from torch import nn
 from memory.plan import Plan
 from memory.slots import Slab, SlotPool
 from offload.devices import Device
-from offload.residency.io import IOEngine
+from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
 from offload.residency.tiers import DeviceTier, HostTier, Tier
+from offload.sizing.needs import (
+    ACTIVATIONS,
+    DEVICE_BLOCKS,
+    DEVICE_HEAD,
+    HOST_BLOCKS,
+    HOST_HEAD,
+    STAGING_BYTES,
+)
 from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import Engine, Weights
 from offload.step.head import HeadChunk, TiledHead
@@ -71,7 +79,7 @@ class StreamedModel:
         self.parts = parts
         self.model = parts.model if model is None else model
         self.device = device
-        self.io = IOEngine(io_backend, queue_depth or plan.queue_depth, plan.request_bytes, plan.staging_bytes)
+        self.io = IOEngine(io_backend, queue_depth or QUEUE_DEPTH, REQUEST_BYTES, STAGING_BYTES)
         try:
             self._open(plan, scratch, progress)
         except BaseException:
@@ -82,13 +90,11 @@ class StreamedModel:
         parts, device = self.parts, self.device
         host = self._host_slab = self._computing_slab = Slab(device.allocate_host_slab(plan.host_slab_bytes))
         self.io.register_buffer(host.buffer.data_ptr(), host.buffer.numel())
-        block_pool = host.carve("host blocks", plan.block_slot_bytes, plan.host_block_slots)
-        head_pool = host.carve("host head", plan.head_slot_bytes, plan.head_slots) if plan.head_slots else None
-        if plan.activation_slots:
-            pool = host.carve("activations", plan.activation_slot_bytes, plan.activation_slots)
-            self.activations: Activations = SpillingActivations(
-                self.io, pool, plan.activation_host_bytes, device.torch_device, scratch
-            )
+        block_pool = plan.slots[HOST_BLOCKS].carve_from(host)
+        head_pool = plan.slots[HOST_HEAD].carve_from(host) if plan.count(HOST_HEAD) else None
+        if plan.count(ACTIVATIONS):
+            pool = plan.slots[ACTIVATIONS].carve_from(host)
+            self.activations: Activations = SpillingActivations(self.io, pool, 0, device.torch_device, scratch)
         else:
             self.activations = Activations()
 
@@ -97,13 +103,12 @@ class StreamedModel:
         self.tier: Tier = host_tier
         if not device.shares_host_memory:
             slab = self._computing_slab = Slab(device.allocate_slab(plan.device_slab_bytes))
-            pool = slab.carve("device blocks", plan.block_slot_bytes, plan.device_block_slots)
-            self.tier = DeviceTier(host_tier, device, pool, plan.device_resident, plan.device_lookahead)
+            slots = plan.slots[DEVICE_BLOCKS]
+            self.tier = DeviceTier(host_tier, device, slots.carve_from(slab), slots.resident, slots.lookahead)
             if head_tier is not None:
-                pool = slab.carve("device head", plan.head_slot_bytes, plan.device_head_slots)
-                head_tier = DeviceTier(
-                    head_tier, device, pool, all_if(plan.device_head_slots, len(head_tier.layouts)), plan.device_head_slots - 1
-                )
+                slots = plan.slots[DEVICE_HEAD]
+                resident = all_if(slots.count, len(head_tier.layouts))
+                head_tier = DeviceTier(head_tier, device, slots.carve_from(slab), resident, slots.lookahead)
         self.head_tier = head_tier
 
         self._load_edges(parts.edges)
@@ -242,13 +247,14 @@ class StreamedModel:
                 embedding.read(torch.cat(ids))
 
     def _make_block_tier(self, pool: SlotPool, plan: Plan) -> HostTier:
-        return HostTier(self.parts.layouts, self.io, pool, plan.host_resident, plan.host_lookahead)
+        slots = plan.slots[HOST_BLOCKS]
+        return HostTier(self.parts.layouts, self.io, pool, slots.resident, slots.lookahead)
 
     def _make_head_tier(self, pool: SlotPool | None, plan: Plan) -> HostTier | None:
         if self.parts.head is None:
             return None
-        layouts = self.parts.head.layouts
-        return HostTier(layouts, self.io, pool, all_if(plan.head_slots, len(layouts)), plan.head_slots - 1)
+        layouts, slots = self.parts.head.layouts, plan.slots[HOST_HEAD]
+        return HostTier(layouts, self.io, pool, all_if(slots.count, len(layouts)), slots.lookahead)
 
     def _make_weights(self, plan: Plan) -> Weights:
         return BlockWeights(self.parts, self.tier)

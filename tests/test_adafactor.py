@@ -7,7 +7,7 @@ import torch
 from transformers.optimization import Adafactor
 
 import offload.update.matrices
-from memory.slots import round_up
+from memory.units import round_up
 from offload.update.rules.adafactor import Adafactor as Rule
 from offload.update.rules.adafactor import factor_views, observe
 from offload.update.units import make_unit

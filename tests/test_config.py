@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -402,18 +401,6 @@ def test_schedulers_are_those_of_transformers() -> None:
 
     known = set(TrainingOptions.model_fields["lr_scheduler"].annotation.__args__)
     assert known == {member.value for member in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
-
-
-def test_forms_are_those_of_the_data_package() -> None:
-    source = Path(finetune.data.options.__file__).parents[1] / "data" / "forms.py"
-    assigned = {
-        node.targets[0].id: node.value
-        for node in ast.parse(source.read_text()).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    assert {"auto", *ast.literal_eval(assigned["FORMS"])} == set(
-        DatasetOptions.model_fields["form"].annotation.__args__
-    )
 
 
 def test_configuration_imports_nothing_heavy() -> None:

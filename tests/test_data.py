@@ -18,7 +18,10 @@ from data_tools import CHAT, CHATML, LINES, make, prepare_in_this_process, texts
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from finetune.data import DataError, json_rows, sources
+from finetune.data import DataError, json_rows, rows, sources
+from finetune.data.forms import FORMS
+from finetune.data.forms.base import Form, ParsedRow, RowEncoder, get
+from finetune.data.options import DatasetOptions
 from finetune.data.preparation import describe
 
 GENERATION = (
@@ -369,3 +372,44 @@ def test_hub_out_of_reach_or_refusing(plain, tmp_path, here, monkeypatch):
 def test_templates_of_other_families(chatml, tmp_path, here, template, trained):
     data = make([{"messages": CHAT}], chatml, tmp_path, chat_template=template)
     assert texts(chatml, data)[0][1] == trained
+
+
+class _Line(ParsedRow):
+    """A form of its own: a line of which the last word is trained."""
+
+    class encoder(RowEncoder):
+        def encode(self, rows):
+            for _, row in rows:
+                ids = self._encoder.ids([row.text])[0]
+                labels = np.asarray(ids, np.int32)
+                labels[:-1] = -100
+                yield [self._encoder.cut(ids, labels)]
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
+
+def test_a_form_is_one_entry(plain, tmp_path, monkeypatch):
+    """Found by its column, parsed, measured, encoded; other forms are what they were."""
+    form = Form((("line",),), frozenset({"line"}), lambda row, place, chat: _Line(get(row, "line", str, place)))
+    monkeypatch.setitem(rows._FORMS, "line", form)
+    prepare_in_this_process(monkeypatch)
+    path = write_jsonl(tmp_path / "train.jsonl", [{"line": "the cat sat"}, {"line": "on the mat"}])
+    data = make(path, plain, tmp_path)
+    assert data.meta["form"] == "line" and texts(plain, data) == [("the cat sat", [" sat"]), ("on the mat", [" mat"])]
+    with pytest.raises(DataError, match=r'"input_ids", or "line"; found "lin"'):
+        make(write_jsonl(tmp_path / "bad.jsonl", [{"lin": "x"}]), plain, tmp_path)
+
+
+def test_every_form_is_found_by_its_columns_and_reads_them():
+    assert set(DatasetOptions.model_fields["form"].annotation.__args__) == {"auto", *FORMS}
+    for name, form in rows._FORMS.items():
+        for needed in form.needs:
+            assert rows.detect_form(dict.fromkeys(needed, "x"), "place") == name
+            assert set(needed) <= form.reads <= rows.COLUMNS
+    assert rows.detect_form({"input_ids": [1], "messages": [], "text": ""}, "place") == "input_ids"
+    assert rows.detect_form({"messages": [], "text": "", "prompt": "", "completion": ""}, "place") == "messages"

@@ -75,7 +75,7 @@ def test_micro_batches_are_cut_from_rows_sorted_by_length():
     p = plan()
     for index in range(p.num_steps):
         step = p.step(index)
-        lengths = [int(p._lengths[list(row)].sum()) for micro in step for row in micro]
+        lengths = [int(p.lengths[list(row)].sum()) for micro in step for row in micro]
         assert lengths == sorted(lengths, reverse=True)
         assert [len(micro) for micro in step] == ([4, 4, 2] if len(lengths) == 10 else [3])
     # What a step holds does not hang on how it is cut.

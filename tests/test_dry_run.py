@@ -16,6 +16,7 @@ from finetune.session import Session
 from offload.devices.base import map_host_bytes
 from offload.residency.io import IOEngine
 from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit
+from offload.sizing.needs import STEP
 from offload.weights.layout import bind_views
 from offload.weights.parts import cut
 
@@ -115,8 +116,8 @@ def test_a_plan_counts_a_mask_for_every_lane(packed, tmp_path, monkeypatch):
     config = make_config(model, None, tmp_path / "out", method="zo", zo={"perturbations": 3})
     session = Session(config)
     shapes = [BatchShape.of_text(1 + (not packed), 90, 7, True, some) for some in (packed, False)]
-    with_masks = session.plan(shapes[0]).demand.step_bytes
-    monkeypatch.setattr("finetune.session.measure_masks", lambda *_: MaskSize(0, 0))
-    without = session.plan(shapes[1]).demand.step_bytes
+    with_masks = session.plan(shapes[0]).needs.bytes_of(STEP)
+    monkeypatch.setattr("finetune.needs_of_model.measure_masks", lambda *_: MaskSize(0, 0))
+    without = session.plan(shapes[1]).needs.bytes_of(STEP)
     session.close()
     assert with_masks - without == 7 * 90**2 * (1 if packed else 2)

@@ -20,6 +20,7 @@ from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
+from offload.sizing.needs import STEP, VISIT
 
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()
 ONE_TOKEN = [" great", " terrible"]
@@ -167,9 +168,9 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
     try:
         shape = BatchShape.of_text(2, longest, 3, train=True)
         planned, held_out = plan_with_evaluation(session, config, shape)
-        covered = session.plan(held_out.shape).demand
-        assert planned.demand.temporaries_bytes >= covered.temporaries_bytes
-        assert planned.demand.step_bytes >= covered.step_bytes
+        covered = session.plan(held_out.shape).needs
+        assert planned.needs.bytes_of(VISIT) >= covered.bytes_of(VISIT)
+        assert planned.needs.bytes_of(STEP) >= covered.bytes_of(STEP)
         session.open(planned, tmp_path / "scratch")
         inside = evaluate_open(session, held_out)
     finally:

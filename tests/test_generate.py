@@ -24,6 +24,7 @@ from finetune.session import Session
 from finetune.trainer import Trainer
 from memory.errors import UserError
 from memory.plan import PlanRefused
+from offload.sizing.needs import STEP
 
 # As vision models': contents are lists of parts.
 PARTS = CHATML.replace("{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}")
@@ -258,7 +259,7 @@ def test_the_cache_is_part_of_the_plan(llama, tmp_path):
     session = Session(make_config(llama, tmp_path), None, train=False)
     try:
         step_bytes = {
-            (prompts, new): plan_prompts(session, [[3] * 7] * prompts, new).demand.step_bytes
+            (prompts, new): plan_prompts(session, [[3] * 7] * prompts, new).needs.bytes_of(STEP)
             for prompts, new in ((1, 10), (1, 200), (2, 10), (2, 200))
         }
     finally:

@@ -12,11 +12,12 @@ from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError
-from finetune.methods.perturbation_demand import perturbation_demand
+from finetune.methods.perturbation_needs import perturbed_weights
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from offload.noise import noise
 from offload.perturb.products import Factors, MatrixNoise, perturbed_product
+from offload.sizing.needs import EDGES, HEAD_VARIANTS, VARIANTS
 from offload.weights.binding import Binding
 from offload.weights.parts import cut
 
@@ -106,17 +107,18 @@ def test_scale_bias_and_stored_dtype(stored, scale):
 def test_slots_need_no_room_for_matrices(models):  # noqa: F811
     parts = cut(Path(models["bfloat16"]))
     options = {"noise": "low_rank", "rank": 3, "fold_steps": 5}
-    products = perturbation_demand(parts, ZerothOrderOptions(**options, perturb="products"), 8)
-    weights = perturbation_demand(parts, ZerothOrderOptions(**options), 8)
+    products = perturbed_weights(parts, ZerothOrderOptions(**options, perturb="products"), 8).needs
+    weights = perturbed_weights(parts, ZerothOrderOptions(**options), 8).needs
     layout, binding = parts.layouts[0], parts.bindings[0]
     matrices = {name: layout.views[name].shape for name in binding.linear_weights}
     assert len(matrices) == 7  # of a Llama's block
     small = [view for name, view in layout.views.items() if name not in matrices]
-    assert products.variant_bytes == 4096 and 2 * 64 * len(small) <= 4096 < weights.variant_bytes
-    assert products.head_variant_bytes == 0 < weights.head_variant_bytes
+    slots, large = ({pool.name: pool.slot_bytes for pool in needs.pools} for needs in (products, weights))
+    assert slots[VARIANTS] == 4096 and 2 * 64 * len(small) <= 4096 < large[VARIANTS]
+    assert slots[HEAD_VARIANTS] == 0 < large[HEAD_VARIANTS]
     # two groups of 8 steps: their sums, fp32 [rows, 3] each
     rows = sum(shape[0] for shape in matrices.values()) * len(parts.layouts) + parts.head.module.weight.shape[0]
-    assert products.edge_bytes - weights.edge_bytes == rows * 3 * 4 * 2
+    assert products.bytes_of(EDGES) - weights.bytes_of(EDGES) == rows * 3 * 4 * 2
 
 
 def test_no_rows_and_a_weight_that_is_not_there():

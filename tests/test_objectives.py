@@ -28,6 +28,7 @@ from memory.errors import UserError
 from offload.noise.noise import parameter_key
 from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.sizing.needs import STEP
 
 VARIANTS = [Variant(), Variant(7, 0.05), Variant(7, -0.05)]
 
@@ -222,7 +223,7 @@ def test_a_plan_without_data_counts_the_caches(tmp_path):
     for new in (6, 106):
         config = objective_config(model, tmp_path / "out", None, "f1")
         config = config.model_copy(update={"zo": config.zo.model_copy(update={"max_new_tokens": new})})
-        sizes.append(Trainer(config).plan().demand.step_bytes)
+        sizes.append(Trainer(config).plan().needs.bytes_of(STEP))
     layer = 2 * 2 * 12 * 4  # keys and values, 2 heads of 12 numbers, fp32: bytes a token
     # Three layers of 5 rows under 2 versions of the weights, and one in which the 2 heads are repeated for 4.
     assert sizes[1] - sizes[0] == 100 * layer * (3 * 10 + 2)

@@ -15,7 +15,7 @@ import transformers as tf
 from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 
-from memory.slots import PAGE_BYTES
+from memory.units import PAGE_BYTES
 from offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from offload.weights.conversion import PlacementTensor, extents_of
 from offload.weights.formats import PlainTensor

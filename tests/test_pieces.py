@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +15,10 @@ import torch
 from memory.slots import Slab
 from offload.residency.io import FaultPlan, IOEngine, IOFailure
 from offload.residency.pieces import Piece, State, new_pool, pass_through
+from offload.residency.tiers import Tier
+from offload.step.activations import SpillingActivations
+from offload.update.gradient_spill import GradientSpill
+from offload.update.stream import StateStream
 
 CHANGES = {
     "fetch": (State.AWAY, State.FETCHING),
@@ -21,6 +29,7 @@ CHANGES = {
     "written": (State.WRITING, State.READY),
     "leave": (State.READY, State.AWAY),
 }
+USERS = {user.__name__: user for user in (Tier, StateStream, SpillingActivations, GradientSpill)}
 PATHS = {
     State.AWAY: [],
     State.FETCHING: ["fetch"],
@@ -86,6 +95,28 @@ def test_every_change_and_every_wrong_one(name, state):
         with pytest.raises(RuntimeError, match=f"the piece: expected {leaves.value}, it is {state.value}"):
             getattr(piece, name)(*{"fetch": (None, []), "write": ([],)}.get(name, ()))
         assert piece.state is state and (io.log, pool.free_count) == before
+
+
+def test_the_table_names_who_makes_each_change():
+    lines = [line for line in Piece.__doc__.splitlines() if line.startswith("        ")]
+    columns = list(itertools.pairwise([*(match.start() for match in re.finditer(r"\S+", lines[0])), None]))
+    head, *rows = [[line[low:high].strip() for low, high in columns] for line in lines]
+    assert {by: (State[leaves], State[enters]) for leaves, enters, by, *_ in rows} == CHANGES
+    for row in rows:
+        for user, named in zip(head[3:-1], row[3:-1], strict=True):
+            assert callers(USERS[user], row[2]) == set(filter(None, named.split(", "))), (user, row[2])
+
+
+def callers(user: type, change: str) -> set[str]:
+    """Methods of the class that call this method of something else."""
+    methods = ast.parse(inspect.getsource(user)).body[0].body
+    return {
+        method.name
+        for method in methods
+        if isinstance(method, ast.FunctionDef)
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute) and node.attr == change and ast.unparse(node.value) != "self"
+    }
 
 
 @pytest.mark.parametrize("state", State)

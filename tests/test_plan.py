@@ -3,57 +3,102 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from memory.plan import Demand, Limits, PlanRefused, Wishes, make_plan
+from memory.needs import Item, Lasts, Needs, Tier
+from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.simulator import simulate_step
+from memory.units import PAGE_BYTES
+from offload.sizing.needs import (
+    ACTIVATIONS,
+    DEVICE_BLOCKS,
+    DEVICE_HEAD,
+    EDGES,
+    HOST_BLOCKS,
+    HOST_HEAD,
+    STATE,
+    STEP,
+    VISIT,
+    Streamed,
+    block_input_needs,
+    state_needs,
+    stream_needs,
+)
 
 MIB = 1 << 20
-DEMAND = Demand(
-    block_bytes=(9 * MIB + 1, 9 * MIB, 7 * MIB, 9 * MIB + 1, 3 * MIB),
-    head_chunk_bytes=11 * MIB, head_chunks=3, state_bytes=5 * MIB, edge_bytes=MIB, temporaries_bytes=40 * MIB,
-    step_bytes=6 * MIB, boundary_bytes=2 * MIB, boundary_total_bytes=40 * MIB, baseline_bytes=200 * MIB,
-)  # fmt: skip
 
 
-def refused(demand: Demand, limits: Limits, wishes: Wishes = Wishes()) -> PlanRefused:
+@dataclass(frozen=True)
+class Sizes:
+    """A run's, in bytes."""
+
+    block_bytes: tuple[int, ...] = (9 * MIB + 1, 9 * MIB, 7 * MIB, 9 * MIB + 1, 3 * MIB)
+    head_chunks: int = 3
+    boundary_bytes: int = 2 * MIB
+    boundary_total_bytes: int = 40 * MIB
+    state: tuple[int, int, int] | None = None  # arguments of `state_needs`
+
+
+SIZES = Sizes()
+
+
+def needs_of(sizes: Sizes, on_device: bool = False, **wishes) -> Needs:
+    place = wishes.pop("activations", "auto")
+    streamed = Streamed(sizes.block_bytes, 11 * MIB, sizes.head_chunks)
+    needs = Needs.of(
+        Item("process", 240 * MIB, Tier.HOST),
+        Item("adapters", 5 * MIB, Tier.COMPUTE),
+        Item(EDGES, MIB, Tier.COMPUTE),
+        Item(VISIT, 40 * MIB, Tier.COMPUTE, Lasts.MOMENT),
+        Item(STEP, 6 * MIB, Tier.COMPUTE, Lasts.STEP),
+    )
+    needs += stream_needs(streamed, on_device, **wishes)
+    needs += block_input_needs(sizes.boundary_bytes, sizes.boundary_total_bytes, place)
+    return needs if sizes.state is None else needs + state_needs(*sizes.state)
+
+
+def plan_of(sizes: Sizes, host_bytes: int, device_bytes: int | None = None, **wishes) -> Plan:
+    return make_plan(needs_of(sizes, device_bytes is not None, **wishes), Limits(host_bytes, device_bytes))
+
+
+def refused(sizes: Sizes, host_bytes: int, device_bytes: int | None = None, **wishes) -> PlanRefused:
     with pytest.raises(PlanRefused) as caught:
-        make_plan(demand, limits, wishes)
+        plan_of(sizes, host_bytes, device_bytes, **wishes)
     return caught.value
 
 
-@pytest.mark.parametrize("wishes", [Wishes(), Wishes(resident_blocks=2, lookahead=3, activations="host")])
+@pytest.mark.parametrize("wishes", [{}, {"resident_blocks": 2, "lookahead": 3, "activations": "host"}])
 @pytest.mark.parametrize("tier", ["host", "device"])
 def test_the_smallest_budget_is_named_and_is_the_smallest(tier, wishes):
     on_device = tier == "device"
     few, many = (1000 if not on_device else 1 << 40), (1 << 40)
-    error = refused(DEMAND, Limits(few, 1000 if on_device else None), wishes)
+    error = refused(SIZES, few, 1000 if on_device else None, **wishes)
     smallest = error.smallest_bytes
     named = smallest + (4 * MIB if tier == "host" else 0)  # it must work in another process, too
     assert f"--{tier}-memory" in str(error) and f"{-(-named // MIB)}MiB, the smallest that works" in str(error)
 
-    def limits(size: int) -> Limits:
-        return Limits(many, size) if on_device else Limits(size)
+    def limits(size: int) -> tuple[int, int | None]:
+        return (many, size) if on_device else (size, None)
 
-    plan = make_plan(DEMAND, limits(smallest), wishes)
+    plan = plan_of(SIZES, *limits(smallest), **wishes)
     assert (plan.device_peak_bytes if on_device else plan.host_peak_bytes) == smallest
-    assert refused(DEMAND, limits(smallest - 1), wishes).smallest_bytes == smallest
+    assert refused(SIZES, *limits(smallest - 1), **wishes).smallest_bytes == smallest
 
 
-def disk_bytes(plan, demand: Demand) -> int:
-    n = len(demand.block_bytes)
+def disk_bytes(plan: Plan, sizes: Sizes) -> int:
+    n, slots = len(sizes.block_bytes), plan.slots[HOST_BLOCKS]
     return simulate_step(
-        n, demand.block_bytes, [1.0] * n, [2.0] * n, 0.0, 1e9, plan.host_resident, plan.host_lookahead
+        n, sizes.block_bytes, [1.0] * n, [2.0] * n, 0.0, 1e9, slots.resident, slots.lookahead
     ).read_bytes
 
 
-def random_demand(generator: random.Random) -> Demand:
+def random_sizes(generator: random.Random) -> Sizes:
     blocks = tuple(generator.randrange(1, 30 * MIB) for _ in range(generator.randrange(1, 20)))
     boundary = generator.randrange(1, 4 * MIB)
-    return replace(
-        DEMAND, block_bytes=blocks, head_chunks=generator.randrange(4), boundary_bytes=boundary,
+    return Sizes(
+        blocks, head_chunks=generator.randrange(4), boundary_bytes=boundary,
         boundary_total_bytes=boundary * len(blocks) * generator.randrange(1, 9),
     )  # fmt: skip
 
@@ -62,74 +107,96 @@ def random_demand(generator: random.Random) -> Demand:
 @pytest.mark.parametrize("activations", ["host", "disk"])
 def test_more_memory_never_reads_more(activations, on_device):
     """For block inputs in one place: moving them to memory may take the place of resident blocks."""
-    wishes = Wishes(lookahead=1, activations=activations)
+    wishes = {"lookahead": 1, "activations": activations}
+    device_bytes = 1 << 40 if on_device else None
     generator = random.Random(5)
     for _ in range(30):
-        demand = random_demand(generator)
-        smallest = refused(demand, Limits(1, 1 << 40 if on_device else None), wishes).smallest_bytes
-        last_resident = -1
+        sizes = random_sizes(generator)
+        smallest = refused(sizes, 1, device_bytes, **wishes).smallest_bytes
+        last_kept = -1
         for extra in sorted(generator.randrange(0, 900 * MIB) for _ in range(12)):
             size = smallest + extra
-            plan = make_plan(demand, Limits(size, 1 << 40 if on_device else None), wishes)
-            read = disk_bytes(plan, demand)
-            streamed = sum(b for i, b in enumerate(demand.block_bytes) if i not in plan.host_resident)
+            plan = plan_of(sizes, size, device_bytes, **wishes)
+            blocks, read = plan.slots[HOST_BLOCKS], disk_bytes(plan, sizes)
+            streamed = sum(b for i, b in enumerate(sizes.block_bytes) if i not in blocks.resident)
             assert plan.host_peak_bytes <= size and plan.host_slab_bytes < size
             assert read <= 2 * streamed
-            assert len(plan.host_resident) >= last_resident
-            last_resident = len(plan.host_resident)
+            assert blocks.kept >= last_kept
+            last_kept = blocks.kept
 
 
 def test_slots_are_what_residents_and_lookahead_need():
     for size in range(335, 500, 7):
-        plan = make_plan(DEMAND, Limits(size * MIB))
-        streamed = len(DEMAND.block_bytes) - len(plan.host_resident)
-        assert plan.host_block_slots == len(plan.host_resident) + min(plan.host_lookahead + 1, streamed)
-        assert plan.block_slot_bytes % 4096 == 0 and plan.block_slot_bytes >= max(DEMAND.block_bytes)
+        blocks = plan_of(SIZES, size * MIB).slots[HOST_BLOCKS]
+        streamed = len(SIZES.block_bytes) - len(blocks.resident)
+        assert blocks.count == len(blocks.resident) + min(blocks.lookahead + 1, streamed)
+        assert blocks.slot_bytes % PAGE_BYTES == 0 and blocks.slot_bytes >= max(SIZES.block_bytes)
 
 
 def test_generous_budget_keeps_everything():
-    plan = make_plan(DEMAND, Limits(1 << 40, 1 << 40))
-    assert plan.host_resident == plan.device_resident == frozenset(range(5))
-    assert plan.activation_slots == 0 and plan.activation_host_bytes == DEMAND.boundary_total_bytes
-    assert disk_bytes(plan, DEMAND) == 0
+    plan = plan_of(SIZES, 1 << 40, 1 << 40)
+    assert plan.slots[HOST_BLOCKS].resident == plan.slots[DEVICE_BLOCKS].resident == frozenset(range(5))
+    assert plan.count(ACTIVATIONS) == 0 and not plan.disk_parts
+    assert plan.device_parts["block inputs kept for backward"] == SIZES.boundary_total_bytes
+    assert disk_bytes(plan, SIZES) == 0
 
 
-@pytest.mark.parametrize("wishes", [Wishes(3, 2, "disk"), Wishes(0, 0, "host"), Wishes(99, 1)])
-def test_wishes_are_kept(wishes):
-    plan = make_plan(DEMAND, Limits(1 << 40), wishes)
-    assert len(plan.host_resident) == min(wishes.resident_blocks, 5)
-    assert plan.host_lookahead == wishes.lookahead
-    if wishes.activations != "auto":
-        assert bool(plan.activation_slots) == (wishes.activations == "disk")
+@pytest.mark.parametrize("blocks, lookahead, activations", [(3, 2, "disk"), (0, 0, "host"), (99, 1, "auto")])
+def test_wishes_are_kept(blocks, lookahead, activations):
+    plan = plan_of(SIZES, 1 << 40, resident_blocks=blocks, lookahead=lookahead, activations=activations)
+    assert len(plan.slots[HOST_BLOCKS].resident) == min(blocks, 5)
+    assert plan.slots[HOST_BLOCKS].lookahead == lookahead
+    if activations != "auto":
+        assert bool(plan.count(ACTIVATIONS)) == (activations == "disk")
+        assert plan.disk_parts.get("block inputs", 0) == (SIZES.boundary_total_bytes if activations == "disk" else 0)
 
 
 @pytest.mark.parametrize("room", [0, 1, 20, 37, 50])
 def test_state_is_kept_where_there_is_room_after_all_else(room):
-    demand = replace(DEMAND, state_slot_bytes=12 * MIB, state_pieces=37)
-    full = make_plan(demand, Limits(1 << 40))
-    assert (full.kept_pieces, full.state_slots) == (37, 12 + 37)
-    plan = make_plan(demand, Limits(full.host_peak_bytes + (room - 37) * 12 * MIB))
-    assert (plan.kept_pieces, plan.state_slots) == (min(room, 37), 12 + min(room, 37))
-    assert len(plan.host_resident) == 5
+    sizes = replace(SIZES, state=(12 * MIB, 37, 0))
+    full = plan_of(sizes, 1 << 40)
+    assert (full.slots[STATE].kept, full.count(STATE)) == (37, 12 + 37)
+    plan = plan_of(sizes, full.host_peak_bytes + (room - 37) * 12 * MIB)
+    assert (plan.slots[STATE].kept, plan.count(STATE)) == (min(room, 37), 12 + min(room, 37))
+    assert plan.slots[HOST_BLOCKS].kept == 5
 
 
 def test_the_whole_head_stays_where_there_is_room_after_the_blocks():
-    demand = replace(DEMAND, head_chunks=7)
-    everything = make_plan(demand, Limits(1 << 40, 1 << 40))
-    assert (everything.head_slots, everything.device_head_slots) == (7, 7)
-    without = everything.host_peak_bytes - 5 * everything.head_slot_bytes
-    tight = make_plan(demand, Limits(without + 4 * everything.head_slot_bytes, 1 << 40))
-    assert (tight.head_slots, tight.device_head_slots, len(tight.host_resident)) == (2, 7, 5)
+    sizes = replace(SIZES, head_chunks=7)
+    everything = plan_of(sizes, 1 << 40, 1 << 40)
+    assert (everything.count(HOST_HEAD), everything.count(DEVICE_HEAD)) == (7, 7)
+    chunk_bytes = everything.slots[HOST_HEAD].slot_bytes
+    tight = plan_of(sizes, everything.host_peak_bytes - chunk_bytes, 1 << 40)
+    assert (tight.count(HOST_HEAD), tight.count(DEVICE_HEAD), tight.slots[HOST_BLOCKS].kept) == (2, 7, 5)
 
 
 def test_state_that_waits_in_memory_comes_before_resident_blocks():
-    demand = replace(DEMAND, state_slot_bytes=12 * MIB, head_chunks=1)
-    waiting = replace(demand, waiting_state_slots=9)
-    limits = Limits(make_plan(demand, Limits(1 << 40), Wishes(resident_blocks=0)).host_peak_bytes + 9 * 12 * MIB)
-    few, many = make_plan(demand, limits), make_plan(waiting, limits)
-    assert (few.state_slots, len(few.host_resident)) == (12, 5)
-    assert (many.state_slots, len(many.host_resident)) == (21, 0)
-    assert many.host_slab_bytes - many.host_block_slots * many.block_slot_bytes - many.head_slots * many.head_slot_bytes == (
-        21 * 12 * MIB
-    )
-    assert many.host_peak_bytes <= limits.host_bytes
+    sizes = replace(SIZES, state=(12 * MIB, 0, 0), head_chunks=1)
+    waiting = replace(sizes, state=(12 * MIB, 0, 9))
+    host_bytes = plan_of(sizes, 1 << 40, resident_blocks=0).host_peak_bytes + 9 * 12 * MIB
+    few, many = plan_of(sizes, host_bytes), plan_of(waiting, host_bytes)
+    assert (few.count(STATE), few.slots[HOST_BLOCKS].kept) == (12, 5)
+    assert (many.count(STATE), many.slots[HOST_BLOCKS].kept) == (21, 0)
+    other_slots = many.slots[HOST_BLOCKS].num_bytes + many.slots[HOST_HEAD].num_bytes
+    assert many.host_slab_bytes - other_slots == 21 * 12 * MIB
+    assert many.host_peak_bytes <= host_bytes
+
+
+def test_of_what_happens_in_turn_the_largest_counts():
+    moments = [Item("m", size, Tier.COMPUTE, Lasts.MOMENT) for size in (3 * MIB, 7 * MIB, 5 * MIB)]
+    needs = Needs.of(*moments, Item("m", MIB, Tier.COMPUTE))
+    assert make_plan(needs, Limits(100 * MIB)).host_parts == {"m": int(1.15 * 8 * MIB)}
+
+
+def test_covering_is_for_either_batch():
+    items = [Item("fixed", 5, Tier.HOST), Item("step", 3, Tier.HOST, Lasts.STEP), Item("turn", 9, Tier.HOST, Lasts.MOMENT)]
+    other = [replace(item, num_bytes=7) for item in items]
+    covering = Needs.of(*items).covering(Needs.of(*other))
+    assert [covering.bytes_of(name) for name in ("fixed", "step", "turn")] == [5, 7, 9]
+
+
+def test_remedies_are_those_of_what_is_large():
+    items = [Item("a", 40 * MIB, Tier.HOST, remedy="fewer a"), Item("b", MIB, Tier.HOST, remedy="fewer b")]
+    with pytest.raises(PlanRefused, match=r"To make it fit: raise --host-memory to 45MiB, .*; or fewer a\.$") as caught:
+        make_plan(Needs.of(*items), Limits(MIB))
+    assert str(caught.value.with_remedy("rest")).endswith("; or fewer a; or rest.")

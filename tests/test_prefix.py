@@ -22,6 +22,7 @@ from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 from offload.perturb.journal import Journal
+from offload.sizing.needs import STEP
 
 ZO = {"parameters": "prefix", "epsilon": 0.1, "prefix_tokens": 3}
 
@@ -61,7 +62,7 @@ def test_a_plan_counts_the_prefix_of_every_lane(models, data, tmp_path):  # noqa
     steps = []
     for tokens in (1, 101):
         session = Session(zo_config(models["bfloat16"], data, tmp_path, 3, ZO | {"prefix_tokens": tokens}))
-        steps.append(session.plan(BatchShape.of_text(2, 30, 8, train=False)).demand.step_bytes)
+        steps.append(session.plan(BatchShape.of_text(2, 30, 8, train=False)).needs.bytes_of(STEP))
         session.close()
     assert steps[1] - steps[0] == pytest.approx(8 * 100 * numbers * 2, rel=0.01)
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
 from text_models import make_config
+from tiny_models import keep_at_most
 from transformers import TrainerCallback
 
 import finetune.session
-import memory.plan
 import offload.step.engine
 import offload.streamed_model
 import offload.update.trained_model
@@ -105,11 +105,10 @@ def test_state_that_is_kept_is_not_read(name, models, data, tmp_path, monkeypatc
         config = config_of(models["bfloat16"], data, tmp_path / output, optimizer={"name": name})
         return json.loads(_metrics(config)[-1])["disk_read_bytes"]
 
-    keeping = memory.plan._keeping
     all_kept = read_in_last_step("all")
-    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: plan)
+    keep_at_most(0, monkeypatch)
     none_kept = read_in_last_step("none")
-    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: keeping(plan, demand, min(more, 1)))
+    keep_at_most(1, monkeypatch)
     pieces = [StoredPiece(*values) for _, _, *values in read_manifest(tmp_path / "none" / "store")["pieces"]]
     times = 2 if name == "lamb" else 1
     assert none_kept - all_kept == times * sum(piece.master_bytes + piece.state_bytes for piece in pieces)

@@ -27,7 +27,9 @@ from finetune.data.cache import CacheWriter
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.first_order import lane_seed
 from finetune.trainer import Trainer
+from memory.needs import Needs
 from offload.residency.tiers import HostTier
+from offload.sizing.needs import state_needs
 
 VOCAB = 101
 TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}
@@ -138,6 +140,15 @@ def aligned_copies(monkeypatch: Any) -> None:
     these tiny ones in their slots: blocks compute with aligned copies here."""
     views = HostTier.views
     monkeypatch.setattr(HostTier, "views", lambda *args: {name: x.clone() for name, x in views(*args).items()})
+
+
+def keep_at_most(pieces: int, monkeypatch: Any) -> None:
+    """So many pieces of an optimizer's state stay in memory, however much room there is."""
+
+    def needs(slot_bytes: int, most: int, waiting: int) -> Needs:
+        return state_needs(slot_bytes, min(pieces, most), waiting)
+
+    monkeypatch.setattr("finetune.methods.weight_needs.state_needs", needs)
 
 
 def streamed_run(config: Config, **options: Any) -> Run:

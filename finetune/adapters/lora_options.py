@@ -32,15 +32,22 @@ class LoraOptions(Section):
     """`peft.LoraConfig` under shorter names; what is not named here goes into `extra` as it is."""
 
     r: Count = 16
+    """Rank of the adapter's matrices."""
     alpha: Count = 32
+    """The adapter's product is scaled by alpha / r (alpha / sqrt(r) with rsLoRA)."""
     dropout: Share = 0.0
+    """Of the adapter's input."""
     target_modules: str | list[str] | None = None
-    """"all-linear", a regular expression of module names, or a list of their endings. None: all-linear less routed experts,
-    which are most of a model that has them."""
+    """"all-linear", a regular expression of module names, or a list of their endings. None: all-linear without routed
+    experts, which are most of a model that has them."""
     use_rslora: Switch = False
+    """Kalajdzievski 2023."""
     use_dora: Switch = False
+    """Liu et al. 2024."""
     init_lora_weights: Annotated[bool, Strict()] | str = True
+    """How PEFT makes the first values: true, false, gaussian or orthogonal."""
     extra: dict[str, Any] = {}
+    """Other arguments of `peft.LoraConfig`, by PEFT's names."""
 
     @field_validator("extra")
     @classmethod

@@ -54,21 +54,28 @@ class _Keys(Section):
     model: ModelName
     """A directory with config.json and safetensors files, or a hub id."""
     data: Data = None
+    """What is trained on; see `Data`."""
     eval_data: Data = None
+    """What is evaluated on; see `Data`."""
     method: Literal[*METHODS] = "lora"
+    """How, and what of the model; see `finetune.methods.registry`."""
     train: list[str] = []
-    """Regular expressions, searched in the names of parameters: only these are trained by the methods that train the
-    model's own weights; none: all."""
+    """Regular expressions: methods that train the model's own weights train only parameters whose names match one. Empty:
+    all."""
     output: Annotated[Path, BeforeValidator(_check_output)] = Path("out")
+    """Directory for everything that is written."""
     host_memory: Amount = None
-    """Limit of the whole process, a promise; None: 95% of what the machine, or its cgroup, has available at the start."""
+    """Limit of the whole process. None: 95% of what the machine, or its cgroup, has available at the start."""
     device_memory: Amount = None
+    """Limit on the accelerator. None: 90% of what is free there."""
     disk: Amount = None
-    """Limit of everything written under `output`."""
+    """Limit of everything that is written under `output`."""
     device: Literal[DEVICE_WORDS] = "auto"
+    """Where blocks compute. auto: the accelerator if there is one."""
     resume: Switch = False
-    """Go on from the state in `output`."""
+    """Continue from the state in `output`."""
     trust_remote_code: Switch = False
+    """Whether code that comes with the model may run."""
 
     def conflicts(self) -> Iterator[Conflict]:
         for name in SECTIONS:

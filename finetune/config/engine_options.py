@@ -14,20 +14,24 @@ class EngineOptions(Section):
     """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: the checkpoint's own."""
+    """In which the model computes. auto: the checkpoint's own, or fp32 on a CPU that has no hardware for it."""
     io_backend: Literal["auto", "io_uring", "threads"] = "auto"
+    """What reads the disk. auto: io_uring if the kernel allows it, else threads."""
     resident_blocks: CountOrZero | None = None
     """Blocks that stay in memory for the whole run."""
     lookahead: CountOrZero | None = None
-    """Blocks fetched ahead of the one that computes."""
+    """Blocks that are read ahead of the one that computes."""
     activations: Literal["auto", "host", "disk"] = "auto"
     """Where block inputs wait for the backward pass."""
     loss_tile_tokens: Count | None = None
+    """Rows of logits that are computed together. None: by the model's size."""
     loss_tile_vocab: Count | None = None
+    """Rows of the head that are in memory together. None: by the model's size."""
     queue_depth: Count | None = None
     """Disk requests in flight."""
     num_threads: Count | None = None
-    """Compute threads; None: PyTorch's choice."""
+    """Compute threads. None: PyTorch's choice."""
     simulated_copy_gbps: Positive | None = None
-    """Bandwidth of a copy on the simulated device, in units of 10^9 bytes/s; None: unlimited."""
+    """Bandwidth of a copy on the simulated device, in 10^9 bytes/s. None: unlimited."""
     simulated_delay_ms: NonNegative = 0.0
+    """What each copy on the simulated device waits first."""

@@ -15,12 +15,15 @@ class TrainingOptions(Section):
     """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
 
     max_steps: Count | None = None
-    """Stops after this many steps; None: after `epochs`."""
+    """Stops after this many steps. None: after `epochs`."""
     epochs: Positive = 1.0
+    """Passes over the data."""
     batch_size: Count = 8
+    """Rows a step."""
     micro_batch_size: Count = 1
+    """Rows that compute together. It decides how much memory activations need."""
     learning_rate: NonNegative | None = None
-    """None: what suits the method, see `Config.learning_rate`."""
+    """At its highest. None: what suits the method, see `Config.learning_rate`."""
     lr_scheduler: Literal[
         "linear",
         "cosine",
@@ -33,27 +36,34 @@ class TrainingOptions(Section):
         "cosine_warmup_with_min_lr",
         "warmup_stable_decay",
     ] = "linear"
-    """A name of `transformers.SchedulerType`; those that need an evaluation result every step are left out."""
+    """A name of `transformers.SchedulerType`. Schedules that need an evaluation in every step are left out."""
     lr_scheduler_kwargs: dict[str, Any] = {}
     """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`; see `finetune.config.schedule_options`."""
     warmup_steps: CountOrZero = 0
+    """Steps in which the learning rate rises from 0."""
     warmup_ratio: Share = 0.0
-    """Share of all steps, rounded up; an alternative to `warmup_steps`."""
+    """The same as a share of all steps, rounded up. Give one of the two."""
     weight_decay: NonNegative = 0.0
+    """Decoupled, as in AdamW."""
     decay_norms_and_biases: Switch = False
-    """Whether weight decay is for all parameters; else norms and biases are left alone, as in Transformers' Trainer. Method zo
-    decays all: its journal has one factor a step. Runs that began before there was a choice have decayed all."""
+    """Whether norms and biases decay too; Transformers' Trainer leaves them alone. Method zo decays all weights: its journal
+    has one factor a step. Runs that began before this key existed have decayed all."""
     adam_beta1: Share = 0.9
+    """AdamW's decay rate of the first moment."""
     adam_beta2: Share = 0.999
+    """AdamW's decay rate of the second moment."""
     adam_epsilon: Positive = 1e-8
+    """AdamW's term in the denominator."""
     max_grad_norm: NonNegative | None = 1.0
-    """0 or None: gradients are not clipped."""
+    """The norm to which all gradients together are clipped. 0 or None: they are not clipped."""
     seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
+    """Of the order of the data, dropout, adapters' first values, noise and the choice of blocks."""
     eval_steps: Count | None = None
-    """Evaluates every so many steps; None: only at the end."""
+    """Evaluates every so many steps. None: only at the end."""
     save_steps: Count = 50
-    """How often the state is committed from which `resume` goes on; Ctrl-C commits too."""
+    """Saves the state, from which `resume` continues, every so many steps. Ctrl-C saves it too."""
     report_to: list[Literal["tensorboard"]] = []
+    """Where metrics go besides `metrics.jsonl`."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.warmup_steps and self.warmup_ratio:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,9 @@ from finetune.data.packing import pack_flat
 Row = tuple[int, ...]  # indices of the examples of one sequence: one, or several when packed
 
 
+@dataclass
 class BatchPlan:
     """The examples of every optimizer step.
-
-    num_examples      of the data set
-    batch_size        rows (sequences) a step; the last step of an epoch has what is left, unless `drop_last`
-    micro_batch_size  rows that go through the model together
-    seed              not negative; with the epoch's number it fixes the epoch's order
-    lengths           tokens of each example, int [num_examples]
-    epochs, steps     how long the plan is: exactly one of them is given; epochs may be a fraction
-    packing           None, or the tokens of a packed row: each row then holds as many examples as fit
 
     Every epoch visits every example once (with `drop_last`, but for the last incomplete step). An epoch's order, and
     what is packed with what, is drawn anew from (seed, epoch); the number of rows is the same in each. Within a step
@@ -31,42 +25,47 @@ class BatchPlan:
     Raises ValueError for sizes that make no step.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        lengths: np.ndarray,
-        *,
-        epochs: float | None = None,
-        steps: int | None = None,
-        packing: int | None = None,
-        drop_last: bool = False,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
-        if num_examples < 1 or len(lengths) != num_examples:
-            raise ValueError(f"expected an example or more and as many lengths, found {num_examples}, {len(lengths)}")
-        if (epochs is None) == (steps is None):
+    num_examples: int
+    """Of the data set."""
+    batch_size: int
+    """Rows (sequences) a step; the last step of an epoch has what is left, unless `drop_last`."""
+    micro_batch_size: int
+    """Rows that go through the model together."""
+    seed: int
+    """Not negative; with the epoch's number it fixes the epoch's order."""
+    lengths: np.ndarray
+    """Tokens of each example, int [num_examples]."""
+    _: KW_ONLY
+    epochs: float | None = None
+    """How long the plan is, maybe a fraction; None: `steps` says it."""
+    steps: int | None = None
+    """The same in steps."""
+    packing: int | None = None
+    """Tokens of a packed row: each row then holds as many examples as fit. None: one example a row."""
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.num_examples < 1 or len(self.lengths) != self.num_examples:
+            counts = f"{self.num_examples}, {len(self.lengths)}"
+            raise ValueError(f"expected an example or more and as many lengths, found {counts}")
+        if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
-        self._num_examples = num_examples
-        self._batch_size = batch_size
-        self._micro_batch_size = micro_batch_size
-        self._seed = seed
-        self._lengths = np.asarray(lengths, np.int64)
-        self._packing = packing
+        self.lengths = np.asarray(self.lengths, np.int64)
         self._epoch = -1
         self._members = self._offsets = np.empty(0, np.int64)
         self._load_epoch(0)
         rows = len(self._offsets) - 1
         self.rows_per_epoch = rows
-        self.steps_per_epoch = rows // batch_size if drop_last else math.ceil(rows / batch_size)
+        self.steps_per_epoch = rows // self.batch_size if self.drop_last else math.ceil(rows / self.batch_size)
         if not self.steps_per_epoch:
-            raise ValueError(f"drop_last leaves no step: {rows} rows are fewer than batch_size {batch_size}")
+            raise ValueError(f"drop_last leaves no step: {rows} rows are fewer than batch_size {self.batch_size}")
         # The small subtraction keeps 0.1 * 30 from being 4 steps.
-        self.num_steps = steps if steps is not None else max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        self.num_steps = self.steps
+        if self.steps is None:
+            self.num_steps = max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9))
 
     def step(self, index: int) -> list[list[Row]]:
         """The micro-batches of step `index` (from 0), each a list of rows.
@@ -77,11 +76,11 @@ class BatchPlan:
             raise IndexError(f"step {index} of {self.num_steps}")
         epoch, position = divmod(index, self.steps_per_epoch)
         self._load_epoch(epoch)
-        first = position * self._batch_size
-        bounds = self._offsets[first : first + self._batch_size + 1]
+        first = position * self.batch_size
+        bounds = self._offsets[first : first + self.batch_size + 1]
         rows = [tuple(self._members[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        rows.sort(key=lambda row: -self._lengths[list(row)].sum())
-        size = self._micro_batch_size
+        rows.sort(key=lambda row: -self.lengths[list(row)].sum())
+        size = self.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def epoch(self, index: int) -> float:
@@ -96,12 +95,12 @@ class BatchPlan:
     def _load_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
-        order = generator.permutation(self._num_examples)
-        if self._packing is None:
-            members, offsets = order, np.arange(self._num_examples + 1)
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        order = generator.permutation(self.num_examples)
+        if self.packing is None:
+            members, offsets = order, np.arange(self.num_examples + 1)
         else:
-            packed, bounds = pack_flat(self._lengths, self._packing, order)
+            packed, bounds = pack_flat(self.lengths, self.packing, order)
             # Packing sorts rows by what they hold: mix them again.
             shuffled = generator.permutation(len(bounds) - 1)
             sizes = np.diff(bounds)[shuffled]

@@ -29,7 +29,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune.data.errors import DataError
-from finetune.data.forms import Chat
+from finetune.data.forms.chat import Chat
 from finetune.data.messages import Message, as_tool, tool_name
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from finetune.data.forms import FORMS
 from finetune.options import Count, Section, Switch, expand_path, show
 
 
 class DatasetOptions(Section):
     """How rows become tokens."""
 
-    form: Literal["auto", "messages", "prompt_completion", "alpaca", "text", "input_ids"] = "auto"
+    form: Literal["auto", *FORMS] = "auto"
     sequence_length: Count = 1024
     """Tokens a row at most."""
     packing: Switch = False

@@ -16,16 +16,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import finetune
+from finetune.config import Config
 from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
-from finetune.data.sources import COLUMNS, MEDIA, File, HubSplit, resolve, without_added_nulls
+from finetune.data.job import Job, TokenOptions
+from finetune.data.rows import COLUMNS, MEDIA
+from finetune.data.sources import File, HubSplit, resolve, without_added_nulls
 from offload.files.lock import lock
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
@@ -38,42 +41,25 @@ _PREPARING = ".preparing-"
 
 
 def prepare(
-    source: str | Path | Iterable[Mapping[str, Any]],
-    *,
-    model: str | Path,
-    cache_dir: str | Path,
-    sequence_length: int,
-    form: str = "auto",
-    completion_only: bool = True,
-    append_eos: bool | None = None,
-    chat_template: str | None = None,
-    trust_remote_code: bool = False,
-    choices: bool = False,
+    source: str | Path | Iterable[Mapping[str, Any]], *, model: str | Path, cache_dir: str | Path, **options: Any
 ) -> TokenDataset:
     """Return the token cache of `source`, made now or earlier.
 
     source            path of a .jsonl, .json, .parquet or .txt file, a folder or glob of them, "hubid", "hubid:split",
                       "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
     model             folder or hub id of the tokenizer
-    sequence_length   tokens an example may have; longer ones are cut at the end and counted in meta["truncated"], plain
-                      text is cut into consecutive examples; one without any trained token left is counted in
-                      meta["dropped"]
-    form              "auto": found from each file's first row; else see `finetune.data.forms`
-    completion_only   train on the assistant's turns and completions only; else on every token
-    append_eos        None: after completions and documents, not after chats (their template ends them)
-    chat_template     Jinja text, or the path of a file with it, in place of the tokenizer's own
-    choices           prompt + completion rows become one example for each different completion in the data, so that
-                      their likelihoods can be compared: see TokenDataset.num_choices and .answers
+    options           the fields of `finetune.data.job.TokenOptions`, of which sequence_length must be given
 
     A cache is made in a separate process, under a temporary name, and renamed when whole. It is used again while the
     files (path, size, time of change), the tokenizer's files, these options and the tokenizer libraries are the same, and
     made again when it is damaged.
     Raises DataError for data, tokenizer or template that cannot be used, and when the process dies.
     """
-    if form != "auto" and form not in FORMS:
-        raise DataError(f"form: expected one of auto, {', '.join(FORMS)}, found {form!r}")
-    if sequence_length < 2:
-        raise DataError(f"sequence_length: expected at least 2 tokens, found {sequence_length}")
+    wanted = TokenOptions(**options)
+    if wanted.form != "auto" and wanted.form not in FORMS:
+        raise DataError(f"form: expected one of auto, {', '.join(FORMS)}, found {wanted.form!r}")
+    if wanted.sequence_length < 2:
+        raise DataError(f"sequence_length: expected at least 2 tokens, found {wanted.sequence_length}")
     cache_dir = Path(cache_dir)
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,18 +71,9 @@ def prepare(
             sources = resolve(source)
         else:
             sources = [_write_rows(source, Path(scratch) / "rows.jsonl")]
-        fingerprint = _fingerprint(tokenizer)
-        options = {
-            "sequence_length": sequence_length,
-            "form": form,
-            "completion_only": completion_only,
-            "append_eos": append_eos,
-            "chat_template": template_text(chat_template),
-            "trust_remote_code": trust_remote_code,
-            "choices": choices,
-            "fingerprint": fingerprint,
-        }
-        key = _key(sources, options)
+        counting = asdict(replace(wanted, chat_template=template_text(wanted.chat_template)))
+        counting["fingerprint"] = _fingerprint(tokenizer)
+        key = _key(sources, counting)
         if (cache_dir / key).exists():
             try:
                 return TokenDataset.open(cache_dir / key)
@@ -105,20 +82,32 @@ def prepare(
                 shutil.rmtree(cache_dir / key, ignore_errors=True)
         folder = Path(scratch) / key
         folder.mkdir(mode=0o700)
-        job = {
-            "folder": str(folder),
-            "sources": [asdict(one) for one in sources],
-            "tokenizer": str(tokenizer),
-            "model": str(model),
-            **options,
-        }
-        _run_worker(job, Path(scratch) / "stderr.txt")
+        where = {"folder": str(folder), "tokenizer": str(tokenizer), "model": str(model)}
+        job = Job(sources=[asdict(one) for one in sources], **where, **counting)
+        _run_worker(asdict(job), Path(scratch) / "stderr.txt")
         try:
             folder.rename(cache_dir / key)
         except OSError:
             # Another run made the same cache meanwhile; if it is not whole, opening it says so.
             pass
         return TokenDataset.open(cache_dir / key)
+
+
+def prepare_for(config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None) -> TokenDataset:
+    """The token cache of `source` as the configuration has it, beside its run. model: folder of the tokenizer."""
+    options = config.dataset
+    return prepare(
+        source,
+        model=model,
+        cache_dir=config.output / "tokens",
+        sequence_length=options.sequence_length,
+        form=options.form,
+        completion_only=options.completion_only,
+        append_eos=append_eos,
+        chat_template=options.chat_template,
+        trust_remote_code=config.trust_remote_code,
+        choices=choices,
+    )
 
 
 def describe(data: TokenDataset) -> list[str]:

@@ -22,31 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.data.errors import DataError
+from finetune.data.forms.text import TextPiece
 from finetune.data.json_rows import MAX_ROW_CHARS, json_documents, parse_json
+from finetune.data.rows import COLUMNS, MEDIA
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-# Columns with which other programs weigh rows or tokens.
-ROW_WEIGHTS = frozenset("weight sample_weight sample_weights loss_weight loss_weights loss_scale".split())
-# Every column that some form reads; others are not even loaded from Parquet.
-COLUMNS = ROW_WEIGHTS | frozenset(
-    "messages conversations system history tools functions chat_template_kwargs prompt completion instruction "
-    "input output text input_ids labels label attention_mask completion_mask assistant_masks loss_mask".split()
-)
-# Columns that a model of text cannot be given: that a row has one is all that is read of them.
-MEDIA = frozenset("image images video videos audio audios".split())
 TEXT_PIECE_CHARS = 1 << 18
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = (*_OPENERS, ".zst", ".zip", ".lz4", ".br")
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(?P<part>:((?P<config>[\w.-]+):)?(?P<split>.+))?")
-
-
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """A consecutive part of one plain-text document."""
-
-    text: str
-    first: bool  # whether the document begins with it
-    last: bool  # whether the document ends with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +81,7 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
-        # What is compressed otherwise than can be read is refused by its name, not passed over.
-        found = sorted(p for p in path.iterdir() if _format(p) in SUFFIXES and p.is_file() and p.name[0] != ".")
-        if (path / "state.json").exists() and (path / "dataset_info.json").exists():
-            raise DataError(
-                f"{text} was written by datasets' save_to_disk, which is not read here: write it with to_parquet() or "
-                "to_json(), or hand the Dataset object itself over from Python"
-            )
-        if not found:
-            raise DataError(f"no data file in the folder {text}: expected files ending in {', '.join(SUFFIXES)}")
-        return [_file(p) for p in found]
+        return _files_in(path, text)
     if path.exists():
         return [_file(path)]
     hub = None if isinstance(source, Path) else _HUB.fullmatch(text)
@@ -121,6 +96,20 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
     if not hub:
         raise DataError(f"data file not found: {text}")
     return [HubSplit(hub["id"], hub["config"], hub["split"] or "train", _hub_commit(hub["id"]))]
+
+
+def _files_in(folder: Path, name: str) -> list[File]:
+    """name: as the user typed it."""
+    # What is compressed otherwise than can be read is refused by its name, not passed over.
+    found = sorted(p for p in folder.iterdir() if _format(p) in SUFFIXES and p.is_file() and p.name[0] != ".")
+    if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
+        raise DataError(
+            f"{name} was written by datasets' save_to_disk, which is not read here: write it with to_parquet() or "
+            "to_json(), or hand the Dataset object itself over from Python"
+        )
+    if not found:
+        raise DataError(f"no data file in the folder {name}: expected files ending in {', '.join(SUFFIXES)}")
+    return [_file(p) for p in found]
 
 
 def read_rows(source: File | HubSplit, every_column: bool = False) -> Iterator[tuple[str, Any]]:

@@ -77,9 +77,8 @@ class TensorRows:
                 batch[name] = torch.stack(values)
             else:
                 batch[name] = self._padded(name, values, rows)
-        if len({len(row["input_ids"]) for row in rows if "input_ids" in row}) > 1 and "attention_mask" not in batch:
-            mask = [torch.ones(len(row["input_ids"]), dtype=torch.int64) for row in rows]
-            batch["attention_mask"] = nn.utils.rnn.pad_sequence(mask, batch_first=True)
+        if "attention_mask" not in batch:
+            batch |= _padding_mask(rows)
         return batch
 
     def longest(self, count: int) -> list[int]:
@@ -117,6 +116,15 @@ class TensorRows:
         columns = getattr(self._rows, "column_names", None)  # of a datasets.Dataset, which makes rows on demand
         ids = self._rows["input_ids"] if columns else [row["input_ids"] for row in self._rows]
         return np.array([len(one) for one in ids], np.int64)
+
+
+def _padding_mask(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`attention_mask`, where there are tokens and not as many in each row."""
+    lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row]
+    if len(set(lengths)) < 2:
+        return {}
+    masks = [torch.ones(length, dtype=torch.int64) for length in lengths]
+    return {"attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True)}
 
 
 def _digest(rows: Iterable[Mapping[str, torch.Tensor]], with_values: bool, count: int = 1) -> str:

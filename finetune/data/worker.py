@@ -15,40 +15,24 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.cache import CacheWriter, trained_tokens
+from finetune.data.cache import CacheWriter
+from finetune.data.choices import MAX_CHOICES, Candidates, Examples, find_choices
+from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
-from finetune.data.forms import Chat, Pair, Parsed, TextPiece, Tokens, detect_form, parse
+from finetune.data.forms.base import ParsedRow
+from finetune.data.forms.prompt_completion import Pair
+from finetune.data.job import Job
+from finetune.data.rows import detect_form, parse
 from finetune.data.sources import File, HubSplit, read_rows
 
-MAX_CHOICES = 16
 BATCH_ROWS = 256
 BATCH_CHARS = 1 << 18
 ROWS_SEARCHED_FOR_MORE_ERRORS = 100_000
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """Everything the process needs; `folder` exists and is empty."""
-
-    folder: str  # where the cache is written
-    sources: list[dict[str, Any]]  # fields of the `File` and `HubSplit` objects to read
-    tokenizer: str  # directory of its files
-    fingerprint: str  # of the tokenizer's files, which the cache's name holds
-    model: str  # its directory or id, for messages
-    sequence_length: int  # tokens of an example at most
-    form: str  # of the rows, see `finetune.data.forms`; or auto
-    completion_only: bool  # see `DatasetOptions`, as for the next three
-    append_eos: bool | None
-    chat_template: str | None
-    trust_remote_code: bool
-    choices: bool  # whether every row gets all completions of the data as candidates
 
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:
@@ -59,81 +43,44 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer = _load_tokenizer(job)
     rows = _Rows(sources, job.form, chat=bool(tokenizer.chat_template))
-    choices = _find_choices(rows) if job.choices else None
-
-    from finetune.data.encode import Encoder
-
-    # Candidates are compared by their own likelihood; an eos after them would only add noise.
-    append_eos = False if choices and job.append_eos is None else job.append_eos
-    vocab_size = _vocab_size(job, tokenizer)
+    choices = find_choices(rows) if job.choices else None
     encoder = Encoder(
         tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=_vocab_size(job, tokenizer),
         sequence_length=job.sequence_length,
         completion_only=job.completion_only,
-        append_eos=append_eos,
+        # Candidates are compared by their own likelihood; an eos after them would only add noise.
+        append_eos=False if choices and job.append_eos is None else job.append_eos,
     )
     writer = CacheWriter(Path(job.folder))
-    truncated = dropped = dropped_short = 0
+    examples = Candidates(encoder, writer, choices) if choices else Examples(encoder, writer)
     for batch in _batches(rows):
-        if choices:
-            expanded = [(place, Pair(row.prompt, choice)) for place, row in batch for choice in choices]
-            encoded = list(encoder.encode(expanded))
-            for index, (_, row) in enumerate(batch):
-                candidates = encoded[index * len(choices) : (index + 1) * len(choices)]
-                # A candidate that is cut short cannot be compared with the others.
-                if any(one.truncated or not trained_tokens(one.labels) for one in candidates):
-                    dropped += 1
-                    continue
-                for one in candidates:
-                    writer.add(one.input_ids, one.labels)
-                writer.add_answer(choices.index(row.completion))
-        else:
-            for one in encoder.encode(batch):
-                if trained_tokens(one.labels):
-                    writer.add(one.input_ids, one.labels)
-                    truncated += one.truncated
-                else:
-                    dropped += 1
-                    dropped_short += not one.truncated
+        examples.add(batch)
         report(rows.count, writer.tokens)
-    names = ", ".join(source.name for source in sources)
+    names = [source.name for source in sources]
     if not writer.examples:
-        why = "none has a trained token" if dropped else "the data is empty"
-        if dropped > dropped_short:
+        why = "none has a trained token" if examples.dropped else "the data is empty"
+        if examples.dropped > examples.dropped_short:
             why += f" in its first {job.sequence_length}: raise sequence_length"
-        raise DataError(f"{names}: no example is left of {rows.count} rows: {why}")
-    # A padding token that was added to the tokenizer alone has no row in the model's table: any other does as well.
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next((i for i in pads if i is not None and i < vocab_size), 0)
+        raise DataError(f"{', '.join(names)}: no example is left of {rows.count} rows: {why}")
     writer.finish(
         {
             "form": "+".join(sorted(rows.forms)),
             "prompts": next(iter(rows.prompts)) if len(rows.prompts) == 1 else None,
-            "sources": [source.name for source in sources],
+            "sources": names,
             "rows": rows.count,
-            "truncated": truncated,
-            "dropped": dropped,
-            "notes": _notes(encoder.template.counts),
+            "truncated": examples.truncated,
+            "dropped": examples.dropped,
+            "notes": encoder.notes(),
             "sequence_length": job.sequence_length,
             "completion_only": job.completion_only,
             "tokenizer": job.fingerprint,
-            "pad_token_id": pad,
+            "pad_token_id": _padding(tokenizer, encoder.vocab_size),
             "eos_token_id": tokenizer.eos_token_id,
             "choices": choices,
-            "different_completions": len(rows.completions) if 0 < len(rows.completions) <= MAX_CHOICES else None,
+            "different_completions": rows.different_completions,
         }
     )
-
-
-def _notes(counts: Counter[str]) -> list[str]:
-    """What the user should know of how conversations became examples."""
-    said = {
-        "split": "{} conversations became several examples: the chat template writes turns differently when others follow",
-        "put back": "{} thoughts that the chat template leaves out are written where its generation prompt opens them",
-        "unopened": "{} turns are trained as the chat template writes them, without what its generation prompt adds to it",
-    }
-    return [words.format(f"{counts[key]:,}") for key, words in said.items() if counts[key]]
 
 
 class _Rows:
@@ -145,15 +92,20 @@ class _Rows:
         self._chat = chat
         self.count = 0
         self.forms: set[str] = set()
-        self.prompts: set[str] = set()  # "chat": through the chat template; "plain": as they are
+        self.prompts: set[str] = set()  # see `ParsedRow.prompts`
         self.completions: set[str] = set()  # no more than one above MAX_CHOICES are kept
 
-    def __iter__(self) -> Iterator[tuple[str, Parsed]]:
+    def __iter__(self) -> Iterator[tuple[str, ParsedRow]]:
         self.count = 0
         for source in self._sources:
             yield from self._of(source)
 
-    def _of(self, source: File | HubSplit) -> Iterator[tuple[str, Parsed]]:
+    @property
+    def different_completions(self) -> int | None:
+        """Of rows of prompt and completion, so far; None: there are none, or more than can be compared."""
+        return len(self.completions) if 0 < len(self.completions) <= MAX_CHOICES else None
+
+    def _of(self, source: File | HubSplit) -> Iterator[tuple[str, ParsedRow]]:
         form = None if self._form == "auto" else self._form
         rows = read_rows(source)
         for place, row in rows:
@@ -166,12 +118,11 @@ class _Rows:
                 parsed = parse(row, form, place, chat=self._chat)
             except DataError as error:
                 raise DataError(f"{error}{self._more(rows, form)}") from error
-            if not isinstance(parsed, Tokens):
-                self.prompts.add("chat" if isinstance(parsed, Chat) else "plain")
-            # The pieces of a text file are one row.
+            if parsed.prompts is not None:
+                self.prompts.add(parsed.prompts)
             if isinstance(parsed, Pair) and len(self.completions) <= MAX_CHOICES:
                 self.completions.add(parsed.completion)
-            self.count += not isinstance(parsed, TextPiece) or parsed.first
+            self.count += parsed.begins
             yield place, parsed
 
     def _more(self, rows: Iterator[tuple[str, Any]], form: str | None) -> str:
@@ -197,32 +148,12 @@ def _until_unreadable(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, An
         yield "", error
 
 
-def _find_choices(rows: _Rows) -> list[str]:
-    for place, row in rows:
-        if not isinstance(row, Pair):
-            raise DataError(f'{place}: comparing choices needs rows with "prompt" and "completion" as strings')
-        if len(rows.completions) > MAX_CHOICES:
-            raise DataError(
-                f"{place}: comparing choices needs at most {MAX_CHOICES} different completions in the data, and this "
-                f"row brings the {MAX_CHOICES + 1}th: for free text measure the loss instead"
-            )
-    return sorted(rows.completions)
-
-
-def _batches(rows: _Rows) -> Iterator[list[tuple[str, Parsed]]]:
+def _batches(rows: _Rows) -> Iterator[list[tuple[str, ParsedRow]]]:
     """Rows in batches that stay small in rows and in characters."""
     batch, size = [], 0
     for place, row in rows:
         batch.append((place, row))
-        match row:
-            case TextPiece():
-                size += len(row.text)
-            case Pair():
-                size += len(row.prompt) + len(row.completion)
-            case Chat():
-                size += sum(len(message.get("content") or "") for message in row.messages)
-            case Tokens():
-                size += len(row.input_ids)
+        size += row.size
         if len(batch) >= BATCH_ROWS or size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -249,6 +180,12 @@ def _load_tokenizer(job: Job) -> Any:
     if job.chat_template is not None:
         tokenizer.chat_template = job.chat_template
     return tokenizer
+
+
+def _padding(tokenizer: Any, vocab_size: int) -> int:
+    """A padding token that was added to the tokenizer alone has no row in the model's table: any other does as well."""
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in pads if i is not None and i < vocab_size), 0)
 
 
 def _vocab_size(job: Job, tokenizer: Any) -> int:

@@ -14,23 +14,23 @@ class SelectionOptions(Section):
     """What is trained when, for lisa, badam, slimfit and frugal; formulas and sources are in `finetune.methods.selection`."""
 
     layers: Count | None = None
-    """Blocks that are trained at a time; None: 2 for lisa, 1 for badam, a quarter of them for slimfit and frugal."""
+    """Blocks that are trained at a time. None: 2 for lisa, 1 for badam, a quarter of them for slimfit and frugal."""
     interval: Count | None = None
-    """Steps between choices; None: 20 for lisa, 50 for badam and frugal, 1 for slimfit."""
+    """Steps between choices. None: 20 for lisa, 50 for badam and frugal, 1 for slimfit."""
     order: Literal["random", "ascending", "descending", "alternating"] = "random"
-    """In which badam goes through the blocks."""
+    """badam: the order in which blocks are trained."""
     ends: Switch | None = None
-    """Whether embedding, head and final norm are trained too; None: except with badam, as in the papers."""
+    """Whether embedding, head and final norm are trained too. None: yes, but not with badam, as in the papers."""
     keep_state: Switch | None = None
-    """Whether a block's optimizer state waits on disk until it is chosen again; None: with slimfit only."""
+    """Whether a block's optimizer state waits on disk until the block is chosen again. None: only with slimfit."""
     sign_scale: NonNegative = 1.0
-    """Frugal: learning rate of the signs, in units of the learning rate."""
+    """frugal: learning rate of the signs, in units of the learning rate."""
     subspace: Literal["blocks", "columns", "projection"] = "blocks"
-    """Frugal: what has AdamW's state. blocks: some of them; columns and projection: `optimizer.rank` dimensions of every
-    matrix, chosen rows or columns of it or directions at random."""
+    """frugal: what has AdamW's state. blocks: some blocks. columns, projection: `optimizer.rank` dimensions of every matrix,
+    which are rows or columns of it, or random directions."""
     prefer_resident: Annotated[float, Field(ge=1)] = 1.0
-    """Lisa: blocks that stay in memory are so many times likelier; updates are weighted so that the expectation stays. Above
-    1, another budget chooses other blocks."""
+    """lisa: blocks that stay in memory are so many times likelier. Updates are weighted, so their expectation stays the same.
+    Above 1, another memory limit chooses other blocks."""
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
         if self.subspace != "blocks" and config.method != "frugal":

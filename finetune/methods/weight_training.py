@@ -19,7 +19,7 @@ from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
-from finetune.methods.weight_demand import make_rule
+from finetune.methods.weight_needs import make_rule
 from finetune.objectives.base import Objective, check_gradient
 from finetune.objectives.errors import StepNotKept
 from finetune.runs.identity import check_same_run

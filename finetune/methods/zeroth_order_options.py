@@ -18,37 +18,42 @@ class ZerothOrderOptions(Section):
     """Zeroth-order tuning."""
 
     parameters: Literal["all", *ADAPTERS] = "all"
-    """What is perturbed: all weights of the model, a LoRA adapter, or keys and values that stand before every layer's own."""
+    """What is tuned: all weights of the model, a LoRA adapter, or a prefix of keys and values before those of every layer."""
     prefix_tokens: Count = 5
-    """Positions that a prefix has; it begins as random tokens' keys and values."""
+    """Positions of a prefix. It starts as the keys and values of random tokens."""
     objective: Annotated[Any, BeforeValidator(check_objective)] = "loss"
-    """What is made small: loss; classification (of the data's few completions, as MeZO trains), accuracy, exact_match or f1
-    of the completion; FILE.py:FUNCTION or MODULE:FUNCTION, a reward to make large (in Python, a function), which is called
-    as `finetune.objectives.rewards.Reward` says."""
+    """What is minimised: loss; classification (among the data's few completions, as MeZO trains); accuracy, exact_match or f1
+    of the completion, as errors. Or a reward to maximise: FILE.py:FUNCTION, MODULE:FUNCTION, in Python a function; it is
+    called as `finetune.objectives.rewards.Reward` says."""
     max_new_tokens: Count = 32
-    """What f1 and rewards are of: at most so many tokens, decoded greedily; each is a pass over the weights."""
+    """For f1 and rewards: most tokens that are decoded, greedily. Each is a pass over the weights."""
     estimator: Literal["spsa", "fzoo"] = "spsa"
+    """How losses become coefficients of the noise. spsa: a pair of losses for each noise. fzoo: one loss each, and one
+    without noise."""
     noise: Literal["rademacher", "gaussian", "low_rank"] = "rademacher"
-    """Signs cost less than half of normals, pending ones a sixth. MeZO uses normals, LOZO low_rank."""
+    """Random signs cost less than half of normals, and a sixth where updates are pending. MeZO uses normals, LOZO low_rank."""
     rank: CountOrZero = 0
-    """Of low_rank noise; 0: 4 there."""
+    """Of low_rank noise. 0: 4."""
     perturb: Literal["weights", "products"] = "weights"
-    """products: noise of low rank is added to what linear layers multiply, x W^T + (x V) U^T, and W stays as it is: faster, in
-    less memory, with other rounding; see `offload.perturb.products`."""
+    """products: low-rank noise is added to what linear layers compute, x W^T + (x V) U^T, and W stays as it is. Faster, in
+    less memory, and rounded differently; see `offload.perturb.products`."""
     epsilon: Positive = 1e-3
+    """How far the weights are moved along the noise."""
     perturbations: Count = 1
-    """Per step; all are computed from one fetch of the weights."""
+    """Noises a step. One read of the weights serves all."""
     update: Literal["sgd", "sign"] = "sgd"
+    """sign: only the signs of the coefficients count."""
     momentum: Share = 0.0
+    """What is left of an update one step later."""
     momentum_window: Count = 10
     """Steps that momentum looks back on."""
     clip_quantile: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Projected gradients are clipped to this quantile of the last hundred."""
+    """Coefficients are clipped to this quantile of the last hundred."""
     fold_steps: Count | None = None
-    """Steps that are summed before they are rounded into the weights; None: as many as have 32 noises (rademacher; 8 gaussian)
-    together, those that momentum looks back on among them; 50 with low_rank, which keeps one V so long."""
+    """Steps whose sum is rounded into the weights at once. None: as many as have 32 noises together (8 with gaussian), with
+    those that momentum looks back on; 50 with low_rank, which keeps one V for so long."""
     rounding: Literal["exact", "nearest", "stochastic"] = "exact"
-    """How a sum goes into weights stored in 16 bits: exact keeps fp32 weights on disk. MeZO: nearest with fold_steps 1."""
+    """How a sum is added to 16-bit weights. exact: fp32 weights are kept on disk. MeZO: nearest with fold_steps 1."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.estimator == "fzoo" and self.perturbations < 2:

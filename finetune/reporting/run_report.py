@@ -11,6 +11,7 @@ from finetune.session import Session
 from finetune.training.loop import TrainingLoop
 from memory.meter import MemoryMeter
 from offload.sizing.calibration import Rates
+from offload.sizing.needs import ACTIVATIONS, HOST_BLOCKS
 
 
 def run_report(
@@ -18,7 +19,7 @@ def run_report(
 ) -> dict[str, Any]:
     """JSON values, losses that are not finite among them; sizes in bytes. Stops the meter."""
     predicted = planned.predict_step(rates)
-    plan = planned.plan
+    plan, blocks = planned.plan, planned.plan.slots[HOST_BLOCKS]
     return {
         "model": str(session.config.model),
         "steps": loop.step,
@@ -41,10 +42,10 @@ def run_report(
             **loop.moved_per_step(),
         },
         "plan": {
-            "resident_blocks": len(plan.host_resident),
+            "resident_blocks": blocks.kept,
             "blocks": len(session.parts.blocks),
-            "lookahead": plan.host_lookahead,
-            "block_inputs": "disk" if plan.activation_slots else "host",
+            "lookahead": blocks.lookahead,
+            "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
             "dtype": str(session.parts.dtype).removeprefix("torch."),
             "host_parts": dict(plan.host_parts),
             "device_parts": dict(plan.device_parts),

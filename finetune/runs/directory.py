@@ -29,9 +29,10 @@ from finetune.runs.state import saved_states
 from memory.errors import UserError
 from memory.units import format_bytes
 from offload.files import lock as file_lock
+from offload.files.replaced import replace_file
 from offload.files.sealed import seal, unseal
 from offload.perturb.journal import Journal
-from offload.update.store import check_unused, publish, read_manifest
+from offload.update.store import check_unused, read_manifest
 
 FORMAT = 1
 RUN, LOCK, PREVIOUS = "run.json", "run.lock", "previous"
@@ -197,7 +198,7 @@ class RunDirectory:
 
     def _write(self, run: Mapping[str, Any]) -> None:
         try:
-            publish(self.path / RUN, (json.dumps(seal(run), indent=1) + "\n").encode())
+            replace_file(self.path / RUN, (json.dumps(seal(run), indent=1) + "\n").encode())
         except OSError as error:
             raise UserError(f"cannot write {self.path / RUN}: {error.strerror}. Make room, or mend it") from error
 

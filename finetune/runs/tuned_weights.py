@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.adapters.seal import made_by
 from finetune.config import Config
-from finetune.methods.perturbation_demand import PerturbationDemand, perturbation_demand
+from finetune.methods.perturbation_needs import PerturbedWeights, perturbed_weights
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.reporting.report import last_step
 from finetune.runs.directory import reading, recorded
@@ -104,10 +103,10 @@ class JournalWeights:
             self._folded_steps, self._fold = folded or (0, None)
         return parts
 
-    def demand(self, parts: ModelParts) -> PerturbationDemand:
+    def as_perturbed(self, parts: ModelParts) -> PerturbedWeights:
         options = ZerothOrderOptions(rounding=self.journal.about["rounding"])
-        num_steps = 0 if self._fold is None else None  # whether there is room for folded weights, which may be wider
-        return replace(perturbation_demand(parts, options, num_steps), folding_bytes=0, folded_bytes=0)
+        # Steps none or unknown: whether there is room for folded weights, which may be wider.
+        return perturbed_weights(parts, options, 0 if self._fold is None else None)
 
     def move(self, model: PerturbedModel) -> None:
         """Makes the weights of the open model, which is of the original, those of the last step."""

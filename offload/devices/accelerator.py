@@ -20,10 +20,10 @@ import torch
 from torch.nn import functional
 
 from memory.errors import UserError
+from memory.units import PAGE_BYTES
 from offload.devices.base import COMPLETED, Device, Direction, Event, check_copy, check_size, map_host_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
-_PAGE_BYTES = 4096
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
@@ -81,10 +81,10 @@ class AcceleratorDevice(Device):
         check_size(num_bytes)
         if self.traits.pinning == "allocated":
             try:
-                whole = torch.empty(num_bytes + _PAGE_BYTES - 1, dtype=torch.uint8, pin_memory=True)
+                whole = torch.empty(num_bytes + PAGE_BYTES - 1, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 raise UserError(f"the host did not grant {num_bytes} pinned bytes: lower --host-memory") from error
-            return whole.narrow(0, -whole.data_ptr() % _PAGE_BYTES, num_bytes)
+            return whole.narrow(0, -whole.data_ptr() % PAGE_BYTES, num_bytes)
         slab = map_host_bytes(num_bytes)
         if self.traits.pinning == "registered":
             code = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), num_bytes, _PORTABLE))

@@ -32,6 +32,7 @@ from offload.perturb.variants import (
     Variant,
     noise_keys,
 )
+from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
 from offload.step.engine import Weights
 from offload.step.head import HeadChunk
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel
@@ -186,7 +187,7 @@ class PerturbedModel(StreamedModel):
             self._rows.append(
                 PerturbedRows(embedding, self.keys[weight], self.parts.dtype, source.dtype, self.perturbation)
             )
-        pool = self._computing_slab.carve("variants of blocks", plan.variant_slot_bytes, plan.variant_slots)
+        pool = plan.slots[VARIANTS].carve_from(self._computing_slab)
         return PerturbedBlocks(
             self.parts, self.tier, pool, self.perturbation, self.keys, self._residents, self._rows,
             self.device.torch_device, self._product_groups,
@@ -195,7 +196,7 @@ class PerturbedModel(StreamedModel):
     def _make_chunks(self, plan: Plan) -> Any:
         if self._adapters is not None:
             return _ResidentChunks(self.parts, self.head_tier, self._residents)
-        pool = self._computing_slab.carve("variants of the head", plan.head_variant_slot_bytes, plan.variant_slots)
+        pool = plan.slots[HEAD_VARIANTS].carve_from(self._computing_slab)
         self._head_chunks = PerturbedChunks(
             self.parts.head, self.head_tier, pool, self.perturbation, self.keys, self.device.torch_device,
             self._product_groups,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from memory.units import round_up
 from offload.files.checkpoint import Checkpoint, TensorEntry
 from offload.noise import noise
 from offload.perturb.folds import WrittenRange, write_checksums
@@ -236,7 +237,7 @@ def _header(
         }
         end += num_bytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    size = -(-(len(text) + 8) // 4096) * 4096
+    size = round_up(len(text) + 8)
     return (size - 8).to_bytes(8, "little") + text.ljust(size - 8), {k: size + v for k, v in starts.items()}
 
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from memory.slots import SlotPool, round_up
+from memory.slots import SlotPool
+from memory.units import PAGE_BYTES, round_up
 from offload.noise import noise
 from offload.perturb.products import (
     NO_FACTORS,
@@ -73,7 +74,7 @@ def folded_bytes(layout: BlockLayout) -> int:
     """What a block of this layout takes at most in its slot once it is in fp32 on disk."""
     views = {(view.slot_offset, view.shape): view for view in layout.views.values()}.values()
     return sum(round_up(torch.Size(view.shape).numel() * max(4, view.dtype.itemsize)) for view in views) + round_up(
-        len(views) * 4096
+        len(views) * PAGE_BYTES
     )
 
 

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from finetune_native import io as _native
 
 from memory.errors import UserError
+from memory.units import MIB, PAGE_BYTES
 
 FaultPlan = _native.FaultPlan
+QUEUE_DEPTH = 32  # requests under way at most
+REQUEST_BYTES = 4 * MIB  # of one request at most
 
 Extent = tuple[int, int, int, int]
 """(file_id, file_offset, num_bytes, address): one contiguous range of a file and its place in memory, all in bytes."""
@@ -36,7 +39,7 @@ class IOFailure(UserError):
 class IOEngine:
     """Reads and writes many extents of many files at once, past the page cache where the file system can.
 
-    Any offset, length and address is right; fast is a file offset and an address that are equal modulo 4096, for then
+    Any offset, length and address is right; fast is a file offset and an address that are equal modulo `PAGE_BYTES`, for then
     whole pages move between disk and memory without a copy. Tickets are served in the order in which they were
     submitted, with up to `queue_depth` requests of up to `request_bytes` in flight; `staging_bytes` bounds the memory
     for what is not aligned. The caller keeps the memory of a ticket valid, and does not touch it, until `wait` returned
@@ -51,8 +54,8 @@ class IOEngine:
     def __init__(
         self,
         backend: str = "auto",
-        queue_depth: int = 32,
-        request_bytes: int = 4 << 20,
+        queue_depth: int = QUEUE_DEPTH,
+        request_bytes: int = REQUEST_BYTES,
         staging_bytes: int = 16 << 20,
         inject: FaultPlan | None = None,
     ) -> None:
@@ -60,8 +63,8 @@ class IOEngine:
             raise ValueError(f"backend is one of auto, io_uring, threads; got {backend!r}")
         if not 1 <= queue_depth <= 1024:
             raise ValueError(f"queue_depth is 1 to 1024; got {queue_depth}")
-        if not 4096 <= request_bytes <= 1 << 30:
-            raise ValueError(f"request_bytes is 4096 to 1 GiB; got {request_bytes}")
+        if not PAGE_BYTES <= request_bytes <= 1 << 30:
+            raise ValueError(f"request_bytes is {PAGE_BYTES} to 1 GiB; got {request_bytes}")
         native = _native.Engine(backend, queue_depth, request_bytes, staging_bytes, inject or FaultPlan())
         if not native.usable:
             raise UserError(f"io_uring cannot be used: {native.reason}. Choose the backend auto or threads")

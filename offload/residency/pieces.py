@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from memory.slots import PAGE_BYTES, Lease, Slab, SlotPool, round_up
+from memory.slots import Lease, Slab, SlotPool
+from memory.units import PAGE_BYTES, round_up
 
 T = TypeVar("T")
 
@@ -44,19 +45,21 @@ class Mover(Protocol):
 class Piece:
     """Some bytes, which are fetched into a buffer, used there, and maybe written from there.
 
-    A change is checked against the state that it leaves, before anything moves:
+    Every change is checked against the state that it leaves, before anything moves; any other raises RuntimeError. Who makes
+    them:
 
-        leaves     enters     by        made by
-        AWAY       FETCHING   fetch     who has a buffer for it, ahead of its use
-        FETCHING   READY      arrive    who needs it or its buffer: waits for the read
-        READY      IN_USE     acquire   who is going to use it
-        IN_USE     READY      release   the same, if nothing that must be kept has changed
-        IN_USE     WRITING    write     the same, if something has
-        WRITING    READY      written   who needs it or its buffer: waits for the write
-        READY      AWAY       leave     who lends the buffers
+        leaves    enters    by       Tier     StateStream    SpillingActivations         GradientSpill  pass_through
+        AWAY      FETCHING  fetch    _fetch   _fetch         _start_read                 peek           itself
+        FETCHING  READY     arrive   _arrive  take           _restore                    peek           itself
+        READY     IN_USE    acquire  acquire  take, _fetch   _restore                                   itself
+        IN_USE    READY     release  release  put_back       _free                                      itself
+        IN_USE    WRITING   write             write          _spill                      put            its caller
+        WRITING   READY     written           _finish_write  _finish_write, _start_read  _finish        itself
+        READY     AWAY      leave    _evict   _empty         _finish_write, _free        peek, _finish  itself
 
-    Any other raises RuntimeError. A piece whose transfer fails stays as it was, and to wait again raises again. The bytes of a
-    buffer are the piece's from `fetch` to `leave`; only between `acquire` and `release` or `write` may anyone touch them.
+    `arrive` and `written` wait; `settle` is either of them, for who gives up a piece wherever it is. When a transfer fails, the
+    piece stays as it was, and to wait again raises again. The buffer is the piece's from `fetch` to `leave`; from `acquire` to
+    `release` or `write`, and only then, it is its user's.
 
     name: for messages. io: what moves it. state: AWAY, or IN_USE for what is made in memory. lease: of its buffer, where a pool
     lends it.

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from memory.errors import UserError
-from memory.slots import Lease, SlotPool, round_up
+from memory.slots import Lease, SlotPool
+from memory.units import round_up
 from offload.residency.io import IOEngine, IOFailure
 from offload.residency.pieces import Piece, State
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from memory.slots import PAGE_BYTES, round_up
+from memory.units import round_up
 from offload.residency.io import IOEngine
 from offload.residency.pieces import Piece, State
 
@@ -52,7 +52,7 @@ class GradientSpill:
             piece.places[name] = (self._end, tuple(tensor.shape), tensor.dtype)
             piece.tensors.append(tensor)
             extents.append((self._file, self._end, tensor.nbytes, tensor.data_ptr()))
-            self._end += round_up(tensor.nbytes, PAGE_BYTES)
+            self._end += round_up(tensor.nbytes)
         piece.write(extents)
         self._writing = piece
 

@@ -34,6 +34,7 @@ from typing import Any
 from memory.errors import UserError
 from memory.units import format_bytes
 from offload.files import lock as file_lock
+from offload.files.replaced import replace_file
 from offload.residency.io import IOEngine
 from offload.update.extent_allocator import ExtentAllocator
 from offload.update.units import Piece
@@ -213,7 +214,7 @@ class WorkingStore:
             separators=(",", ":"),
         )
         try:
-            publish(self._manifest, f"{_digest(body)}\n{body}\n".encode())
+            replace_file(self._manifest, f"{_digest(body)}\n{body}\n".encode())
         except OSError as error:
             raise self._refusal(f"write {self._manifest}", error) from error
 
@@ -274,25 +275,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise UserError(f"{path} has format {content['format']}, expected {FORMAT}: use the version that wrote it")
     return content
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Replaces the file by `content`, durably: steps 3 to 5 of [Note: commit]."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _digest(body: str) -> str:

@@ -16,7 +16,8 @@ from itertools import pairwise
 
 import torch
 
-from memory.slots import SlotPool, round_up
+from memory.slots import SlotPool
+from memory.units import round_up
 from offload.residency.io import Extent, IOEngine
 from offload.residency.pieces import Piece, State
 from offload.update.kernels import StateFormat, checksum
@@ -325,9 +326,10 @@ class StateStream:
     def _pass_over(self, piece: StatePiece) -> None:
         """It was asked for, and is not needed."""
         if piece.state is State.FETCHING:
-            piece.arrive()
-            piece.acquire()
-        self.put_back(piece)
+            piece.settle()
+            self._empty(piece)
+        else:
+            self.put_back(piece)
 
     def _empty(self, piece: StatePiece) -> None:
         """Gives its buffer to others."""

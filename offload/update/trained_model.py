@@ -27,6 +27,7 @@ from memory.plan import Plan
 from memory.slots import Lease, Slab, SlotPool
 from offload.devices.base import map_host_bytes
 from offload.residency.tiers import HostTier, Tier
+from offload.sizing.needs import HOST_BLOCKS, HOST_HEAD, STATE, UPDATE
 from offload.step.engine import Weights
 from offload.streamed_model import BlockWeights, Chunks, StreamedModel, Traffic, all_if
 from offload.update.gradient_spill import GradientSpill
@@ -118,14 +119,14 @@ class TrainedModel(StreamedModel):
     def _open_model(self, plan: Plan, scratch: Path, progress: Any) -> None:
         super()._open(plan, scratch, progress)
         # Beside an accelerator host slabs are pinned, which state need not be: it is never copied there.
-        slab = self._host_slab if self.updates_in_slots else Slab(map_host_bytes(plan.state_slab_bytes))
-        pool = slab.carve("optimizer state", plan.state_slot_bytes, plan.state_slots)
+        slab = self._host_slab if self.updates_in_slots else Slab(map_host_bytes(plan.slots[STATE].num_bytes))
+        pool = plan.slots[STATE].carve_from(slab)
         self._image: torch.Tensor | None = None  # of a unit that is updated beside an accelerator
-        if plan.update_image_bytes:
-            self._image = self._host_slab.carve("update", plan.update_image_bytes, 1).lease().buffer
+        if plan.count(UPDATE):
+            self._image = plan.slots[UPDATE].carve_from(self._host_slab).lease().buffer
         threads = torch.get_num_threads()
         self.stream = StateStream(
-            self.io, self.store, pool, keeping=self._keeping, threads=threads, kept_pieces=plan.kept_pieces
+            self.io, self.store, pool, keeping=self._keeping, threads=threads, kept_pieces=plan.slots[STATE].kept
         )
         self._optimizer = Optimizer(self.stream, seed=self._seed, threads=threads)
         self._table: RowsOnDemand | None = next(
@@ -385,11 +386,15 @@ class TrainedModel(StreamedModel):
             self.head_tier.begin(chunks + chunks[::-1] if self._update is not None and len(chunks) > 1 else chunks)
 
     def _make_block_tier(self, pool: SlotPool, plan: Plan) -> HostTier:
-        return StoredTier(self.trained.blocks, self, pool, plan.host_resident, plan.host_lookahead)
+        slots = plan.slots[HOST_BLOCKS]
+        return StoredTier(self.trained.blocks, self, pool, slots.resident, slots.lookahead)
 
     def _make_head_tier(self, pool: SlotPool | None, plan: Plan) -> HostTier | None:
         units = [part.unit for part in (*self.trained.head, *self.trained.table)]
-        return StoredTier(units, self, pool, all_if(plan.head_slots, len(units)), plan.head_slots - 1) if units else None
+        if not units:
+            return None
+        slots = plan.slots[HOST_HEAD]
+        return StoredTier(units, self, pool, all_if(slots.count, len(units)), slots.lookahead)
 
     def _make_weights(self, plan: Plan) -> Weights:
         return TrainedBlocks(self)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memory.slots import PAGE_BYTES, round_up
+from memory.units import PAGE_BYTES, round_up
 from offload.weights.formats import PlainTensor, StoredWeight, stored_name
 from offload.weights.formats.plain import dense_bytes
 

@@ -17,20 +17,28 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
-from tiny_models import aligned_copies, loss_shares, make_config, plain_batches, reference_device, token_loss
+from tiny_models import (
+    aligned_copies,
+    keep_at_most,
+    loss_shares,
+    make_config,
+    plain_batches,
+    reference_device,
+    token_loss,
+)
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
 import finetune.session
-import memory.plan
 import offload.update.matrices
 import offload.update.units
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import make_selection
-from finetune.methods.weight_demand import make_rule
+from finetune.methods.weight_needs import make_rule
 from finetune.trainer import Trainer
+from offload.sizing.needs import DEVICE_BLOCKS, stream_needs
 from offload.update.kernels import ROOT, square_root
 from offload.update.rules.projected import ProjectedRule
 from offload.weights.skeleton import find_blocks
@@ -44,11 +52,7 @@ def small_pieces(request, monkeypatch):
     monkeypatch.setattr(offload.update.units, "PIECE_BYTES", SMALL_PIECES)
     clipping = getattr(request.node, "callspec", None) and request.node.callspec.params.get("clipping")
     if clipping:
-        keeping = memory.plan._keeping
-        most = 3 if clipping == "previous" else 1
-        monkeypatch.setattr(
-            memory.plan, "_keeping", lambda plan, demand, more: keeping(plan, demand, min(more, most - plan.kept_pieces))
-        )
+        keep_at_most(3 if clipping == "previous" else 1, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -339,11 +343,13 @@ def test_updates_beside_an_accelerator(name, engine, clipping, checkpoint, token
 def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """The host fetches such a block ahead at first, for a visit that does not ask for it."""
 
-    def make_plan(demand, limits, wishes):
-        plan = memory.plan.make_plan(demand, limits, wishes)
-        return memory.plan._with_slots(plan, demand, 1, 0, max(1, len(demand.block_bytes) - 2))
+    def needs(streamed, on_device, *_):
+        needs = stream_needs(streamed, on_device, resident_blocks=0, lookahead=1)
+        kept = max(1, len(streamed.block_bytes) - 2)
+        pools = (replace(pool, kept=kept) if pool.name == DEVICE_BLOCKS else pool for pool in needs.pools)
+        return replace(needs, pools=tuple(pools))
 
-    monkeypatch.setattr(finetune.session, "make_plan", make_plan)
+    monkeypatch.setattr(finetune.session, "stream_needs", needs)
     assert_same_beside_an_accelerator(checkpoint(name, torch.bfloat16), tokens, tmp_path, clipping, SLOW_LINK)
 
 
@@ -359,7 +365,7 @@ def test_selected_blocks_beside_an_accelerator(method, checkpoint, tokens, tmp_p
 
 
 def test_thirty_steps_with_little_memory(checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory.plan, "_keeping", lambda plan, demand, more: plan)
+    keep_at_most(0, monkeypatch)
     config = weights_config(
         checkpoint("llama"), tokens, tmp_path / "out",
         engine={"resident_blocks": 0, "lookahead": 0, "activations": "disk", "io_backend": "threads"},

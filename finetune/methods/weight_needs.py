@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from math import prod
 
 import torch
 
 from finetune.config import Config
 from finetune.methods.selection import interval_of, make_selection
+from finetune.planned_run import MeasuredBatch, StoreSize
 from memory.errors import UserError
+from memory.needs import Item, Lasts, Needs, Tier
+from offload.sizing.needs import EDGES, STEP, VISIT, Streamed, state_needs, update_needs
 from offload.update.kernels import StateFormat
 from offload.update.parts import TrainedParts
 from offload.update.rules import OPTIMIZERS, SUBSPACES
@@ -18,20 +21,6 @@ from offload.update.rules.rule import Rule
 from offload.update.stream import FACTORS, Keeping
 from offload.update.units import UpdateUnit
 from offload.weights.parts import ModelParts
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSize:
-    """What training the model's own weights asks of the disk, at most: the working store, and what a step reads (masters and
-    state) and writes of it, of so many pieces. trained_share: of the blocks, in a step. ends: whether embedding and head are
-    trained."""
-
-    num_bytes: int
-    read_bytes: int
-    write_bytes: int
-    pieces: int
-    trained_share: float
-    ends: bool
 
 
 def make_rule(config: Config, of_blocks: bool = False) -> Rule:
@@ -64,7 +53,56 @@ def make_keeping(config: Config) -> Keeping:
     return Keeping(StateFormat(config.optimizer.state), config.optimizer.master == "float32")
 
 
-def largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
+COMPUTE_BOUND_TOKENS = 2048
+"""A trained weight takes 8 operations a token and moves some 26 bytes a step: with so many tokens a CPU computes longer than
+its disk moves."""
+
+
+def streamed_with_tables(streamed: Streamed, trained: TrainedParts) -> Streamed:
+    """Rows of an embedding that are trained go through the slots of the head."""
+    sizes = (part.unit.layout.num_bytes for part in trained.table)
+    return replace(
+        streamed, chunk_bytes=max([streamed.chunk_bytes, *sizes]), chunks=streamed.chunks + len(trained.table)
+    )
+
+
+def trained_weight_needs(
+    config: Config, parts: ModelParts, trained: TrainedParts, batch: MeasuredBatch, streamed: Streamed, on_device: bool
+) -> Needs:
+    """What training the model's own weights adds to what a batch takes.
+
+    streamed: as `streamed_with_tables` has it. Of the working store, what is there already is not counted.
+    """
+    itemsize, edge_bytes = parts.dtype.itemsize, parts.edge_bytes
+    store = store_size(config, trained)
+    moments, waiting_bytes = _moments(config, parts, trained, batch)
+    waiting = 0
+    computes_long = store.trained_share == 1 and not on_device
+    # Buffers may be as large as what a rule with directions keeps of a whole unit, and the disk has little to do there.
+    if computes_long and batch.rows >= COMPUTE_BOUND_TOKENS and not make_rule(config, of_blocks=True).has_directions:
+        waiting = max(len(unit.pieces) for unit in trained.blocks)
+    data = config.output / "store" / "data"
+    existing_bytes = data.stat().st_size if data.is_file() else 0
+    host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it
+    # gradients of the rows, and what one micro-batch adds to them; those that wait
+    step_bytes = 2 * batch.row_bytes + (0 if on_device else waiting_bytes)
+    needs = Needs.of(
+        *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in moments),
+        Item(STEP, step_bytes, Tier.COMPUTE, Lasts.STEP),
+        Item(EDGES, edge_bytes if on_device else host_edge_bytes, Tier.COMPUTE),
+        Item("working store", max(0, store.num_bytes - existing_bytes), Tier.DISK),
+    )
+    needs += state_needs(_largest_piece_bytes(config, trained), store.pieces, waiting)
+    if not on_device:
+        return needs
+    # A unit's gradients, twice where rows are added to them or where they go by the disk, and what the rule makes of them.
+    unit_bytes = 2 * itemsize * max(_elements(unit) for unit in trained.units) + _direction_bytes(config, trained)
+    return needs + update_needs(
+        max(*streamed.block_bytes, streamed.chunk_bytes), unit_bytes + host_edge_bytes + batch.row_bytes
+    )
+
+
+def _largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
     """Of a piece with its state: what a buffer of the optimizer must hold."""
     keeping = make_keeping(config)
     return max(
@@ -75,14 +113,15 @@ def largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
     )
 
 
-def training_temporaries(
-    config: Config, parts: ModelParts, trained: TrainedParts, visit_bytes: int, loss_bytes: int, lanes: int
-) -> tuple[int, int]:
-    """What a visit or a loss tile allocates where weights have gradients, and what gradients of a unit wait beside it."""
-    itemsize = parts.dtype.itemsize
+def _moments(
+    config: Config, parts: ModelParts, trained: TrainedParts, batch: MeasuredBatch
+) -> tuple[tuple[int, int, int], int]:
+    """What a visit, a loss tile and an update allocate where weights have gradients, and what gradients of a unit wait beside
+    them."""
+    visit_bytes, loss_bytes, itemsize = batch.visit.peak_bytes, batch.loss_bytes, parts.dtype.itemsize
     block = max(_elements(unit) for unit in trained.blocks) * itemsize
     largest = max((prod(view.shape) for layout in parts.layouts for view in layout.views.values()), default=0) * itemsize
-    if lanes > 1:
+    if batch.shape.micro_batches > 1:
         visit_bytes += largest  # of the second micro-batch, before it is added
     chunk = max((_elements(part.unit) for part in trained.head), default=0)
     if chunk:
@@ -90,15 +129,9 @@ def training_temporaries(
         loss_bytes += chunk * (4 + 2 * itemsize if len(trained.head) > 1 else 2 * itemsize)
     rows = max((_elements(part.unit) for part in (*trained.head, *trained.table)), default=0) * itemsize
     spills = config.optimizer.clipping == "exact" and config.training.max_grad_norm
-    waiting = block if spills else rows if trained.tied else 0
+    waiting_bytes = block if spills else rows if trained.tied else 0
     update_bytes = max(2 * rows + (block if spills else 0), block) + _direction_bytes(config, trained)
-    return max(visit_bytes, loss_bytes, update_bytes), waiting
-
-
-def update_host_bytes(config: Config, trained: TrainedParts, itemsize: int) -> int:
-    """What updates allocate in host memory where compute has its own: a unit's gradients, twice where rows are added to them
-    or where they go by the disk, and what the rule makes of them."""
-    return 2 * itemsize * max(_elements(unit) for unit in trained.units) + _direction_bytes(config, trained)
+    return (visit_bytes, loss_bytes, update_bytes), waiting_bytes
 
 
 def _direction_bytes(config: Config, trained: TrainedParts) -> int:

@@ -6,28 +6,22 @@ from dataclasses import dataclass
 from math import prod
 
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from memory.needs import Item, Needs, Tier
 from offload.perturb.products import factor_bytes, matrices_of
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.variants import folded_bytes, noise_keys, variant_layout
+from offload.sizing.needs import EDGES, VISIT, variant_needs
 from offload.weights.formats.plain import strips
 from offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)
-class PerturbationDemand:
-    """variant, head_variant: slots in which weights of a block, and of a chunk of the head, are perturbed. block, head_chunk:
-    what those take as they are fetched. edges: resident weights with their variants, and factors that stay. visit: what linear
-    layers allocate where they meet noise in their products. folding: buffers through which weights are written. folded: what
-    a fold takes of the disk."""
+class PerturbedWeights:
+    """A model whose own weights are perturbed, or moved as the steps of a run say."""
 
-    variant_bytes: int
-    head_variant_bytes: int
-    block_bytes: list[int]
-    head_chunk_bytes: int
-    edge_bytes: int
-    visit_bytes: int
-    folding_bytes: int
-    folded_bytes: int
+    block_bytes: list[int]  # of each block as it is fetched: folded weights may be wider than the model's own
+    chunk_bytes: int  # of the largest chunk of the head as it is fetched
+    needs: Needs
 
 
 def most_product_groups(options: ZerothOrderOptions, num_steps: int | None) -> int:
@@ -41,7 +35,8 @@ def _strip_elements(rows: int, columns: int) -> int:
     return columns * max(strip.stop - strip.start for strip in strips(rows))
 
 
-def perturbation_demand(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbationDemand:
+def perturbed_weights(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbedWeights:
+    """num_steps: of the run; None: unknown, so weights are folded on the way."""
     head, itemsize = parts.head, parts.dtype.itemsize
     units = list(zip(parts.layouts, parts.bindings, parts.prefixes, strict=True))
     num_blocks = len(units)
@@ -59,21 +54,30 @@ def perturbation_demand(parts: ModelParts, options: ZerothOrderOptions, num_step
         # a strip of a weight that is folded in fp32 is converted at each use
         strip = itemsize * max((_strip_elements(*layout.views[name].shape) for name in matrices), default=0)
         visits.append(sum(visit for _, visit in factors) + strip)
-    folds = num_steps is None or num_steps > options.steps_between_folds
-    widens = folds and options.rounding == "exact"
+    widens = _folds(options, num_steps) and options.rounding == "exact"
     fetched = [folded_bytes(layout) if widens else layout.num_bytes for layout, _, _ in units]
-    return PerturbationDemand(
-        variant_bytes=max(1, *slots[:num_blocks]),  # a slot there must be
-        head_variant_bytes=max(slots[num_blocks:], default=0),
-        block_bytes=fetched[:num_blocks],
-        head_chunk_bytes=max(fetched[num_blocks:], default=0),
-        # clean values in up to twice their size, and every variant
-        edge_bytes=parts.edge_bytes * (2 + options.variants) + kept,
-        visit_bytes=max(visits) if groups else 0,
-        folding_bytes=BUFFER_BYTES if folds else 0,
-        folded_bytes=sum(
-            max(entry.num_bytes, 4 * prod(entry.shape) if widens else 0) for entry in parts.checkpoint.tensors.values()
-        )
-        if folds
-        else 0,
+    # clean values of resident weights in up to twice their size, and every variant; factors that stay
+    edge_bytes = parts.edge_bytes * (1 + options.variants) + kept
+    needs = Needs.of(
+        Item(EDGES, edge_bytes, Tier.COMPUTE),
+        Item(VISIT, max(visits) if groups else 0, Tier.COMPUTE),  # where linear layers meet noise in their products
     )
+    needs += variant_needs(max(1, *slots[:num_blocks]), max(slots[num_blocks:], default=0))  # a slot there must be
+    return PerturbedWeights(fetched[:num_blocks], max(fetched[num_blocks:], default=0), needs)
+
+
+def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> Needs:
+    """Buffers through which moved weights are written on the way, and what those take of the disk: the old ones stay until the
+    new ones are whole."""
+    if not _folds(options, num_steps):
+        return Needs()
+    least = 4 if options.rounding == "exact" else 0  # bytes of a number
+    tensors = parts.checkpoint.tensors.values()
+    folded = sum(max(entry.num_bytes, least * prod(entry.shape)) for entry in tensors)
+    return Needs.of(
+        Item("buffers for folding", BUFFER_BYTES, Tier.COMPUTE), Item("folded weights", 2 * folded, Tier.DISK)
+    )
+
+
+def _folds(options: ZerothOrderOptions, num_steps: int | None) -> bool:
+    return num_steps is None or num_steps > options.steps_between_folds

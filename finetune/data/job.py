@@ -1,0 +1,44 @@
+"""What the process that prepares data is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOptions:
+    """How rows become tokens: part of the key of a token cache."""
+
+    sequence_length: int
+    """Tokens that an example may have. Longer ones are cut at the end and counted in meta["truncated"], plain text is cut into
+    consecutive examples; one without any trained token left is counted in meta["dropped"]."""
+    form: str = "auto"
+    """"auto": found from each file's first row; else one of `finetune.data.forms.FORMS`."""
+    completion_only: bool = True
+    """Train on the assistant's turns and completions only; else on every token."""
+    append_eos: bool | None = None
+    """None: after completions and documents, not after chats (their template ends them)."""
+    chat_template: str | None = None
+    """Jinja text, or the path of a file with it, in place of the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Whether the tokenizer's own Python code is run."""
+    choices: bool = False
+    """Prompt + completion rows become one example for each different completion in the data, so that their likelihoods can be
+    compared: see TokenDataset.num_choices and .answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(TokenOptions):
+    """Everything the process needs."""
+
+    folder: str
+    """Where the cache is written; it exists and is empty."""
+    sources: list[dict[str, Any]]
+    """Fields of `finetune.data.sources.File` or `.HubSplit`."""
+    tokenizer: str
+    """Folder of its files."""
+    fingerprint: str
+    """Of these files."""
+    model: str
+    """What the user calls it, for messages."""

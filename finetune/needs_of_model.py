@@ -1,0 +1,147 @@
+"""What a model asks of memory and disk for one batch, and what adapters add, from shapes alone. Methods add the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt, prod
+
+import torch
+from torch import nn
+
+from finetune.adapters import peft_files, prefix
+from finetune.planned_run import BatchShape, MeasuredBatch
+from memory.arena import trim_malloc
+from memory.meter import host_bytes
+from memory.needs import Item, Lasts, Needs, Tier
+from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
+from offload.devices import Device
+from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit, walk
+from offload.sizing.needs import EDGES, STEP, VISIT, block_input_needs, process_needs
+from offload.weights.parts import ModelParts
+
+ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
+ADAPTERS = "adapters, gradients, optimizer"
+FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
+
+
+def measure_batch(
+    parts: ModelParts, model: nn.Module, shape: BatchShape, trained: Sequence[frozenset[str]] | None = None
+) -> MeasuredBatch:
+    """trained: per block, local names of its own weights that get gradients.
+
+    Raises UserError for rows of tensors that the model can't take.
+    """
+    measured = (parts, model, shape.inputs, shape.train, trained)
+    visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
+    rows = shape.micro_batches * shape.rows
+    row_bytes = sum(
+        min(rows, source.shape[0]) * prod(source.shape[1:]) * parts.dtype.itemsize for _, _, source in parts.embeddings
+    )
+    return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes)
+
+
+def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str) -> Needs:
+    """What a batch takes where compute happens. block_inputs: where they wait, see `block_input_needs`."""
+    shape, visit, lanes = batch.shape, batch.visit, batch.shape.micro_batches
+    masks, lane_bytes = MaskSize(0, 0), 0
+    if "input_ids" in shape.inputs:
+        masks, lane_bytes = _masks(parts, model, shape), prefix.lane_bytes(model, parts.dtype.itemsize)
+    stored_rows = sum(
+        min(lanes * shape.rows, source.shape[0]) * (source.num_bytes // source.shape[0]) for _, _, source in parts.embeddings
+    )
+    step_bytes = shape.kept_bytes + _logits_bytes(parts, model, shape) + stored_rows + batch.row_bytes
+    step_bytes += lanes * (masks.kept_bytes + lane_bytes)
+    boundaries = lanes * (len(parts.blocks) if shape.train else 1)
+    return Needs.of(
+        *(
+            Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT)
+            for num_bytes in (visit.peak_bytes, batch.loss_bytes, masks.made_bytes)
+        ),
+        Item(STEP, step_bytes, Tier.COMPUTE, Lasts.STEP),
+        Item(EDGES, parts.edge_bytes, Tier.COMPUTE),
+    ) + block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
+
+
+def process_as_it_is(device: Device, dtype: torch.dtype, adapter_bytes: int, micro_batches: int) -> Needs:
+    """The process now, less its adapters, which move into the arena; and what it comes to hold that no batch is asked for."""
+    trim_malloc()
+    # fp32 products go through MKL, which compiles nothing.
+    compiles = device.traits.computes_on_host and dtype != torch.float32
+    code_bytes = shapes_to_keep(micro_batches) * BYTES_PER_SHAPE if compiles else 0
+    return process_needs(device, max(0, host_bytes() - adapter_bytes), code_bytes)
+
+
+def adapter_needs(parameters: Sequence[nn.Parameter]) -> Needs:
+    """Of adapters that are used as they are."""
+    return Needs.of(Item(ADAPTERS, _num_bytes(parameters), Tier.COMPUTE, remedy=FEWER_ADAPTERS))
+
+
+def trained_adapter_needs(parameters: Sequence[nn.Parameter], on_device: bool) -> Needs:
+    """Of adapters that AdamW trains. On a device they are saved by way of host memory, with their moments."""
+    num_bytes = _num_bytes(parameters)
+    moment_bytes = ADAMW_BYTES_PER_PARAMETER * sum(p.numel() for p in parameters)
+    return adapter_needs(parameters) + Needs.of(
+        Item(ADAPTERS, num_bytes + moment_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        _saving(num_bytes + moment_bytes if on_device else 0),
+        Item("resumable states", 9 * num_bytes, Tier.DISK),  # two kept and one being written, each with two moments
+        Item("adapter", num_bytes, Tier.DISK),
+    )
+
+
+def perturbed_adapter_needs(parameters: Sequence[nn.Parameter], variants: int, on_device: bool, first_kept: bool) -> Needs:
+    """Of adapters that are perturbed: clean values in fp32, beside a device in host memory too, and every variant.
+
+    first_kept: whether those that the run begins with are kept on disk.
+    """
+    num_bytes, clean_bytes = _num_bytes(parameters), 4 * sum(p.numel() for p in parameters)
+    return adapter_needs(parameters) + Needs.of(
+        Item(ADAPTERS, clean_bytes + variants * num_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        _saving(num_bytes + clean_bytes if on_device else 0),
+        Item("adapter", num_bytes, Tier.DISK),
+        Item("the prefix that it begins as", num_bytes if first_kept else 0, Tier.DISK),
+    )
+
+
+def _saving(num_bytes: int) -> Item:
+    return Item("adapters and their state while they are saved", num_bytes, Tier.HOST)
+
+
+def _num_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p.nbytes for p in parameters)
+
+
+def _loss_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
+    """What one tile of the loss allocates; without tiles, the loss of a micro-batch."""
+    itemsize, head = parts.dtype.itemsize, parts.head
+    table_bytes = peft_files.table_bytes(model, parts)
+    if head is None:
+        output = model.get_output_embeddings()
+        return table_bytes + (0 if output is None else 3 * shape.rows * output.weight.shape[0] * itemsize)
+    tile = min(head.tile_tokens, shape.rows) * head.tile_vocab
+    # logits in the model's dtype, in fp32, their softmax and its gradient; a converted weight where dtypes differ
+    num_bytes = tile * (3 * 4 + (itemsize if itemsize < 4 else 0))
+    if model.get_output_embeddings() is not head.module:
+        num_bytes += 3 * tile * itemsize  # an adapter's product, scaled, and the sum
+    if head.layouts[0].views["weight"].dtype != parts.dtype:
+        num_bytes += head.tile_vocab * head.module.weight.shape[1] * itemsize
+    return table_bytes + num_bytes
+
+
+def _logits_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
+    """What all lanes hold between the last block and the loss."""
+    itemsize, head, rows = parts.dtype.itemsize, parts.head, shape.micro_batches * shape.rows
+    if head is not None:  # hidden states before the head and their gradients; a head in chunks keeps sums in fp32
+        return rows * (head.module.weight.shape[1] * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64)
+    output = model.get_output_embeddings()
+    return 0 if output is None else rows * output.weight.shape[0] * itemsize  # whole logits
+
+
+def _masks(parts: ModelParts, model: nn.Module, shape: BatchShape) -> MaskSize:
+    count, length = shape.inputs["input_ids"].shape
+    if shape.samples is not None:  # short texts would not do without the rows' other tensors: one of numbers is assumed
+        return MaskSize(count * length**2 * parts.dtype.itemsize, 0)
+    masks = measure_masks(parts, model, count, length, shape.packed)
+    if count > 1:
+        return masks
+    short = measure_masks(parts, model, 2, isqrt(shape.mask_pairs // 2), False)
+    return max(masks, short)

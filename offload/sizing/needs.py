@@ -1,0 +1,154 @@
+"""What a streamed model needs, for the planner: its slots, and in which order more of them are worth their memory.
+
+The names of pools are those by which the engine carves them out of the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from memory.needs import Item, Lasts, Needs, Pool, Step, Tier, Worth, ascent
+from memory.units import MIB
+from offload.devices import Device
+from offload.weights.layout import aligned_bytes
+from offload.weights.parts import ModelParts
+
+HOST_BLOCKS = "host blocks"
+DEVICE_BLOCKS = "device blocks"
+HOST_HEAD = "host head"
+DEVICE_HEAD = "device head"
+ACTIVATIONS = "activations"
+STATE = "optimizer state"
+UPDATE = "update"
+VARIANTS = "variants of blocks"
+HEAD_VARIANTS = "variants of the head"
+
+EDGES = "embeddings, norms, other resident weights"
+VISIT = "one block visit and the loss"
+STEP = "inputs and hidden states of a step"
+
+STAGING_BYTES = 8 * MIB
+ACTIVATION_SLOTS = 4
+MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
+STATE_SLOTS = 12  # keep a disk busy in both directions
+MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What goes through slots in every pass over the weights."""
+
+    block_bytes: tuple[int, ...]  # of each block
+    chunk_bytes: int  # of the largest chunk of the head, or of a table that is trained
+    chunks: int  # 0: the model has no head that is streamed
+
+    @classmethod
+    def of(cls, parts: ModelParts, on_device: bool) -> Streamed:
+        """on_device: with room for what an accelerator wants aligned."""
+
+        def size(layout) -> int:
+            return max(layout.num_bytes, aligned_bytes(layout)) if on_device else layout.num_bytes
+
+        chunks = () if parts.head is None else parts.head.layouts
+        return cls(tuple(map(size, parts.layouts)), max(map(size, chunks), default=0), len(chunks))
+
+    def holding(self, block_bytes: list[int], chunk_bytes: int) -> Streamed:
+        """With slots that hold these too."""
+        largest = (max(pair) for pair in zip(self.block_bytes, block_bytes, strict=True))
+        return replace(self, block_bytes=tuple(largest), chunk_bytes=max(self.chunk_bytes, chunk_bytes))
+
+
+def process_needs(device: Device, baseline_bytes: int, code_bytes: int) -> Needs:
+    """baseline_bytes: the process before anything is opened. code_bytes: what matrix products compile for themselves."""
+    return Needs.of(
+        Item("process (interpreter, libraries, model skeleton)", baseline_bytes, Tier.HOST),
+        Item("disk staging", STAGING_BYTES, Tier.HOST),
+        Item("generated code of matrix products", code_bytes, Tier.HOST, Lasts.STEP),
+        Item("kernels of the accelerator", device.traits.host_libraries_bytes, Tier.HOST),
+        Item("margin", MARGIN_BYTES, Tier.HOST),
+        Item("workspaces of kernels", device.traits.libraries_bytes, Tier.DEVICE),
+    )
+
+
+def stream_needs(
+    streamed: Streamed, on_device: bool, resident_blocks: int | None = None, lookahead: int | None = None
+) -> Needs:
+    """Slots for blocks and for chunks of the head. A host slot is held until its copy to a device is done: one more keeps the
+    disk busy meanwhile.
+
+    resident_blocks: None: as many as there is room for. lookahead: blocks read ahead; None: up to two.
+    """
+    blocks, chunks = len(streamed.block_bytes), streamed.chunks
+
+    def rings(ahead: int) -> dict[str, int]:
+        return {HOST_BLOCKS: ahead + 1 + on_device, DEVICE_BLOCKS: ahead + 1}
+
+    pools = [
+        Pool(
+            name, "block slots ({slots} x {size})", tier, max(streamed.block_bytes), rings(lookahead or 0)[name],
+            kept=min(resident_blocks or 0, blocks), most_kept=blocks, most=blocks,
+            busy=1 + (on_device and tier is Tier.HOST),
+        )
+        for name, tier in ((HOST_BLOCKS, Tier.HOST), (DEVICE_BLOCKS, Tier.DEVICE))
+    ]  # fmt: skip
+    steps = []
+    if lookahead is None:
+        steps.append(Step(Worth.NEXT_BLOCK, rings(min(1, blocks - 1))))
+        steps.append(Step(Worth.LATER_BLOCKS, rings(min(2, blocks - 1))))
+    if resident_blocks is None:
+        steps += ascent(Worth.RESIDENT_BLOCKS, HOST_BLOCKS, blocks) + ascent(Worth.RESIDENT_BLOCKS, DEVICE_BLOCKS, blocks)
+    if chunks:
+        pools += [
+            Pool(name, "head slots ({slots} x {size})", tier, streamed.chunk_bytes, most=chunks)
+            for name, tier in ((HOST_HEAD, Tier.HOST), (DEVICE_HEAD, Tier.DEVICE))
+        ]
+    if chunks > 1:
+        steps.append(Step(Worth.NEXT_CHUNK, {HOST_HEAD: 2, DEVICE_HEAD: 2}))
+        steps += [Step(Worth.WHOLE_HEAD, {name: chunks}) for name in (HOST_HEAD, DEVICE_HEAD)]
+    return Needs.of(*pools, *steps)
+
+
+def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Needs:
+    """boundary_bytes: one micro-batch's input of a block. total_bytes: all of a step's. place: "auto", "host" or "disk"."""
+    kept = Item("block inputs kept for backward", total_bytes, Tier.COMPUTE, Lasts.STEP, without_pool=ACTIVATIONS)
+    if place == "host":
+        return Needs.of(kept)
+    label = "slots for block inputs on their way to disk ({slots})"
+    spilled = Needs.of(
+        kept,
+        Pool(ACTIVATIONS, label, Tier.HOST, boundary_bytes, ACTIVATION_SLOTS, optional=place == "auto"),
+        Item("block inputs", total_bytes, Tier.DISK, Lasts.STEP, with_pool=ACTIVATIONS),
+    )
+    return spilled + Needs.of(Step(Worth.BLOCK_INPUTS, {ACTIVATIONS: 0})) if place == "auto" else spilled
+
+
+def state_needs(slot_bytes: int, pieces: int, waiting: int) -> Needs:
+    """Buffers through which the state of an optimizer moves.
+
+    slot_bytes: of a piece with its state. pieces: that a step updates. waiting: buffers more than the usual ones that are of
+    use where compute takes longer than the disk: what waits in them is not waited for.
+    """
+    counts = [(Worth.STATE_BUFFERS, count) for count in (MIN_STATE_SLOTS * 2, STATE_SLOTS)]
+    counts += [(Worth.WAITING_STATE, STATE_SLOTS + more) for more in range(1, waiting + 1)]
+    label = "buffers for optimizer state ({slots} x {size})"
+    return Needs.of(
+        Pool(STATE, label, Tier.HOST, slot_bytes, MIN_STATE_SLOTS, most_kept=pieces, pinned=False),
+        *(Step(worth, {STATE: count}) for worth, count in counts),
+        *ascent(Worth.KEPT_STATE, STATE, pieces),
+    )
+
+
+def update_needs(image_bytes: int, gradient_bytes: int) -> Needs:
+    """Of the largest unit that is updated, where compute is not in host memory."""
+    label = "weights and gradients of what is updated"
+    return Needs.of(Pool(UPDATE, label, Tier.HOST, image_bytes), Item(label, gradient_bytes, Tier.HOST))
+
+
+def variant_needs(block_bytes: int, chunk_bytes: int) -> Needs:
+    """Slots in which perturbed weights of a block, and of a chunk of the head, are made, in the dtypes that compute."""
+    label = "slots for perturbed weights ({slots})"
+    return Needs.of(
+        Pool(VARIANTS, label, Tier.COMPUTE, block_bytes),
+        Pool(HEAD_VARIANTS, label, Tier.COMPUTE, chunk_bytes),
+        Step(Worth.SECOND_VARIANT, {VARIANTS: 2, HEAD_VARIANTS: 2}),
+    )
