@@ -41,11 +41,13 @@ def images() -> list[dict[str, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def quick_data(monkeypatch) -> None:
     """A TokenDataset given as data is used as it is: making one takes a process, and other tests hold that."""
-    prepare = finetune.trainer.prepare
+    prepare = finetune.trainer.prepare_for
     monkeypatch.setattr(
         finetune.trainer,
-        "prepare",
-        lambda source, **options: source if isinstance(source, TokenDataset) else prepare(source, **options),
+        "prepare_for",
+        lambda config, source, *to, **options: (
+            source if isinstance(source, TokenDataset) else prepare(config, source, *to, **options)
+        ),
     )
 
 
