@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 
 from memory.needs import Needs
 from memory.plan import Plan
 from memory.simulator import StepTime, simulate_step
-from memory.units import format_bytes
-from offload.sizing.calibration import Rates
+from memory.units import format_bytes, format_seconds
+from offload.sizing.calibration import NoRates, Rates
 from offload.sizing.dry_run import VisitSize
 from offload.sizing.needs import ACTIVATIONS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE, Streamed
 from offload.weights.parts import ModelParts, describe_blocks
 
+SHORTEST_ROW = 16  # tokens; shorter ones are advised to nobody
 LONE_MASK_PAIRS = 1 << 18
 """Two rows of 362 tokens, 8 of 181: longer ones need not be computed together."""
 
@@ -40,6 +43,29 @@ class BatchShape:
 
     def keeping(self, kept_bytes: int) -> BatchShape:
         return replace(self, kept_bytes=kept_bytes)
+
+    def of_rows(self, rows: int) -> BatchShape:
+        """The same step in micro-batches of so many rows, at most as many as there are."""
+        whole = self.samples or self.inputs["input_ids"].shape[0]
+        inputs = {name: x[:rows] if _has_sizes(x, whole) else x for name, x in self.inputs.items()}
+        samples = None if self.samples is None else rows
+        return replace(self, inputs=inputs, micro_batches=self.micro_batches * -(-whole // rows), samples=samples)
+
+    def of_length(self, tokens: int) -> BatchShape:
+        """Of text, with rows of at most so many tokens."""
+        sizes = self.inputs["input_ids"].shape
+        inputs = {name: x[:, :tokens] if _has_sizes(x, *sizes) else x for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs)
+
+    def smaller(self) -> Iterator[tuple[str, BatchShape]]:
+        """Batches that take less memory, the next ones first, each with the options that make a run's batch so small."""
+        rows = self.samples or self.inputs["input_ids"].shape[0]
+        for count in _halves(rows, 1):
+            yield f"lower --micro-batch-size to {count}", self.of_rows(count)
+        if self.samples is None:
+            also = " and --micro-batch-size to 1" if rows > 1 else ""
+            for tokens in _halves(self.inputs["input_ids"].shape[1], SHORTEST_ROW):
+                yield f"lower --sequence-length to {tokens}{also}", self.of_rows(1).of_length(tokens)
 
     @property
     def mask_pairs(self) -> int:
@@ -96,6 +122,7 @@ class PlannedRun:
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
     budget_words: str = ""  # where the host budget comes from, if not from the user
+    rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
 
     @property
     def shape(self) -> BatchShape:
@@ -130,7 +157,22 @@ class PlannedRun:
                 f"{format_bytes(plan.device_budget_bytes)} allowed"
             )
             lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
+        if self.rates is not None:
+            lines.append(self._seconds_words(self.rates))
         return "\n".join(lines)
+
+    def _seconds_words(self, rates: Rates | NoRates) -> str:
+        if not rates:
+            return f"no time of a step is predicted, for the model cannot be read here: {rates.reason}"
+        speeds = [f"reads {format_bytes(rates.read_bytes_per_second)}/s from disk"]
+        if self.plan.device_budget_bytes is not None:
+            speeds.append(f"copies {format_bytes(rates.copy_bytes_per_second)}/s to the device")
+        speeds.append(f"computes {rates.flops_per_second / 1e9:.0f} GFLOP/s")
+        seconds = format_seconds(self.predict_step(rates).seconds)
+        return (
+            f"a step takes about {seconds}: a prediction from what was measured on this machine just now, which "
+            f"{', '.join(speeds[:-1])} and {speeds[-1]}"
+        )
 
     @property
     def _read_bytes(self) -> int:
@@ -184,3 +226,13 @@ class PlannedRun:
         disk_seconds = (read_bytes + store.write_bytes) / rates.read_bytes_per_second
         seconds = max(step.seconds, disk_seconds)
         return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
+
+
+def _halves(number: int, least: int) -> Iterator[int]:
+    while (number := number // 2) >= least:
+        yield number
+
+
+def _has_sizes(value: Any, *sizes: int) -> bool:
+    """Whether it is a tensor whose first dimensions are these."""
+    return isinstance(value, torch.Tensor) and value.shape[: len(sizes)] == sizes

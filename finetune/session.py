@@ -44,7 +44,7 @@ from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.errors import UserError
 from memory.needs import Needs
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
-from memory.plan import Limits, make_plan
+from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.devices import Device, choose_device
 from offload.files.checkpoint import read_header, resolve_model
@@ -200,13 +200,15 @@ class Session:
                 f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
                 f"has, found {self.config.host_memory}: give less, such as 90%"
             )
-        # Without a backward pass nothing waits for it.
-        block_inputs = self.config.engine.activations if shape.train else "host"
-        needs, streamed, batch = self._needs(shape, block_inputs)
-        if also is not None:
-            needs = needs.covering(self._needs(also, block_inputs)[0])
+        try:
+            plan, needs, streamed, batch = self._plan(shape, also)
+        except PlanRefused as refused:
+            remedy = None if shape.kept_bytes else self._smaller_batch_that_fits(shape, also)
+            if remedy is None:
+                raise
+            raise refused.with_remedy(remedy) from None
         return PlannedRun(
-            make_plan(needs, limits),
+            plan,
             needs,
             streamed,
             batch,
@@ -216,6 +218,25 @@ class Session:
             self.config.variants if self.train else 1,
             "" if self.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
         )
+
+    def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
+        # Without a backward pass nothing waits for it.
+        block_inputs = self.config.engine.activations if shape.train else "host"
+        needs, streamed, batch = self._needs(shape, block_inputs)
+        if also is not None:
+            needs = needs.covering(self._needs(also, block_inputs)[0])
+        return make_plan(needs, self._limits), needs, streamed, batch
+
+    def _smaller_batch_that_fits(self, shape: BatchShape, also: BatchShape | None) -> str | None:
+        """What the user can lower, where that is enough."""
+        for remedy, smaller in shape.smaller():
+            if also is not None and also.samples is None:
+                tokens = smaller.inputs["input_ids"].shape[1]
+                also = also.of_length(tokens) if tokens < shape.inputs["input_ids"].shape[1] else also
+            with contextlib.suppress(PlanRefused):
+                self._plan(smaller, also)
+                return remedy
+        return None
 
     def open(
         self,

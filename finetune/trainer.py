@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from finetune.training.loop import TrainingLoop
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
-from offload.sizing.calibration import Rates, measure_rates
+from offload.sizing.calibration import Rates, measure_rates, try_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +84,19 @@ class Trainer:
         self._held_out: HeldOut | None = None
 
     def plan(self) -> PlannedRun:
-        """What would live where for a full-length step; reads no weights, of data only rows of tensors. Raises PlanRefused."""
+        """What would live where for a full-length step, and how long that takes at this machine's rates; reads some MiB of
+        weights for these, and of data only rows of tensors. Raises PlanRefused."""
         config = self.config
         session = Session(config)
         try:
             tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
-            if tensors is not None:
-                return session.plan(make_objective(config, session, tensors).shape(session), elsewhere=True)
-            refuse_text(session.parts)
-            shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
-            return session.plan(shape, elsewhere=True)
+            if tensors is None:
+                refuse_text(session.parts)
+                shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
+            else:
+                shape = make_objective(config, session, tensors).shape(session)
+            planned = session.plan(shape, elsewhere=True)
+            return replace(planned, rates=try_rates(session.parts, session.device))
         finally:
             session.close()
 

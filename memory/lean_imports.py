@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import operator
@@ -46,12 +47,15 @@ def lean_imports() -> Iterator[None]:
         _stand_in(_SYMBOLIC_SHAPES, _symbolic_answers)
         _stand_in(_DYNAMO, _dynamo_answers)
         _import_without_package(_INDEPENDENT_SUBMODULE, Path(torch.__file__).parent.parent)
-    was_available = torch.distributed.is_available
+    was_available, collects = torch.distributed.is_available, gc.isenabled()
     torch.distributed.is_available = lambda: False
+    gc.disable()  # what is imported stays, and every search for garbage would look at all of it
     try:
         yield
     finally:
         torch.distributed.is_available = was_available
+        if collects:
+            gc.enable()
 
 
 class _StandIn(types.ModuleType):

@@ -78,6 +78,11 @@ def format_bytes(num_bytes: int | float) -> str:
     return f"{sign}{size:.0f} B" if unit == "B" else f"{sign}{size:.1f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """`3.14159` -> "3.1 s": two digits, and all before the point."""
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{max(seconds, 0.001):.2g} s"
+
+
 def total_host_bytes() -> int:
     """Host memory that this process can hold at most: physical memory, or a smaller memory cgroup limit (v1 or v2).
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -18,13 +21,18 @@ from offload.sizing.needs import (
     EDGES,
     HOST_BLOCKS,
     HOST_HEAD,
+    MARGIN_BYTES,
+    STAGING_BYTES,
     STATE,
     STEP,
+    VARIANTS,
     VISIT,
     Streamed,
     block_input_needs,
     state_needs,
     stream_needs,
+    update_needs,
+    variant_needs,
 )
 
 MIB = 1 << 20
@@ -200,3 +208,49 @@ def test_remedies_are_those_of_what_is_large():
     with pytest.raises(PlanRefused, match=r"To make it fit: raise --host-memory to 45MiB, .*; or fewer a\.$") as caught:
         make_plan(Needs.of(*items), Limits(MIB))
     assert str(caught.value.with_remedy("rest")).endswith("; or fewer a; or rest.")
+
+
+def test_recorded_plans():
+    """What another planner, with a field and a branch for each of these needs, made of random ones: the same to the byte."""
+    for number, record in enumerate(json.loads(Path(__file__).with_name("recorded_plans.json").read_text())):
+        limits, found = Limits(*record["limits"]), record["found"]
+        needs = recorded_needs(Counter(record["sizes"]), *record["wishes"], limits.device_bytes is not None)
+        try:
+            plan = make_plan(needs, limits)
+        except PlanRefused as refused:
+            assert refused.smallest_bytes == found.get("smallest"), number
+            assert f"{found['flag']}-memory to" in str(refused), number
+            continue
+        pools = (HOST_BLOCKS, DEVICE_BLOCKS, HOST_HEAD, DEVICE_HEAD, ACTIVATIONS, STATE, VARIANTS)
+        device_blocks = plan.slots.get(DEVICE_BLOCKS)
+        assert found == {
+            "peaks": [plan.host_peak_bytes, plan.device_peak_bytes],
+            "slabs": [plan.host_slab_bytes, plan.device_slab_bytes],
+            "arena": plan.arena_bytes,
+            "lookahead": plan.slots[HOST_BLOCKS].lookahead,
+            "resident": [len(slots.resident) if slots else 0 for slots in (plan.slots[HOST_BLOCKS], device_blocks)],
+            "kept_pieces": plan.slots[STATE].kept if STATE in plan.slots else 0,
+            "slots": [plan.count(pool) for pool in pools],
+        }, number
+
+
+def recorded_needs(
+    sizes: Counter, resident_blocks: int | None, lookahead: int | None, activations: str, on_device: bool
+) -> Needs:
+    streamed = Streamed(sizes["block_bytes"], sizes["head_chunk_bytes"], sizes["head_chunks"])
+    needs = Needs.of(
+        *(Item(name, sizes[f"{name}_bytes"], Tier.HOST) for name in ("baseline", "code", "saving", "host_libraries")),
+        *(Item(name, sizes[f"{name}_bytes"], Tier.COMPUTE) for name in ("state", "edge", "step", "folding")),
+        Item("staging and margin", STAGING_BYTES + MARGIN_BYTES, Tier.HOST),
+        Item("device_libraries", sizes["device_libraries_bytes"], Tier.DEVICE),
+        Item(VISIT, sizes["temporaries_bytes"], Tier.COMPUTE, Lasts.MOMENT),
+    )
+    needs += stream_needs(streamed, on_device, resident_blocks, lookahead)
+    needs += block_input_needs(sizes["boundary_bytes"], sizes["boundary_total_bytes"], activations)
+    if sizes["state_slot_bytes"]:
+        needs += state_needs(sizes["state_slot_bytes"], sizes["state_pieces"], sizes["waiting_state_slots"])
+    if sizes["update_image_bytes"]:
+        needs += update_needs(sizes["update_image_bytes"], sizes["update_gradients_bytes"])
+    if sizes["variant_bytes"]:
+        needs += variant_needs(sizes["variant_bytes"], sizes["head_variant_bytes"])
+    return needs

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
+from memory.errors import UserError
 from offload.devices import Device, Direction
 from offload.residency.io import IOEngine
 from offload.weights.parts import ModelParts
 
 PROBE_BYTES = 64 << 20
+FIRST_PROBE_BYTES = 16 << 20  # enough where the disk is slow
+READ_SECONDS = 0.25
 COPY_PROBE_BYTES = 4 << 20
 
 
@@ -23,29 +28,59 @@ class Rates:
     copy_bytes_per_second: float = float("inf")  # to the device
 
 
+@dataclass(frozen=True, slots=True)
+class NoRates:
+    """Why there is no prediction. Falsy, so `if rates:` tells the two results apart."""
+
+    reason: str  # in words, for messages
+
+    def __bool__(self) -> bool:
+        return False
+
+
 def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
-    """Reads up to 64 MiB of a block with direct I/O, multiplies two matrices of the model's width, and copies 36 MiB to an
-    accelerator; about 0.2 s."""
+    """Reads up to 64 MiB of blocks with direct I/O, multiplies two matrices of the model's width, and copies 36 MiB to an
+    accelerator; about 0.2 s. Raises UserError when the model's files cannot be read."""
     return Rates(_read_rate(parts), _flop_rate(parts, device, rows), _copy_rate(device))
+
+
+def try_rates(parts: ModelParts, device: Device) -> Rates | NoRates:
+    try:
+        return measure_rates(parts, device)
+    except UserError as error:
+        return NoRates(str(error))
 
 
 def _read_rate(parts: ModelParts) -> float:
     with IOEngine() as io:
         buffer = torch.empty(4 << 20, dtype=torch.uint8)
-        extents, wanted = [], PROBE_BYTES
-        files: dict = {}
-        for layout in parts.layouts:
-            for read in layout.reads:
-                for start in range(0, read.num_bytes, buffer.numel()):
-                    size = min(buffer.numel(), read.num_bytes - start)
-                    if wanted > 0:
-                        if read.path not in files:
-                            files[read.path] = io.open(read.path)
-                        extents.append((files[read.path], read.file_offset + start, size, buffer.data_ptr()))
-                        wanted -= size
-        started = time.perf_counter()
-        io.wait(io.submit_reads(extents))  # all into one buffer: nobody looks at the bytes
-        return sum(extent[2] for extent in extents) / max(time.perf_counter() - started, 1e-6)
+        files: dict[Path, int] = {}
+        ranges = _ranges(parts, buffer.numel())
+        read_bytes, seconds = 0, 0.0
+        for most in (FIRST_PROBE_BYTES, PROBE_BYTES):
+            extents, wanted = [], most - read_bytes
+            while wanted > 0 and (found := next(ranges, None)) is not None:
+                path, offset, num_bytes = found
+                if path not in files:
+                    files[path] = io.open(path)
+                extents.append((files[path], offset, num_bytes, buffer.data_ptr()))  # nobody looks at the bytes
+                wanted -= num_bytes
+            started = time.perf_counter()
+            if extents:
+                io.wait(io.submit_reads(extents))
+            seconds += time.perf_counter() - started
+            read_bytes += sum(extent[2] for extent in extents)
+            if seconds > READ_SECONDS * FIRST_PROBE_BYTES / PROBE_BYTES:
+                break
+        return read_bytes / max(seconds, 1e-6)
+
+
+def _ranges(parts: ModelParts, most: int) -> Iterator[tuple[Path, int, int]]:
+    """(file, offset, bytes) of the blocks' weights, in pieces of at most `most`."""
+    for layout in parts.layouts:
+        for read in layout.reads:
+            for start in range(0, read.num_bytes, most):
+                yield read.path, read.file_offset + start, min(most, read.num_bytes - start)
 
 
 def _flop_rate(parts: ModelParts, device: Device, rows: int) -> float:

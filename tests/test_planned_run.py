@@ -1,0 +1,93 @@
+"""What a plan says before a run: how long a step takes, and which smaller batch would fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import make_config, save_tiny
+
+import offload.sizing.calibration
+from finetune.planned_run import BatchShape
+from finetune.session import Session
+from finetune.trainer import Trainer
+from memory.plan import PlanRefused
+from offload.residency.io import FaultPlan, IOEngine
+from offload.sizing.calibration import Rates
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_slower_of_disk_and_compute_sets_the_time(model, tmp_path, train):
+    config = make_config(model, None, tmp_path, engine={"resident_blocks": 0, "lookahead": 1})
+    session = Session(config, train=train)
+    planned = session.plan(BatchShape.of_text(2, 300, 3, train))
+    session.close()
+    layouts = planned.parts.layouts
+    blocks = len(layouts)
+    block_bytes = sum(layout.num_bytes for layout in layouts) / blocks
+    reads = planned.predict_step(Rates(1e3, 1e18)).seconds * 1e3 / block_bytes
+    # Blocks that are in slots where a pass turns, and where the next step begins, are not read again.
+    assert (2 * blocks - 5 if train else blocks) - 0.01 <= reads <= (2 if train else 1) * blocks + 0.01
+    weights = sum(view.shape[0] * view.shape[1] for x in layouts for view in x.views.values() if len(view.shape) == 2)
+    products = planned.predict_step(Rates(1e18, 1e6)).seconds * 1e6 / (2 * weights * 3 * 2 * 300)
+    # Forward; recomputation and the gradient of the input. Scores of attention and the head are more.
+    assert (2.5 if train else 1) <= products <= 2 * (3 if train else 1)
+
+
+def test_a_plan_says_how_long_a_step_takes(model, tmp_path):
+    last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
+    assert last.startswith("a step takes about 0.") and "measured on this machine" in last
+
+
+def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
+    faulty = IOEngine("threads", inject=FaultPlan(eio_at=1))
+    monkeypatch.setattr(offload.sizing.calibration, "IOEngine", lambda: faulty)
+    last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
+    assert last.startswith("no time of a step is predicted, for the model cannot be read here: ") and "safetensors" in last
+
+
+def smallest(config, rows: int, tokens: int) -> int:
+    with pytest.raises(PlanRefused) as refused:
+        plan(config.model_copy(update={"host_memory": "1MiB"}), rows, tokens)
+    return refused.value.smallest_bytes
+
+
+def plan(config, rows: int, tokens: int) -> None:
+    session = Session(config)
+    try:
+        session.plan(BatchShape.of_text(rows, tokens, 8 // rows, True))
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, remedy",
+    [
+        (2, 1024, "or lower --micro-batch-size to 2."),
+        (1, 256, "or lower --sequence-length to 256 and --micro-batch-size to 1."),
+    ],
+)
+def test_a_refusal_names_the_batch_that_fits(model, tmp_path, rows, tokens, remedy):
+    config = make_config(model, None, tmp_path)
+    budget = smallest(config, rows, tokens) + (2 << 20)  # the process differs a little from one plan to the next
+    config = config.model_copy(update={"host_memory": budget})
+    with pytest.raises(PlanRefused) as refused:
+        plan(config, 8, 1024)
+    assert str(refused.value).endswith(remedy)
+    plan(config, rows, tokens)
+
+
+def test_a_refusal_names_no_batch_where_none_fits(model, tmp_path):
+    with pytest.raises(PlanRefused, match="the smallest that works.$"):
+        plan(make_config(model, None, tmp_path, host_memory="50MiB"), 8, 1024)
+
+
+def test_smaller_batches_of_tensors():
+    pixels, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    shape = BatchShape({"pixel_values": pixels, "labels": labels, "scale": torch.ones(2)}, 4, True, samples=6)
+    found = [(words, one.samples, one.micro_batches, *(len(x) for x in one.inputs.values())) for words, one in shape.smaller()]
+    assert found == [("lower --micro-batch-size to 3", 3, 8, 3, 3, 2), ("lower --micro-batch-size to 1", 1, 24, 1, 1, 2)]
