@@ -122,7 +122,7 @@ def _loss_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
     num_bytes = tile * (3 * 4 + (itemsize if itemsize < 4 else 0))
     if model.get_output_embeddings() is not head.module:
         num_bytes += 3 * tile * itemsize  # an adapter's product, scaled, and the sum
-    if head.layouts[0].views["weight"].dtype != parts.dtype:
+    if not head.layouts[0].weights["weight"].is_stored_as(parts.dtype):
         num_bytes += head.tile_vocab * head.module.weight.shape[1] * itemsize
     return table_bytes + num_bytes
 

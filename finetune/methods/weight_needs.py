@@ -120,7 +120,7 @@ def _moments(
     them."""
     visit_bytes, loss_bytes, itemsize = batch.visit.peak_bytes, batch.loss_bytes, parts.dtype.itemsize
     block = max(_elements(unit) for unit in trained.blocks) * itemsize
-    largest = max((prod(view.shape) for layout in parts.layouts for view in layout.views.values()), default=0) * itemsize
+    largest = max((prod(weight.shape) for layout in parts.layouts for weight in layout.weights.values()), default=0) * itemsize
     if batch.shape.micro_batches > 1:
         visit_bytes += largest  # of the second micro-batch, before it is added
     chunk = max((_elements(part.unit) for part in trained.head), default=0)

@@ -25,6 +25,7 @@ from memory.errors import UserError
 from offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from offload.step.lanes import collected_keys, run_capturing
 from offload.step.own_loss import own_loss
+from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
 
@@ -281,13 +282,13 @@ def _empty_cache_layer(layer: Any) -> None:
 
 
 def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
-    """Every matrix's output kept three times over (value, gradient, activation), and the largest weight converted."""
+    """Every matrix's output kept three times over (value, gradient, activation), and the largest weight decoded."""
     rows = hidden.numel() // hidden.shape[-1]
-    views = [view for view in parts.layouts[index].views.values() if len(view.shape) >= 2]
-    outputs = sum(view.shape[-2] for view in views)
-    converted = max((prod(v.shape) for v in views if v.dtype != parts.dtype), default=0) * parts.dtype.itemsize
-    flops = 2 * rows * sum(prod(view.shape) for view in views)
-    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * converted, flops)
+    matrices = [weight for weight in parts.layouts[index].weights.values() if len(weight.shape) >= 2]
+    outputs = sum(weight.shape[-2] for weight in matrices)
+    decoded = (dense_bytes(weight.shape, parts.dtype) for weight in matrices if not weight.is_stored_as(parts.dtype))
+    flops = 2 * rows * sum(prod(weight.shape) for weight in matrices)
+    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * max(decoded, default=0), flops)
 
 
 _PRODUCTS = {

@@ -92,12 +92,12 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
         return {name: fqn for name, fqn in found.items() if fqn in wanted}
 
     blocks = tuple(
-        make_unit(prefix, layout, named(f"{prefix}.", list(layout.views)))
+        make_unit(prefix, layout, named(f"{prefix}.", list(layout.weights)))
         for prefix, layout in zip(parts.prefixes, parts.layouts, strict=True)
     )
     head: list[RowUnit] = []
     if parts.head is not None:
-        fqns = named(f"{parts.head.name}.", list(parts.head.layouts[0].views))
+        fqns = named(f"{parts.head.name}.", list(parts.head.layouts[0].weights))
         rows = parts.head.module.weight.shape[0]
         for index, (start, layout) in enumerate(zip(parts.head.starts, parts.head.layouts, strict=True)):
             unit = make_unit(f"{parts.head.name}#{index}", layout, fqns)
@@ -174,8 +174,10 @@ def _matching(parts: ModelParts, patterns: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def rows_source(parts: Sequence[RowUnit], reads_of, source: PlainTensor) -> PlainTensor:
+def rows_source(parts: Sequence[RowUnit], reads_of, source: StoredWeight) -> StoredWeight:
     """`source`, a matrix, with its rows where `reads_of(unit)` says that the units' images are now."""
+    if not any("weight" in part.unit.fqns for part in parts):
+        return source  # it is not trained, and stays where it is
     row_bytes = source.num_bytes // source.shape[0]
     pieces = []
     for part in parts:
