@@ -355,6 +355,33 @@ def test_keys_that_a_method_does_not_read(method: str) -> None:
     assert Config(model="m", method="zo", zo={"parameters": "lora"}, lora={"r": 3}, training={"max_grad_norm": None})
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("adamw", {"adam_beta1", "adam_epsilon", "state"}),
+        ("adafactor", set()),
+        ("apollo", {"adam_beta1", "adam_epsilon", "rank", "scale"}),
+        ("lion", {"adam_beta1", "state"}),
+        ("sgd", {"momentum", "state"}),
+    ],
+)
+def test_keys_that_an_optimizer_does_not_read(name: str, read: set[str]) -> None:
+    """They are refused, but in runs that may have been begun with them."""
+    options = {"rank": 8, "scale": 2.0, "momentum": 0.5, "state": "bfloat16"}
+    training = {"adam_beta1": 0.5, "adam_epsilon": 1e-6}
+    values = {"model": "m", "method": "full", "optimizer": options | {"name": name}, "training": training}
+    expected = {key: f"{'optimizer' if key in options else 'training'}.{key}" for key in options | training}
+    found = problems(**values)
+    assert found.keys() == {key for short, key in expected.items() if short not in read}
+    if name == "lion":
+        assert found["optimizer.rank"] == (
+            "expected only with optimizer.name apollo or selection.subspace columns, projection, found with lion"
+        )
+    assert Config(**values, resume=True).optimizer.rank == 8
+    frugal = values | {"method": "frugal", "selection": {"subspace": "columns"}}
+    assert not problems(**frugal).keys() & {"optimizer.rank", "training.adam_beta1", "training.adam_epsilon"}
+
+
 def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)'laptop-16g'.*did you mean laptop-16gb\?"):
         Config.load("laptop-16g")

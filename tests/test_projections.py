@@ -104,8 +104,8 @@ class PlainDirections:
     [
         Apollo(rank=RANK, refresh_steps=2, scale=1.5),
         Apollo(rank=1, refresh_steps=3, scale=128.0),
-        Projection(rank=RANK, refresh_steps=2, sign_scale=0.1),
-        Columns(rank=RANK, refresh_steps=3),
+        Projection(rank=RANK, interval=2, sign_scale=0.1),
+        Columns(rank=RANK, interval=3),
     ],
     ids=lambda rule: f"{type(rule).__name__} {rule.rank}",
 )
@@ -137,7 +137,7 @@ def test_state_is_of_the_rank():
 
 
 def test_a_parameter_without_a_gradient_keeps_its_state():
-    rule, unit = Projection(rank=RANK, refresh_steps=9), unit_of([(6, 8), (7, 9)])
+    rule, unit = Projection(rank=RANK, interval=9), unit_of([(6, 8), (7, 9)])
     state = torch.zeros(rule.factor_bytes(unit) // 4)
     gradients = {"p0": torch.randn(6, 8), "p1": torch.randn(7, 9)}
     rule.directions(unit, state, gradients, 1.0, 0)

@@ -9,10 +9,13 @@ import pytest
 
 from finetune.adapters.registry import ADAPTERS
 from finetune.methods.registry import METHODS
+from offload.update.rules import OPTIMIZERS, SUBSPACES
+from offload.update.rules.rule import DirectionRule, Rule
 
 
-def test_methods_are_listed_without_torch():
-    code = "import sys, finetune.methods.registry; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+@pytest.mark.parametrize("registry", ["finetune.methods.registry", "offload.update.rules"])
+def test_what_there_is_is_listed_without_torch(registry):
+    code = f"import sys, {registry}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -23,3 +26,13 @@ def test_every_method_can_be_loaded(name):
 
 def test_a_kind_of_adapter_with_a_rate_for_gradients_is_a_method():
     assert {name for name, entry in ADAPTERS.items() if entry.gradient_rate is not None} == {"lora"} <= METHODS.keys()
+
+
+@pytest.mark.parametrize("rule", [*OPTIMIZERS.values(), *SUBSPACES.values()])
+def test_rules_know_their_kernel_and_their_state(rule: type[Rule]):
+    """Each has a kernel of the extension; only rules without state of elements look at whole matrices."""
+    from finetune_native import optimizer
+
+    assert rule.kernel in optimizer.Rule.__members__ and set(rule.states) <= {"first", "second"}
+    assert rule.has_directions == issubclass(rule, DirectionRule) == (not rule.states)
+    assert rule(weight_decay=0.1).scalars(0.5, 1).step < 0

@@ -226,9 +226,8 @@ def _all_conflicts(config: Config, wrong: Collection[str]) -> Iterator[str]:
         for conflict in getattr(config, name).conflicts():
             if not wrong & {name, *(f"{name}.{key}" for key in conflict.keys)}:
                 yield f"{name}: {conflict.problem}"
-    for conflict in config.conflicts():
+    found = [("the keys together", conflict) for conflict in config.conflicts()]
+    found += [(conflict.keys[0], conflict) for conflict in unused_keys(config)]
+    for subject, conflict in found:
         if not wrong & {part for key in conflict.keys for part in (key, key.partition(".")[0])}:
-            yield f"the keys together: {conflict.problem}"
-    for key, problem in unused_keys(config):
-        if not wrong & {"method", "zo.parameters", key, key.partition(".")[0]}:
-            yield f"{key}: {problem}"
+            yield f"{subject}: {conflict.problem}"

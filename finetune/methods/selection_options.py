@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from finetune.options import Conflict, Count, NonNegative, Section, Switch
+from offload.update.rules import SUBSPACES
 
 
 class SelectionOptions(Section):
@@ -25,7 +26,7 @@ class SelectionOptions(Section):
     """Whether a block's optimizer state waits on disk until the block is chosen again. None: only with slimfit."""
     sign_scale: NonNegative = 1.0
     """frugal: learning rate of the signs, in units of the learning rate."""
-    subspace: Literal["blocks", "columns", "projection"] = "blocks"
+    subspace: Literal["blocks", *SUBSPACES] = "blocks"
     """frugal: what has AdamW's state. blocks: some blocks. columns, projection: `optimizer.rank` dimensions of every matrix,
     which are rows or columns of it, or random directions."""
     prefer_resident: Annotated[float, Field(ge=1)] = 1.0

@@ -26,7 +26,7 @@ from offload.weights.parts import ModelParts
 def make_rule(config: Config, of_blocks: bool = False) -> Rule:
     """The optimizer that the configuration names; of_blocks: what updates blocks, which differs where frugal projects."""
     if of_blocks and config.selection.subspace != "blocks":
-        return _make(SUBSPACES[config.selection.subspace], config, refresh_steps=interval_of(config))
+        return _make(SUBSPACES[config.selection.subspace], config, interval=interval_of(config))
     return _make(OPTIMIZERS[config.optimizer.name], config)
 
 

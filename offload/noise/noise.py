@@ -19,23 +19,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from finetune_native import Dtype
 from finetune_native import noise as _native
 
 from memory.device_kinds import DEVICE_KINDS
 
-KINDS = ("rademacher", "gaussian", "low_rank")
-ROUNDINGS = ("exact", "nearest", "stochastic")
+ROUNDINGS = tuple(_native.Rounding.__members__)
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {getattr(torch, dtype.name): dtype for dtype in Dtype}
 _PRODUCT_ELEMENTS = 1 << 22
 
 
 class Noise(NamedTuple):
-    """kind: one of `KINDS`. low_rank: for a matrix [rows, columns] (leading dimensions count as rows), z = U V^T / sqrt(rank)
-    with normals U [rows, rank] of the update's own seed and V [columns, rank] of a seed that a group's updates share; what
-    has one dimension gets normals. (LOZO, Chen et al. 2024, without the root: its epsilon times the root is ours.)
+    """kind: rademacher, gaussian or low_rank. The last, for a matrix [rows, columns] (leading dimensions count as rows):
+    z = U V^T / sqrt(rank) with normals U [rows, rank] of the update's own seed and V [columns, rank] of a seed that a group's
+    updates share; what has one dimension gets normals. (LOZO, Chen et al. 2024, without the root: its epsilon times the root
+    is ours.)
     """
 
     kind: str
@@ -129,8 +130,8 @@ def move(
         return
     rounded_to = _DTYPES[parameter.stored_dtype]
     _native.run(
-        instructions, KINDS.index(kind), parameter.key, source.data_ptr(), _DTYPES[source.dtype], segments,
-        [(g.scale, g.updates, ROUNDINGS.index(g.rounding), rounded_to, g.rounding_seed) for g in pending],
+        instructions, _native.Kind[kind], parameter.key, source.data_ptr(), _DTYPES[source.dtype], segments,
+        [(g.scale, g.updates, _native.Rounding[g.rounding], rounded_to, g.rounding_seed) for g in pending],
         [(t.tensor.data_ptr(), _DTYPES[t.tensor.dtype], t.seed, t.coefficient) for t in targets],
         torch.get_num_threads(),
     )  # fmt: skip

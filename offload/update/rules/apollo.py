@@ -26,6 +26,8 @@ _EPSILON = 1e-8  # beside the norm of a projected column
 class Apollo(ProjectedRule):
     begins_anew = False
 
+    refresh_steps: Annotated[int, Ge(1)] = 200
+    """Updates between projections."""
     scale: Annotated[float, Ge(0)] = 1.0
     """The square of a factor of its steps, as in the authors' code. APOLLO-Mini: rank 1 with a scale of 128."""
 

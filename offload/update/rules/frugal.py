@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Subspace(ProjectedRule):
+    interval: int = 50
+    """Updates between projections."""
     sign_scale: float = 1.0
     """Learning rate of the signs, in units of the learning rate."""
+
+    @property
+    def refresh_steps(self) -> int:
+        return self.interval
 
     def direct(self, found: Projected) -> Direction:
         def move(matrix: int, rows: slice, values: torch.Tensor) -> None:

@@ -103,8 +103,11 @@ class ProjectedRule(AdamNumbers, DirectionRule):
 
     rank: Annotated[int, Ge(1)] = 32
     """Dimensions that matrices are projected to."""
-    refresh_steps: Annotated[int, Ge(1)] = 200
-    """Updates between projections."""
+
+    @property
+    @abstractmethod
+    def refresh_steps(self) -> int:
+        """Updates between projections."""
 
     @abstractmethod
     def project(self, normals: torch.Tensor) -> torch.Tensor:

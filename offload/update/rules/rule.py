@@ -130,6 +130,11 @@ class AdamNumbers(TwoBetas):
     """Added to the root of the second moment."""
 
 
+def reads(kind: type[Rule]) -> set[str]:
+    """The configuration's keys that a rule reads, without their sections."""
+    return set(kind.__dataclass_fields__) | ({"state"} if kind.states else set())
+
+
 def options(kind: type[Rule]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotated type, default) of what a rule adds to the configuration's section `optimizer`."""
     hints = get_type_hints(kind, include_extras=True)
