@@ -192,7 +192,7 @@ def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch)
 
     monkeypatch.setattr(session, "plan", only_training)
     shape = BatchShape.of_text(2, 9, 30, train=True)
-    with pytest.raises(PlanRefused, match="of training at most 9: with eval_data the run needs more") as caught:
+    with pytest.raises(PlanRefused, match="that of training 9: with eval_data the run needs more") as caught:
         plan_with_evaluation(session, session.config, shape)
     longest = finetune.evaluate._open_rows(session, session.config).max_length
     assert asked == [2 * 9 * 30 // longest, 1] and caught.value.smallest_bytes == 7

@@ -166,5 +166,5 @@ def test_the_journal_ends_with_the_last_good_step(spoiled, model, data, tmp_path
 def test_measuring_and_writing_say_so(faulty, data, tmp_path):
     with pytest.raises(UserError, match=rf"loss on the evaluation data is nan\. .*NaN in {NAME}"):
         evaluate(make_config(faulty, tmp_path, eval_data=data))
-    with pytest.raises(UserError, match="numbers are NaN: look for a faulty weight"):
+    with pytest.raises(UserError, match="outputs are NaN: look for a faulty weight"):
         list(generate(make_config(faulty, tmp_path), None, ["the cat"], max_new_tokens=2, chat=False))

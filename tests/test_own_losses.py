@@ -23,6 +23,7 @@ from tiny_models import make_config
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.session import _compute_dtype
 from finetune.trainer import Trainer
+from memory.device_kinds import DEVICE_KINDS
 from memory.errors import UserError
 from offload.weights.parts import cut
 
@@ -255,7 +256,7 @@ def test_models_that_predict_no_next_token_refuse_text(name, tmp_path):
 
 def test_gradients_are_not_in_float16():
     """They are not scaled."""
-    gpu = SimpleNamespace(torch_device=torch.device("cuda"))
+    gpu = SimpleNamespace(traits=DEVICE_KINDS["cuda"], multiplies=lambda dtype: True)
     assert _compute_dtype("auto", gpu, True, torch.float16) == torch.bfloat16
     assert _compute_dtype("auto", gpu, False, torch.float16) == torch.float16
     with pytest.raises(UserError, match=r"engine\.dtype: expected bfloat16 or float32"):
