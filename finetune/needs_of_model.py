@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isqrt, prod
+from math import isqrt
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
 from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit, walk
 from offload.sizing.needs import EDGES, STEP, VISIT, block_input_needs, process_needs
+from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
@@ -35,7 +36,7 @@ def measure_batch(
     visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
     rows = shape.micro_batches * shape.rows
     row_bytes = sum(
-        min(rows, source.shape[0]) * prod(source.shape[1:]) * parts.dtype.itemsize for _, _, source in parts.embeddings
+        min(rows, source.shape[0]) * dense_bytes(source.shape[1:], parts.dtype) for _, _, source in parts.embeddings
     )
     return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes)
 

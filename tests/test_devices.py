@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import offload.devices
+from memory.device_kinds import DEVICE_KINDS
 from memory.errors import UserError
 from offload.devices import COMPLETED, Direction, RaceError, choose_device
 from offload.devices.base import map_host_bytes
@@ -466,6 +469,15 @@ def test_absent_device_is_refused_and_what_is_there_named(monkeypatch, present, 
 def test_unknown_device_is_refused():
     with pytest.raises(UserError, match="unknown device 'gpu': choose one of auto, cpu, cuda, xpu, mps, simulated"):
         choose_device("gpu")
+
+
+def test_only_the_devices_know_their_kinds():
+    """Others ask what a device can do."""
+    root = Path(__file__).parents[1]
+    asks = re.compile(rf"""(type|kind) (==|!=|(not )?in) \(?["']({"|".join(DEVICE_KINDS)})["']""")
+    files = [path for room in ("finetune", "offload", "memory") for path in (root / room).rglob("*.py")]
+    asking = {path.parent.name for path in files if asks.search(path.read_text(encoding="utf-8"))}
+    assert asking == {"devices"}
 
 
 def test_simulation_options_reach_the_device():

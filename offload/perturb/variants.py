@@ -33,6 +33,7 @@ from offload.residency.tiers import Tier
 from offload.step.head import HeadChunk
 from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
+from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, View, bind_views
 from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import HeadPart, ModelParts
@@ -73,9 +74,8 @@ def variant_layout(
 def folded_bytes(layout: BlockLayout) -> int:
     """What a block of this layout takes at most in its slot once it is in fp32 on disk."""
     views = {(view.slot_offset, view.shape): view for view in layout.views.values()}.values()
-    return sum(round_up(torch.Size(view.shape).numel() * max(4, view.dtype.itemsize)) for view in views) + round_up(
-        len(views) * PAGE_BYTES
-    )
+    wide = (max(view.num_bytes, dense_bytes(view.shape, torch.float32)) for view in views)
+    return sum(map(round_up, wide)) + len(views) * PAGE_BYTES
 
 
 def columns_of(tensor: torch.Tensor) -> int:

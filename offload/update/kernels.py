@@ -203,7 +203,7 @@ def code_table(signed: bool) -> torch.Tensor:
 def _address(memory: Address) -> int:
     if isinstance(memory, int):
         return memory
-    if memory.device.type != "cpu" or not memory.is_contiguous():
+    if not memory.is_cpu or not memory.is_contiguous():
         raise ValueError(f"expected a contiguous tensor on the CPU, found {memory.device} {tuple(memory.shape)}")
     return memory.data_ptr()
 
