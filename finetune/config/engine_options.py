@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from finetune.options import Count, CountOrZero, NonNegative, Positive, Section
+from offload.residency.io import BACKENDS
 
 
 class EngineOptions(Section):
@@ -15,7 +16,7 @@ class EngineOptions(Section):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """In which the model computes. auto: the checkpoint's own, or fp32 on a CPU that has no hardware for it."""
-    io_backend: Literal["auto", "io_uring", "threads"] = "auto"
+    io_backend: Literal[*BACKENDS] = "auto"
     """What reads the disk. auto: io_uring if the kernel allows it, else threads."""
     resident_blocks: CountOrZero | None = None
     """Blocks that stay in memory for the whole run."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune.config.schedule_options import argument_problems, length_problem, rate_problem, warmup_steps
+from finetune.config.schedule_options import SCHEDULES, argument_problems, length_problem, rate_problem, warmup_steps
 from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch
 
 
@@ -24,18 +24,7 @@ class TrainingOptions(Section):
     """Rows that compute together. It decides how much memory activations need."""
     learning_rate: NonNegative | None = None
     """At its highest. None: what suits the method, see `Config.learning_rate`."""
-    lr_scheduler: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "warmup_stable_decay",
-    ] = "linear"
+    lr_scheduler: Literal[*SCHEDULES] = "linear"
     """A name of `transformers.SchedulerType`. Schedules that need an evaluation in every step are left out."""
     lr_scheduler_kwargs: dict[str, Any] = {}
     """`scheduler_specific_kwargs` of `transformers.get_scheduler`, such as `min_lr`; see `finetune.config.schedule_options`."""

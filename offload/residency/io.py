@@ -36,6 +36,9 @@ class IOFailure(UserError):
             super().__init__(f"{where}: {os.strerror(code)} (errno {code})")
 
 
+BACKENDS = ("auto", "io_uring", "threads")
+
+
 class IOEngine:
     """Reads and writes many extents of many files at once, past the page cache where the file system can.
 
@@ -59,8 +62,8 @@ class IOEngine:
         staging_bytes: int = 16 << 20,
         inject: FaultPlan | None = None,
     ) -> None:
-        if backend not in ("auto", "io_uring", "threads"):
-            raise ValueError(f"backend is one of auto, io_uring, threads; got {backend!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
         if not 1 <= queue_depth <= 1024:
             raise ValueError(f"queue_depth is 1 to 1024; got {queue_depth}")
         if not PAGE_BYTES <= request_bytes <= 1 << 30:
