@@ -49,15 +49,18 @@ from memory.units import available_host_bytes, format_bytes, parse_bytes, total_
 from offload.devices import Device, choose_device
 from offload.files.checkpoint import read_header, resolve_model
 from offload.noise.noise import Noise
-from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.perturbed_weights import PerturbedWeights as VariantsOfWeights
 from offload.sizing.needs import Streamed, stream_needs
 from offload.sizing.positions import longest_row
-from offload.streamed_model import StreamedModel
+from offload.step.weights import Weights
+from offload.streamed_model import Options, StreamedModel
 from offload.update.parts import TrainedParts, check_storage, find_trained
-from offload.update.trained_model import TrainedModel
+from offload.update.trained_weights import StoreOptions, TrainedWeights
 from offload.weights.finite import first_not_finite
+from offload.weights.frozen import FrozenWeights
 from offload.weights.parts import cut
 from offload.weights.skeleton import is_placeholder
+from offload.weights.streamed_parts import Room
 
 HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
 
@@ -267,46 +270,33 @@ class Session:
                         module._buffers[name] = buffer.to(target)
         trim_malloc()
         engine = self.config.engine
-        options = {
-            "model": self.model,
-            "io_backend": engine.io_backend,
-            "queue_depth": engine.queue_depth,
-            "progress": progress,
-        }
+        open_weights: Callable[[Room], Weights] = FrozenWeights
         if self.train and self.config.method == "zo":
-            adapters = None if self.perturbs_all else dict(self._named_trainable())
-            self.streamed = PerturbedModel(
-                self.parts,
-                plan,
-                self.device,
-                scratch,
+            open_weights = partial(
+                VariantsOfWeights,
                 noise=Noise(self.config.zo.noise, self.config.zo.noise_rank),
-                adapters=adapters,
+                adapters=None if self.perturbs_all else dict(self._named_trainable()),
                 product_groups=most_product_groups(self.config.zo, self.num_steps),
-                **options,
             )
         elif isinstance(self.tuned, JournalWeights):
-            self.streamed = PerturbedModel(
-                self.parts, plan, self.device, scratch, noise=self.tuned.journal.noise, **options
-            )
-            self.tuned.move(self.streamed)
+            open_weights = partial(VariantsOfWeights, noise=self.tuned.journal.noise)
         elif self.trained is not None:
-            self.streamed = TrainedModel(
-                self.parts,
-                plan,
-                self.device,
-                scratch,
+            store = StoreOptions(
+                self.config.output / "store", dict(about or {}), self.config.resume, self.config.optimizer.versions
+            )
+            open_weights = partial(
+                TrainedWeights,
                 trained=self.trained,
-                store_directory=self.config.output / "store",
-                about=dict(about or {}),
-                resume=self.config.resume,
-                versions=self.config.optimizer.versions,
+                store=store,
                 keeping=make_keeping(self.config),
                 seed=self.config.training.seed,
-                **options,
             )
-        else:
-            self.streamed = StreamedModel(self.parts, plan, self.device, scratch, **options)
+        options = Options(scratch, engine.io_backend, engine.queue_depth, progress)
+        self.streamed = StreamedModel(
+            self.parts, plan, self.device, options, model=self.model, open_weights=open_weights
+        )
+        if isinstance(self.tuned, JournalWeights):
+            self.tuned.move(self.streamed.weights)
         if self._adapter is None and lora.needs_first_visit(self.model):
             self.streamed.visit_modules(lora.first_visit)
         return self.streamed

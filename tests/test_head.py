@@ -10,7 +10,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from memory.errors import UserError
 from offload.step.deferred_logits import DeferredLogits
-from offload.step.head import HeadChunk, TiledHead, default_tiles
+from offload.step.head import TiledHead, default_tiles
+from offload.step.weights import HeadChunk, HeadRows
 
 VOCAB, HIDDEN = 101, 24
 SHAPES = [(2, 11), (1, 7), (3, 5)]
@@ -20,26 +21,33 @@ class Chunks:
     """Pieces of a head in memory; `held` counts acquires without release. trained: whether the head has gradients."""
 
     def __init__(self, head: nn.Linear, tile_vocab: int, trained: bool = False) -> None:
-        self.trained, self.gradients = trained, {}
+        self.trained, self.gradients, self.variant = trained, {}, 0
         self.starts = list(range(0, head.weight.shape[0], tile_vocab))
         self.head, self.tile_vocab, self.held, self.visits = head, tile_vocab, 0, []
 
-    def acquire(self, index: int) -> None:
+    def acquire(self, key: HeadChunk) -> None:
         self.held += 1
-        self.visits.append(index)
+        self.visits.append(key.index)
 
-    def enter(self, variant: int) -> HeadChunk:
+    def enter(self, variant: int) -> None:
+        self.variant = variant
+
+    def trains(self, key: HeadChunk) -> bool:
+        return self.trained
+
+    @property
+    def head_rows(self) -> HeadRows:
         assert self.held == 1
         start = self.starts[self.visits[-1]]
         rows = slice(start, start + self.tile_vocab)
         bias = None if self.head.bias is None else self.head.bias.detach()[rows]
-        return HeadChunk(start, self.head.weight.detach()[rows], bias)
+        return HeadRows(start, self.head.weight.detach()[rows], bias)
 
-    def add_gradients(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        assert self.visits[-1] == index and self.held == 1
-        self.gradients[index] = (weight, bias)
+    def add_gradients(self, key: HeadChunk, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        assert self.visits[-1] == key.index and self.held == 1
+        self.gradients[key.index] = (weight, bias)
 
-    def release(self, index: int) -> None:
+    def release(self, key: HeadChunk) -> None:
         self.held -= 1
 
 
@@ -106,11 +114,15 @@ def test_losses_of_variants(tile_tokens, tile_vocab):
     scales = [1.0, 1.25, -0.5]
 
     class Scaled(Chunks):
-        def enter(self, variant: int) -> HeadChunk:
-            chunk = super().enter(variant)
-            chunk.weight = chunk.weight * scales[variant]
+        def enter(self, variant: int) -> None:
+            super().enter(variant)
             if len(self.starts) == 1:
                 self.head.weight.data = original * scales[variant]
+
+        @property
+        def head_rows(self) -> HeadRows:
+            chunk = super().head_rows
+            chunk.weight = chunk.weight * scales[self.variant]
             return chunk
 
     original = case.head.weight.data.clone()

@@ -26,9 +26,9 @@ from finetune.runs.directory import RunDirectory
 from finetune.session import Session
 from memory.errors import UserError
 from offload.noise.noise import parameter_key
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
 from offload.sizing.needs import STEP
+from offload.streamed_model import StreamedModel
 
 VARIANTS = [Variant(), Variant(7, 0.05), Variant(7, -0.05)]
 
@@ -45,7 +45,7 @@ def objective_config(model: Path, output: Path, rows: Any, objective: Any, **cha
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[tuple[Objective, PerturbedModel]]:
+def opened(config: Config) -> Iterator[tuple[Objective, StreamedModel]]:
     session, directory = Session(config), RunDirectory(config.output)
     try:
         objective = make_objective(config, session, Trainer(config)._prepare(config.data, session, directory))

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 import finetune.session
 import offload.step.engine
 import offload.streamed_model
-import offload.update.trained_model
+import offload.update.trained_weights
 import offload.update.units
 from finetune import Config, Trainer
 from finetune.data import preparation
@@ -288,7 +288,7 @@ def test_a_store_is_given_up_when_the_model_cannot_be_opened(models, data, tmp_p
         raise UserError("no head today")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no head today"):
-        patch.setattr(offload.update.trained_model.TrainedModel, "_make_chunks", fail)
+        patch.setattr(offload.update.trained_weights, "StreamedParts", fail)
         Trainer(config).train()
     Trainer(config).train()
 

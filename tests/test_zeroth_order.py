@@ -28,9 +28,9 @@ from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.perturb.journal import Journal
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
 from offload.residency.io import IOEngine, IOFailure
+from offload.streamed_model import StreamedModel
 
 
 def zo_config(
@@ -223,14 +223,15 @@ def test_resume_with_other_settings_is_refused(models, data, tmp_path):  # noqa:
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_journal(models, data, tmp_path, monkeypatch):  # noqa: F811
     config = zo_config(models["float32"], data, tmp_path, 9)
-    losses = PerturbedModel.losses
+    losses = StreamedModel.step_losses
     calls = []
 
     def third_is_infinite(self, *arguments):
         calls.append(1)
-        return losses(self, *arguments) / (0 if len(calls) == 3 else 1)
+        found = losses(self, *arguments)
+        return found._replace(losses=found.losses / (0 if len(calls) == 3 else 1))
 
-    monkeypatch.setattr(PerturbedModel, "losses", third_is_infinite)
+    monkeypatch.setattr(StreamedModel, "step_losses", third_is_infinite)
     with pytest.raises(UserError, match="loss of step 3 is not finite"):
         Trainer(config).train()
     assert Journal.read(config.output / "journal.zo").steps == 2

@@ -26,10 +26,11 @@ from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
 from offload.residency.io import IOFailure
+from offload.streamed_model import StreamedModel
 from offload.update.rules.rule import Rule
 from offload.update.rules.signs import SignSgd
 from offload.update.stream import Request
-from offload.update.trained_model import TrainedModel, Update, clip_scale
+from offload.update.trained_weights import TrainedWeights, Update, clip_scale
 from offload.update.units import UpdateUnit
 
 
@@ -43,13 +44,14 @@ class WeightTraining:
         self._session = session
         check_gradient(objective, config.method)
         self._objective = objective
-        self._model: TrainedModel = session.streamed
-        store = self._model.store
+        self._model: StreamedModel = session.streamed
+        self._weights: TrainedWeights = self._model.weights
+        store = self._weights.store
         check_same_run(store.directory, store.about, about)
         self._rule, self._block_rule = make_rule(config), make_rule(config, of_blocks=True)
         self._signs = SignSgd(weight_decay=config.training.weight_decay)
-        trained = self._model.trained
-        self._selection = make_selection(config, len(trained.blocks), self._model.tier.resident)
+        trained = self._weights.trained
+        self._selection = make_selection(config, len(trained.blocks), self._weights.resident_blocks)
         self._selection.restore(store.notes)
         self._undecayed = undecayed(session.model, trained.fqns, config.training)
         self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
@@ -73,10 +75,10 @@ class WeightTraining:
             if max_norm and self._config.optimizer.clipping == "exact":
                 scale = None
             elif max_norm:
-                norm = self._model.store.notes.get("grad_norm")
+                norm = self._weights.store.notes.get("grad_norm")
                 if norm is None:
                     # Unclipped, a first gradient that is large would stay in the second moments for hundreds of steps.
-                    norm = self._model.gradient_norm(batches.inputs, batches.labels, seeds, requests)
+                    norm = self._weights.gradient_norm(self._model, batches.inputs, batches.labels, seeds, requests)
                     if not isfinite(norm):
                         raise StepNotKept(
                             f"the gradients of the first step have norm {norm}: with engine.dtype float16 use bfloat16, else "
@@ -84,7 +86,7 @@ class WeightTraining:
                         )
                 scale = clip_scale(norm, max_norm)
             update = Update(requests, learning_rate, step + 1, scale, max_norm)
-            updated = self._model.update_step(batches.inputs, batches.labels, seeds, update)
+            updated = self._weights.update_step(self._model, batches.inputs, batches.labels, seeds, update)
             check_finite(step, float(updated.loss), updated.grad_norm)
             for name, sums in updated.sums.items():
                 if not all(map(isfinite, sums)):
@@ -92,16 +94,16 @@ class WeightTraining:
                         f"the change of {name} in step {step + 1} is not finite, so the step is not kept: lower "
                         "training.learning_rate"
                     )
-            index = {unit.name: i for i, unit in enumerate(self._model.trained.blocks)}
+            index = {unit.name: i for i, unit in enumerate(self._weights.trained.blocks)}
             self._selection.observe({index[name]: tuple(s) for name, s in updated.sums.items() if name in index})
-            self._model.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())
+            self._weights.commit(step + 1, {"grad_norm": updated.grad_norm} | self._selection.notes())
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the accelerator ran out of memory ({' '.join(str(error).split())}). Raise --device-memory, or lower "
-                f"--sequence-length. {self._model.store.how_to_go_on}"
+                f"--sequence-length. {self._weights.store.how_to_go_on}"
             ) from error
         except IOFailure as error:
-            raise UserError(f"{error}. Mend the disk, or make room. {self._model.store.how_to_go_on}") from error
+            raise UserError(f"{error}. Mend the disk, or make room. {self._weights.store.how_to_go_on}") from error
         self.optimizer.step()
         self.scheduler.step()
         return StepResult(float(updated.loss), batches.tokens, learning_rate, updated.grad_norm)
@@ -110,7 +112,7 @@ class WeightTraining:
         """Every step is durable already."""
 
     def rescue(self, step: int) -> str:
-        return self._model.store.how_to_go_on
+        return self._weights.store.how_to_go_on
 
     def finish(self, step: int) -> None:
         """The working store is what a run leaves; `finetune export` makes a checkpoint of it."""
@@ -121,7 +123,7 @@ class WeightTraining:
     def _requests(self, step: int) -> dict[str, Request]:
         chosen = set(self._selection.blocks(step))
         requests = {}
-        for index, unit in enumerate(self._model.trained.blocks):
+        for index, unit in enumerate(self._weights.trained.blocks):
             if not unit.fqns:
                 continue
             if index in chosen:
@@ -137,7 +139,7 @@ class WeightTraining:
         return Request(unit, frozenset(unit.fqns), rule, scale, left_alone)
 
     def _forget_state(self, requests: dict[str, Request]) -> None:
-        store = self._model.store
+        store = self._weights.store
         for key, piece in list(store.pieces.items()):
             if piece.state_bytes and (key[0] not in requests or not requests[key[0]].rule.keeps_state):
                 store.drop_state(key)

@@ -1,7 +1,7 @@
 """Zeroth-order tuning: forward passes under random perturbations, and a journal of seeds and scalars.
 
 The weights are never written step by step: an update is a few (seed, coefficient) pairs, which
-`offload.perturb.perturbed_model` applies while blocks are fetched, and the journal of them is the checkpoint.
+`offload.perturb.perturbed_weights` applies while blocks are fetched, and the journal of them is the checkpoint.
 
 Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.objectives`):
   spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
@@ -46,8 +46,9 @@ from memory.errors import UserError
 from offload.noise.noise import Update
 from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
-from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
 CLIP_MIN_HISTORY = 10
@@ -104,8 +105,9 @@ class ZerothOrder:
         self._objective = objective
         self._options = options = config.zo
         self._session = session
-        self._model: PerturbedModel = session.streamed
-        self._weights = config.output / "weights"
+        self._model: StreamedModel = session.streamed
+        self._weights: PerturbedWeights = self._model.weights
+        self._folds = config.output / "weights"
         self.notes: list[str] = []
         self._about = about
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
@@ -150,7 +152,7 @@ class ZerothOrder:
                 if self.journal.steps:
                     self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
                 adapters.save(model, initial, about)
-            self._model.take_adapters()
+            self._weights.take_adapters()
         self._find_folded()
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
@@ -187,7 +189,7 @@ class ZerothOrder:
 
     def finish(self, step: int) -> None:
         if self._config.has_adapter:
-            self._model.settle_adapters()
+            self._weights.settle_adapters()
             adapters.save(self._session.model, self._config.output / "adapter", self._about)
 
     def close(self) -> None:
@@ -212,15 +214,15 @@ class ZerothOrder:
 
     def _catch_up(self) -> None:
         """Has the model apply what the folded weights lack."""
-        self._model.perturbation.pending = self.journal.groups(self._folded)
+        self._weights.perturbation.pending = self.journal.groups(self._folded)
 
     def _fold(self, step: int) -> None:
         if self._config.has_adapter:
-            self._model.fold_adapters()
+            self._weights.fold_adapters()
         else:
-            directory = self._weights / f"step-{step:08d}"
-            self._model.fold(directory, self.journal.digest(step), partial(self._model.engine.progress, "fold"))
-            for old in folds(self._weights):
+            directory = self._folds / f"step-{step:08d}"
+            self._weights.fold(directory, self.journal.digest(step), partial(self._model.engine.progress, "fold"))
+            for old in folds(self._folds):
                 if old != directory:
                     shutil.rmtree(old, ignore_errors=True)
         self._folded = step
@@ -229,16 +231,16 @@ class ZerothOrder:
         """Goes on from the newest folded weights that are whole, or folds into fresh adapters what whole groups have added."""
         whole = self.journal.steps - self.journal.steps % self._options.group_steps
         if self._config.has_adapter:
-            self._model.perturbation.pending = self.journal.groups(0, whole)
-            self._model.fold_adapters()
+            self._weights.perturbation.pending = self.journal.groups(0, whole)
+            self._weights.fold_adapters()
             self._folded = whole
             return
-        found = newest_fold(self._weights, self.journal, whole, self._model.io.backend, self.notes.append)
+        found = newest_fold(self._folds, self.journal, whole, self._model.io.backend, self.notes.append)
         if found is not None:
             self._folded, checkpoint = found
-            self._model.move_to(checkpoint)
+            self._weights.move_to(checkpoint)
         between = self._options.steps_between_folds
         due = max(0, self.journal.steps - 1) // between * between
         if self._folded < due:  # it was lost
-            self._model.perturbation.pending = self.journal.groups(self._folded, due)
+            self._weights.perturbation.pending = self.journal.groups(self._folded, due)
             self._fold(due)

@@ -18,8 +18,8 @@ from finetune.objectives.registry import find_objective
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class Objective(ABC):
@@ -53,7 +53,7 @@ class Objective(ABC):
 
     @abstractmethod
     def values(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
         """What is to be made small under every version of the weights, fp32 [variants], and how many tokens went in.
 

@@ -16,8 +16,8 @@ from finetune.objectives.scoring import Asked, ask_candidates
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class Candidates(Scored):
@@ -40,7 +40,7 @@ class Candidates(Scored):
         return scored_shape(self._config, int(self.lengths.max()), most)
 
     def values(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
         rows = rows_of(groups)
         asked = [one for i, row in enumerate(rows) for one in self._ask(row, i * self._num)]

@@ -16,8 +16,8 @@ from finetune.objectives.scored import Scored
 from finetune.objectives.scoring import ask_trained
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class ExactMatch(Scored):
@@ -27,7 +27,7 @@ class ExactMatch(Scored):
         return scored_shape(self._config, int(self.lengths.max()))
 
     def values(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
         results, tokens = self._scores(model, [ask_trained(self._data[row]) for row in rows_of(groups)], variants)
         wrong = [[not scores.likeliest.all() for scores in versions] for _, versions in results]

@@ -17,8 +17,8 @@ from finetune.objectives.base import Objective, rows_of
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class Generated(Objective):
@@ -50,7 +50,7 @@ class Generated(Objective):
         """What is to be made small of the completions of a step, one a prompt."""
 
     def values(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
         split = [_split(self._data[row]) for row in rows_of(groups)]
         ids = [prompt.tolist() for prompt, _ in split]
@@ -63,7 +63,7 @@ class Generated(Objective):
         return np.array(values, np.float32), tokens
 
     def _completions(
-        self, model: PerturbedModel, prompts: list[list[int]], variants: Sequence[Variant]
+        self, model: StreamedModel, prompts: list[list[int]], variants: Sequence[Variant]
     ) -> tuple[list[list[str]], int]:
         """What each variant says after each prompt, and the tokens of the prompts and of what the first says."""
         lanes = prompts * len(variants)
@@ -72,7 +72,7 @@ class Generated(Objective):
         tokens = sum(map(len, prompts))
         greedy: Callable[[torch.Tensor], int] = chooser(0.0, 1.0, 0)
         versions = [variant for variant in range(len(variants)) for _ in prompts]
-        with model.under(variants):
+        with model.weights.under(variants):
             steps = decode(model, lanes, [greedy] * len(lanes), self._ends, self._config.zo.max_new_tokens, versions)
             for pairs in steps:
                 for i, token in pairs:

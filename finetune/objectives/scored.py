@@ -12,8 +12,8 @@ from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
 from finetune.objectives.scoring import Asked, Scores, score
 from finetune.session import Session
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class Scored(Objective):
@@ -25,13 +25,13 @@ class Scored(Objective):
         self.lengths = np.asarray(data.lengths)
 
     def _scores(
-        self, model: PerturbedModel, asked: Sequence[Asked], variants: Sequence[Variant]
+        self, model: StreamedModel, asked: Sequence[Asked], variants: Sequence[Variant]
     ) -> tuple[list[tuple[Asked, list[Scores]]], int]:
         """Every sequence with what each variant says of it, and their tokens."""
         asked = sorted(asked, key=lambda one: -len(one.input_ids))
         size = self._config.training.micro_batch_size
         lanes = [asked[start : start + size] for start in range(0, len(asked), size)]
-        with model.under(variants):
+        with model.weights.under(variants):
             versions = [variant for variant in range(len(variants)) for _ in lanes]
             found = score(model, lanes * len(variants), self._data.pad_token_id, versions)
         if not all(np.isfinite(scores.losses).all() for scores in found):

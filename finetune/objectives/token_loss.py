@@ -16,8 +16,8 @@ from finetune.data.tensor_rows import TensorRows
 from finetune.objectives.base import Objective, scored_shape
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.perturb.perturbed_model import PerturbedModel
 from offload.perturb.variants import Variant
+from offload.streamed_model import StreamedModel
 
 
 class TokenLoss(Objective):
@@ -43,7 +43,9 @@ class TokenLoss(Objective):
         return make_micro_batches(self._data, groups, device)
 
     def values(
-        self, model: PerturbedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
+        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
         batches = self.lanes(groups, model.device.torch_device)
-        return model.losses(batches.inputs, batches.labels, variants).numpy(), batches.tokens
+        with model.weights.under(variants):
+            found = model.step_losses(batches.inputs, batches.labels, len(variants))
+        return found.losses.numpy(), batches.tokens

@@ -23,7 +23,7 @@ from memory.errors import UserError
 from offload.files.checkpoint import Checkpoint
 from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
-from offload.perturb.perturbed_model import PerturbedModel
+from offload.perturb.perturbed_weights import PerturbedWeights as VariantsOfWeights
 from offload.update.parts import find_trained
 from offload.update.store import read_manifest
 from offload.update.stored_parts import StoredPieces, stored_parts
@@ -108,11 +108,11 @@ class JournalWeights:
         # Steps none or unknown: whether there is room for folded weights, which may be wider.
         return perturbed_weights(parts, options, 0 if self._fold is None else None)
 
-    def move(self, model: PerturbedModel) -> None:
-        """Makes the weights of the open model, which is of the original, those of the last step."""
+    def move(self, weights: VariantsOfWeights) -> None:
+        """Makes the weights of the open model, which are the original's, those of the last step."""
         if self._fold is not None:
-            model.move_to(self._fold)
-        model.perturbation.pending = self.journal.groups(self._folded_steps)
+            weights.move_to(self._fold)
+        weights.perturbation.pending = self.journal.groups(self._folded_steps)
 
     def close(self) -> None:
         self._held.close()

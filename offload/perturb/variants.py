@@ -29,14 +29,14 @@ from offload.perturb.products import (
     matrices_of,
     perturbed_product,
 )
-from offload.residency.tiers import Tier
-from offload.step.head import HeadChunk
+from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
+from offload.step.weights import Block, HeadChunk, HeadRows, Key
 from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, View, bind_views
 from offload.weights.parameter_map import ParameterMap
-from offload.weights.parts import HeadPart, ModelParts
+from offload.weights.streamed_parts import Room, StreamedParts
 
 CACHE_LINE_BYTES = 64
 
@@ -241,100 +241,22 @@ class PerturbedRows:
             self.enter(self._variant)
 
 
-class PerturbedBlocks:
-    """The engine's weights (see `offload.step.engine.Weights`) for steps of several variants of all parameters.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What variants of a block, or of a chunk of the head, take. Tables are by local name."""
 
-    pool: one or two slots for variants of a block; with two, a pair is made in one pass. product_groups: how many pending
-    groups linear layers can meet, and their noise, in their products, in which case slots need no room for their weights; 0:
-    weights are perturbed.
-    """
-
-    def __init__(
-        self,
-        parts: ModelParts,
-        tier: Tier,
-        pool: SlotPool,
-        perturbation: Perturbation,
-        keys: Mapping[str, int],
-        residents: Residents,
-        rows: Sequence[PerturbedRows],
-        device: torch.device,
-        product_groups: int,
-    ) -> None:
-        self._tier = tier
-        self._perturbation = perturbation
-        self._slots = _Slots(pool, perturbation)
-        self._bindings = parts.bindings
-        self._stored = [{name: view.dtype for name, view in layout.views.items()} for layout in parts.layouts]
-        self._keys = [
-            {name: keys.get(f"{prefix}.{name}") for name in layout.views}
-            for prefix, layout in zip(parts.prefixes, parts.layouts, strict=True)
-        ]
-        self._residents = residents
-        self._rows = rows
-        self._products: list[dict[str, PerturbedProduct]] = [{} for _ in parts.blocks]
-        self._matrices: list[dict[str, MatrixNoise]] = [{} for _ in parts.blocks]
-        for index, (layout, binding) in enumerate(zip(parts.layouts, parts.bindings, strict=True)):
-            for name in matrices_of(binding, self._keys[index]) if product_groups else ():
-                self._products[index][name] = PerturbedProduct(binding.linear_weights[name])
-                self._matrices[index][name] = MatrixNoise(
-                    perturbation.noise, self._keys[index][name], layout.views[name].shape, binding.dtypes[name], device,
-                    product_groups,
-                )  # fmt: skip
-            binding.multiply_by(self._products[index])
-        self._index: int | None = None
-        self._variant: int | None = None
-        self.move_to(parts)
-
-    def move_to(self, parts: ModelParts) -> None:
-        """From now on slots are filled as `parts` says; what is perturbed stays the same."""
-        self._variant_layouts = [
-            variant_layout(layout, binding.dtypes, without)
-            for layout, binding, without in zip(parts.layouts, parts.bindings, self._matrices, strict=True)
-        ]
-
-    def begin(self, order: Sequence[int]) -> None:
-        self._residents.begin()
-        self._variant = None
-        self._tier.begin(order)
-
-    def acquire(self, index: int) -> None:
-        self._tier.acquire(index)
-        self._clean = self._tier.views(index)
-        self._index, self._variant = index, None
-        self._slots.forget()
-
-    def enter(self, variant: int) -> None:
-        if variant == self._variant:
-            return
-        self._variant = variant
-        self._residents.enter(variant)
-        for rows in self._rows:
-            rows.enter(variant)
-        if self._index is not None:
-            views = self._slots.views(variant, self._variant_layouts[self._index], self._write)
-            for name, matrix in self._matrices[self._index].items():
-                views[name] = self._clean[name]
-                self._products[self._index][name].factors = self._perturbation.factors(matrix, variant)
-            self._bindings[self._index].bind(views)
-
-    def release(self, index: int) -> None:
-        self._bindings[index].unbind()
-        for name, matrix in self._matrices[index].items():
-            self._products[index][name].factors = NO_FACTORS
-            matrix.forget()
-        self._index = None
-        self._tier.release(index)
-
-    def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
-        index = self._index
-        clean = {name: tensor for name, tensor in self._clean.items() if name not in self._matrices[index]}
-        write_variants(self._perturbation, self._keys[index], clean, targets, self._stored[index])
+    slots: _Slots
+    layout: BlockLayout  # of a variant in its slot
+    keys: Mapping[str, int | None]  # None: of what has no noise
+    stored: Mapping[str, torch.dtype]  # what rounding rounds to
+    first_row: int  # where its tensors begin in parameters of which it holds only some rows
+    products: Mapping[str, PerturbedProduct]  # forwards of linear layers that meet their noise in the product
+    matrices: Mapping[str, MatrixNoise]  # and that noise
 
 
 @dataclass(slots=True)
-class PerturbedChunk(HeadChunk):
-    """A chunk that meets its noise in its product. weight: as stored."""
+class _ProductRows(HeadRows):
+    """Rows of the head that meet their noise in their product. weight: as stored."""
 
     factors: Factors
 
@@ -342,97 +264,98 @@ class PerturbedChunk(HeadChunk):
         return perturbed_product(hidden, self.weight, self.factors, self.bias)
 
 
-class PerturbedChunks:
-    """The tiled head's view of its tier (see `offload.step.head.TiledHead`) for steps of several variants; arguments as
-    those of `PerturbedBlocks`."""
-
-    trained = False
+class StreamedVariants:
+    """Variants of what is streamed, made while it is in its slot, and bound in its place."""
 
     def __init__(
         self,
-        head: HeadPart,
-        tier: Tier,
-        pool: SlotPool,
+        room: Room,
+        streamed: StreamedParts,
         perturbation: Perturbation,
         keys: Mapping[str, int],
-        device: torch.device,
         product_groups: int,
     ) -> None:
-        self._tier = tier
+        """product_groups: how many pending groups linear layers can meet, and their noise, in their products, in which case
+        slots need no room for their weights; 0: weights are perturbed."""
+        self._streamed = streamed
         self._perturbation = perturbation
-        self._slots = _Slots(pool, perturbation)
-        self._binding: Binding = head.binding
-        self._keys = {name: keys.get(f"{head.name}.{name}") for name in head.layouts[0].views}
-        self._stored = {name: view.dtype for name, view in head.layouts[0].views.items()}
-        self._starts = head.starts
-        self._product = PerturbedProduct(head.module)
-        self._matrices: list[MatrixNoise] = []
-        if product_groups and matrices_of(head.binding, self._keys):
-            self._matrices = [
-                MatrixNoise(
-                    perturbation.noise, self._keys["weight"], layout.views["weight"].shape, head.binding.dtypes["weight"],
-                    device, product_groups, first_row,
+        self._device = room.device.torch_device
+        self._keys = keys
+        self._product_groups = product_groups
+        parts, plan = room.parts, room.plan
+        slots = _Slots(plan.slots[VARIANTS].carve_from(room.computing), perturbation)
+        self._parts: dict[Key, _Part] = {}
+        for index, (prefix, binding) in enumerate(zip(parts.prefixes, parts.bindings, strict=True)):
+            (part,) = self._make_parts(prefix, binding, parts.layouts[index : index + 1], (0,), slots)
+            self._parts[Block(index)] = part
+        if (head := parts.head) is not None:
+            slots = _Slots(plan.slots[HEAD_VARIANTS].carve_from(room.computing), perturbation)
+            chunks = self._make_parts(head.name, head.binding, head.layouts, head.starts, slots)
+            self._parts |= {HeadChunk(index): part for index, part in enumerate(chunks)}
+        self._key: Key | None = None  # of what is held
+        self._clean: dict[str, torch.Tensor] = {}
+
+    def hold(self, key: Key, clean: dict[str, torch.Tensor]) -> None:
+        """`key` is in its slot: `clean` are its tensors until `let_go`."""
+        self._key, self._clean = key, clean
+        self._parts[key].slots.forget()
+
+    def enter(self, variant: int) -> None:
+        """Binds what is held, if anything is, as `variant` has it."""
+        key = self._key
+        if key is None:
+            return
+        part = self._parts[key]
+        views = part.slots.views(variant, part.layout, self._write)
+        for name, matrix in part.matrices.items():
+            views[name] = self._clean[name]
+            part.products[name].factors = self._perturbation.factors(matrix, variant)
+        if self._streamed.is_bound(key):
+            self._streamed.bind(key, views)
+            return
+        rows = part.first_row, views["weight"], views.get("bias")
+        self._streamed.head_rows = (
+            _ProductRows(*rows, part.products["weight"].factors) if part.products else HeadRows(*rows)
+        )
+
+    def let_go(self) -> None:
+        part = self._parts[self._key]
+        for name, matrix in part.matrices.items():
+            part.products[name].factors = NO_FACTORS
+            matrix.forget()
+        self._key = None
+
+    def _make_parts(
+        self, prefix: str, binding: Binding, layouts: Sequence[BlockLayout], first_rows: Sequence[int], slots: _Slots
+    ) -> list[_Part]:
+        """Of what is bound by one `binding`: a block, or all chunks of the head. prefix: the module's fqn."""
+        keys = {name: self._keys.get(f"{prefix}.{name}") for name in layouts[0].views}
+        stored = {name: view.dtype for name, view in layouts[0].views.items()}
+        names = matrices_of(binding, keys) if self._product_groups else []
+        products = {name: PerturbedProduct(binding.linear_weights[name]) for name in names}
+        found = []
+        for layout, first_row in zip(layouts, first_rows, strict=True):
+            matrices = {
+                name: MatrixNoise(
+                    self._perturbation.noise, keys[name], layout.views[name].shape, binding.dtypes[name], self._device,
+                    self._product_groups, first_row,
                 )
-                for layout, first_row in zip(head.layouts, head.starts, strict=True)
-            ]  # fmt: skip
-            head.binding.multiply_by({"weight": self._product})
-        self._index = 0
-        self.move_to(head)
-
-    def move_to(self, head: HeadPart) -> None:
-        self._head = head
-        without = ("weight",) if self._matrices else ()
-        self._variant_layouts = [variant_layout(layout, head.binding.dtypes, without) for layout in head.layouts]
-
-    def acquire(self, index: int) -> None:
-        self._tier.acquire(index)
-        self._clean = self._tier.views(index)
-        self._index = index
-        self._slots.forget()
-
-    def enter(self, variant: int) -> HeadChunk:
-        views = self._slots.views(variant, self._variant_layouts[self._index], self._write)
-        start = self._starts[self._index]
-        if not self._matrices:
-            chunk = HeadChunk(start, views["weight"], views.get("bias"))
-        else:
-            views["weight"] = self._clean["weight"]
-            factors = self._product.factors = self._perturbation.factors(self._matrices[self._index], variant)
-            chunk = PerturbedChunk(start, views["weight"], views.get("bias"), factors)
-        if len(self._starts) == 1:
-            self._binding.bind(views)
-        return chunk
-
-    def release(self, index: int) -> None:
-        self._product.factors = NO_FACTORS
-        if self._matrices:
-            self._matrices[index].forget()
-        if len(self._starts) == 1:
-            self._binding.unbind()
-        self._tier.release(index)
+                for name in names
+            }  # fmt: skip
+            of_variant = variant_layout(layout, binding.dtypes, names)
+            found.append(_Part(slots, of_variant, keys, stored, first_row, products, matrices))
+        binding.multiply_by(products)
+        return found
 
     def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
-        clean = {name: tensor for name, tensor in self._clean.items() if name != "weight" or not self._matrices}
-        write_variants(self._perturbation, self._keys, clean, targets, self._stored, self._starts[self._index])
-
-
-def write_variants(
-    perturbation: Perturbation,
-    keys: Mapping[str, int | None],
-    clean: Mapping[str, torch.Tensor],
-    targets: Mapping[int, Mapping[str, torch.Tensor]],
-    stored: Mapping[str, torch.dtype],
-    first_row: int = 0,
-) -> None:
-    """Fills variant -> name -> tensor from the clean tensors. What has no key (a buffer) is copied as it is.
-
-    first_row: where `clean` begins in parameters of which it holds only some rows.
-    """
-    for name, source in clean.items():
-        if keys[name] is None:
-            for tensors in targets.values():
-                tensors[name].copy_(source)
-            continue
-        first_element = first_row * (source.numel() // source.shape[0]) if source.dim() else 0
-        of_variants = {variant: tensors[name] for variant, tensors in targets.items()}
-        perturbation.write(keys[name], source, of_variants, stored[name], first_element)
+        """Fills variant -> name -> tensor from the clean tensors. What has no key (a buffer) is copied as it is."""
+        part = self._parts[self._key]
+        for name in part.layout.views:
+            source, key = self._clean[name], part.keys[name]
+            if key is None:
+                for tensors in targets.values():
+                    tensors[name].copy_(source)
+                continue
+            first_element = part.first_row * (source.numel() // source.shape[0]) if source.dim() else 0
+            of_variants = {variant: tensors[name] for variant, tensors in targets.items()}
+            self._perturbation.write(key, source, of_variants, part.stored[name], first_element)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from memory.errors import UserError
 from offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from offload.step.lanes import collected_keys, run_capturing
-from offload.step.own_loss import own_loss
+from offload.step.own_loss import loss_in
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
@@ -119,7 +119,7 @@ def walk(
     loss, own_forwards = None, [block.__dict__.get("forward") for block in parts.blocks]
     try:
         with _instead_of_blocks(parts, visit), torch.no_grad(), contextlib.suppress(_Captured):
-            loss = own_loss(parts.model, model(**inputs))
+            loss = loss_in(parts.model, model(**inputs))
     except (IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if not found:  # nothing but the inputs has gone in yet
             raise UserError(f"{type(parts.model).__name__} can't take such rows ({', '.join(inputs)}): {error}") from error

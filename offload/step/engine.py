@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,19 +18,7 @@ from torch import nn
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
 from offload.step.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad, run_capturing
-
-
-class Weights(Protocol):
-    """Where a block's weights come from: they are bound to the module between `acquire` and `release`."""
-
-    def begin(self, order: Sequence[int]) -> None: ...
-
-    def enter(self, variant: int) -> None:
-        """What runs next, in or outside of a block, is a lane of this variant of the weights."""
-
-    def acquire(self, index: int) -> None: ...
-
-    def release(self, index: int) -> None: ...
+from offload.step.weights import Block, Weights
 
 
 @dataclass(slots=True)
@@ -62,8 +50,9 @@ class Engine:
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
         self._needless = [Needless(block) for block in blocks]
-        self.trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-        """Per block, whether gradients of its parameters are wanted."""
+        self._keys = [Block(index) for index in range(len(blocks))]
+        self._has_trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        """Per block, whether parameters that stay in it, such as adapters, want gradients."""
         self.order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
         for index, block in enumerate(blocks):
             block.forward = partial(self._enter, index)
@@ -81,7 +70,7 @@ class Engine:
     ) -> list[Any]:
         """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
 
-        variants: which version of the weights each input meets, in ascending order; empty: there is only one. around: as in
+        variants: which variant of the weights each input meets, in ascending order; empty: there is only one. around: as in
         `Lane`, for each input.
         """
         self.weights.begin(self.order + self.order)
@@ -135,12 +124,12 @@ class Engine:
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
             visit = Visit(index, [])
-            self.weights.acquire(index)
+            self.weights.acquire(self._keys[index])
             for lane in waiting:
                 if lane.call.index == index:
                     self.weights.enter(lane.variant)
                     lane.resume(self._forward_visit(lane, visit, visits is not None))
-            self.weights.release(index)
+            self.weights.release(self._keys[index])
             order.append(index)
             if visit.records and visits is not None:
                 visits.append(visit)
@@ -151,13 +140,17 @@ class Engine:
         call, lane.call = lane.call, None
         lane.enter_random_state()
         record = None
-        if recording and call.grad_enabled and (self.trainable[call.index] or requires_grad(call)):
+        if recording and call.grad_enabled and self._wants_gradients(call):
             record = lane.record(call, self.activations)
             visit.records.append(record)
         with torch.no_grad():
             output = run_capturing(self._forwards[call.index], call.args, call.kwargs, call.captured)
         lane.leave_random_state()
         return output if record is None else lane.anchored(output, record)
+
+    def _wants_gradients(self, call: BlockCall) -> bool:
+        index = call.index
+        return self._has_trainable[index] or self.weights.trains(self._keys[index]) or requires_grad(call)
 
     def _run_backward(self, visits: list[Visit]) -> None:
         total = len(visits)
@@ -171,11 +164,11 @@ class Engine:
         while visits:
             visit = visits.pop()
             if any(record.output_grads for record in visit.records):
-                self.weights.acquire(visit.index)
+                self.weights.acquire(self._keys[visit.index])
                 for record in visit.records:
                     if record.output_grads:
                         recompute_and_backward(record, self._forwards[visit.index], self._needless[visit.index])
-                self.weights.release(visit.index)
+                self.weights.release(self._keys[visit.index])
             for record in visit.records:
                 release(record)
             self.progress("backward", total - len(visits), total)

@@ -80,7 +80,7 @@ class Anchor(torch.autograd.Function):
 class Lane:
     """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
 
-    variant: which version of the weights it meets, where a step has several. around: entered while the model's own code
+    variant: which one of the weights it meets, where a step has several. around: entered while the model's own code
     runs, not while blocks do.
     """
 

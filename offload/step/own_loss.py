@@ -1,14 +1,17 @@
-"""What a model's own loss is a mean of, where the model computes it itself, over whole logits.
+"""The loss that a step makes small; by default that of the model's own forward, of all rows of the step together.
 
+[Note: shares of a step]
 The loss of a step is to be that of all its rows together, however they are cut into micro-batches. A mean over unlike numbers
 of items is not the mean of means: each micro-batch's loss counts as its share of the step's items. How many items a loss is a
-mean of is seen in the loss functions that the model calls: labels that are not ignored, or values.
+mean of is seen in the loss functions that the model calls: labels that are not ignored, or values; where the head is tiled,
+in the deferred loss that it makes of deferred logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +19,88 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from memory.errors import UserError
+from offload.step.head import TiledHead
 from offload.step.tiled_loss import IGNORE_INDEX
+
+
+class StepLosses(NamedTuple):
+    """losses: fp32 [variants]. num_items: that one of them is a mean of (samples, where is_sum says that it is a sum).
+    outputs: the model's own, of all lanes."""
+
+    losses: torch.Tensor
+    num_items: int
+    is_sum: bool
+    outputs: list[Any]
+
+
+class StepLoss(Protocol):
+    """What a step makes of the outputs of its lanes. inputs: of each micro-batch; watched: what `watch` gave."""
+
+    def watch(self, lanes: int) -> Sequence[AbstractContextManager]:
+        """What the model's own code runs in, a lane each; empty: nothing."""
+
+    def backward(self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any]) -> torch.Tensor:
+        """The loss, fp32 []; backward runs from it through what follows the last block."""
+
+    def values(
+        self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any], variants: int
+    ) -> StepLosses:
+        """The loss of every variant of the weights, without gradients. outputs: of all lanes of variant 0, of variant 1, ..."""
+
+
+def models_own_loss(model: nn.Module, head: TiledHead | None) -> StepLoss:
+    """Of the model's forward. head: that tiles its loss; None: logits are whole."""
+    return WholeLoss(model) if head is None else TiledLoss(model, head)
+
+
+class TiledLoss:
+    """A `StepLoss` of deferred losses."""
+
+    def __init__(self, model: nn.Module, head: TiledHead) -> None:
+        self._model = model
+        self._head = head
+
+    def watch(self, lanes: int) -> Sequence[AbstractContextManager]:
+        return ()
+
+    def backward(self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any]) -> torch.Tensor:
+        return self._head.loss_and_backward([loss_in(self._model, output) for output in outputs])
+
+    def values(
+        self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any], variants: int
+    ) -> StepLosses:
+        losses = [loss_in(self._model, output) for output in outputs]
+        num_items = sum(loss.num_items for loss in losses[: len(inputs)])
+        return StepLosses(self._head.losses(losses, variants), num_items, False, outputs)
+
+
+class WholeLoss:
+    """A `StepLoss` that the model computes itself, over whole logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def watch(self, lanes: int) -> Sequence[LossItems]:
+        return [LossItems() for _ in range(lanes)]
+
+    def backward(
+        self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[LossItems]
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32)
+        for output, share in zip(outputs, shares(watched, inputs)[0], strict=True):
+            loss = loss_in(self._model, output) * share
+            loss.backward()
+            total = total + loss.detach().float().cpu()
+        return total
+
+    def values(
+        self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[LossItems], variants: int
+    ) -> StepLosses:
+        parts, num_items = shares(watched[: len(inputs)], inputs)
+        own = [loss_in(self._model, output) * share for output, share in zip(outputs, parts * variants, strict=True)]
+        each = torch.stack([loss.float().cpu() for loss in own]).view(variants, len(inputs))
+        return StepLosses(each.sum(dim=1), num_items, watched[0].is_sum, outputs)
+
 
 _OF_VALUES = {
     functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss,
@@ -77,7 +161,7 @@ def shares(items: Sequence[LossItems], inputs: Sequence[dict[str, Any]]) -> tupl
     return [1.0 if one.is_sum else count / max(1, total) for one, count in zip(items, counts, strict=True)], total
 
 
-def own_loss(model: nn.Module, output: Any) -> Any:
+def loss_in(model: nn.Module, output: Any) -> Any:
     """The loss in the output of the model's forward. Raises UserError where there is none."""
     loss = getattr(output, "loss", None)
     if loss is None:

@@ -36,7 +36,7 @@ from offload.step.random_state import set_random_state
 
 if TYPE_CHECKING:
     from offload.step.deferred_logits import DeferredLogits, DeferredLoss
-    from offload.step.head import HeadChunk
+    from offload.step.weights import HeadRows
 
 IGNORE_INDEX: int = nn.CrossEntropyLoss().ignore_index
 """The label of a row that has none: -100, by PyTorch's own default."""
@@ -143,7 +143,7 @@ class TiledCrossEntropy:
                 self._grad[tile] = hidden.grad
             self.loss = self.loss + loss.detach()
 
-    def add_chunk(self, chunk: HeadChunk, forward: Callable | None = None) -> None:
+    def add_chunk(self, chunk: HeadRows, forward: Callable | None = None) -> None:
         """Adds the chunk's part of the softmax sums, and of the gradient when this lane needs one."""
         count = self._hidden.shape[0]
         if self._sums is None:
@@ -176,7 +176,7 @@ class TiledCrossEntropy:
                 self._label_row[tile][at] = row if slope is None else row * slope[at, column][:, None]
 
     def add_weight_gradient(
-        self, chunk: HeadChunk, weight_grad: torch.Tensor, bias_grad: torch.Tensor | None
+        self, chunk: HeadRows, weight_grad: torch.Tensor, bias_grad: torch.Tensor | None
     ) -> None:
         """Adds dL/dW of the chunk, fp32 [rows of the chunk, hidden], and dL/db; after `finish_chunks`."""
         log_sum = self._log_sum()
@@ -195,7 +195,7 @@ class TiledCrossEntropy:
             weight_grad += p.to(hidden.dtype).t() @ hidden
 
     def _operated(
-        self, z: torch.Tensor, chunk: HeadChunk, wants_slope: bool
+        self, z: torch.Tensor, chunk: HeadRows, wants_slope: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(f(z), fp32; f'(z), None where f does nothing or nobody wants it) of logits of the chunk's columns."""
         if not self._operations:
@@ -213,7 +213,7 @@ class TiledCrossEntropy:
         """exp(x - shift); without operations nothing else holds x, and it is written over."""
         return torch.exp(x - shift[:, None]) if self._operations else x.sub_(shift[:, None]).exp_()
 
-    def _labelled_in(self, chunk: HeadChunk, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _labelled_in(self, chunk: HeadRows, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the tile whose label is of the chunk, and its column there."""
         labels = self._labels[tile]
         at = ((labels >= chunk.start) & (labels < chunk.start + chunk.weight.shape[0])).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Lanes, visits and recomputation on small modules, against autograd over the whole."""
+"""The engine: lanes, visits and recomputation on small modules, against autograd over the whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from offload.step.activations import Activations, SavedTensor
 from offload.step.engine import Engine
+from offload.step.weights import Block as BlockKey
 
 WIDTH = 6
 
@@ -57,7 +58,7 @@ class Weights:
     """Checks the protocol: one block at a time, between begin and the end."""
 
     def __init__(self) -> None:
-        self.held: int | None = None
+        self.held: BlockKey | None = None
         self.visits: list[int] = []
         self.variants: list[int] = []
 
@@ -67,14 +68,17 @@ class Weights:
     def enter(self, variant: int) -> None:
         self.variants.append(variant)
 
-    def acquire(self, index: int) -> None:
+    def acquire(self, key: BlockKey) -> None:
         assert self.held is None
-        self.held = index
-        self.visits.append(index)
+        self.held = key
+        self.visits.append(key.index)
 
-    def release(self, index: int) -> None:
-        assert self.held == index
+    def release(self, key: BlockKey) -> None:
+        assert self.held == key
         self.held = None
+
+    def trains(self, key: BlockKey) -> bool:
+        return False
 
 
 def backward(outputs):
@@ -155,13 +159,13 @@ def test_variants_share_a_visit_and_are_entered_before_their_lanes_run(model):
     model.eval()
     plain = [[p.detach().clone() for p in model.parameters()], [p.detach() * 1.5 for p in model.parameters()]]
 
-    class TwoVersions(Weights):
+    class TwoVariants(Weights):
         def enter(self, variant: int) -> None:
             super().enter(variant)
             for parameter, value in zip(model.parameters(), plain[variant], strict=True):
                 parameter.data = value
 
-    weights = TwoVersions()
+    weights = TwoVariants()
     engine = Engine(model, model.blocks, weights, Activations())
     found = engine.forward(inputs_of(2) * 2, variants=[0, 0, 1, 1])
     engine.close()
