@@ -48,7 +48,8 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     if "input_ids" in shape.inputs:
         masks, lane_bytes = _masks(parts, model, shape), prefix.lane_bytes(model, parts.dtype.itemsize)
     stored_rows = sum(
-        min(lanes * shape.rows, source.shape[0]) * (source.num_bytes // source.shape[0]) for _, _, source in parts.embeddings
+        min(lanes * shape.rows, source.shape[0]) * (source.num_bytes // source.shape[0])
+        for _, _, source in parts.embeddings
     )
     step_bytes = shape.kept_bytes + _logits_bytes(parts, model, shape) + stored_rows + batch.row_bytes
     step_bytes += lanes * (masks.kept_bytes + lane_bytes)
@@ -89,7 +90,9 @@ def trained_adapter_needs(parameters: Sequence[nn.Parameter], on_device: bool) -
     )
 
 
-def perturbed_adapter_needs(parameters: Sequence[nn.Parameter], variants: int, on_device: bool, first_kept: bool) -> Needs:
+def perturbed_adapter_needs(
+    parameters: Sequence[nn.Parameter], variants: int, on_device: bool, first_kept: bool
+) -> Needs:
     """Of adapters that are perturbed: clean values in fp32, beside a device in host memory too, and every variant.
 
     first_kept: whether those that the run begins with are kept on disk.

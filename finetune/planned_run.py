@@ -206,7 +206,6 @@ class PlannedRun:
         def through(bytes_per_second: float, pool: str) -> StepTime:
             slots = self.plan.slots[pool]
             return simulate_step(
-                blocks,
                 self.streamed.block_bytes,
                 [forward] * blocks,
                 [backward] * blocks if self.shape.train else None,

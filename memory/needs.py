@@ -127,9 +127,7 @@ class Needs:
                 else replace(item, num_bytes=max(item.num_bytes, theirs[_key(item)].num_bytes))
                 for item in ours.items
             ),
-            pools=tuple(
-                replace(pool, slot_bytes=max(pool.slot_bytes, sizes.get(pool.name, 0))) for pool in ours.pools
-            ),
+            pools=tuple(replace(pool, slot_bytes=max(pool.slot_bytes, sizes.get(pool.name, 0))) for pool in ours.pools),
         )
 
 

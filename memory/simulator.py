@@ -14,15 +14,14 @@ from memory.fetch_policy import next_fetch, victim
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """seconds: of one step in the steady state. stall_seconds: compute waiting for a fetch. read_bytes: per step."""
+    """Of one step in the steady state."""
 
-    seconds: float
-    stall_seconds: float
-    read_bytes: int
+    seconds: float  # from one step's begin to the next one's
+    stall_seconds: float  # that compute waits for a fetch
+    read_bytes: int  # of blocks, from disk
 
 
 def simulate_step(
-    num_blocks: int,
     block_bytes: Sequence[int],
     forward_seconds: Sequence[float],
     backward_seconds: Sequence[float] | None,
@@ -36,6 +35,7 @@ def simulate_step(
     block_bytes, forward_seconds, backward_seconds: per block; backward None: a step of forward passes only.
     Slots: the resident blocks' and `lookahead` + 1.
     """
+    num_blocks = len(block_bytes)
     forward = list(range(num_blocks))
     step = [(block, forward_seconds[block]) for block in forward]
     if backward_seconds is not None:

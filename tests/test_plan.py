@@ -98,7 +98,7 @@ def test_the_smallest_budget_is_named_and_is_the_smallest(tier, wishes):
 def disk_bytes(plan: Plan, sizes: Sizes) -> int:
     n, slots = len(sizes.block_bytes), plan.slots[HOST_BLOCKS]
     return simulate_step(
-        n, sizes.block_bytes, [1.0] * n, [2.0] * n, 0.0, 1e9, slots.resident, slots.lookahead
+        sizes.block_bytes, [1.0] * n, [2.0] * n, 0.0, 1e9, slots.resident, slots.lookahead
     ).read_bytes
 
 

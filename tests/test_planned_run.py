@@ -47,7 +47,9 @@ def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
     faulty = IOEngine("threads", inject=FaultPlan(eio_at=1))
     monkeypatch.setattr(offload.sizing.calibration, "IOEngine", lambda: faulty)
     last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
-    assert last.startswith("no time of a step is predicted, for the model cannot be read here: ") and "safetensors" in last
+    assert (
+        last.startswith("no time of a step is predicted, for the model cannot be read here: ") and "safetensors" in last
+    )
 
 
 def smallest(config, rows: int, tokens: int) -> int:
@@ -89,5 +91,11 @@ def test_a_refusal_names_no_batch_where_none_fits(model, tmp_path):
 def test_smaller_batches_of_tensors():
     pixels, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
     shape = BatchShape({"pixel_values": pixels, "labels": labels, "scale": torch.ones(2)}, 4, True, samples=6)
-    found = [(words, one.samples, one.micro_batches, *(len(x) for x in one.inputs.values())) for words, one in shape.smaller()]
-    assert found == [("lower --micro-batch-size to 3", 3, 8, 3, 3, 2), ("lower --micro-batch-size to 1", 1, 24, 1, 1, 2)]
+    found = [
+        (words, one.samples, one.micro_batches, *(len(x) for x in one.inputs.values()))
+        for words, one in shape.smaller()
+    ]
+    assert found == [
+        ("lower --micro-batch-size to 3", 3, 8, 3, 3, 2),
+        ("lower --micro-batch-size to 1", 1, 24, 1, 1, 2),
+    ]

@@ -31,9 +31,9 @@ from offload.weights.parts import ModelParts
 
 @dataclass(frozen=True, slots=True)
 class VisitSize:
-    """bytes that are live at most while a visit runs: its recomputed graph, gradients and temporaries."""
+    """What one block visit takes, by one micro-batch."""
 
-    peak_bytes: int
+    peak_bytes: int  # live at most: its recomputed graph, gradients and temporaries
     flops: int  # of one forward
     boundary_bytes: int = 0  # of the block's input
 
@@ -78,10 +78,10 @@ def _measure_call(
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """size: the largest of every kind of block that was reached. loss: the model's own, None where the walk ended before."""
+    """What a walk over a model's blocks found."""
 
-    size: VisitSize
-    loss: DeferredLoss | torch.Tensor | None
+    size: VisitSize  # the largest of every kind of block that was reached
+    loss: DeferredLoss | torch.Tensor | None  # the model's own; None where the walk ended before
 
 
 def walk(
@@ -182,10 +182,10 @@ class _Captured(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """Of a tensor."""
+    """What is kept of a tensor."""
 
-    shape: torch.Size
-    dtype: torch.dtype
+    shape: torch.Size  # its sizes
+    dtype: torch.dtype  # as computed
 
 
 def _first_call(
@@ -239,39 +239,50 @@ def _run_on_meta(
         name: torch.empty(view.shape, dtype=view.dtype, device="meta")
         for name, view in parts.layouts[index].views.items()
     }
-    adapters = [
-        (m, n, p) for m in block.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
-    ]
-    buffers = [(m, n, b) for m in block.modules() for n, b in m._buffers.items() if b is not None]
+    args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+    for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
+        _empty_cache_layer(layer)
     counter = _LiveBytes()
-    try:
-        for module, name, parameter in adapters:
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"))
-        for module, name, buffer in buffers:
-            module._buffers[name] = torch.empty_like(buffer, device="meta")
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
-        for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
-            _empty_cache_layer(layer)
-        for tensor in tree_leaves((args, kwargs, views, [m._parameters[n] for m, n, _ in adapters])):
+    with _on_meta(block) as adapters:
+        for tensor in tree_leaves((args, kwargs, views, adapters)):
             counter.ignore(tensor)
-        with counter, _MetaAttention():
-            binding.bind(views, trained)
-            with torch.no_grad():
-                outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
-            flops = counter.flops
-            if train:
-                next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
-                output = block(*args, **kwargs)
-                tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
-                torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
-                del output, tensors
-    finally:
-        binding.unbind()
-        for module, name, parameter in adapters:
-            module._parameters[name] = parameter
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        try:
+            with counter, _MetaAttention():
+                binding.bind(views, trained)
+                with torch.no_grad():
+                    outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
+                flops = counter.flops
+                if train:
+                    _run_backward(block, args, kwargs)
+        finally:
+            binding.unbind()
     return VisitSize(counter.peak_bytes, flops), outline
+
+
+@contextlib.contextmanager
+def _on_meta(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Inside, the block's adapters, which are yielded, and its buffers are meta tensors."""
+    places = [(module._parameters, lambda p: p is not None and p.requires_grad) for module in block.modules()]
+    places += [(module._buffers, lambda b: b is not None) for module in block.modules()]
+    held = [(place, name, tensor) for place, wanted in places for name, tensor in place.items() if wanted(tensor)]
+    adapters: list[nn.Parameter] = []
+    try:
+        for place, name, tensor in held:
+            place[name] = torch.empty_like(tensor, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                place[name] = nn.Parameter(place[name])
+                adapters.append(place[name])
+        yield adapters
+    finally:
+        for place, name, tensor in held:
+            place[name] = tensor
+
+
+def _run_backward(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
+    output = block(*args, **kwargs)
+    tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
 
 
 def _empty_cache_layer(layer: Any) -> None:

@@ -96,7 +96,9 @@ def stream_needs(
         steps.append(Step(Worth.NEXT_BLOCK, rings(min(1, blocks - 1))))
         steps.append(Step(Worth.LATER_BLOCKS, rings(min(2, blocks - 1))))
     if resident_blocks is None:
-        steps += ascent(Worth.RESIDENT_BLOCKS, HOST_BLOCKS, blocks) + ascent(Worth.RESIDENT_BLOCKS, DEVICE_BLOCKS, blocks)
+        steps += ascent(Worth.RESIDENT_BLOCKS, HOST_BLOCKS, blocks) + ascent(
+            Worth.RESIDENT_BLOCKS, DEVICE_BLOCKS, blocks
+        )
     if chunks:
         pools += [
             Pool(name, "head slots ({slots} x {size})", tier, streamed.chunk_bytes, most=chunks)
