@@ -117,6 +117,7 @@ def _put(to, mask, theta, z, coefficient):
     tl.store(to, moved.to(to.dtype.element_ty), mask)
 
 
+# Kernels take pointers and numbers, no structures: hence the many arguments, which `move` and `_pending_on` put together.
 @triton.jit
 def _pass(
     source, first_element: tl.int64, end_element: tl.int64, parameter: tl.int64,
@@ -124,10 +125,7 @@ def _pass(
     target0, target1, target_seeds, target_coefficients,
     KIND: tl.constexpr, ROUNDED_TO: tl.constexpr, TARGETS: tl.constexpr, SAME_NOISE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A kernel takes pointers and numbers, no structures: hence the many arguments, which `move` and `_pending_on` give.
-
-    firsts: int32 [groups + 1], where each group's updates begin; roundings: int32 [groups]; seeds: int64 [updates].
-    """
+    """firsts: int32 [groups + 1], where each group's updates begin; roundings: int32 [groups]; seeds: int64 [updates]."""
     SPANS: tl.constexpr = TILE // 128
     tile = first_element // TILE + tl.program_id(0).to(tl.int64)
     place = tl.arange(0, TILE // 2)

@@ -6,7 +6,7 @@ The input embedding is a unit of its own per run of rows, unless it is tied to t
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from offload.update.units import UpdateUnit, make_unit
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
 from offload.weights.layout import layout_block
 from offload.weights.parameter_map import ParameterMap
-from offload.weights.parts import ModelParts
+from offload.weights.parts import HeadPart, ModelParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,49 +80,61 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     Units have only parameters that match; a unit without any stays, empty. Raises UserError for a pattern that is none or
     matches nothing, and as `check_storage`.
     """
-    wanted = _matching(parts, patterns)
-    check_storage(parts.sources, wanted)
-    home = {name: parts.sources.tied.get(name, name) for name in wanted}
-    source_of = {parts.sources[name]: name for name in reversed(sorted(home.values()))}
-    wanted = {source_of[parts.sources[name]] for name in home.values()}
-    _refuse_shared(parts, wanted)
-
-    def named(prefix: str, names: Sequence[str]) -> dict[str, str]:
-        found = {name: source_of.get(parts.sources[f"{prefix}{name}"], "") for name in names}
-        return {name: fqn for name, fqn in found.items() if fqn in wanted}
-
+    matching = _matching(parts, patterns)
+    check_storage(parts.sources, matching)
+    wanted = _Wanted(parts, matching)
+    _refuse_shared(parts, wanted.fqns)
     blocks = tuple(
-        make_unit(prefix, layout, named(f"{prefix}.", list(layout.weights)))
+        make_unit(prefix, layout, wanted.among(layout.weights, f"{prefix}."))
         for prefix, layout in zip(parts.prefixes, parts.layouts, strict=True)
     )
-    head: list[RowUnit] = []
-    if parts.head is not None:
-        fqns = named(f"{parts.head.name}.", list(parts.head.layouts[0].weights))
-        rows = parts.head.module.weight.shape[0]
-        for index, (start, layout) in enumerate(zip(parts.head.starts, parts.head.layouts, strict=True)):
-            unit = make_unit(f"{parts.head.name}#{index}", layout, fqns)
-            head.append(RowUnit(unit, start, min(start + parts.head.tile_vocab, rows)))
-    table: list[RowUnit] = []
-    tied = False
-    for name, _, source in parts.embeddings:
-        if parts.head is not None and source == parts.sources.get(f"{parts.head.name}.weight"):
-            tied = True
-            continue
-        step = max(1, HEAD_CHUNK_BYTES // (source.num_bytes // source.shape[0]))
-        for index, start in enumerate(range(0, source.shape[0], step)):
-            stop = min(start + step, source.shape[0])
-            layout = layout_block({"weight": source.rows([(start, stop)])})
-            unit = make_unit(f"{name}#{index}", layout, named(f"{name}.", ["weight"]))
-            table.append(RowUnit(unit, start, stop))
+    head_source = None if parts.head is None else parts.sources.get(f"{parts.head.name}.weight")
+    tables = [(name, source) for name, _, source in parts.embeddings if source != head_source]
     edge_sources = {edge.name: edge.source for edge in parts.edges if edge.name in parts.parameters}
-    edges = None
-    if edge_sources:
-        edges = make_unit("edges", layout_block(edge_sources), named("", list(edge_sources)))
-    order = [source_of[parts.sources[n]] for n, _ in parts.model.named_parameters() if n in parts.sources
-             and parts.sources[n] in source_of]  # fmt: skip
+    edges = make_unit("edges", layout_block(edge_sources), wanted.among(edge_sources)) if edge_sources else None
+    names = (name for name, _ in parts.model.named_parameters())
     return TrainedParts(
-        blocks, tuple(head), tuple(table), edges, tied, tuple(dict.fromkeys(name for name in order if name in wanted))
+        blocks,
+        () if parts.head is None else tuple(_cut_head(parts.head, wanted)),
+        tuple(unit for name, source in tables for unit in _cut_table(name, source, wanted)),
+        edges,
+        len(tables) < len(parts.embeddings),
+        tuple(dict.fromkeys(wanted.among(names).values())),
     )
+
+
+class _Wanted:
+    """What is trained: one name for everything that has the same bytes."""
+
+    def __init__(self, parts: ModelParts, names: Iterable[str]) -> None:
+        """names: of what the user wants."""
+        self._sources = parts.sources
+        homes = [parts.sources.tied.get(name, name) for name in names]
+        self._name_of = {parts.sources[name]: name for name in sorted(homes, reverse=True)}
+        self.fqns = set(self._name_of.values())
+
+    def among(self, names: Iterable[str], prefix: str = "") -> dict[str, str]:
+        """Those of `names`, each below `prefix`, that are trained, with the fully qualified name that they are trained as."""
+        found = {name: self._name_of.get(self._sources.get(f"{prefix}{name}")) for name in names}
+        return {name: fqn for name, fqn in found.items() if fqn is not None}
+
+
+def _cut_head(head: HeadPart, wanted: _Wanted) -> Iterator[RowUnit]:
+    rows = head.module.weight.shape[0]
+    fqns = wanted.among(head.layouts[0].weights, f"{head.name}.")
+    for index, (start, layout) in enumerate(zip(head.starts, head.layouts, strict=True)):
+        yield RowUnit(make_unit(f"{head.name}#{index}", layout, fqns), start, min(start + head.tile_vocab, rows))
+
+
+def _cut_table(name: str, source: StoredWeight, wanted: _Wanted) -> Iterator[RowUnit]:
+    """An embedding table in runs of rows."""
+    rows = source.shape[0]
+    step = max(1, HEAD_CHUNK_BYTES // (source.num_bytes // rows))
+    fqns = wanted.among(["weight"], f"{name}.")
+    for index, start in enumerate(range(0, rows, step)):
+        stop = min(start + step, rows)
+        layout = layout_block({"weight": source.rows([(start, stop)])})
+        yield RowUnit(make_unit(f"{name}#{index}", layout, fqns), start, stop)
 
 
 def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
@@ -145,13 +157,13 @@ def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
 
 def _refuse_shared(parts: ModelParts, wanted: set[str]) -> None:
     """Only embedding and head may be one weight: others that a model uses at several places would get several updates."""
-    ends = {f"{name}.weight" for name, _, _ in parts.embeddings} | ({f"{parts.head.name}.weight"} if parts.head else set())
+    tables = {f"{name}.weight" for name, _, _ in parts.embeddings} | ({f"{parts.head.name}.weight"} if parts.head else set())
     places: dict[StoredWeight, set[str]] = {}
     for name in parts.parameters:
         places.setdefault(parts.sources[name], set()).add(name)
     for name in sorted(wanted):
         same = places[parts.sources[name]]
-        if len(same) > 1 and not same <= ends:
+        if len(same) > 1 and not same <= tables:
             raise UserError(
                 f"the model uses one weight at several places ({', '.join(sorted(same))}): it can't be trained out of core. "
                 "Leave it out with train, or train an adapter (--method lora)"
