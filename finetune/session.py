@@ -52,6 +52,7 @@ from offload.noise.noise import Noise
 from offload.perturb.perturbed_weights import PerturbedWeights as VariantsOfWeights
 from offload.sizing.needs import Streamed, stream_needs
 from offload.sizing.positions import longest_row
+from offload.step.own_loss import MakeLoss, models_own_loss
 from offload.step.weights import Weights
 from offload.streamed_model import Options, StreamedModel
 from offload.update.parts import TrainedParts, check_storage, find_trained
@@ -247,10 +248,11 @@ class Session:
         scratch: Path,
         progress: Callable[[str, int, int], None] = lambda *_: None,
         about: Mapping[str, Any] | None = None,
+        make_loss: MakeLoss = models_own_loss,
     ) -> StreamedModel:
         """Allocates what the plan names and opens the model; adapters move into the arena or onto the device.
 
-        about: what a working store must say of the run that it belongs to.
+        about: what a working store must say of the run that it belongs to. make_loss: what a step makes small.
         """
         plan = planned.plan
         keep_shapes(shapes_to_keep(planned.shape.micro_batches))
@@ -293,7 +295,7 @@ class Session:
             )
         options = Options(scratch, engine.io_backend, engine.queue_depth, progress)
         self.streamed = StreamedModel(
-            self.parts, plan, self.device, options, model=self.model, open_weights=open_weights
+            self.parts, plan, self.device, options, model=self.model, open_weights=open_weights, make_loss=make_loss
         )
         if isinstance(self.tuned, JournalWeights):
             self.tuned.move(self.streamed.weights)

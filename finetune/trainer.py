@@ -227,7 +227,7 @@ class Trainer:
                 self._stop_if_asked()
             progress.inside(phase, done, total)
 
-        streamed = session.open(planned, output / "scratch", inside, about)
+        streamed = session.open(planned, output / "scratch", inside, about, objective.make_loss)
         for note in [*session.notes, *streamed.notes]:
             progress.message(note)
         rates = measure_rates(session.parts, session.device)

@@ -24,7 +24,7 @@ from offload.sizing.needs import ACTIVATIONS, STAGING_BYTES
 from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import Engine
 from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, StepLosses, models_own_loss
+from offload.step.own_loss import MakeLoss, StepLosses, models_own_loss
 from offload.step.weights import Block, HeadChunk, Weights
 from offload.weights.embedding import RowsOnDemand
 from offload.weights.frozen import FrozenWeights
@@ -64,10 +64,10 @@ class StreamedModel:
         *,
         model: nn.Module | None = None,
         open_weights: Callable[[Room], Weights] = FrozenWeights,
-        make_loss: Callable[[nn.Module, TiledHead | None], StepLoss] = models_own_loss,
+        make_loss: MakeLoss = models_own_loss,
     ) -> None:
         """model: what to call, where adapters wrap `parts.model`. open_weights: what becomes of weights while they are near.
-        make_loss: of the base model and its head, if that is tiled: what a step makes small."""
+        make_loss: what a step makes small."""
         self.parts = parts
         self.model = parts.model if model is None else model
         self.device = device

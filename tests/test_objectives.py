@@ -20,8 +20,9 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.export import export
 from finetune.objectives.base import Objective, check_gradient, make_objective
-from finetune.objectives.registry import OBJECTIVES
+from finetune.objectives.registry import OBJECTIVES, ObjectiveEntry
 from finetune.objectives.rewards import load_reward, token_f1
+from finetune.objectives.token_loss import TokenLoss
 from finetune.runs.directory import RunDirectory
 from finetune.session import Session
 from memory.errors import UserError
@@ -248,3 +249,44 @@ def test_a_method_with_gradients_refuses_an_objective_without(tmp_path):
     config = objective_config(model, tmp_path / "out", pairs(ONE_TOKEN), "exact_match")
     with opened(config) as (objective, _), pytest.raises(UserError, match="method lora: expected an objective with a gradient"):
         check_gradient(objective, "lora")
+
+
+class Raised(TokenLoss):
+    """The model's own loss and 1, of the last trained token of each row."""
+
+    def lanes(self, groups, device):
+        found = super().lanes(groups, device)
+        for labels in found.labels:
+            for row in labels:
+                row[: int((row != -100).nonzero()[-1])] = -100
+        return found
+
+    def make_loss(self, model, head):
+        own = super().make_loss(model, head)
+
+        class OneMore:
+            watch = staticmethod(own.watch)
+
+            def backward(self, *args, **kwargs):
+                return own.backward(*args, **kwargs) + 1
+
+            def values(self, *args):
+                found = own.values(*args)
+                return found._replace(losses=found.losses + 1)
+
+        return OneMore()
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "zo"])
+def test_methods_with_and_without_gradients_take_the_same_objects(method, tmp_path, monkeypatch):
+    model = write_model("llama", tmp_path / "model")
+    monkeypatch.setitem(OBJECTIVES, "loss", ObjectiveEntry(f"{__name__}:Raised"))
+    rows = pairs(ONE_TOKEN)
+    training = {"batch_size": len(rows), "micro_batch_size": 2, "learning_rate": 0.0, "max_steps": 1, "seed": 3}
+    zo = {"zo": {"epsilon": 1e-7}} if method == "zo" else {}
+    config = make_config(
+        model, tmp_path / "out", data=rows, method=method, training=training, dataset={"append_eos": False}, **zo
+    )
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), plain_model(model)
+    losses = [float(token_losses(plain, tokenizer(row["prompt"] + row["completion"])["input_ids"])[-1]) for row in rows]
+    assert Trainer(config).train().training_loss == pytest.approx(np.mean(losses) + 1, rel=1e-5)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from finetune.config import Config
 from finetune.data import TokenDataset
@@ -19,12 +20,14 @@ from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 from offload.perturb.variants import Variant
+from offload.step.head import TiledHead
+from offload.step.own_loss import StepLoss, models_own_loss
 from offload.streamed_model import StreamedModel
 
 
 class Objective(ABC):
-    """Any objective can be had without gradients, by `values`. One that has gradients gives `lanes` for
-    `StreamedModel.train_step` too.
+    """Rows to lanes to loss. Any objective can be had without gradients, by `values`. One that has gradients says, for
+    `StreamedModel.train_step`, what the `lanes` of a step are, and what is made of their outputs.
 
     lengths: tokens of each row, int [rows], by which micro-batches are sorted.
     """
@@ -63,6 +66,10 @@ class Objective(ABC):
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         """The same rows as the model's inputs and labels, for methods that compute gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient")
+
+    def make_loss(self, model: nn.Module, head: TiledHead | None) -> StepLoss:
+        """What is made of the outputs of lanes: by default, the loss of the model's own forward. See `MakeLoss`."""
+        return models_own_loss(model, head)
 
 
 def objective_class(config: Config) -> type[Objective]:

@@ -21,7 +21,10 @@ from offload.streamed_model import StreamedModel
 
 
 class TokenLoss(Objective):
-    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it."""
+    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it.
+
+    Others with a gradient differ in `lanes` or `make_loss`: their values are had in the same way.
+    """
 
     has_gradient = True
     takes_tensors = True

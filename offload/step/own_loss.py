@@ -9,7 +9,7 @@ in the deferred loss that it makes of deferred logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -48,8 +48,12 @@ class StepLoss(Protocol):
         """The loss of every variant of the weights, without gradients. outputs: of all lanes of variant 0, of variant 1, ..."""
 
 
+MakeLoss = Callable[[nn.Module, TiledHead | None], StepLoss]
+"""Called with the base model and the head that tiles its loss; None: logits are whole."""
+
+
 def models_own_loss(model: nn.Module, head: TiledHead | None) -> StepLoss:
-    """Of the model's forward. head: that tiles its loss; None: logits are whole."""
+    """Of the model's forward: a `MakeLoss`."""
     return WholeLoss(model) if head is None else TiledLoss(model, head)
 
 
