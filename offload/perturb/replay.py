@@ -58,12 +58,12 @@ class Changes:
         for name, key in self.keys.items():
             source = self.sources[name]
             columns = source.shape[-1] if len(source.shape) > 1 else 0
-            for piece in source.extents:
+            for extent in source.extents:
                 for path, offset, num_bytes, skip in (
-                    Extent(piece.path, piece.file_offset, piece.num_bytes, 0),
-                    *copies_of(self.sources.copies, piece.path, piece.file_offset, piece.num_bytes),
+                    extent._replace(target_offset=0),
+                    *copies_of(self.sources.copies, extent.path, extent.file_offset, extent.num_bytes),
                 ):
-                    first = (piece.target_offset + skip) // source.dtype.itemsize
+                    first = (extent.target_offset + skip) // source.dtype.itemsize
                     found[path].add(_Span(offset, offset + num_bytes, key, first, columns))
         return {path: sorted(spans) for path, spans in found.items()}
 
@@ -80,12 +80,14 @@ class _Span(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Bytes of a tensor, and where they go. dtype: what they are written as; None: they are copied."""
+    """Bytes of a tensor, and where they go."""
 
     entry: TensorEntry
-    offset: int  # in the original file
+    offset: int
+    """In the original file."""
     num_bytes: int
     dtype: torch.dtype | None
+    """What they are written as; None: they are copied."""
     new_offset: int
     new_bytes: int
 

@@ -142,8 +142,10 @@ class Tier:
         self.stall_seconds += self._pieces[block].arrive(lambda: self._check(block))
 
     def _evict(self, block: int) -> None:
-        self._leave(block)
-        self._pieces[block].leave()
+        piece = self._pieces[block]
+        lease = piece.lease
+        piece.leave()
+        self._emptied(lease)
 
     def _can_fetch(self, block: int) -> bool:
         return True
@@ -155,8 +157,8 @@ class Tier:
     def _check(self, block: int) -> None:
         """Raises when what has arrived in the block's slot is not what it should be."""
 
-    def _leave(self, block: int) -> None:
-        """The block's slot is about to be given away."""
+    def _emptied(self, lease: Lease) -> None:
+        """A block has left this slot."""
 
 
 class HostTier(Tier):
@@ -337,8 +339,7 @@ class DeviceTier(Tier):
             copies.append((target, source, direction, after))
         return copies
 
-    def _leave(self, block: int) -> None:
-        lease = self._pieces[block].lease
+    def _emptied(self, lease: Lease) -> None:
         self._last_use[lease.index] = self._device.record()
         self._device.release(lease.buffer)
 

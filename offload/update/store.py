@@ -48,20 +48,21 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class StoredPiece:
-    """Where a piece is in the data file: its weights at `offset`, the remainders of fp32 masters right behind, the optimizer
-    state apart from them, so that its room can be given to another piece. Sums: see `kernels.checksum`. state_bytes 0: no
-    state is kept. updates: how often the state has been updated, for bias correction.
-    """
+    """Where a piece is in the data file, and what it is. Sums: see `kernels.checksum`."""
 
     offset: int
+    """Of the weights, with the remainders of fp32 masters right behind."""
     weights_bytes: int
     master_bytes: int
     state_offset: int
+    """Of the optimizer state, apart from the others, so that its room can be given to another piece."""
     state_bytes: int
+    """0: no state is kept."""
     weights_sum: int
     master_sum: int
     state_sum: int
     updates: int
+    """How often the state has been updated, for bias correction."""
 
     @property
     def kept_bytes(self) -> int:

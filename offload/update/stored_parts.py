@@ -43,6 +43,7 @@ class StoredPieces:
     data: Path
     """The store's file."""
     pieces: Mapping[Key, StoredPiece]
+    """Where they are in it."""
 
     @classmethod
     def of(cls, directory: Path, manifest: Mapping[str, Any], trained: TrainedParts) -> StoredPieces:

@@ -33,14 +33,16 @@ FACTORS = -1
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit's update. trained: local names; others keep their bytes. scale: of the learning rate. undecayed: local names
-    of what weight decay leaves alone."""
+    """One unit's update."""
 
     unit: UpdateUnit
     trained: frozenset[str]
+    """Local names of what is updated; others keep their bytes."""
     rule: Rule
     scale: float = 1.0
+    """Of the learning rate."""
     undecayed: frozenset[str] = frozenset()
+    """Local names of what weight decay leaves alone."""
 
     def rule_of(self, name: str) -> Rule:
         """Of a parameter."""
@@ -61,16 +63,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PieceFormat:
-    """How a piece lies in a buffer and on disk: weights, masters, state; each part in whole pages.
-
-    whole_masters: masters are fp32 [units], as those of fp16 weights must be, which are no part of them; else they are the
-    remainders of bf16 weights, int16 [units].
-    """
+    """How a piece lies in a buffer and on disk: weights, masters, state; each part in whole pages. Offsets are in the piece."""
 
     whole_masters: bool
+    """Masters are fp32 [units], as those of fp16 weights must be, which are no part of them; else they are the remainders of
+    bf16 weights, int16 [units]."""
     master_offset: int
+    """Also the bytes of the weights."""
     master_bytes: int
     state_offset: int
+    """Also the bytes of weights and masters."""
     state_bytes: int
     arrays: dict[str, tuple[int, int]]
     """Name of a state array -> offset in the piece, bytes."""
@@ -82,11 +84,13 @@ class PieceFormat:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What is kept beside weights. masters: whether 16-bit weights have an fp32 master; without, every update is rounded
-    stochastically, which fp16 weights can't be."""
+    """What is kept beside weights."""
 
     state: StateFormat = StateFormat()
+    """Of the optimizer."""
     masters: bool = True
+    """Whether 16-bit weights have an fp32 master; without, every update is rounded stochastically, which fp16 weights can't
+    be."""
 
     def piece_format(self, unit: UpdateUnit, index: int, rule: Rule) -> PieceFormat:
         if index == FACTORS:
