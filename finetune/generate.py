@@ -101,7 +101,7 @@ def decode(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields, pass by pass, (prompt, token) for every prompt that goes on; the end token is the last of a prompt's.
 
-    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token. variants: which version of the weights
+    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token. variants: which one of the weights
     each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device

@@ -120,7 +120,7 @@ class PlannedRun:
     parts: ModelParts
     device_kind: str
     store: StoreSize | None  # where the model's own weights are trained
-    variants: int  # versions of the weights that a step computes; `shape` counts each micro-batch as often
+    variants: int  # of the weights, that a step computes; `shape` counts each micro-batch as often
     budget_words: str = ""  # where the host budget comes from, if not from the user
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
 

@@ -61,7 +61,7 @@ def probe_seed(seed: int, step: int, perturbation: int) -> int:
 
 
 def variants(options: ZerothOrderOptions, seeds: Sequence[int], shared_seed: int = 0) -> list[Variant]:
-    """The versions of the weights whose losses `projected_gradients` wants, in this order."""
+    """The variants of the weights whose losses `projected_gradients` wants, in this order."""
     epsilon = options.epsilon
     if options.estimator == "fzoo":
         return [Variant(), *(Variant(seed, epsilon, shared_seed) for seed in seeds)]

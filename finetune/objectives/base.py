@@ -52,13 +52,13 @@ class Objective(ABC):
 
     @abstractmethod
     def shape(self, session: Session) -> BatchShape:
-        """Of the largest step, every version of the weights counted."""
+        """Of the largest step, every variant of the weights counted."""
 
     @abstractmethod
     def values(
         self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
-        """What is to be made small under every version of the weights, fp32 [variants], and how many tokens went in.
+        """What is to be made small under every variant of the weights, fp32 [variants], and how many tokens went in.
 
         groups: the rows of each micro-batch, as `BatchPlan.step` gives them.
         """

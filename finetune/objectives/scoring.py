@@ -130,7 +130,7 @@ def score(
 ) -> list[Scores]:
     """What every lane's sequences are asked for, from one pass over the weights.
 
-    variants: which version of the weights each lane meets, as in `StreamedModel.forward`.
+    variants: which variant of the weights each lane meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
     inputs = []
