@@ -51,7 +51,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """How a group of weights lies in a slot of `num_bytes` bytes (whole pages), and the reads that bring it there.
+    """How a group of weights lies in a slot, and the reads that bring it there.
 
     Reads share no page of the slot, except those of a tensor that is put together from several extents. Where a tensor
     can be put anywhere, `slot_offset` equals `file_offset` modulo the page, so that in a slot aligned to pages direct
@@ -59,7 +59,9 @@ class BlockLayout:
     """
 
     num_bytes: int
+    """Of the slot, in whole pages."""
     reads: tuple[Read, ...]
+    """What fills it; empty where it is filled from memory."""
     views: dict[str, View]
     """Of every stored tensor, by `stored_name`: of a plain weight, by the weight's own."""
     weights: Mapping[str, StoredWeight] = field(default_factory=dict)

@@ -34,9 +34,11 @@ class EdgeTensor:
     name: str
     """Fully qualified."""
     owner: nn.Module
+    """The module that has it."""
     attribute: str
-    """Of `owner`, under which the tensor is."""
+    """Its name there."""
     source: StoredWeight
+    """How it is stored."""
     dtype: torch.dtype
     """In which it computes."""
 
@@ -60,6 +62,7 @@ class HeadPart:
     name: str
     """Fully qualified, of the module."""
     module: nn.Linear
+    """Without the adapter that may wrap it."""
     layouts: tuple[BlockLayout, ...]
     """Of each chunk: its "weight" and "bias"."""
     starts: tuple[int, ...]
@@ -79,6 +82,7 @@ class ModelParts:
     directory: Path
     """Of config.json."""
     checkpoint: Checkpoint
+    """The files that `sources` point into, by their headers."""
     model: nn.Module
     """The skeleton: its parameters are placeholders."""
     dtype: torch.dtype
@@ -90,13 +94,17 @@ class ModelParts:
     prefixes: tuple[str, ...]
     """Fully qualified names of the blocks."""
     blocks: tuple[nn.Module, ...]
+    """The repeated layers."""
     layouts: tuple[BlockLayout, ...]
+    """How each block lies in a slot."""
     bindings: tuple[Binding, ...]
+    """What puts a slot's bytes under a block's parameters."""
     head: HeadPart | None
     """None where the model's own loss takes whole logits, or none."""
     embeddings: tuple[tuple[str, nn.Embedding, StoredWeight], ...]
     """Tables of which rows are read on demand: name of the module, module, weight."""
     edges: tuple[EdgeTensor, ...]
+    """Everything else, which stays in memory."""
 
     @property
     def edge_bytes(self) -> int:

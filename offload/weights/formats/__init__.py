@@ -16,10 +16,12 @@ FORMATS: tuple[type[StoredWeight], ...] = (PlainTensor,)
 
 
 class FoundWeight(NamedTuple):
-    """A weight of a checkpoint, before it is known which parameter it is: its format, and its stored tensors by field."""
+    """A weight of a checkpoint, before it is known which parameter it is."""
 
     form: type[StoredWeight]
+    """Its format."""
     parts: dict[str, TensorEntry]
+    """Its stored tensors, by the fields of `form`."""
 
 
 def find_weights(entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None) -> dict[str, FoundWeight]:

@@ -43,6 +43,7 @@ class PlainTensor(StoredWeight):
     dtype: torch.dtype
     """The checkpoint's; the module's may differ."""
     shape: tuple[int, ...]
+    """The module's."""
     extents: tuple[Extent, ...]
     """In the order of the tensor's row-major bytes, which they cover without holes or overlap."""
 
