@@ -83,9 +83,10 @@ class Slots:
         return slab.carve(self.pool.name, self.slot_bytes, self.count)
 
     def after(self, step: Step) -> Slots:
+        """With what a step of the planner changes."""
         name = self.pool.name
-        kept = min(self.kept + step.kept.get(name, 0), self.pool.most_kept)
-        return replace(self, ring=step.rings.get(name, self.ring), kept=max(kept, self.kept))
+        more = min(step.kept.get(name, 0), self.pool.most_kept - self.kept)
+        return replace(self, ring=step.rings.get(name, self.ring), kept=self.kept + more)
 
 
 @dataclass(frozen=True, slots=True)
