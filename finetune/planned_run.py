@@ -28,7 +28,7 @@ class BatchShape:
     """The largest micro-batch of a step, and how many there are."""
 
     inputs: dict[str, torch.Tensor]  # the model's keyword arguments; of rows of tensors, their labels too
-    micro_batches: int
+    micro_batches: int  # of a step, each counted once for every version of the weights
     train: bool  # whether there is a backward pass
     kept_bytes: int = 0  # what a step holds beside, such as key-value caches
     packed: bool = False  # whether a row of text holds several
@@ -86,7 +86,7 @@ class BatchShape:
 class MeasuredBatch:
     """A batch with what the model's code makes of it: what methods look at to say what they add."""
 
-    shape: BatchShape
+    shape: BatchShape  # what was measured
     visit: VisitSize  # of one block, by one micro-batch
     loss_bytes: int  # that one tile of the loss allocates
     row_bytes: int  # of the embedding rows that a step names, in the dtype that computes
@@ -113,12 +113,12 @@ class StoreSize:
 class PlannedRun:
     """A plan with what it was made from; `describe` is what `finetune plan` prints."""
 
-    plan: Plan
-    needs: Needs
-    streamed: Streamed
-    batch: MeasuredBatch
-    parts: ModelParts
-    device_kind: str
+    plan: Plan  # what lives where
+    needs: Needs  # what it was made for
+    streamed: Streamed  # what goes through slots
+    batch: MeasuredBatch  # the largest of a step
+    parts: ModelParts  # of the model
+    device_kind: str  # where it computes
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # of the weights, that a step computes; `shape` counts each micro-batch as often
     budget_words: str = ""  # where the host budget comes from, if not from the user

@@ -34,9 +34,9 @@ class Item:
     """Bytes that must be there. Items with the same name in the same tier are one line of a plan."""
 
     name: str  # as the user reads it
-    num_bytes: int
+    num_bytes: int  # at most
     tier: Tier
-    lasts: Lasts = Lasts.RUN
+    lasts: Lasts = Lasts.RUN  # how long they are needed
     with_pool: str = ""  # there only while the plan gives this pool slots
     without_pool: str = ""  # there only while it gives it none
     remedy: str = ""  # what the user can do for fewer of these bytes; for whoever reads a refusal
@@ -48,8 +48,8 @@ class Pool:
 
     name: str  # by which the engine finds it
     label: str  # as the user reads it; {slots} and {size} are filled in
-    tier: Tier
-    slot_bytes: int
+    tier: Tier  # where the slots are
+    slot_bytes: int  # of one slot
     ring: int = 1  # slots at least
     kept: int = 0  # units that stay from the beginning
     most_kept: int = 0  # units that could stay
@@ -78,7 +78,7 @@ class Worth(IntEnum):
 class Step:
     """One use of spare memory: all of it if it fits, else nothing."""
 
-    worth: Worth
+    worth: Worth  # its place in the order
     rings: Mapping[str, int] = field(default_factory=dict)  # pool -> its ring from now on
     kept: Mapping[str, int] = field(default_factory=dict)  # pool -> so many more units kept, as far as there are any
 
@@ -92,9 +92,9 @@ def ascent(worth: Worth, pool: str, units: int) -> list[Step]:
 class Needs:
     """All needs of a run, or some that are added to others. Lines of a plan keep the order in which needs are added."""
 
-    items: tuple[Item, ...] = ()
-    pools: tuple[Pool, ...] = ()
-    steps: tuple[Step, ...] = ()
+    items: tuple[Item, ...] = ()  # bytes that must be there
+    pools: tuple[Pool, ...] = ()  # slots of which more are better
+    steps: tuple[Step, ...] = ()  # uses of spare memory, by their worth
 
     @classmethod
     def of(cls, *needs: Item | Pool | Step) -> Needs:

@@ -39,7 +39,7 @@ class PlanRefused(UserError):
 class Limits:
     """Budgets in bytes."""
 
-    host_bytes: int
+    host_bytes: int  # of the whole process
     device_bytes: int | None = None  # None: the device computes in host memory
 
 
@@ -98,7 +98,7 @@ class Plan:
     device_parts: Mapping[str, int]  # of the device, where it has memory of its own
     disk_parts: Mapping[str, int]  # that the run writes, at most
     arena_bytes: int  # for torch's tensors in host memory; 0: the device has them
-    host_budget_bytes: int
+    host_budget_bytes: int  # for the whole process
     device_budget_bytes: int | None  # None: the device computes in host memory
 
     def count(self, pool: str) -> int:

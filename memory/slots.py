@@ -37,11 +37,11 @@ class Lease:
 class SlotPool:
     """Equal slots in one piece of a slab. The slab's owner frees the memory; the pool only lends it."""
 
-    name: str
+    name: str  # for messages
     buffer: torch.Tensor  # uint8 [count * slot_bytes]
-    slot_bytes: int
-    count: int
-    _free: list[int] = field(init=False)
+    slot_bytes: int  # of one slot
+    count: int  # of slots
+    _free: list[int] = field(init=False)  # slots that are not lent
 
     def __post_init__(self) -> None:
         self._free = list(range(self.count))[::-1]

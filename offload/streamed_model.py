@@ -37,9 +37,9 @@ from offload.weights.streamed_parts import Room
 class Traffic:
     """What has gone over the disk, and how long the step waited for it, since the model was opened."""
 
-    read_bytes: int
-    write_bytes: int
-    stall_seconds: float
+    read_bytes: int  # from disk
+    write_bytes: int  # to disk
+    stall_seconds: float  # in which compute waited for bytes
 
 
 class Options(NamedTuple):
@@ -47,7 +47,7 @@ class Options(NamedTuple):
     progress(phase, done, total) after every block visit."""
 
     scratch: Path
-    io_backend: str = "auto"
+    io_backend: str = "auto"  # auto, io_uring or threads
     queue_depth: int | None = None
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
 

@@ -17,6 +17,7 @@ class DatasetOptions(Section):
     """How rows become tokens."""
 
     form: Literal["auto", *FORMS] = "auto"
+    """What rows look like, see `finetune.data.forms`. auto: by the first row of each file."""
     sequence_length: Count = 1024
     """Tokens a row at most."""
     packing: Switch = False

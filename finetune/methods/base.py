@@ -17,7 +17,7 @@ class StepResult:
 
     loss: float
     tokens: int
-    learning_rate: float
+    learning_rate: float  # of the step
     grad_norm: float
 
 

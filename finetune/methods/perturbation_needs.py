@@ -21,7 +21,7 @@ class PerturbedWeights:
 
     block_bytes: list[int]  # of each block as it is fetched: folded weights may be wider than the model's own
     chunk_bytes: int  # of the largest chunk of the head as it is fetched
-    needs: Needs
+    needs: Needs  # beside those of a model whose weights stay
 
 
 def most_product_groups(options: ZerothOrderOptions, num_steps: int | None) -> int:

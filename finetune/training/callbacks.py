@@ -33,10 +33,10 @@ CALLBACK_STATE = "callback_state"
 class _Control:
     """Transformers' TrainerControl, where there are no callbacks."""
 
-    should_training_stop: bool = False
-    should_epoch_stop: bool = False
-    should_evaluate: bool = False
-    should_save: bool = False
+    should_training_stop: bool = False  # the run ends after this step
+    should_epoch_stop: bool = False  # no epoch of ours can
+    should_evaluate: bool = False  # after this step
+    should_save: bool = False  # after this step
 
 
 class Callbacks:

@@ -47,7 +47,7 @@ class TensorEntry:
 
     name: str  # in the file
     dtype: str  # safetensors' word, such as BF16
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the tensor
     path: Path  # of the file
     offset: int
     num_bytes: int  # of its data

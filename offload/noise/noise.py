@@ -59,7 +59,7 @@ class Group(NamedTuple):
     """
 
     scale: float
-    updates: tuple[Update, ...]
+    updates: tuple[Update, ...]  # in the order in which they are added
     rounding: str = "exact"
     rounding_seed: int = 0
     shared_seed: int = 0
@@ -71,7 +71,7 @@ class Target(NamedTuple):
     shared_seed: of V, where noise is of low rank.
     """
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor  # is written
     seed: int = 0
     coefficient: float = 0.0
     shared_seed: int = 0

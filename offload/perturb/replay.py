@@ -44,7 +44,7 @@ class Changes:
     """Where parameters are in it."""
     keys: Mapping[str, int]
     """Fully qualified name -> key of its noise, of every parameter that changes."""
-    noise: noise.Noise
+    noise: noise.Noise  # its kind
     groups: Sequence[noise.Group]
     """What is added, in order."""
     stored_dtypes: Mapping[str, torch.dtype]
@@ -82,14 +82,14 @@ class _Span(NamedTuple):
 class _Chunk(NamedTuple):
     """Bytes of a tensor, and where they go."""
 
-    entry: TensorEntry
+    entry: TensorEntry  # of the tensor
     offset: int
     """In the original file."""
-    num_bytes: int
+    num_bytes: int  # that are read
     dtype: torch.dtype | None
     """What they are written as; None: they are copied."""
-    new_offset: int
-    new_bytes: int
+    new_offset: int  # in the new file
+    new_bytes: int  # that are written
 
 
 def replay(

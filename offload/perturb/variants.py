@@ -245,7 +245,7 @@ class PerturbedRows:
 class _Part:
     """What variants of a block, or of a chunk of the head, take. Tables are by local name."""
 
-    slots: _Slots
+    slots: _Slots  # where variants are made
     layout: BlockLayout  # of a variant in its slot
     keys: Mapping[str, int | None]  # None: of what has no noise
     stored: Mapping[str, torch.dtype]  # what rounding rounds to
@@ -258,7 +258,7 @@ class _Part:
 class _ProductRows(HeadRows):
     """Rows of the head that meet their noise in their product. weight: as stored."""
 
-    factors: Factors
+    factors: Factors  # of the noise
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return perturbed_product(hidden, self.weight, self.factors, self.bias)

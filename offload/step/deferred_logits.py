@@ -170,7 +170,7 @@ class CrossEntropy:
 
     logits: DeferredLogits
     labels: torch.Tensor
-    is_mean: bool = True
+    is_mean: bool = True  # over labelled rows; else a sum
     weight: float = 1.0
 
     @property

@@ -25,8 +25,8 @@ from offload.step.weights import Block, Weights
 class Visit:
     """One block, one pass: the lanes that went through it, in lane order."""
 
-    index: int
-    records: list[Record]
+    index: int  # of the block
+    records: list[Record]  # what backward needs of each lane
 
 
 class Engine:

@@ -41,9 +41,9 @@ class BlockCall:
     """A call of block `index` that a lane waits for."""
 
     index: int
-    args: tuple
-    kwargs: dict[str, Any]
-    grad_enabled: bool
+    args: tuple  # of its forward
+    kwargs: dict[str, Any]  # of its forward
+    grad_enabled: bool  # in the lane, where it was called
     captured: tuple[str, ...] = ()
     """What hooks of Transformers are to collect inside of the block. See [Note: captured outputs]."""
 
@@ -53,12 +53,12 @@ class Record:
     """What backward needs of one lane's visit to a block: its inputs, its random state, and the gradients as they arrive."""
 
     lane: Lane
-    spec: TreeSpec
+    spec: TreeSpec  # how arguments are put together of `leaves`
     leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
     edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
-    random_state: RandomState
-    captured: tuple[str, ...] = ()
-    output_grads: dict[int, torch.Tensor] = field(default_factory=dict)
+    random_state: RandomState  # when the block began
+    captured: tuple[str, ...] = ()  # what hooks collect, as in `BlockCall`
+    output_grads: dict[int, torch.Tensor] = field(default_factory=dict)  # number of the output -> its gradient
 
 
 class Anchor(torch.autograd.Function):

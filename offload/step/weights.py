@@ -18,14 +18,14 @@ from torch.nn import functional
 class Block:
     """A block of the model."""
 
-    index: int
+    index: int  # in the model's order
 
 
 @dataclass(frozen=True, slots=True)
 class HeadChunk:
     """A run of rows of the head."""
 
-    index: int
+    index: int  # from the head's first row on
 
 
 Key = Block | HeadChunk

@@ -24,8 +24,8 @@ class _Range(NamedTuple):
     """Bytes of an open file, and where they go. piece: which one they are, if they are of the store."""
 
     file: int
-    offset: int
-    num_bytes: int
+    offset: int  # in that file
+    num_bytes: int  # that are read
     writes: Sequence[tuple[int, int, int, int]]
     """(file, offset in it, bytes, offset in the range)"""
     piece: tuple[UpdateUnit, int] | None = None

@@ -78,9 +78,9 @@ class Segment(NamedTuple):
     unit: int
     count: int
     weights: Address
-    weight_dtype: torch.dtype
+    weight_dtype: torch.dtype  # of weights and copy
     gradients: Address
-    gradient_dtype: torch.dtype
+    gradient_dtype: torch.dtype  # fp32 or bf16
     copy: Address = 0
     element: int = 0
 
@@ -91,7 +91,7 @@ class PieceState(NamedTuple):
 
     units: int
     arrays: Mapping[str, Address]
-    format: StateFormat = StateFormat()
+    format: StateFormat = StateFormat()  # of the arrays
     remainder: Address = 0
 
 
@@ -100,8 +100,8 @@ class Step(NamedTuple):
     only. seed: of random bits."""
 
     number: int
-    learning_rate: float
-    gradient_scale: float = 1.0
+    learning_rate: float  # of this step
+    gradient_scale: float = 1.0  # what gradients are multiplied by: clipping
     rounding: str = "nearest"
     seed: int = 0
 
@@ -111,7 +111,7 @@ class Code:
     """What runs, and on how many threads; none of it changes a bit but for `root`, one of `ROOTS`."""
 
     threads: int = field(default_factory=torch.get_num_threads)
-    instructions: str = INSTRUCTION_SETS[0]
+    instructions: str = INSTRUCTION_SETS[0]  # one of `INSTRUCTION_SETS`
     root: str = field(default_factory=lambda: ROOT)
 
 
@@ -119,8 +119,8 @@ class Sums(NamedTuple):
     """Sums of squares over an update's elements: of changes of the weights, and of new weights. Of the fp32 masters where
     there are any, else of the weights as stored. The same for any number of threads."""
 
-    change_sq: float
-    weight_sq: float
+    change_sq: float  # of changes
+    weight_sq: float  # of new weights
 
 
 def update(rule: Rule, step: Step, segments: Sequence[Segment], state: PieceState, code: Code | None = None) -> Sums:

@@ -18,7 +18,7 @@ TEMPORARY_BYTES = 6 * 4 * CHUNK_ELEMENTS
 class Elements:
     """A direction that is there as a whole: fp32 [elements]."""
 
-    values: torch.Tensor
+    values: torch.Tensor  # of all elements
 
     def of(self, first: int, count: int) -> torch.Tensor:
         return self.values[first : first + count]

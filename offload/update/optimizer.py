@@ -28,7 +28,7 @@ class _Given:
     """Local name -> what its elements move along instead, of a rule that has directions."""
     ratios: FirstPass | None
     """What each parameter's learning rate is multiplied by, of a rule with two passes."""
-    learning_rate: float
+    learning_rate: float  # of the step
     grad_scale: float
     """What gradients are multiplied by."""
     seed: int

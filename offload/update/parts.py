@@ -25,7 +25,7 @@ from offload.weights.parts import HeadPart, ModelParts
 class RowUnit:
     """Rows [start, stop) of a matrix."""
 
-    unit: UpdateUnit
+    unit: UpdateUnit  # what is updated together
     start: int
     stop: int
 
@@ -40,7 +40,7 @@ class TrainedParts:
     blocks: tuple[UpdateUnit, ...]
     head: tuple[RowUnit, ...]
     table: tuple[RowUnit, ...]
-    edges: UpdateUnit | None
+    edges: UpdateUnit | None  # of what stands outside of blocks, head and table; None: nothing of it is trained
     tied: bool
     fqns: tuple[str, ...]
 

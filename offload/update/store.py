@@ -52,15 +52,15 @@ class StoredPiece:
 
     offset: int
     """Of the weights, with the remainders of fp32 masters right behind."""
-    weights_bytes: int
-    master_bytes: int
+    weights_bytes: int  # of the weights alone
+    master_bytes: int  # of their masters
     state_offset: int
     """Of the optimizer state, apart from the others, so that its room can be given to another piece."""
     state_bytes: int
     """0: no state is kept."""
-    weights_sum: int
-    master_sum: int
-    state_sum: int
+    weights_sum: int  # checksum of the weights
+    master_sum: int  # of the masters
+    state_sum: int  # of the state
     updates: int
     """How often the state has been updated, for bias correction."""
 

@@ -30,7 +30,7 @@ class Move(NamedTuple):
 
     image_offset: int
     num_bytes: int
-    path: Path
+    path: Path  # of the checkpoint's file
     file_offset: int
 
 

@@ -38,7 +38,7 @@ class Request:
     unit: UpdateUnit
     trained: frozenset[str]
     """Local names of what is updated; others keep their bytes."""
-    rule: Rule
+    rule: Rule  # the optimizer
     scale: float = 1.0
     """Of the learning rate."""
     undecayed: frozenset[str] = frozenset()
@@ -70,7 +70,7 @@ class PieceFormat:
     bf16 weights, int16 [units]."""
     master_offset: int
     """Also the bytes of the weights."""
-    master_bytes: int
+    master_bytes: int  # 0: no masters are kept
     state_offset: int
     """Also the bytes of weights and masters."""
     state_bytes: int

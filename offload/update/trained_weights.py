@@ -54,7 +54,7 @@ class Update:
     """
 
     requests: Mapping[str, Request]
-    learning_rate: float
+    learning_rate: float  # of the step
     step: int
     grad_scale: float | None = 1.0
     max_grad_norm: float = 0.0
@@ -72,10 +72,10 @@ class Updated:
 class StoreOptions(NamedTuple):
     """Of a working store, as `WorkingStore` takes them."""
 
-    directory: Path
-    about: dict[str, Any]
-    resume: bool
-    versions: int
+    directory: Path  # of the store
+    about: dict[str, Any]  # what its manifest says of the run
+    resume: bool  # whether to go on from what is there
+    versions: int  # of every piece
 
 
 class StoredTier(HostTier):
@@ -112,7 +112,7 @@ class StoredTier(HostTier):
 class _Step:
     """What is going on between the begin of a step and its end."""
 
-    update: Update
+    update: Update  # what was asked for
     engine: Engine  # whose order of visits is that of the last forward
     measures_norm: bool = False  # and nothing else: gradients are dropped
     norms: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by fqn, of each of its chunks

@@ -22,11 +22,11 @@ PIECE_BYTES = 2 << 20  # of weights: with its state, what a level 3 cache holds 
 class Segment:
     """Elements of one parameter in a piece. offset: of the first one's bytes in the image; first_element: in the parameter."""
 
-    name: str
-    view: View
+    name: str  # local, of the parameter
+    view: View  # of the whole parameter in the image
     offset: int
     first_element: int
-    count: int
+    count: int  # of elements
 
     @property
     def end(self) -> int:
@@ -40,7 +40,7 @@ class Piece:
     start: int
     num_bytes: int
     units: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # of what can be trained
     others: frozenset[str]
 
 
@@ -50,10 +50,10 @@ class UpdateUnit:
     itemsize: of the smallest of them."""
 
     name: str
-    layout: BlockLayout
+    layout: BlockLayout  # of its image
     fqns: dict[str, str]
     itemsize: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...]  # from the image's first byte to its last
 
 
 def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUnit:

@@ -36,8 +36,8 @@ class View(NamedTuple):
     """A contiguous tensor at byte `slot_offset` of the slot."""
 
     slot_offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    dtype: torch.dtype  # as stored
+    shape: tuple[int, ...]  # of the tensor
 
     @property
     def num_bytes(self) -> int:
@@ -150,8 +150,8 @@ def view_slot(slot: Tensor, views: Mapping[str, View]) -> dict[str, Tensor]:
 class Copy(NamedTuple):
     """`num_bytes` bytes of a slot, and where they go in the aligned one."""
 
-    slot_offset: int
-    aligned_offset: int
+    slot_offset: int  # where they are
+    aligned_offset: int  # where they go
     num_bytes: int
 
 

@@ -29,16 +29,16 @@ from offload.weights.parts import EdgeTensor, ModelParts
 class Room:
     """What a model's weights are opened in. Whoever opens something here has it closed by one of the two stacks."""
 
-    parts: ModelParts
+    parts: ModelParts  # of the model
     model: nn.Module  # what is called; adapters may wrap that of `parts`
-    plan: Plan
-    device: Device
-    io: IOEngine
+    plan: Plan  # how many slots there are
+    device: Device  # where blocks compute
+    io: IOEngine  # reads and writes files
     host: Slab  # the host tier, which the device copies from
     computing: Slab  # the tier that compute reads; the same one where it reads host memory
     scratch: Path  # a directory for what lives as long as the model is open
     embeddings: Sequence[RowsOnDemand]  # in the order of `parts.embeddings`
-    closing: ExitStack
+    closing: ExitStack  # closed with the model
     after_io: ExitStack  # closed once no I/O is under way
 
 

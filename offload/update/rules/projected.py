@@ -75,14 +75,14 @@ class Kept(NamedTuple):
 class Projected:
     """What a rule makes a direction of. All fp32, but for the gradient's own dtype."""
 
-    shape: Shape
+    shape: Shape  # of the parameter
     gradient: torch.Tensor  # [matrices * rows, width]
-    gradient_scale: float
+    gradient_scale: float  # what the gradient is multiplied by
     projections: torch.Tensor  # [matrices, r, n]: P
     lows: torch.Tensor  # [matrices, r, m]: R
     steps: torch.Tensor  # [matrices, r, m]: U
     column_squares: torch.Tensor  # [matrices, m], fp64: squared norms of G's columns
-    kept: Kept
+    kept: Kept  # its state
 
     def along(self, move: Callable[[int, slice, torch.Tensor], None]) -> Rows:
         """move(matrix, rows, values) turns rows of a matrix's gradient, fp32, into those of the direction, in place."""

@@ -26,13 +26,13 @@ BLOCK = 256
 class Scalars(NamedTuple):
     """What a kernel multiplies with, see `Scalars` in csrc/optimizer.h; one that it does not read may be anything."""
 
-    keep1: float = 0.0
-    weight1: float = 0.0
-    keep2: float = 0.0
-    weight2: float = 0.0
-    root_divisor: float = 1.0
-    epsilon: float = 0.0
-    step: float = 0.0
+    keep1: float = 0.0  # beta1 or momentum
+    weight1: float = 0.0  # of the gradient beside it
+    keep2: float = 0.0  # beta2
+    weight2: float = 0.0  # of what is averaged beside it
+    root_divisor: float = 1.0  # AdamW: sqrt(1 - beta2^step)
+    epsilon: float = 0.0  # beside the root
+    step: float = 0.0  # what the direction is multiplied by: negative
 
 
 @dataclass(frozen=True, kw_only=True)
