@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from finetune.adapters.peft_files import prefix_length
 from finetune.config import Config
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encode import check_ids, prompt_ids
-from finetune.data.preparation import template_text
+from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.runs.tuned_weights import as_trained, was_trained_on_plain_prompts
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.sizing.dry_run import measure_visit
-from offload.streamed_model import StreamedModel
-from offload.weights.skeleton import cache_argument
 
 
 def generate(
@@ -32,23 +26,21 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 42,
     chat: bool | None = None,
+    **sampling: Any,
 ) -> Iterator[str]:
     """Yields what the model says after each prompt, in pieces of whole characters; with several prompts the texts come
     one after the other with an empty line between.
 
     adapter: of a PEFT adapter, or of a run, whose adapter or tuned weights are used; None: the model as it is.
-    temperature: 0 takes the likeliest token. top_p: samples among the likeliest tokens that together have this
-    probability (Holtzman et al. 2020, nucleus sampling). seed: of the sampling; prompt i uses seed + i.
+    sampling: the fields of `finetune.decoding.Sampling`: temperature, top_p, seed.
     chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template, unless a run was
     trained on prompts without it.
     A text ends at a token that generation_config.json (else config.json) or the tokenizer calls the end, after
     `max_new_tokens`, or where the model's positions end.
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
+    how = Sampling(**sampling)
     config = as_trained(config, adapter)
     # Nothing waits for a backward pass.
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
@@ -71,142 +63,29 @@ def generate(
         together = planned.shape.micro_batches
         for first in range(0, len(ids), together):
             group = ids[first : first + together]
-            choosers = [chooser(temperature, top_p, seed + first + i) for i in range(len(group))]
-            texts = [TextPieces(tokenizer, one) for one in group]
-            later: list[list[str]] = [[] for _ in group]
+            choosers = [chooser(how.temperature, how.top_p, how.seed + first + i) for i in range(len(group))]
+            passes = decode(streamed, group, choosers, ends, max_new_tokens)
             if first:
                 yield "\n\n"
-            for tokens in decode(streamed, group, choosers, ends, max_new_tokens):
-                for i, token in tokens:
-                    if token in ends:
-                        continue
-                    if i == 0:
-                        yield from filter(None, [texts[0].add(token)])
-                    else:
-                        later[i].append(texts[i].add(token))
-            yield texts[0].rest()
-            for text, pieces in zip(texts[1:], later[1:], strict=True):
-                yield "\n\n" + "".join(pieces) + text.rest()
+            yield from _texts(passes, [TextPieces(tokenizer, one) for one in group], ends)
     finally:
         session.close()
 
 
-def decode(
-    streamed: StreamedModel,
-    prompts: Sequence[Sequence[int]],
-    choosers: Sequence[Callable[[torch.Tensor], int]],
-    ends: frozenset[int],
-    max_new_tokens: int,
-    variants: Sequence[int] = (),
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields, pass by pass, (prompt, token) for every prompt that goes on; the end token is the last of a prompt's.
-
-    prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token. variants: which one of the weights
-    each prompt meets, as in `StreamedModel.forward`.
-    """
-    device = streamed.device.torch_device
-    cache_key, before = cache_argument(streamed.parts.model), prefix_length(streamed.model)
-    caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
-    news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
-    going = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        versions = [variants[i] for i in going] if variants else ()
-        outputs = streamed.forward(
-            [{"input_ids": news[i], cache_key: caches[i], "use_cache": True} for i in going], versions
-        )
-        tokens = []
-        for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
-            if bool(logits.isnan().any()):
-                raise UserError(
-                    "no next token can be chosen, because the model's outputs are NaN: look for a faulty weight, or try "
-                    "another engine.dtype"
-                )
-            token = choosers[i](logits[0].cpu())
-            news[i] = torch.tensor([[token]], device=device)
-            tokens.append((i, token))
-        del outputs
-        yield tokens
+def _texts(passes: Iterable[list[tuple[int, int]]], texts: list[TextPieces], ends: frozenset[int]) -> Iterator[str]:
+    """The first text as it comes, then the others, with an empty line before each. passes: as `decode` yields them."""
+    later: list[list[str]] = [[] for _ in texts]
+    for tokens in passes:
         for i, token in tokens:
             if token in ends:
-                going.remove(i)
-                caches[i] = None
-        if not going:
-            return
-
-
-def chooser(temperature: float, top_p: float, seed: int) -> Callable[[torch.Tensor], int]:
-    """A function from logits, fp32 [vocabulary], to the next token; see `generate` for the arguments."""
-    if temperature == 0:
-        return lambda logits: int(logits.argmax())
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits: torch.Tensor) -> int:
-        probabilities, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        before[0] = -1.0  # the likeliest is always among them
-        probabilities[before >= top_p] = 0
-        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
-
-    return choose
-
-
-class TextPieces:
-    """Tokens to text as they come: pieces are whole characters, and together they are the decoded whole.
-
-    A character may be several tokens (byte-level BPE), and a decoder may drop a space at the start of what it is given:
-    each piece is what the last tokens add to the text of those before them.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._context = list(prompt[-8:])  # tokens whose text is out
-        self._pending: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that `token` completes, or an empty string."""
-        self._pending.append(token)
-        piece = self._piece()
-        if not piece or piece.endswith("\ufffd"):
-            return ""
-        self._context, self._pending = self._pending, []
-        return piece
-
-    def rest(self) -> str:
-        """At the end: what is left, an incomplete character as U+FFFD."""
-        return self._piece() if self._pending else ""
-
-    def _piece(self) -> str:
-        return self._text(self._context + self._pending)[len(self._text(self._context)) :]
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's own."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        if not found and path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            value = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(found if tokenizer_eos is None else found | {tokenizer_eos})
-
-
-def load_tokenizer(directory: Path, config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # Transformers raises whatever its parts do
-        raise UserError(
-            f"the tokenizer of {config.model} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): bring "
-            "its files (tokenizer.json, ...) from where the model came from"
-        ) from error
-    if (template := template_text(config.dataset.chat_template)) is not None:
-        tokenizer.chat_template = template
-    return tokenizer
+                continue
+            if i == 0:
+                yield from filter(None, [texts[0].add(token)])
+            else:
+                later[i].append(texts[i].add(token))
+    yield texts[0].rest()
+    for text, pieces in zip(texts[1:], later[1:], strict=True):
+        yield "\n\n" + "".join(pieces) + text.rest()
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool | None, config: Config) -> list[int]:
@@ -251,53 +130,3 @@ def _plan(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: in
 def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
     kept = cache_bytes(session, prompt_tokens, max_new_tokens, together)
     return session.plan(BatchShape.of_text(1, prompt_tokens, together, train=False).keeping(kept))
-
-
-def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, prompts: int) -> int:
-    """What generation holds for `prompts` prompts while it goes on: keys and values of all layers, and logits."""
-    from transformers import DynamicCache
-
-    # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
-    probe = DynamicCache(config=session.parts.model.config)
-    inputs = BatchShape.of_text(1, prompt_tokens, 1, train=False).inputs
-    inputs |= {cache_argument(session.parts.model): probe, "use_cache": True}
-    measure_visit(session.parts, session.model, inputs, train=False)
-    text_config = session.parts.model.config.get_text_config(decoder=True)
-    filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
-    sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)
-    prompt_bytes = max(sizes, default=2 * prompt_tokens * text_config.hidden_size * session.parts.dtype.itemsize)
-    layer_bytes = -(-prompt_bytes * (prompt_tokens + max_new_tokens) // prompt_tokens)
-    # While a block attends, keys and values of a group of heads may be repeated for each.
-    heads = getattr(text_config, "num_attention_heads", 1)
-    repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
-    logits = 4 * session.parts.head.module.weight.shape[0]
-    return layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits * prompts
-
-
-def _cache(streamed: StreamedModel, max_tokens: int) -> Any:
-    """A key-value cache whose full-attention layers have room for `max_tokens` from the start.
-
-    Transformers' own grow by a copy a token: twice the memory at that moment, and holes of every size left behind.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-            super().lazy_initialization(key_states, value_states)
-            both = (key_states, value_states)
-            self._room = [states.new_empty(*states.shape[:-2], max_tokens, states.shape[-1]) for states in both]
-
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-            start = self.get_seq_length()
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            end = start + key_states.shape[-2]
-            for room, states in zip(self._room, (key_states, value_states), strict=True):
-                room[..., start:end, :] = states
-            self.keys, self.values = (room[..., :end, :] for room in self._room)
-            return self.keys, self.values
-
-    cache = DynamicCache(config=streamed.parts.model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

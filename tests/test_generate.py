@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetune.decoding import TextPieces, chooser, decode, end_tokens
 from finetune.evaluate import evaluate
-from finetune.generate import TextPieces, chooser, decode, end_tokens, generate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
+from finetune.generate import generate
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from finetune.trainer import Trainer

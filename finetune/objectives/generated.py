@@ -12,7 +12,7 @@ from finetune.config import Config
 from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.data.cache import MASKED
-from finetune.generate import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.decoding import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
 from finetune.objectives.base import Objective, rows_of
 from finetune.planned_run import BatchShape
 from finetune.session import Session
