@@ -40,7 +40,6 @@ from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.planned_run import PlannedRun
 from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
-from finetune.reporting.run_report import run_report
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
 from finetune.runs.identity import RunIdentity
@@ -49,6 +48,7 @@ from finetune.session import Session
 from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
 from finetune.training.loop import TrainingLoop
+from finetune.training.run_report import run_report
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
