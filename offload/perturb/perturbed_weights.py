@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,15 @@ from torch import nn
 from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.noise.noise import Noise, parameter_key
 from offload.perturb.replay import Changes, moved_sources, replay
-from offload.perturb.variants import Perturbation, PerturbedRows, Residents, StreamedVariants, Variant, noise_keys
+from offload.perturb.variants import (
+    Perturbation,
+    PerturbedRows,
+    Resident,
+    Residents,
+    StreamedVariants,
+    Variant,
+    noise_keys,
+)
 from offload.step.weights import HeadRows, Key
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.streamed_parts import Room, StreamedParts, read_edges
@@ -114,10 +123,9 @@ class PerturbedWeights:
             return
         self._residents.clear()
         for name, parameter in self._adapters.items():
-            self._residents.add(
-                parameter_key(name), parameter.detach().float().cpu(), parameter.dtype,
-                lambda value, parameter=parameter: setattr(parameter, "data", value), torch.float32,
-            )  # fmt: skip
+            clean = parameter.detach().float().cpu()
+            install = partial(setattr, parameter, "data")
+            self._residents.add(Resident(parameter_key(name), clean, parameter.dtype, install, torch.float32))
 
     def fold_adapters(self) -> None:
         """Pending updates become part of the adapters' values."""
@@ -164,4 +172,4 @@ class PerturbedWeights:
             edge.install(edge.source.decode(stored, edge.dtype).to(self._room.device.torch_device))
             if edge.name in self._keys:
                 rounded_to = self._original.sources[edge.name].dtype
-                self._residents.add(self._keys[edge.name], stored, edge.dtype, edge.install, rounded_to)
+                self._residents.add(Resident(self._keys[edge.name], stored, edge.dtype, edge.install, rounded_to))

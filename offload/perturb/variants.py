@@ -146,6 +146,16 @@ class _Slots:
         return bind_views(self._buffers[self._made.index(variant)], layout)
 
 
+class Resident(NamedTuple):
+    """A small tensor that has variants."""
+
+    key: int  # of its noise
+    clean: torch.Tensor  # on the CPU
+    dtype: torch.dtype  # of a variant
+    install: Callable[[torch.Tensor], None]  # gives the model a variant
+    stored_dtype: torch.dtype  # what rounding rounds to
+
+
 class Residents:
     """Small tensors that stay in memory: clean values, and the step's variants of them, made once and kept for the step.
 
@@ -155,19 +165,11 @@ class Residents:
     def __init__(self, perturbation: Perturbation, device: torch.device) -> None:
         self._perturbation = perturbation
         self._device = device
-        self._tensors: list[tuple[int, torch.Tensor, torch.dtype, Callable[[torch.Tensor], None], torch.dtype]] = []
+        self._tensors: list[Resident] = []
         self._made: dict[int, list[torch.Tensor]] = {}
 
-    def add(
-        self,
-        key: int,
-        clean: torch.Tensor,
-        dtype: torch.dtype,
-        install: Callable[[torch.Tensor], None],
-        stored_dtype: torch.dtype,
-    ) -> None:
-        """install: gives the model a variant, of `dtype`. stored_dtype: what rounding rounds to."""
-        self._tensors.append((key, clean, dtype, install, stored_dtype))
+    def add(self, resident: Resident) -> None:
+        self._tensors.append(resident)
 
     def clear(self) -> None:
         self._tensors.clear()
@@ -180,20 +182,20 @@ class Residents:
         if variant not in self._made:
             together = self._perturbation.made_together(variant, 2)
             made: dict[int, list[torch.Tensor]] = {other: [] for other in together}
-            for key, clean, dtype, _, stored_dtype in self._tensors:
-                targets = {other: torch.empty(clean.shape, dtype=dtype) for other in together}
-                self._perturbation.write(key, clean, targets, stored_dtype)
+            for one in self._tensors:
+                targets = {other: torch.empty(one.clean.shape, dtype=one.dtype) for other in together}
+                self._perturbation.write(one.key, one.clean, targets, one.stored_dtype)
                 for other, target in targets.items():
                     made[other].append(target.to(self._device))
             self._made |= made
-        for (_, _, _, install, _), value in zip(self._tensors, self._made[variant], strict=True):
-            install(value)
+        for one, value in zip(self._tensors, self._made[variant], strict=True):
+            one.install(value)
 
     def fold(self) -> None:
         """The pending updates become part of the clean values, which are fp32."""
-        for key, clean, _, _, stored_dtype in self._tensors:
-            parameter = noise.Parameter(key, columns_of(clean), stored_dtype)
-            noise.move(self._perturbation.noise, parameter, clean, self._perturbation.pending, [noise.Target(clean)])
+        for one in self._tensors:
+            parameter = noise.Parameter(one.key, columns_of(one.clean), one.stored_dtype)
+            noise.move(self._perturbation.noise, parameter, one.clean, self._perturbation.pending, [noise.Target(one.clean)])
         self._made.clear()
 
 

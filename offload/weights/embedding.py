@@ -31,9 +31,7 @@ class RowsOnDemand:
         self._files: dict[Any, int] = {}
         self.ids = torch.empty(0, dtype=torch.int64)  # sorted ids whose rows are in memory
         self.rows = torch.empty(0)  # as stored, in the order of `ids`
-        self.table = torch.empty(
-            0
-        )  # what the forward looks up: `rows` in the dtype that computes, or a variant of them
+        self.table = torch.empty(0)  # what the forward looks up: `rows` in the dtype that computes, or a variant of them
         self._placeholder = module._parameters["weight"]
         self.trained = False  # whether a gradient of the rows is wanted
         self.parameter: nn.Parameter | None = None  # over `table`, for all forwards between two reads
