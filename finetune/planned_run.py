@@ -163,7 +163,7 @@ class PlannedRun:
 
     def _seconds_words(self, rates: Rates | NoRates) -> str:
         if not rates:
-            return f"no time of a step is predicted, for the model cannot be read here: {rates.reason}"
+            return f"no time of a step is predicted, because the model cannot be read here: {rates.reason}"
         speeds = [f"reads {format_bytes(rates.read_bytes_per_second)}/s from disk"]
         if self.plan.device_budget_bytes is not None:
             speeds.append(f"copies {format_bytes(rates.copy_bytes_per_second)}/s to the device")

@@ -96,7 +96,7 @@ class Session:
             simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
         )
         if self.device.shares_host_memory and config.device_memory is not None:
-            print(f"note: --device-memory changes nothing, for this run computes on {self.device.kind}", file=sys.stderr)
+            print(f"note: --device-memory changes nothing, because this run computes on {self.device.kind}", file=sys.stderr)
         directory = resolve_model(config.model)
         if adapter is None and self.tuned is None:
             saved_adapter.refuse_beside(directory)

@@ -48,7 +48,7 @@ def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.sizing.calibration, "IOEngine", lambda: faulty)
     last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
     assert (
-        last.startswith("no time of a step is predicted, for the model cannot be read here: ") and "safetensors" in last
+        last.startswith("no time of a step is predicted, because the model cannot be read here: ") and "safetensors" in last
     )
 
 

@@ -86,7 +86,7 @@ class ZerothOrderOptions(Section):
         if not find_objective(self.objective).packs:
             yield Conflict(
                 ("method", "zo.objective", "dataset.packing"),
-                f"expected dataset.packing off with zo.objective {self.objective}, which is asked row by row, found it on",
+                f"expected dataset.packing off with zo.objective {self.objective}, which is computed row by row, found it on",
             )
         if self.parameters in ADAPTERS and (why := ADAPTERS[self.parameters].one_text):
             yield Conflict(
