@@ -64,8 +64,8 @@ def _model_class(config: Any, architectures: Sequence[str], directory: Path) -> 
     is_bare = model_class is MODEL_MAPPING.get(type(config), ())  # saved without a head, which may be the embedding
     if is_other_model and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{directory / 'config.json'}: model_type is {config.model_type}, of which {architectures[0]}, named by "
-            "architectures, is not: correct the one that is wrong"
+            f"{directory / 'config.json'}: model_type is {config.model_type}, but architectures names {architectures[0]}, "
+            "a class of another model: correct the one that is wrong"
         )
     if (is_other_model or is_bare) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # as AutoModelForCausalLM, which goes by model_type
