@@ -1,4 +1,4 @@
-"""What the documents point at is there: files behind links, files named in the text, notes in the source, options."""
+"""What the documents point at is there: files behind links, files named in the text, notes in the source, options, keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 from typer.main import get_command
 
 from finetune.cli import app
+from finetune.config.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 ROOMS = ("finetune", "offload", "memory", "csrc", "tests", "benchmarks", "configs", "docs")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".inc")]
 
@@ -61,6 +63,13 @@ def test_options_in_a_document_are_options_of_the_command(document):
         name, *words = line.split("#")[0].split()
         assert name in known, line
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known[name] | {"--help"}, line
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PRESETS], ids=lambda path: path.name)
+def test_keys_in_a_document_are_keys_of_the_configuration(document):
+    known = {f"{section}.{key}" for section, options in SECTIONS.items() for key in options.model_fields}
+    named = re.findall(rf"[`'\s]((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+)", document.read_text(encoding="utf-8"))
+    assert {name for name in named if not name.endswith("py")} <= known
 
 
 def test_commands_are_found_in_all_kinds_of_code():
