@@ -51,6 +51,7 @@ def lean_imports() -> Iterator[None]:
     torch.distributed.is_available = lambda: False
     gc.disable()  # what is imported stays, and every search for garbage would look at all of it
     try:
+        _import_models_in_one_scan()
         yield
     finally:
         torch.distributed.is_available = was_available
@@ -147,6 +148,30 @@ def _symbolic_answers(module: _StandIn) -> dict[str, Callable]:
 def _sympy_answers(_: _StandIn) -> dict[str, type]:
     """`isinstance(x, sympy.Basic)`, what meta tensors ask: no instance can exist before the real sympy does."""
     return {"Basic": type("Basic", (), {"__slots__": ()})}
+
+
+def _import_models_in_one_scan() -> None:
+    """`transformers` reads all files of its models for the names in them; `transformers.models` would read them again, for its
+    cache is too small for so many. Saves a quarter of a second."""
+    import transformers
+    from transformers.utils import import_utils
+
+    folder, scan = Path(transformers.__file__).parent / "models", import_utils.define_import_structure
+
+    def found_before(module_path: str, prefix: str | None = None) -> dict[frozenset[str], dict[str, set[str]]]:
+        if prefix is not None or Path(module_path) != folder / "__init__.py":
+            return scan(module_path, prefix)
+        found = scan(folder, prefix="models")  # as `transformers` has called it: from its cache
+        return {
+            backends: {name.removeprefix("models."): exports for name, exports in names.items() if name.startswith("models.")}
+            for backends, names in found.items()
+        }
+
+    import_utils.define_import_structure = found_before
+    try:
+        importlib.import_module("transformers.models")
+    finally:
+        import_utils.define_import_structure = scan
 
 
 def _import_without_package(name: str, folder: Path) -> None:

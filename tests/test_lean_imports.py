@@ -128,3 +128,18 @@ with lean_imports():
     import torch._dynamo
 assert torch._dynamo is real is sys.modules["torch._dynamo"]
 """)
+
+
+def test_the_models_of_transformers_are_those_of_its_own_scan() -> None:
+    run("""
+from memory.lean_imports import lean_imports
+with lean_imports():
+    import transformers.models
+from transformers.utils.import_utils import create_import_structure_from_path, define_import_structure
+import transformers.models.llama
+own = define_import_structure(transformers.models.__file__)
+names = {name for modules in own.values() for module, found in modules.items() for name in (module.split(".")[0], *found)}
+assert len(names) > 1000 and names <= set(dir(transformers.models)), names - set(dir(transformers.models))
+from transformers.models import LlamaConfig, llama
+assert llama is transformers.models.llama and LlamaConfig is transformers.LlamaConfig
+""")
