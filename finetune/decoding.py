@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.peft_files import prefix_length
+from finetune.adapters.base import adapter_of
 from finetune.config import Config
 from finetune.data.preparation import template_text
 from finetune.planned_run import BatchShape
@@ -35,7 +35,7 @@ def decode(
     each prompt meets, as in `StreamedModel.forward`.
     """
     device = streamed.device.torch_device
-    cache_key, before = cache_argument(streamed.parts.model), prefix_length(streamed.model)
+    cache_key, before = cache_argument(streamed.parts.model), adapter_of(streamed.model).positions
     caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))

@@ -23,10 +23,11 @@ from finetune.data.micro_batches import make_micro_batches
 from finetune.data.model_kinds import refuse_text
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.methods.results import find_result
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
-from finetune.runs.tuned_weights import as_trained
+from finetune.runs.prompts import as_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
@@ -48,7 +49,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     """
     started = time.perf_counter()
     config = as_trained(config, adapter)
-    session = Session(config, adapter, train=False)
+    session = Session(find_result(config, adapter))
     try:
         rows = _open_rows(session, config)
         planned = _plan(session, rows, config.training.micro_batch_size)

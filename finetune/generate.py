@@ -8,13 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.peft_files import prefix_length
 from finetune.config import Config
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encode import check_ids, prompt_ids
 from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape, PlannedRun
-from finetune.runs.tuned_weights import as_trained, was_trained_on_plain_prompts
+from finetune.runs.prompts import as_trained, was_trained_on_plain_prompts
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
@@ -44,7 +44,7 @@ def generate(
     config = as_trained(config, adapter)
     # Nothing waits for a backward pass.
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
-    session = Session(config, adapter, train=False)
+    session = Session(find_result(config, adapter))
     try:
         if session.parts.head is None:
             found = type(session.parts.model).__name__
@@ -107,7 +107,7 @@ def _room(session: Session, prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that the model has positions for. Raises UserError when the prompt takes them all."""
     positions = getattr(session.parts.model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
-        positions -= prefix_length(session.model)
+        positions -= session.adapter.positions
     if not positions or prompt_tokens + max_new_tokens <= positions:
         return max_new_tokens
     if prompt_tokens >= positions:

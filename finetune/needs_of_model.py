@@ -8,7 +8,8 @@ from math import isqrt
 import torch
 from torch import nn
 
-from finetune.adapters import peft_files, prefix
+from finetune.adapters import peft_files
+from finetune.adapters.base import adapter_of
 from finetune.planned_run import BatchShape, MeasuredBatch
 from memory.arena import trim_malloc
 from memory.meter import host_bytes
@@ -46,7 +47,7 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.micro_batches
     masks, lane_bytes = MaskSize(0, 0), 0
     if "input_ids" in shape.inputs:
-        masks, lane_bytes = _masks(parts, model, shape), prefix.lane_bytes(model, parts.dtype.itemsize)
+        masks, lane_bytes = _masks(parts, model, shape), adapter_of(model).lane_bytes(parts.dtype.itemsize)
     stored_rows = sum(
         min(lanes * shape.rows, source.shape[0]) * (source.num_bytes // source.shape[0])
         for _, _, source in parts.embeddings

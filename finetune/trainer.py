@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +31,8 @@ from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
 from finetune.export import export
-from finetune.methods.adapter_training import AdapterTraining
-from finetune.methods.base import Method
+from finetune.methods.base import Method, make_method
 from finetune.methods.schedule import check_schedule
-from finetune.methods.weight_training import WeightTraining
-from finetune.methods.zeroth_order import ZerothOrder
 from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.planned_run import PlannedRun
 from finetune.reporting.progress import LastingStream, Progress
@@ -64,6 +61,23 @@ class TrainResult:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A run from its plan on."""
+
+    session: Session
+    method: Method  # the session's setup
+    planned: PlannedRun
+    objective: Objective
+    batches: BatchPlan
+    meter: MemoryMeter
+    progress: Progress
+
+    def say(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self.progress.message(note)
+
+
 class Trainer:
     """Fine-tunes the model that `config` names, within its budgets.
 
@@ -87,7 +101,7 @@ class Trainer:
         """What would live where for a full-length step, and how long that takes at this machine's rates; reads some MiB of
         weights for these, and of data only rows of tensors. Raises PlanRefused."""
         config = self.config
-        session = Session(config)
+        session = Session(make_method(config))
         try:
             tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
             if tensors is None:
@@ -115,12 +129,13 @@ class Trainer:
             raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
         directory = RunDirectory(config.output)
         with stop_requests():
-            session = Session(config)
+            method = make_method(config)
+            session = Session(method)
             try:
                 data = self._prepare(config.data, session, directory)
                 objective = make_objective(config, session, data)
                 identity = RunIdentity.of(config, session.parts, data, len(objective.lengths))
-                return self._train(session, objective, directory, identity)
+                return self._train(session, method, objective, directory, identity)
             finally:
                 session.close()
                 directory.close()
@@ -136,12 +151,12 @@ class Trainer:
 
         Where the model itself was tuned, exports it to `directory`.
         """
-        if not self.config.has_adapter:
+        source = make_method(self.config).adapter_directory
+        if source is None:
             if directory is None:
                 raise UserError("the model itself was tuned: expected a directory to write it to, found None")
             export(self.config, Path(directory))
             return Path(directory)
-        source = self.config.output / "adapter"
         if not source.is_dir():
             raise UserError(f"there is no trained adapter in {source} yet: call train() first")
         if directory is None:
@@ -178,7 +193,7 @@ class Trainer:
         return data
 
     def _train(
-        self, session: Session, objective: Objective, directory: RunDirectory, identity: RunIdentity
+        self, session: Session, method: Method, objective: Objective, directory: RunDirectory, identity: RunIdentity
     ) -> TrainResult:
         config, options = self.config, self.config.training
         packing = config.dataset.sequence_length if config.dataset.packing else None
@@ -186,99 +201,69 @@ class Trainer:
             len(objective.lengths), options.batch_size, options.micro_batch_size, options.seed, objective.lengths,
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
-        notes = _notes(config, batches.num_steps)
-        shape = objective.shape(session)
-        session.num_steps = batches.num_steps
-        planned, self._held_out = plan_with_evaluation(session, config, shape)
+        method.num_steps = batches.num_steps
+        notes = _notes(method)
+        planned, self._held_out = plan_with_evaluation(session, config, objective.shape(session))
 
         check_disk(config, planned.plan, directory.earlier_bytes)
-        about = directory.begin(identity, batches.num_steps)
-        meter = MemoryMeter().start()
-        progress = Progress(
-            batches.num_steps,
-            host_budget_bytes=planned.plan.host_budget_bytes,
-            device_budget_bytes=planned.plan.device_budget_bytes,
+        method.about = directory.begin(identity, batches.num_steps)
+        budgets = {name: getattr(planned.plan, name) for name in ("host_budget_bytes", "device_budget_bytes")}
+        run = _UnderWay(
+            session, method, planned, objective, batches, MemoryMeter().start(), Progress(batches.num_steps, **budgets)
         )
-        for note in [planned.describe(), *directory.notes, *notes]:
-            progress.message(note)
+        run.say([planned.describe(), *directory.notes, *notes])
         try:
             with stop_requests(self._ask_to_stop):
-                return self._run(session, planned, objective, batches, meter, progress, about)
+                return self._run(run)
         finally:
             self._stop_signal = None
-            progress.close()
-            meter.stop()
+            run.progress.close()
+            run.meter.stop()
 
-    def _run(
-        self,
-        session: Session,
-        planned: PlannedRun,
-        objective: Objective,
-        batches: BatchPlan,
-        meter: MemoryMeter,
-        progress: Progress,
-        about: dict[str, Any],
-    ) -> TrainResult:
-        config, output = self.config, self.config.output
+    def _run(self, run: _UnderWay) -> TrainResult:
+        session, method = run.session, run.method
 
         def inside(phase: str, done: int, total: int) -> None:
-            # A store of one version must not be left within a step: the run would be lost.
-            if not (config.trains_weights and config.optimizer.versions == 1):
+            if method.may_stop_inside:
                 self._stop_if_asked()
-            progress.inside(phase, done, total)
+            run.progress.inside(phase, done, total)
 
-        streamed = session.open(planned, output / "scratch", inside, about, objective.make_loss)
-        for note in [*session.notes, *streamed.notes]:
-            progress.message(note)
+        streamed = session.open(run.planned, self.config.output / "scratch", inside, run.objective.make_loss)
+        run.say([*session.notes, *streamed.notes])
         rates = measure_rates(session.parts, session.device)
-        if planned.shape.packed:
+        if run.planned.shape.packed:
             session.set_training(False)
-            check_texts_stay_apart(streamed, planned.shape.rows)
+            check_texts_stay_apart(streamed, run.planned.shape.rows)
             session.set_training(True)
-        kind = WeightTraining if config.trains_weights else {"zo": ZerothOrder, "lora": AdapterTraining}[config.method]
-        method: Method = kind(config, session, objective, batches.num_steps, about)
-        for note in method.notes:
-            progress.message(note)
-        try:
-            return self._run_steps(session, planned, batches, meter, progress, rates, method)
-        finally:
-            method.close()
-
-    def _run_steps(
-        self,
-        session: Session,
-        planned: PlannedRun,
-        batches: BatchPlan,
-        meter: MemoryMeter,
-        progress: Progress,
-        rates: Rates,
-        method: Method,
-    ) -> TrainResult:
-        config, output = self.config, self.config.output
+        run.say(method.begin(session, run.objective))
         if method.first_step:
-            progress.message(f"resumed after step {method.first_step}")
-        loop = TrainingLoop(session, method, batches, meter, progress, self._stop_if_asked)
+            run.say([f"resumed after step {method.first_step}"])
+        return self._run_steps(run, rates)
+
+    def _run_steps(self, run: _UnderWay, rates: Rates) -> TrainResult:
+        config, output, session, method = self.config, self.config.output, run.session, run.method
+        loop = TrainingLoop(session, method, run.batches, run.meter, run.progress, self._stop_if_asked)
 
         def measure(step: int) -> dict[str, float]:
-            return self._evaluate_inside(session, progress, step)
+            return self._evaluate_inside(run, step)
 
         with MetricsWriter(output / "metrics.jsonl", method.first_step) as metrics:
-            callbacks = Callbacks(self.callbacks, config, session, method, batches, metrics.rows())
+            callbacks = Callbacks(self.callbacks, config, session, method, run.batches, metrics.rows())
             after = AfterStep(method, callbacks, metrics, None if config.eval_data is None else measure)
             loop.run(callbacks, after, metrics)
-        report = run_report(planned, rates, session, meter, loop) | {"evaluation": after.evaluation}
+        report = run_report(run.planned, rates, session, run.meter, loop) | {"evaluation": after.evaluation}
         write_report(output / "report.json", report)
-        progress.close()
+        run.progress.close()
         words = summary_table(report)
-        if not config.has_adapter:
+        if method.adapter_directory is None:
             words += f"\nThe tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY"
         print(words, file=LastingStream(sys.stdout), flush=True)
         return TrainResult(loop.step, loop.training_loss, report)
 
-    def _evaluate_inside(self, session: Session, progress: Progress, step: int) -> dict[str, float]:
-        results = evaluate_open(session, self._held_out)
-        session.set_training(True)
-        progress.message(f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items()))
+    def _evaluate_inside(self, run: _UnderWay, step: int) -> dict[str, float]:
+        results = evaluate_open(run.session, self._held_out)
+        run.session.set_training(True)
+        run.say([f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items())])
         return results
 
     def _ask_to_stop(self, number: int) -> None:
@@ -300,13 +285,12 @@ def _local_paths(*sources: Any) -> list[Path]:
     return [Path(source) for source in sources if isinstance(source, (str, os.PathLike)) and os.path.exists(source)]
 
 
-def _notes(config: Config, num_steps: int) -> list[str]:
+def _notes(method: Method) -> list[str]:
     """What a run of so many steps does not do, though its settings might make one think so. Raises UserError when they are too
     few for the schedule."""
-    options = config.training
-    notes = [check_schedule(options, num_steps), unused_adapter_note(config)]
+    config, options = method.config, method.config.training
+    notes = [check_schedule(options, method.num_steps), unused_adapter_note(config)]
     if options.eval_steps and config.eval_data is None:
         notes.append("there is no eval_data, so training.eval_steps evaluates nothing")
-    if config.method == "zo" and not config.has_adapter and options.weight_decay and not options.decay_norms_and_biases:
-        notes.append("method zo has weight decay for norms and biases too")
+    notes += method.schedule_notes
     return [f"note: {note}" for note in notes if note is not None]

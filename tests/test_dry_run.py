@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.adapters import lora, prefix
+from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from offload.devices.base import map_host_bytes
@@ -114,7 +115,7 @@ def test_a_window_longer_than_the_text_needs_no_mask(tmp_path):
 def test_a_plan_counts_a_mask_for_every_lane(packed, tmp_path, monkeypatch):
     model = save_tiny("llama", tmp_path / "model")
     config = make_config(model, None, tmp_path / "out", method="zo", zo={"perturbations": 3})
-    session = Session(config)
+    session = Session(make_method(config))
     shapes = [BatchShape.of_text(1 + (not packed), 90, 7, True, some) for some in (packed, False)]
     with_masks = session.plan(shapes[0]).needs.bytes_of(STEP)
     monkeypatch.setattr("finetune.needs_of_model.measure_masks", lambda *_: MaskSize(0, 0))

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 import finetune.evaluate
 from finetune.data import Example, preparation, worker
 from finetune.evaluate import _micro_batches, evaluate, evaluate_open, plan_with_evaluation
+from finetune.methods.base import make_method
+from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
 from finetune.planned_run import BatchShape
 from finetune.session import Session
@@ -142,7 +144,7 @@ def test_lanes_share_a_pass_when_nothing_is_resident(tmp_path):
 
     def run(**engine) -> tuple[dict, int]:
         config = make_config(model, tmp_path / "out", eval_data=pairs(ONE_TOKEN, 40), engine=engine)
-        session = Session(config, None, train=False)
+        session = Session(find_result(config, None))
         try:
             rows = finetune.evaluate._open_rows(session, config)
             planned = finetune.evaluate._plan(session, rows, 1)
@@ -164,7 +166,7 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
     rows = pairs(UNLIKE)
     config = make_config(model, tmp_path / "out", eval_data=rows, lora={"dropout": 0.5})
     alone = evaluate(config)
-    session = Session(config)
+    session = Session(make_method(config))
     try:
         shape = BatchShape.of_text(2, longest, 3, train=True)
         planned, held_out = plan_with_evaluation(session, config, shape)
@@ -181,7 +183,7 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
 
 
 def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch):
-    session = Session(make_config(model, tmp_path / "out", eval_data=pairs(UNLIKE)))
+    session = Session(make_method(make_config(model, tmp_path / "out", eval_data=pairs(UNLIKE))))
     plan, asked = session.plan, []
 
     def only_training(shape, also=None):

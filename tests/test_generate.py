@@ -20,6 +20,7 @@ from finetune.evaluate import evaluate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
 from finetune.generate import generate
+from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from finetune.trainer import Trainer
@@ -68,7 +69,7 @@ def greedy(plain: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def generated_ids(config, prompts: list[list[int]], count: int, adapter: Path | None = None) -> list[list[int]]:
-    session = Session(config, adapter, train=False)
+    session = Session(find_result(config, adapter))
     try:
         planned = session.plan(BatchShape.of_text(1, max(map(len, prompts)), len(prompts), train=False))
         streamed = session.open(planned, config.output / "scratch")
@@ -257,7 +258,7 @@ def test_sampling_keeps_to_the_nucleus():
 
 
 def test_the_cache_is_part_of_the_plan(llama, tmp_path):
-    session = Session(make_config(llama, tmp_path), None, train=False)
+    session = Session(find_result(make_config(llama, tmp_path), None))
     try:
         step_bytes = {
             (prompts, new): plan_prompts(session, [[3] * 7] * prompts, new).needs.bytes_of(STEP)

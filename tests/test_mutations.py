@@ -33,6 +33,7 @@ import offload.update.units
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.methods.base import make_method
 from memory.errors import UserError
 from offload.perturb.journal import Journal
 from offload.sizing.calibration import Rates
@@ -122,7 +123,7 @@ def make_world(name: str, model: Path, folder: Path) -> World:
         return config
 
     one, other = begin("the"), begin("cat", learning_rate=2e-3)
-    if one.has_adapter:
+    if make_method(one).adapter_directory:
         evaluate(evaluated(one), one.output / "adapter")  # for its token cache
     others: dict[str, list[bytes]] = {}
     for path in sorted(other.output.rglob("*")):
@@ -141,7 +142,7 @@ def evaluated(config: Config) -> Config:
 
 
 def actions(world: World) -> list[str]:
-    return ["resume", "evaluate" if world.config.has_adapter else "export"]
+    return ["resume", "evaluate" if make_method(world.config).adapter_directory else "export"]
 
 
 def outcome(world: World, action: str) -> Any:
@@ -159,12 +160,12 @@ def outcome(world: World, action: str) -> Any:
     Trainer(config.model_copy(update={"resume": True})).train()
     rows = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     left: dict[str, Any] = {"rows": {row["step"]: (row["loss"], row["learning_rate"]) for row in rows}}
-    if config.has_adapter:
+    if make_method(config).adapter_directory:
         tensors = load_file(config.output / "adapter" / "adapter_model.safetensors")
         left["adapter"] = {name: value.numpy().tobytes() for name, value in tensors.items()}
     if config.method == "zo":
         left["records"] = Journal.read(config.output / "journal.zo").records
-    if config.trains_weights:
+    if config.method in ("full", "lisa"):
         # Between tensors a piece holds whatever was in memory: its own checksum says nothing.
         pieces = read_manifest(config.output / "store")["pieces"]
         left["states"] = sorted((unit, index, *values[7:]) for unit, index, *values in pieces)

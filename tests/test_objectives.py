@@ -19,6 +19,7 @@ from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.export import export
+from finetune.methods.base import make_method
 from finetune.objectives.base import Objective, check_gradient, make_objective
 from finetune.objectives.registry import OBJECTIVES, ObjectiveEntry
 from finetune.objectives.rewards import load_reward, token_f1
@@ -47,7 +48,7 @@ def objective_config(model: Path, output: Path, rows: Any, objective: Any, **cha
 
 @contextmanager
 def opened(config: Config) -> Iterator[tuple[Objective, StreamedModel]]:
-    session, directory = Session(config), RunDirectory(config.output)
+    session, directory = Session(make_method(config)), RunDirectory(config.output)
     try:
         objective = make_objective(config, session, Trainer(config)._prepare(config.data, session, directory))
         yield objective, session.open(session.plan(objective.shape(session)), config.output / "scratch")

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import make_config
 
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
-from finetune.session import _compute_dtype
+from finetune.setup import choose_dtype
 from finetune.trainer import Trainer
 from memory.device_kinds import DEVICE_KINDS
 from memory.errors import UserError
@@ -257,10 +257,10 @@ def test_models_that_predict_no_next_token_refuse_text(name, tmp_path):
 def test_gradients_are_not_in_float16():
     """They are not scaled."""
     gpu = SimpleNamespace(traits=DEVICE_KINDS["cuda"], multiplies=lambda dtype: True)
-    assert _compute_dtype("auto", gpu, True, torch.float16) == torch.bfloat16
-    assert _compute_dtype("auto", gpu, False, torch.float16) == torch.float16
+    assert choose_dtype("auto", gpu, True, torch.float16) == torch.bfloat16
+    assert choose_dtype("auto", gpu, False, torch.float16) == torch.float16
     with pytest.raises(UserError, match=r"engine\.dtype: expected bfloat16 or float32"):
-        _compute_dtype("float16", gpu, True, torch.float32)
+        choose_dtype("float16", gpu, True, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["classes", "regression"])

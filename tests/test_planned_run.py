@@ -7,8 +7,10 @@ import torch
 from tiny_models import make_config, save_tiny
 
 import offload.sizing.calibration
+from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
+from finetune.setup import Setup
 from finetune.trainer import Trainer
 from memory.plan import PlanRefused
 from offload.residency.io import FaultPlan, IOEngine
@@ -23,7 +25,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("train", [False, True])
 def test_the_slower_of_disk_and_compute_sets_the_time(model, tmp_path, train):
     config = make_config(model, None, tmp_path, engine={"resident_blocks": 0, "lookahead": 1})
-    session = Session(config, train=train)
+    session = Session(make_method(config) if train else Setup(config))
     planned = session.plan(BatchShape.of_text(2, 300, 3, train))
     session.close()
     layouts = planned.parts.layouts
@@ -59,7 +61,7 @@ def smallest(config, rows: int, tokens: int) -> int:
 
 
 def plan(config, rows: int, tokens: int) -> None:
-    session = Session(config)
+    session = Session(make_method(config))
     try:
         session.plan(BatchShape.of_text(rows, tokens, 8 // rows, True))
     finally:

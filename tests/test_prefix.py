@@ -18,6 +18,7 @@ from finetune import Trainer
 from finetune.adapters import prefix
 from finetune.config import ConfigError
 from finetune.evaluate import evaluate
+from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
@@ -61,7 +62,7 @@ def test_a_plan_counts_the_prefix_of_every_lane(models, data, tmp_path):  # noqa
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # of a position
     steps = []
     for tokens in (1, 101):
-        session = Session(zo_config(models["bfloat16"], data, tmp_path, 3, ZO | {"prefix_tokens": tokens}))
+        session = Session(make_method(zo_config(models["bfloat16"], data, tmp_path, 3, ZO | {"prefix_tokens": tokens})))
         steps.append(session.plan(BatchShape.of_text(2, 30, 8, train=False)).needs.bytes_of(STEP))
         session.close()
     assert steps[1] - steps[0] == pytest.approx(8 * 100 * numbers * 2, rel=0.01)
@@ -83,7 +84,7 @@ def test_a_run_goes_on_from_its_own_prefix_only(models, data, tmp_path, monkeypa
     again = config.model_copy(update={"resume": True})
     with monkeypatch.context() as patch:
         # As on a machine that rounds otherwise, where the seed does not give the same prefix.
-        patch.setattr(prefix, "begin_as_tokens", lambda *_: None)
+        patch.setattr(prefix.Prefix, "begin", lambda *_: None)
         for damage in (lambda: path.write_bytes(kept[:-5]), lambda: path.write_bytes(kept[:-1] + b"?"), path.unlink):
             damage()
             with pytest.raises(UserError, match="is not the prefix that this run began with"):
@@ -111,7 +112,7 @@ def test_a_run_that_died_before_its_prefix_was_saved_goes_on(models, data, tmp_p
 def test_refusals(data, tmp_path):  # noqa: F811
     gpt2 = write_model("gpt2", tmp_path / "float32")
     with pytest.raises(UserError, match="a prefix of 3 and texts of .* more than the model's 64 positions"):
-        Session(zo_config(gpt2, data, tmp_path / "a", 3, ZO)).plan(BatchShape.of_text(1, 62, 1, train=False))
+        Session(make_method(zo_config(gpt2, data, tmp_path / "a", 3, ZO))).plan(BatchShape.of_text(1, 62, 1, train=False))
     with pytest.raises(ConfigError, match="dataset.packing off with zo.parameters prefix"):
         zo_config(gpt2, data, tmp_path / "b", 3, ZO, dataset={"packing": True})
     mamba = tf.FalconH1ForCausalLM(

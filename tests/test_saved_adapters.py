@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from finetune.adapters.saved import KINDS, find
 from finetune.data import Example
+from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained, score
 from finetune.planned_run import BatchShape
 from finetune.session import Session
@@ -72,7 +73,7 @@ def plain_losses(model: Path, adapter: Path) -> torch.Tensor:
 
 
 def streamed_losses(model: Path, adapter: Path | str | None, output: Path, **engine: Any) -> torch.Tensor:
-    session = Session(make_config(model, output, engine={"resident_blocks": 0, **engine}), adapter, train=False)
+    session = Session(find_result(make_config(model, output, engine={"resident_blocks": 0, **engine}), adapter))
     try:
         planned = session.plan(BatchShape.of_text(1, len(IDS), 1, train=False))
         streamed = session.open(planned, output / "scratch")
@@ -184,7 +185,7 @@ def test_another_base_model_is_said(model, tmp_path):
     for base in (str(model), "someone/other-7b", "/cache/models--someone--model/snapshots/0123abc"):
         words = config | {"base_model_name_or_path": base, "of_a_later_peft": 1}
         (adapter / "adapter_config.json").write_text(json.dumps(words))
-        session = Session(make_config(model, tmp_path / "out"), adapter, train=False)
+        session = Session(find_result(make_config(model, tmp_path / "out"), adapter))
         said[base] = [note for note in session.notes if "adapter" in note]
         session.close()
     assert [len(notes) for notes in said.values()] == [0, 1, 0]
@@ -197,6 +198,6 @@ def test_an_adapter_beside_a_whole_model_is_refused_unless_it_is_named(model, tm
     shutil.copytree(model, both)
     save_adapter(model, both, lora(**Q))
     with pytest.raises(UserError, match="holds an adapter .* beside a whole model"):
-        Session(make_config(both, tmp_path / "run"), train=False)
+        Session(find_result(make_config(both, tmp_path / "run"), None))
     found = streamed_losses(both, both, tmp_path / "run")
     torch.testing.assert_close(found, plain_losses(model, both), rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.methods.base import make_method
 from memory.errors import UserError
 from memory.meter import host_bytes
 from offload.update.store import read_manifest
@@ -57,7 +58,7 @@ def run_config(model: Path, rows: str, output: Path, method: str, **changes: Any
 def measured(config: Config, rows: str, folder: Path) -> float:
     """The loss of what a run has left: of its adapter, or of the model that it exports."""
     model, adapter = config.model, None
-    if config.has_adapter:
+    if make_method(config).adapter_directory:
         adapter = config.output / "adapter"
     else:
         model = folder / "exported"
@@ -108,7 +109,7 @@ def test_a_run_is_measured_and_speaks_without_an_export(method, dtype, models, d
     rounded = config.method == "zo" and dtype == "bfloat16"  # an export has the dtypes of the original
     assert found == exported or rounded and found == pytest.approx(exported, rel=1e-2)
     assert found == pytest.approx(first["evaluation"]["loss"], rel=2e-6)
-    if not config.has_adapter and not rounded:
+    if not make_method(config).adapter_directory and not rounded:
         says = "".join(generate(base, config.output, ["what is it"], max_new_tokens=4))
         tuned = base.model_copy(update={"model": str(tmp_path / "exported")})
         assert says == "".join(generate(tuned, None, ["what is it"], max_new_tokens=4))

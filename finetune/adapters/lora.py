@@ -8,15 +8,47 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from finetune.adapters.lora_options import check_fresh, check_option, key_of
+from finetune.adapters.base import Adapter
+from finetune.adapters.lora_options import check_fresh, check_loaded, check_option, key_of
 from finetune.adapters.lora_targets import Targets, choose_targets
 from finetune.adapters.peft_files import task_type
+from finetune.config import Config
 from memory.errors import UserError
+
+
+class Lora(Adapter):
+    @classmethod
+    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
+        options = config.lora
+        experts = options.target_modules is not None
+        model, targets = attach(model, options.peft_arguments(), config.training.seed, experts=experts)
+        return model, targets.note
+
+    @classmethod
+    def check_loaded(cls, peft_config: Any, directory: Path) -> None:
+        check_loaded(peft_config, directory)
+
+    @property
+    def needs_first_visit(self) -> bool:
+        """DoRA's magnitudes, rows and modules that are trained."""
+        return any(_magnitudes(module) or _rows(module) or _copies(module) for module in self.model.modules())
+
+    def first_visit(self, modules: Iterable[nn.Module]) -> None:
+        """DoRA's magnitudes are the norms of W + scaling B A; rows and modules that are trained are copies of the base's."""
+        for module in modules:
+            for name, magnitude in _magnitudes(module).items():
+                _set_magnitude(module, name, magnitude)
+            for name, rows in _rows(module).items():
+                rows.data.copy_(module.get_base_layer().weight[module.token_indices[name]])
+                module.trainable_tokens_original[name] = rows.detach().clone()
+            for copy in _copies(module).values():
+                copy.load_state_dict(module.original_module.state_dict())
 
 
 def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: bool = True) -> tuple[nn.Module, Targets]:
@@ -52,24 +84,6 @@ def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: b
             for part in copy.modules():
                 part.__dict__.pop("forward", None)  # the streamed module's, which looks for the weights in a slot
     return adapted, targets
-
-
-def needs_first_visit(model: nn.Module) -> bool:
-    """Whether adapters have values that follow from the base weights: DoRA's magnitudes, rows and modules that are trained."""
-    return any(_magnitudes(module) or _rows(module) or _copies(module) for module in model.modules())
-
-
-def first_visit(modules: Iterable[nn.Module]) -> None:
-    """Gives adapters among `modules`, whose base weights are bound, the values that PEFT takes from these: DoRA's magnitudes,
-    the norms of W + scaling B A, and copies of rows and of modules that are trained in place of the base's."""
-    for module in modules:
-        for name, magnitude in _magnitudes(module).items():
-            _set_magnitude(module, name, magnitude)
-        for name, rows in _rows(module).items():
-            rows.data.copy_(module.get_base_layer().weight[module.token_indices[name]])
-            module.trainable_tokens_original[name] = rows.detach().clone()
-        for copy in _copies(module).values():
-            copy.load_state_dict(module.original_module.state_dict())
 
 
 def _magnitudes(module: nn.Module) -> dict[str, nn.Module]:

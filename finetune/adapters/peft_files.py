@@ -41,20 +41,6 @@ def _order_modules(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
 
 
-def prefix_length(model: nn.Module) -> int:
-    """Positions that PEFT's prefix, where `model` has one, takes before every text."""
-    config = getattr(model, "active_peft_config", None)
-    return config.num_virtual_tokens if getattr(config, "peft_type", None) == "PREFIX_TUNING" else 0
-
-
-def check_streamable(model: nn.Module) -> None:
-    """Raises UserError when biases of the base are to be trained, and for a prompt of another kind than a prefix."""
-    config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning and not prefix_length(model):
-        found = config.peft_type.value.lower()
-        raise UserError(f"expected a LoRA adapter or a prefix, found {found}, which cannot be streamed")
-
-
 def reads_whole(model: nn.Module, parts: ModelParts) -> tuple[bool, frozenset[str]]:
     """Whether an adapter of the head looks at it as a whole, and the names of the embedding tables that adapters look at so:
     all but LoRA's plain products, which take the rows of a batch."""

@@ -4,8 +4,8 @@ Li and Liang 2021; by forward passes alone, as MeZO (Malladi et al. 2023, sectio
 keys and values of random tokens.
 
 PEFT gives the model a key-value cache with the prefix in it, which would go on to keep every token of every layer until the
-pass is over: here a layer's new keys and values are dropped as soon as it has attended (`take_over`), so a pass holds those of
-one block. In generation the caches that come in keep them, and the prefix is put into those that are empty.
+pass is over: here a layer's new keys and values are dropped as soon as it has attended (`Prefix.take_over`), so a pass holds
+those of one block. In generation the caches that come in keep them, and the prefix is put into those that are empty.
 """
 
 from __future__ import annotations
@@ -21,10 +21,75 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.adapters.peft_files import prefix_length, task_type
+from finetune.adapters.base import Adapter
+from finetune.adapters.peft_files import task_type
+from finetune.config import Config
 from memory.errors import UserError
 from offload.streamed_model import StreamedModel
 from offload.weights.skeleton import cache_argument
+
+
+class Prefix(Adapter):
+    @classmethod
+    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
+        return attach(model, config.zo.prefix_tokens, config.training.seed), None
+
+    @property
+    def positions(self) -> int:
+        return self.model.active_peft_config.num_virtual_tokens
+
+    def check_length(self, num_tokens: int) -> None:
+        before = self.positions
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and before + num_tokens > positions:
+            raise UserError(
+                f"a prefix of {before} and texts of {num_tokens} tokens are more than the model's {positions} positions: lower "
+                f"--sequence-length to {positions - before}"
+            )
+
+    def lane_bytes(self, itemsize: int) -> int:
+        return self._values.numel() * itemsize
+
+    def take_over(self) -> None:
+        """Lets the model drop keys and values, and take caches."""
+        self.model.forward = partial(_forward, self.model)
+
+    def begin(self, streamed: StreamedModel, seed: int) -> None:
+        """As the keys and values of random tokens."""
+        from transformers import DynamicCache
+
+        base, count = streamed.parts.model, self.positions
+        config = base.config.get_text_config()
+        ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
+        past = DynamicCache(config=base.config)
+        ids = ids.to(streamed.device.torch_device)
+        streamed.forward([{"input_ids": ids, cache_argument(base): past, "use_cache": True, "without_prefix": True}])
+        values = [x[0].transpose(0, 1).reshape(count, -1) for layer in past.layers for x in (layer.keys, layer.values)]
+        self._set_values(torch.cat(values, dim=1))
+
+    def read(self, directory: Path, digest: str) -> bool:
+        try:
+            self._set_values(load_file(directory / "adapter_model.safetensors")["prompt_embeddings"])
+        except (OSError, SafetensorError, KeyError, UserError):
+            return False
+        return self.digest() == digest
+
+    def digest(self) -> str:
+        return hashlib.blake2b(self._values.detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+    @property
+    def _values(self) -> nn.Parameter:
+        """fp32 [positions, 2 * layers * key-value heads * head size]: of every layer its keys, then its values."""
+        return self.model.prompt_encoder[self.model.active_adapter].embedding.weight
+
+    def _set_values(self, values: torch.Tensor) -> None:
+        weight = self._values
+        if values.shape != weight.shape:
+            raise UserError(
+                f"PEFT has no prefix for {type(self.model.get_base_model()).__name__}: it takes keys and values of "
+                f"{weight.shape[1]} numbers, the model makes {values.shape[1]}"
+            )
+        weight.data.copy_(values)
 
 
 def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
@@ -50,71 +115,6 @@ def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
         raise UserError(f"PEFT has no prefix for {type(model).__name__}: {error}") from error
 
 
-def take_over(model: nn.Module) -> None:
-    """Lets a model that PEFT has given a prefix drop keys and values, and take caches; others stay as they are."""
-    if prefix_length(model):
-        model.forward = partial(_forward, model)
-
-
-def lane_bytes(model: nn.Module, itemsize: int) -> int:
-    """What a prefix takes of memory in every lane, in numbers of so many bytes."""
-    return _values(model).numel() * itemsize if prefix_length(model) else 0
-
-
-def check_positions(model: nn.Module, num_tokens: int) -> None:
-    """Raises UserError when a prefix leaves no positions for texts of so many tokens."""
-    before = prefix_length(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) if before else None
-    if positions and before + num_tokens > positions:
-        raise UserError(
-            f"a prefix of {before} and texts of {num_tokens} tokens are more than the model's {positions} positions: lower "
-            f"--sequence-length to {positions - before}"
-        )
-
-
-def begin_as_tokens(model: nn.Module, streamed: StreamedModel, seed: int) -> None:
-    """Sets the prefix to the keys and values of random tokens, which takes a pass over the weights."""
-    from transformers import DynamicCache
-
-    base, count = streamed.parts.model, prefix_length(model)
-    config = base.config.get_text_config()
-    ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
-    past = DynamicCache(config=base.config)
-    ids = ids.to(streamed.device.torch_device)
-    streamed.forward([{"input_ids": ids, cache_argument(base): past, "use_cache": True, "without_prefix": True}])
-    values = [x[0].transpose(0, 1).reshape(count, -1) for layer in past.layers for x in (layer.keys, layer.values)]
-    _set_values(model, torch.cat(values, dim=1))
-
-
-def read_values(model: nn.Module, directory: Path, digest_of_values: str) -> bool:
-    """Sets the prefix to that saved in `directory`; False when the one with this digest is not there."""
-    try:
-        _set_values(model, load_file(directory / "adapter_model.safetensors")["prompt_embeddings"])
-    except (OSError, SafetensorError, KeyError, UserError):
-        return False
-    return digest(model) == digest_of_values
-
-
-def digest(model: nn.Module) -> str:
-    """Of the prefix's values."""
-    return hashlib.blake2b(_values(model).detach().cpu().numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def _values(model: nn.Module) -> nn.Parameter:
-    """fp32 [positions, 2 * layers * key-value heads * head size]: of every layer its keys, then its values."""
-    return model.prompt_encoder[model.active_adapter].embedding.weight
-
-
-def _set_values(model: nn.Module, values: torch.Tensor) -> None:
-    weight = _values(model)
-    if values.shape != weight.shape:
-        raise UserError(
-            f"PEFT has no prefix for {type(model.get_base_model()).__name__}: it takes keys and values of "
-            f"{weight.shape[1]} numbers, the model makes {values.shape[1]}"
-        )
-    weight.data.copy_(values)
-
-
 def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool = False, **inputs: Any) -> Any:
     """PEFT's forward for a prefix, and one for a cache that comes in."""
     key, rows = cache_argument(model.base_model), input_ids.shape[0]
@@ -123,7 +123,8 @@ def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool 
         past = _passing_cache(model, rows)
         if inputs.get("attention_mask") is not None:
             mask = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.cat([mask.new_ones(rows, prefix_length(model)), mask], dim=1)
+            before = mask.new_ones(rows, model.active_peft_config.num_virtual_tokens)
+            inputs["attention_mask"] = torch.cat([before, mask], dim=1)
     elif not without_prefix and not past.get_seq_length():
         for index, layer in enumerate(model.get_prompt(rows).layers):
             past.update(layer.keys, layer.values, index)

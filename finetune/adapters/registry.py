@@ -25,6 +25,8 @@ class AdapterEntry:
     """"module:Class", a `finetune.options.Section`: what that section is."""
     one_text: str = ""
     """Why a row cannot hold several texts with it; empty: it can."""
+    kept_initial: bool = False
+    """Whether a run keeps what it begins as, which then takes a pass over the weights."""
 
 
 ADAPTERS: dict[str, AdapterEntry] = {
@@ -33,6 +35,7 @@ ADAPTERS: dict[str, AdapterEntry] = {
         options="finetune.adapters.lora_options:LoraOptions",
     ),  # fmt: skip
     "prefix": AdapterEntry(
-        "finetune.adapters.prefix:Prefix", "a prefix", "PREFIX_TUNING", 1e-3, one_text="which stands before one text"
-    ),
+        "finetune.adapters.prefix:Prefix", "a prefix", "PREFIX_TUNING", 1e-3, one_text="which stands before one text",
+        kept_initial=True,
+    ),  # fmt: skip
 }

@@ -17,9 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from finetune.adapters.lora_options import check_loaded
+from finetune.adapters.base import Adapter
 from finetune.adapters.peft_files import task_type
+from finetune.adapters.registry import ADAPTERS
 from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
+from finetune.plugin import load as load_code
 from memory.errors import UserError
 from offload.files.checkpoint import TensorEntry, read_header
 from offload.weights.formats import PlainTensor
@@ -27,7 +29,8 @@ from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import ModelParts
 
-KINDS = ("LORA", "PREFIX_TUNING", "IA3", "LOHA", "LOKR", "VERA")
+_TRAINED = {entry.peft_type: entry for entry in ADAPTERS.values()}
+KINDS = tuple(dict.fromkeys((*_TRAINED, "IA3", "LOHA", "LOKR", "VERA")))
 """PEFT's words for the adapters that give plain PEFT's numbers on a streamed model, as tests hold."""
 
 
@@ -129,8 +132,7 @@ def _read_config(directory: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory / CONFIG} cannot be read as PEFT's configuration: {_line(error)}") from error
     config.inference_mode = True
-    if kind == "LORA":
-        check_loaded(config, directory)
+    (load_code(_TRAINED[kind].code) if kind in _TRAINED else Adapter).check_loaded(config, directory)
     return config
 
 

@@ -125,20 +125,6 @@ class _Keys(Section):
         return METHODS[self.method].adapter(self)
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter is trained, rather than the model's own weights."""
-        return self.adapter is not None
-
-    @property
-    def tunes_prefix(self) -> bool:
-        return self.adapter == "prefix"
-
-    @property
-    def trains_weights(self) -> bool:
-        """Whether the model's own weights are trained by gradients."""
-        return not self.has_adapter and METHODS[self.method].has_gradients
-
-    @property
     def variants(self) -> int:
         """Versions of the weights that one step computes."""
         return self.zo.variants if "zo" in METHODS[self.method].reads else 1

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from finetune.adapters import peft_files as adapters
-from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods.base import StepResult
+from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed
+from finetune.needs_of_model import trained_adapter_needs
 from finetune.objectives.base import Objective, check_gradient
+from finetune.planned_run import MeasuredBatch
 from finetune.runs.state import load_state, save_state, saved_states
 from finetune.session import Session
 from memory.errors import UserError
+from memory.needs import Needs
+from offload.sizing.needs import Streamed
 
 
-class AdapterTraining:
-    """A `finetune.methods.Method`. Raises UserError when the saved state is another run's or damaged."""
+class AdapterTraining(Method):
+    """State directories hold the adapter with its moments."""
 
-    def __init__(
-        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
-    ) -> None:
-        options = config.training
-        self._config = config
+    def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
+        return trained_adapter_needs(session.trainable, session.on_device), streamed
+
+    def opened(self, session: Session) -> None:
+        if session.adapter.needs_first_visit:
+            session.streamed.visit_modules(session.adapter.first_visit)
+
+    def begin(self, session: Session, objective: Objective) -> list[str]:
+        config, options = self.config, self.config.training
         check_gradient(objective, config.method)
         self._objective = objective
         self._session = session
-        self._about = about
         self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
         self._parameters = list(self._trainable.values())
         left_alone = undecayed(session.model, self._trainable, options)
@@ -47,13 +52,17 @@ class AdapterTraining:
         )
         self._updating = False  # True as well after an update that failed half-way
         self.first_step = 0
-        self.notes: list[str] = []
         if config.resume:
-            self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, about)
-        self.scheduler = make_scheduler(options, self.optimizer, num_steps, self.first_step)
+            self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, self.about)
+        self.scheduler = make_scheduler(options, self.optimizer, self.num_steps, self.first_step)
+        return []
+
+    def watch(self, before_update: Callable[[], None], after_update: Callable[[], None]) -> None:
+        self.optimizer.register_step_pre_hook(lambda *_: before_update())
+        super().watch(before_update, after_update)
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
-        options = self._config.training
+        options = self.config.training
         batches = self._objective.lanes(groups, self._session.device.torch_device)
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
@@ -84,10 +93,10 @@ class AdapterTraining:
                 )
 
     def save(self, step: int) -> None:
-        save_state(self._config.output / "state", step, self._trainable, self.optimizer, self._about)
+        save_state(self.config.output / "state", step, self._trainable, self.optimizer, self.about)
 
     def rescue(self, step: int) -> str:
-        folder = self._config.output / "state"
+        folder = self.config.output / "state"
         if step and not self._updating:
             with contextlib.suppress(UserError):  # the failure that has led here may be the reason for this one
                 self.save(step)
@@ -97,7 +106,4 @@ class AdapterTraining:
         return f"The newest saved state is {saved[-1]}: go on with --resume"
 
     def finish(self, step: int) -> None:
-        adapters.save(self._session.model, self._config.output / "adapter", self._about)
-
-    def close(self) -> None:
-        """Nothing is open."""
+        adapters.save(self._session.model, self.adapter_directory, self.about)

@@ -30,6 +30,8 @@ class MethodEntry:
     """"module:Class", a `finetune.methods.base.Method`."""
     reads: tuple[str, ...]
     """Sections and top-level keys that not all methods read."""
+    files: Callable[[Any], tuple[str, ...]]
+    """From a configuration: names in the run's directory that are the method's; the first says which run it is."""
     learning_rate: Callable[[Any], float]
     """From a configuration: what suits the method where none is set."""
     adapter: Callable[[Any], str | None] = lambda config: None
@@ -57,6 +59,7 @@ def _adapter_training(kind: str) -> MethodEntry:
         f"gradients for {entry.words}",
         "finetune.methods.adapter_training:AdapterTraining",
         reads=(entry.section,) if entry.section else (),
+        files=lambda config: ("state", "adapter"),
         learning_rate=lambda config: entry.gradient_rate,
         adapter=lambda config: kind,
     )
@@ -68,6 +71,7 @@ def _weight_training(goal: str, strategy: str, *, selects: bool = True) -> Metho
         goal,
         "finetune.methods.weight_training:WeightTraining",
         reads=("train", "optimizer", *(["selection"] if selects else [])),
+        files=lambda config: ("store",),
         learning_rate=lambda config: 2e-5,
         strategy=strategy,
     )
@@ -75,6 +79,13 @@ def _weight_training(goal: str, strategy: str, *, selects: bool = True) -> Metho
 
 def _perturbed_kind(config: Any) -> str | None:
     return None if config.zo.parameters == "all" else config.zo.parameters
+
+
+def _perturbed_files(config: Any) -> tuple[str, ...]:
+    kind = _perturbed_kind(config)
+    if kind is None:
+        return ("journal.zo", "weights")
+    return ("journal.zo", "adapter", *(["initial-adapter"] if ADAPTERS[kind].kept_initial else []))
 
 
 def _perturbed_rate(config: Any) -> float:
@@ -88,6 +99,7 @@ METHODS: dict[str, MethodEntry] = {
         "forward passes only",
         "finetune.methods.zeroth_order:ZerothOrder",
         reads=("zo",),
+        files=_perturbed_files,
         learning_rate=_perturbed_rate,
         adapter=_perturbed_kind,
         has_gradients=False,
@@ -98,3 +110,10 @@ METHODS: dict[str, MethodEntry] = {
     "slimfit": _weight_training("the blocks that change most", "finetune.methods.selection.slimfit:Slimfit"),
     "frugal": _weight_training("some blocks with state, the others by signs", "finetune.methods.selection.frugal:Frugal"),
 }
+
+
+def not_shared() -> set[str]:
+    """Sections and top-level keys of the configuration that not all methods read."""
+    return {key for method in METHODS.values() for key in method.reads} | {
+        entry.section for entry in ADAPTERS.values() if entry.section
+    }

@@ -6,63 +6,112 @@ optimizer. Every step is committed to the working store, which is the checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods.base import StepResult
+from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
+from finetune.methods.stored_weights import StoredWeights, export_stored, has_store
 from finetune.methods.weight_decay import undecayed
-from finetune.methods.weight_needs import make_rule
+from finetune.methods.weight_needs import (
+    check_rounding,
+    make_keeping,
+    make_rule,
+    store_size,
+    streamed_with_tables,
+    trained_weight_needs,
+)
 from finetune.objectives.base import Objective, check_gradient
 from finetune.objectives.errors import StepNotKept
+from finetune.planned_run import MeasuredBatch, StoreSize
+from finetune.runs.exports import Export
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
+from memory.needs import Needs
 from offload.residency.io import IOFailure
+from offload.sizing.needs import Streamed
+from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
+from offload.update.parts import TrainedParts, find_trained
 from offload.update.rules.rule import Rule
 from offload.update.rules.signs import SignSgd
 from offload.update.stream import Request
-from offload.update.trained_weights import TrainedWeights, Update, clip_scale
+from offload.update.trained_weights import StoreOptions, TrainedWeights, Update, clip_scale
 from offload.update.units import UpdateUnit
+from offload.weights.streamed_parts import Room
 
 
-class WeightTraining:
-    """A `finetune.methods.Method`. Raises UserError when the working store is another run's or damaged."""
+class WeightTraining(Method):
+    """The working store holds what it has trained. trained: what of the model that is, once a session has prepared it."""
 
-    def __init__(
-        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
-    ) -> None:
-        self._config = config
+    trained: TrainedParts
+
+    def cut_options(self) -> dict[str, Any]:
+        return {"trains_weights": True}
+
+    def prepare(self, session: Session) -> None:
+        self.trained = find_trained(session.parts, self.config.train)
+        check_rounding(self.config, session.parts, self.trained.fqns)
+        for binding in session.parts.bindings:
+            binding.convert_at_bind()
+
+    @property
+    def gradient_names(self) -> list[frozenset[str]]:
+        return [frozenset(unit.fqns) for unit in self.trained.blocks]
+
+    @property
+    def store(self) -> StoreSize:
+        return store_size(self.config, self.trained)
+
+    def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
+        streamed = streamed_with_tables(streamed, self.trained)
+        needs = trained_weight_needs(self.config, session.parts, self.trained, batch, streamed, session.on_device)
+        return needs, streamed
+
+    def open_weights(self, session: Session) -> Callable[[Room], Weights]:
+        config = self.config
+        store = StoreOptions(config.output / "store", self.about, config.resume, config.optimizer.versions)
+        return partial(
+            TrainedWeights, trained=self.trained, store=store, keeping=make_keeping(config), seed=config.training.seed
+        )
+
+    def begin(self, session: Session, objective: Objective) -> list[str]:
+        config, trained = self.config, self.trained
         self._session = session
         check_gradient(objective, config.method)
         self._objective = objective
         self._model: StreamedModel = session.streamed
         self._weights: TrainedWeights = self._model.weights
         store = self._weights.store
-        check_same_run(store.directory, store.about, about)
+        check_same_run(store.directory, store.about, self.about)
         self._rule, self._block_rule = make_rule(config), make_rule(config, of_blocks=True)
         self._signs = SignSgd(weight_decay=config.training.weight_decay)
-        trained = self._weights.trained
         self._selection = make_selection(config, len(trained.blocks), self._weights.resident_blocks)
         self._selection.restore(store.notes)
         self._undecayed = undecayed(session.model, trained.fqns, config.training)
         self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
         self.first_step = store.step
-        self.notes: list[str] = []
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-        self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
+        self.scheduler = make_scheduler(config.training, self.optimizer, self.num_steps, self.first_step)
+        return []
+
+    @property
+    def may_stop_inside(self) -> bool:
+        return self.config.optimizer.versions > 1  # of one, what is written in a step is lost with it
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
-        options = self._config.training
+        options = self.config.training
         batches = self._objective.lanes(groups, self._session.device.torch_device)
         seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -72,7 +121,7 @@ class WeightTraining:
             self._forget_state(requests)
         try:
             scale: float | None = 1.0
-            if max_norm and self._config.optimizer.clipping == "exact":
+            if max_norm and self.config.optimizer.clipping == "exact":
                 scale = None
             elif max_norm:
                 norm = self._weights.store.notes.get("grad_norm")
@@ -117,8 +166,13 @@ class WeightTraining:
     def finish(self, step: int) -> None:
         """The working store is what a run leaves; `finetune export` makes a checkpoint of it."""
 
-    def close(self) -> None:
-        """The model closes the store."""
+    @classmethod
+    def tuned_weights(cls, config: Config, run: Path) -> StoredWeights | None:
+        return StoredWeights(config, run) if has_store(run) else None
+
+    @classmethod
+    def export(cls, job: Export) -> int | None:
+        return export_stored(job) if has_store(job.config.output) else None
 
     def _requests(self, step: int) -> dict[str, Request]:
         chosen = set(self._selection.blocks(step))

@@ -23,32 +23,46 @@ Updates:
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from finetune.adapters import peft_files as adapters
-from finetune.adapters import prefix
+from finetune.adapters.registry import ADAPTERS
 from finetune.config import Config
 from finetune.data.batches import Row
-from finetune.methods.base import StepResult
+from finetune.methods.base import Method, StepResult
+from finetune.methods.journal_weights import JournalWeights, export_journal, journal_path, moves_weights
+from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_weights
 from finetune.methods.schedule import make_scheduler
+from finetune.methods.weight_needs import check_rounding
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.needs_of_model import perturbed_adapter_needs
 from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
+from finetune.planned_run import MeasuredBatch
+from finetune.runs.exports import Export
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
-from offload.noise.noise import Update
+from memory.needs import Needs
+from offload.devices import Device
+from offload.noise.noise import Noise, Update
 from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
 from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.variants import Variant
+from offload.sizing.needs import Streamed
+from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
+from offload.update.parts import check_storage
+from offload.weights.streamed_parts import Room
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
 CLIP_MIN_HISTORY = 10
@@ -95,68 +109,106 @@ def _check_finite(what: str, step: int, values: np.ndarray) -> None:
         )
 
 
-class ZerothOrder:
-    """A `finetune.methods.Method`. Raises UserError when the journal is another run's or damaged."""
+class ZerothOrder(Method):
+    """The journal is what it keeps, beside folded weights or an adapter that can be made again from it."""
 
-    def __init__(
-        self, config: Config, session: Session, objective: Objective, num_steps: int, about: dict[str, Any]
-    ) -> None:
-        self._config = config
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.variants = config.zo.variants
+        self.journal: Journal | None = None
+
+    def prepare(self, session: Session) -> None:
+        _check_kernels(session.device)
+        if session.adapter.needs_first_visit:
+            raise UserError(
+                "lora.use_dora cannot be combined with method zo, nor can rows and modules that are trained beside the adapter "
+                "(lora.extra): leave it out, or use method lora"
+            )
+        if self.kind is None:
+            check_storage(session.parts.sources, session.parts.parameters)
+            check_rounding(self.config, session.parts, session.parts.parameters)
+
+    def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
+        parts, zo = session.parts, self.config.zo
+        if self.kind is not None:
+            keeps_initial = ADAPTERS[self.kind].kept_initial
+            needs = perturbed_adapter_needs(session.trainable, self.variants, session.on_device, keeps_initial)
+            return needs, streamed
+        perturbed = perturbed_weights(parts, zo, self.num_steps)
+        needs = perturbed.needs + fold_needs(parts, zo, self.num_steps)
+        return needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+
+    def open_weights(self, session: Session) -> Callable[[Room], Weights]:
+        zo = self.config.zo
+        named = ((name, p) for name, p in session.model.named_parameters() if p.requires_grad)
+        return partial(
+            PerturbedWeights,
+            noise=Noise(zo.noise, zo.noise_rank),
+            adapters=None if self.kind is None else dict(named),
+            product_groups=most_product_groups(zo, self.num_steps),
+        )
+
+    @property
+    def schedule_notes(self) -> list[str]:
+        training = self.config.training
+        if self.kind is None and training.weight_decay and not training.decay_norms_and_biases:
+            return ["method zo has weight decay for norms and biases too"]
+        return []
+
+    def begin(self, session: Session, objective: Objective) -> list[str]:
+        config, options = self.config, self.config.zo
         self._objective = objective
-        self._options = options = config.zo
-        self._session = session
+        self._adapter = session.adapter
         self._model: StreamedModel = session.streamed
         self._weights: PerturbedWeights = self._model.weights
         self._folds = config.output / "weights"
-        self.notes: list[str] = []
-        self._about = about
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
-        about = about | {
+        about = self.about | {
             "noise": options.noise,
             "rank": options.noise_rank,
             "group_steps": options.group_steps,
             "rounding": options.rounding,
             "seed": config.training.seed,
         }
-        path = config.output / "journal.zo"
+        path = journal_path(config.output)
         goes_on = config.resume and path.exists()
-        if not goes_on and config.tunes_prefix:
-            prefix.begin_as_tokens(session.model, self._model, config.training.seed)
-            about["initial_adapter"] = prefix.digest(session.model)
+        keeps_initial = self.kind is not None and ADAPTERS[self.kind].kept_initial
+        if not goes_on and keeps_initial:
+            self._adapter.begin(self._model, config.training.seed)
+            about["initial_adapter"] = self._adapter.digest()
         self.journal = Journal.resume(path) if goes_on else Journal.create(path, about)
-        try:
-            self._begin(about, goes_on)
-        except BaseException:
-            self.journal.close()
-            raise
+        # What is beside the journal becomes this run's, which has the journal's lock.
+        check_same_run(path, self.journal.about, about)
+        notes: list[str] = []
+        if keeps_initial:
+            self._take_initial(about, goes_on, notes)
+        self._find_folded(notes)
         self.first_step = self.journal.steps
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-        self.scheduler = make_scheduler(config.training, self.optimizer, num_steps, self.first_step)
+        self.scheduler = make_scheduler(config.training, self.optimizer, self.num_steps, self.first_step)
         self._catch_up()
+        return notes
 
-    def _begin(self, about: dict[str, Any], goes_on: bool) -> None:
-        """What is beside the journal becomes this run's, which has the journal's lock."""
-        config, model, initial = self._config, self._session.model, self._config.output / "initial-adapter"
-        check_same_run(self.journal.path, self.journal.about, about)
+    def _take_initial(self, about: dict[str, Any], goes_on: bool, notes: list[str]) -> None:
+        """Sets the adapter to what the run began with: where it is lost, made again."""
+        adapter, seed, initial = self._adapter, self.config.training.seed, self.config.output / "initial-adapter"
         digest = self.journal.about.get("initial_adapter", "")
-        if config.tunes_prefix:
-            if not (self.journal.steps and prefix.read_values(model, initial, digest)):
-                if goes_on:
-                    prefix.begin_as_tokens(model, self._model, config.training.seed)
-                if prefix.digest(model) != digest:
-                    raise UserError(
-                        f"{initial} is not the prefix that this run began with, and the seed gives another one on this "
-                        "machine: bring it back from a copy, or start again without --resume"
-                    )
-                if self.journal.steps:
-                    self.notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
-                adapters.save(model, initial, about)
-            self._weights.take_adapters()
-        self._find_folded()
+        if not (self.journal.steps and adapter.read(initial, digest)):
+            if goes_on:
+                adapter.begin(self._model, seed)
+            if adapter.digest() != digest:
+                raise UserError(
+                    f"{initial} is not the prefix that this run began with, and the seed gives another one on this "
+                    "machine: bring it back from a copy, or start again without --resume"
+                )
+            if self.journal.steps:
+                notes.append(f"note: {initial} was damaged or lost; it is made again from the seed")
+            adapters.save(adapter.model, initial, about)
+        self._weights.take_adapters()
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
-        options, training = self._options, self._config.training
+        options, training = self.config.zo, self.config.training
         if step % options.steps_between_folds == 0 and step > self._folded:
             self._fold(step)
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
@@ -188,12 +240,22 @@ class ZerothOrder:
         return f"{self.journal.path} holds the {self.journal.steps} steps that were done: go on with --resume"
 
     def finish(self, step: int) -> None:
-        if self._config.has_adapter:
+        if self.adapter_directory is not None:
             self._weights.settle_adapters()
-            adapters.save(self._session.model, self._config.output / "adapter", self._about)
+            adapters.save(self._adapter.model, self.adapter_directory, self.about)
 
     def close(self) -> None:
-        self.journal.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    @classmethod
+    def tuned_weights(cls, config: Config, run: Path) -> JournalWeights | None:
+        path = journal_path(run)
+        return JournalWeights(config, run) if path.is_file() and moves_weights(Journal.read(path)) else None
+
+    @classmethod
+    def export(cls, job: Export) -> int | None:
+        return export_journal(job) if journal_path(job.config.output).is_file() else None
 
     def _updates(
         self, step: int, learning_rate: float, seeds: Sequence[int], gradients: Sequence[float]
@@ -201,11 +263,11 @@ class ZerothOrder:
         """What this step adds, the newest noise first."""
         rate = -learning_rate / len(seeds)
         found = [Update(seed, rate * float(g)) for seed, g in zip(seeds, gradients, strict=True)]
-        beta = self._options.momentum
-        for age in range(1, min(self._options.momentum_window, step + 1) if beta else 0):
+        beta = self.config.zo.momentum
+        for age in range(1, min(self.config.zo.momentum_window, step + 1) if beta else 0):
             past = self.journal.records[step - age]
             for i, g in enumerate(past.scalars):
-                found.append(Update(probe_seed(self._config.training.seed, step - age, i), rate * beta**age * g))
+                found.append(Update(probe_seed(self.config.training.seed, step - age, i), rate * beta**age * g))
         return tuple(found)
 
     def _history(self) -> list[float]:
@@ -217,7 +279,7 @@ class ZerothOrder:
         self._weights.perturbation.pending = self.journal.groups(self._folded)
 
     def _fold(self, step: int) -> None:
-        if self._config.has_adapter:
+        if self.kind is not None:
             self._weights.fold_adapters()
         else:
             directory = self._folds / f"step-{step:08d}"
@@ -227,20 +289,28 @@ class ZerothOrder:
                     shutil.rmtree(old, ignore_errors=True)
         self._folded = step
 
-    def _find_folded(self) -> None:
+    def _find_folded(self, notes: list[str]) -> None:
         """Goes on from the newest folded weights that are whole, or folds into fresh adapters what whole groups have added."""
-        whole = self.journal.steps - self.journal.steps % self._options.group_steps
-        if self._config.has_adapter:
+        whole = self.journal.steps - self.journal.steps % self.config.zo.group_steps
+        if self.kind is not None:
             self._weights.perturbation.pending = self.journal.groups(0, whole)
             self._weights.fold_adapters()
             self._folded = whole
             return
-        found = newest_fold(self._folds, self.journal, whole, self._model.io.backend, self.notes.append)
+        found = newest_fold(self._folds, self.journal, whole, self._model.io.backend, notes.append)
         if found is not None:
             self._folded, checkpoint = found
             self._weights.move_to(checkpoint)
-        between = self._options.steps_between_folds
+        between = self.config.zo.steps_between_folds
         due = max(0, self.journal.steps - 1) // between * between
         if self._folded < due:  # it was lost
             self._weights.perturbation.pending = self.journal.groups(self._folded, due)
             self._fold(due)
+
+
+def _check_kernels(device: Device) -> None:
+    kernels = device.traits.noise_kernels
+    if kernels is None:
+        raise UserError(f"method zo has no kernels for {device.kind}: use --device cpu")
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise UserError(f"method zo needs Triton on {device.kind}, which is not installed: pip install triton")

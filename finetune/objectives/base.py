@@ -15,6 +15,7 @@ from finetune.data import TokenDataset
 from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
 from finetune.data.tensor_rows import TensorRows
+from finetune.methods.registry import METHODS
 from finetune.objectives.registry import find_objective
 from finetune.planned_run import BatchShape
 from finetune.session import Session
@@ -105,7 +106,7 @@ def scored_shape(config: Config, longest: int, sequences_per_row: int = 1) -> Ba
     sequences = options.batch_size * sequences_per_row
     rows = min(options.micro_batch_size, sequences)
     return BatchShape.of_text(
-        rows, longest, -(-sequences // rows) * config.variants, config.method != "zo", config.dataset.packing
+        rows, longest, -(-sequences // rows) * config.variants, METHODS[config.method].has_gradients, config.dataset.packing
     )
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.runs.identity import RunIdentity
+from finetune.methods.registry import METHODS
+from finetune.runs.identity import RunIdentity, check_same_run
 from finetune.runs.state import saved_states
 from memory.errors import UserError
 from memory.units import format_bytes
@@ -153,7 +154,7 @@ class RunDirectory:
 
     def _refuse_what_no_run_has_made(self, config: Config) -> None:
         strange: list[Path] = []
-        for name in _written_by(config):
+        for name in ("metrics.jsonl", "report.json", "tokens", "scratch", PREVIOUS, *_files_of(config)):
             path = self.path / name
             if not _stands(path) or name in self._aside:
                 continue
@@ -238,6 +239,13 @@ def recorded(path: Path) -> dict[str, Any] | None:
     return run
 
 
+def check_belongs(path: Path, place: Path, found: Mapping[str, Any]) -> None:
+    """Raises UserError when what `found` was read from in `place` is of another run than the one in `path`."""
+    about = recorded(path)
+    if about is not None:
+        check_same_run(place, found, about)
+
+
 def _open_lock(directory: Path, shared: bool = False) -> tuple[int, bool]:
     """A descriptor that holds the directory, and whether the file system cares. Raises BlockingIOError when another has it."""
     path = directory / LOCK
@@ -312,9 +320,9 @@ def _recorded_by_files(directory: Path, config: Config) -> dict[str, Any] | None
         path = directory / "store"
         return read_manifest(path)["about"] if (path / "manifest.json").is_file() else None
 
-    kinds = [of_state, of_journal, of_store]
-    own = of_store if config.trains_weights else of_journal if config.method == "zo" else of_state
-    return next((found for kind in sorted(kinds, key=lambda kind: kind is not own) if (found := kind())), None)
+    kinds = {"state": of_state, "journal.zo": of_journal, "store": of_store}
+    own = _files_of(config)[0]
+    return next((found for kind in sorted(kinds, key=lambda kind: kind != own) if (found := kinds[kind]())), None)
 
 
 def _has_files_of_a_run(directory: Path) -> bool:
@@ -335,16 +343,8 @@ def _has_files_of_a_run(directory: Path) -> bool:
     )
 
 
-def _written_by(config: Config) -> list[str]:
-    names = ["metrics.jsonl", "report.json", "tokens", "scratch", PREVIOUS]
-    if config.trains_weights:
-        names.append("store")
-    else:
-        names.append("journal.zo" if config.method == "zo" else "state")
-        names.append("adapter" if config.has_adapter else "weights")
-        if config.tunes_prefix:
-            names.append("initial-adapter")
-    return names
+def _files_of(config: Config) -> tuple[str, ...]:
+    return METHODS[config.method].files(config)
 
 
 def _stands(path: Path) -> bool:

@@ -17,6 +17,7 @@ import torch
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.tensor_rows import TensorRows
+from finetune.methods.registry import METHODS, not_shared
 from memory.errors import UserError
 from offload.files.sealed import json_digest
 from offload.update import units as update_units
@@ -92,15 +93,16 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     zo |= {"fold_steps": config.zo.group_steps, "rank": config.zo.noise_rank}
     if callable(config.zo.objective):
         zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
-    if config.method != "zo":
-        del values["zo"]
-    if not config.has_adapter or config.tunes_prefix:
-        del values["lora"]
-    if config.trains_weights:
+    method = METHODS[config.method]
+    for key in not_shared() - set(method.recorded(config)):
+        del values[key]
+    if _keeps_a_store(config):
         values["piece_bytes"] = update_units.PIECE_BYTES
-    else:
-        del values["optimizer"], values["selection"], values["train"]
     return json.loads(json.dumps(_counting(values), default=_plain))
+
+
+def _keeps_a_store(config: Config) -> bool:
+    return "store" in METHODS[config.method].files(config)
 
 
 def model_name(model: str) -> str:
@@ -219,9 +221,9 @@ def _differences_of_earlier_versions(found: Mapping[str, Any], config: Config, e
     }
     now = _flat(json.loads(json.dumps(now, default=str)))
     then = _flat(found)
-    if config.method == "zo" and "zo" in found:
+    if "zo" in found:
         then.setdefault("zo.perturb", "weights")  # there was no choice, or it was this one
-    if config.trains_weights:
+    if _keeps_a_store(config):
         then.setdefault("decay_norms_and_biases", True)  # so it was
     if found.get("method") != config.method:
         then = {key: value for key, value in then.items() if key == "method"}

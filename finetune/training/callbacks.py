@@ -70,14 +70,11 @@ class Callbacks:
             eval_steps=self._args.eval_steps, save_steps=self._args.save_steps,
             train_batch_size=config.training.micro_batch_size,
         )  # fmt: skip
-        optimizer = method.optimizer
         self._handler = CallbackHandler(
-            [DefaultFlowCallback(), *reporters, *callbacks], session.model, None, optimizer, method.scheduler
+            [DefaultFlowCallback(), *reporters, *callbacks], session.model, None, method.optimizer, method.scheduler
         )
         self._resume(rows)
-        if config.method == "lora":
-            optimizer.register_step_pre_hook(lambda *_: self._call("on_pre_optimizer_step"))
-        optimizer.register_step_post_hook(lambda *_: self._call("on_optimizer_step"))
+        method.watch(lambda: self._call("on_pre_optimizer_step"), lambda: self._call("on_optimizer_step"))
         try:
             self._call("on_init_end")
             self._call("on_train_begin")

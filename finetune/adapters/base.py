@@ -1,0 +1,71 @@
+"""What a kind of adapter is to a streamed model: parameters of its own beside frozen weights, in PEFT's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters.registry import ADAPTERS
+from finetune.config import Config
+from finetune.plugin import load
+from offload.streamed_model import StreamedModel
+
+
+class Adapter:
+    """The adapter of `model`, which PEFT has wrapped. The base: none, or of a kind that asks for nothing of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
+        """`model` wrapped with a fresh adapter, and what the user should know of it. Raises UserError for what cannot be
+        streamed, or PEFT refuses."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_loaded(cls, peft_config: Any, directory: Path) -> None:
+        """Raises UserError for a saved adapter, in `directory`, whose options a streamed model cannot have."""
+
+    @property
+    def positions(self) -> int:
+        """That it takes before every text."""
+        return 0
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises UserError when it leaves no positions for texts of so many tokens."""
+
+    def lane_bytes(self, itemsize: int) -> int:
+        """What it takes of memory in every lane, in numbers of so many bytes."""
+        return 0
+
+    def take_over(self) -> None:
+        """Changes the model's forward where streaming asks for it."""
+
+    @property
+    def needs_first_visit(self) -> bool:
+        """Whether it has values that follow from the base's weights."""
+        return False
+
+    def first_visit(self, modules: Iterable[nn.Module]) -> None:
+        """Gives adapters among `modules`, whose base weights are bound, the values that follow from these."""
+
+    def begin(self, streamed: StreamedModel, seed: int) -> None:
+        """Sets it to what a run begins with, where that takes a pass over the weights (`AdapterEntry.kept_initial`)."""
+
+    def read(self, directory: Path, digest: str) -> bool:
+        """Sets it to that saved in `directory`; False when the one with this digest is not there."""
+        return False
+
+    def digest(self) -> str:
+        """Of its values."""
+        return ""
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    entry = next((entry for entry in ADAPTERS.values() if entry.peft_type == kind), None)
+    return (Adapter if entry is None else load(entry.code))(model)

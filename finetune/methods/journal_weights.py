@@ -1,0 +1,149 @@
+"""What zeroth-order tuning has made of a model's own weights: all whole steps of a journal, and weights that hold some of them.
+
+What no folded weights hold is applied while blocks are fetched, as the run itself does it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from finetune.config import Config
+from finetune.methods.perturbation_needs import perturbed_weights
+from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.planned_run import MeasuredBatch
+from finetune.reporting.report import last_step
+from finetune.runs.directory import check_belongs, reading
+from finetune.runs.exports import Export
+from finetune.runs.identity import check_model, check_same_run, recorded_setting
+from finetune.session import Session
+from finetune.setup import Setup
+from memory.errors import UserError
+from memory.needs import Needs
+from offload.files.checkpoint import Checkpoint, resolve_model
+from offload.perturb.folds import newest_fold
+from offload.perturb.journal import Journal
+from offload.perturb.perturbed_weights import PerturbedWeights
+from offload.perturb.replay import Changes, moved_sources, replay
+from offload.perturb.variants import noise_keys
+from offload.sizing.needs import Streamed
+from offload.step.weights import Weights
+from offload.weights.formats.plain import TORCH_DTYPES
+from offload.weights.parts import ModelParts, cut
+from offload.weights.streamed_parts import Room
+
+
+def journal_path(run: Path) -> Path:
+    return run / "journal.zo"
+
+
+def moves_weights(journal: Journal) -> bool:
+    """Whether its steps are of the model's own weights, not of an adapter."""
+    return recorded_setting(journal.about, "zo.parameters") == "all"
+
+
+class JournalWeights(Setup):
+    """The model after all steps of the run in `run`. No run begins there until `close`; one under way is not hindered."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        super().__init__(config)
+        self._run = run
+        self._fold: Checkpoint | None = None
+        self._folded_steps = 0
+        self._held = ExitStack()
+        try:
+            self._is_free = self._held.enter_context(reading(run))
+            self._journal = Journal.read(journal_path(run))
+            check_belongs(run, self._journal.path, self._journal.about)
+            if self._is_free:  # of a run that is under way, the newest step may not be whole yet
+                _check_whole(self._journal, run, "")
+        except BaseException:
+            self.close()
+            raise
+
+    def check_model(self, directory: Path) -> None:
+        """An adapter that lies beside the model is none of the run's."""
+
+    def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
+        """As they are: the model is moved once it is open."""
+        journal = self._journal
+        check_model(f"the run in {self._run} tuned", journal.about["model"], parts, self.config.model)
+        # A run that is under way removes folded weights; the journal alone gives the same.
+        if self._is_free:
+            whole = journal.steps - journal.steps % journal.about["group_steps"]
+            weights, io_backend = self._run / "weights", self.config.engine.io_backend
+            self._folded_steps, self._fold = newest_fold(weights, journal, whole, io_backend, _say) or (0, None)
+        _say(f"note: with the weights that the run has tuned in {journal.steps} steps")
+        return parts.model, parts
+
+    def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
+        options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
+        # Steps none or unknown: whether there is room for folded weights, which may be wider.
+        perturbed = perturbed_weights(session.parts, options, 0 if self._fold is None else None)
+        return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+
+    def open_weights(self, session: Session) -> Callable[[Room], Weights]:
+        return partial(PerturbedWeights, noise=self._journal.noise)
+
+    def opened(self, session: Session) -> None:
+        """Makes the weights of the open model, which are the original's, those of the last step."""
+        weights: PerturbedWeights = session.streamed.weights
+        if self._fold is not None:
+            weights.move_to(self._fold)
+        weights.perturbation.pending = self._journal.groups(self._folded_steps)
+
+    def close(self) -> None:
+        self._held.close()
+
+
+def export_journal(job: Export) -> int:
+    """Writes the model with the steps of the run's journal; returns how many. Raises UserError."""
+    config, path = job.config, journal_path(job.config.output)
+    journal = Journal.read(path)
+    if job.run is not None:
+        check_same_run(path, journal.about, job.run)
+    if not moves_weights(journal):
+        raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
+    if job.at_step is None and job.is_free:  # of a run that is under way, the newest step may not be whole yet
+        _check_whole(journal, config.output, f", or export what is whole with --at-step {journal.steps}")
+    steps = journal.steps if job.at_step is None else job.at_step
+    if not 0 <= steps <= journal.steps:
+        raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {job.at_step}")
+    model = resolve_model(config.model)
+    parts = cut(model, trust_remote_code=config.trust_remote_code)
+    check_model(f"the run in {config.output} tuned", journal.about["model"], parts, config.model)
+    keys = noise_keys(parts.sources, parts.parameters)
+    checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
+    # A run that is under way removes folded weights; the journal alone gives the same.
+    weights = config.output / "weights"
+    folded = newest_fold(weights, journal, steps, config.engine.io_backend, _say) if job.is_free else None
+    if folded is not None:
+        first_step, checkpoint = folded
+        sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
+    stored_dtypes = {name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()}
+    changes = Changes(sources, keys, journal.noise, journal.groups(first_step, steps), stored_dtypes)
+    replay(
+        checkpoint, changes, job.directory,
+        side_files=job.side_files(model), io_backend=config.engine.io_backend, progress=job.progress,
+    )  # fmt: skip
+    return steps
+
+
+def _check_whole(journal: Journal, run: Path, more: str) -> None:
+    """Raises UserError when steps that the run in `run` has shown are not in its journal. more: what else can be done."""
+    shown = last_step(run / "metrics.jsonl")
+    if journal.torn_bytes or journal.steps < shown:
+        found = f"metrics.jsonl has {shown}" if journal.steps < shown else "there is a part of another"
+        raise UserError(
+            f"{journal.path} has {journal.steps} whole steps, {found}: a process died while it wrote, or its end is damaged. "
+            f"Bring it back from a copy, or let the run make the rest again with --resume{more}"
+        )
+
+
+def _say(note: str) -> None:
+    print(note, file=sys.stderr)

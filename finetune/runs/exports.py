@@ -1,0 +1,46 @@
+"""What every export of a tuned model is given, and which files go along with its weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Config
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",
+    ".onnx.data", ".index.json",
+)  # fmt: skip
+
+Progress = Callable[[int, int], None]
+"""Is told the bytes that are done, and of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One export of the run in `config.output`."""
+
+    config: Config
+    run: Mapping[str, Any] | None  # what run.json says of it; None: it began before there was one
+    is_free: bool  # no process is at the run, which would write where this reads
+    directory: Path  # to write; it does not exist, or is empty
+    at_step: int | None  # the model as of that step; None: the last
+    progress: Progress
+
+    def side_files(self, model: Path) -> dict[Path, Path]:
+        """Path in the model's directory -> file, of all that stands beside the weights, in subdirectories too: configuration,
+        tokenizer, chat templates, the model's own code, licence. Not weights in other formats, nor what runs have left."""
+        found = {}
+        for folder, subfolders, names in os.walk(model):
+            inside = Path(folder)
+            subfolders[:] = [
+                name for name in sorted(subfolders)
+                if not name.startswith(".") and (inside / name).resolve() != self.config.output.resolve()
+            ]  # fmt: skip
+            for path in (inside / name for name in sorted(names)):
+                if path.is_file() and not path.name.endswith(_WEIGHTS):
+                    found[path.relative_to(model)] = path
+        return found

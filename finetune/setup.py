@@ -1,0 +1,109 @@
+"""What a session does to the bare model before it runs: what it puts around it, and how its weights are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finetune.adapters.saved import refuse_beside
+from finetune.config import Config
+from finetune.needs_of_model import adapter_needs
+from finetune.planned_run import MeasuredBatch, StoreSize
+from memory.errors import UserError
+from memory.needs import Needs
+from offload.devices import Device
+from offload.files.checkpoint import TensorEntry
+from offload.sizing.needs import Streamed
+from offload.step.weights import Weights
+from offload.weights.frozen import FrozenWeights
+from offload.weights.parts import ModelParts
+from offload.weights.streamed_parts import Room
+
+if TYPE_CHECKING:
+    from finetune.session import Session
+
+
+class Setup:
+    """The base leaves the model as it is and measures it: evaluation, generation. A method trains it; what a run has left
+    (`finetune.methods.results`) puts its adapter or its weights in place.
+
+    A session calls `check_model`, `wrap`, `prepare`, `needs` as often as it plans, `open_weights`, `opened` and `close`, in
+    this order.
+    notes: what the user should know of it. has_gradients: whether steps compute them. variants: versions of the weights that a
+    step computes. gradient_names: per block, local names of the model's own weights that get gradients. store: what those take
+    of the disk.
+    """
+
+    has_gradients = False
+    variants = 1
+    gradient_names: Sequence[frozenset[str]] | None = None
+    store: StoreSize | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.notes: list[str] = []
+
+    def check_model(self, directory: Path) -> None:
+        """Before the model in `directory` is read. Raises UserError for one that cannot be taken."""
+        refuse_beside(directory)
+
+    def compute_dtype(self, device: Device, stored: torch.dtype) -> torch.dtype:
+        """For a checkpoint stored so, see `choose_dtype`."""
+        return choose_dtype(self.config.engine.dtype, device, self.has_gradients, stored)
+
+    def cut_options(self) -> dict[str, Any]:
+        """For `offload.weights.parts.cut`."""
+        return {}
+
+    def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
+        """What is to be called in place of `parts.model`, and the parts with their bytes where they are to be read."""
+        return parts.model, parts
+
+    def prepare(self, session: Session) -> None:
+        """The session knows its model and parts. Raises UserError for what cannot be done with them."""
+
+    def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
+        """What it asks of memory and disk beside the batch, and what goes through slots then. streamed: without it."""
+        return adapter_needs(session.trainable), streamed
+
+    def set_mode(self, model: nn.Module, training: bool) -> None:
+        """training: whether a step comes next, rather than a measurement."""
+        model.eval()
+
+    def open_weights(self, session: Session) -> Callable[[Room], Weights]:
+        """How the weights of the open model are to be had."""
+        return FrozenWeights
+
+    def opened(self, session: Session) -> None:
+        """The model is open, for the first time."""
+
+    def own_tensors(self) -> list[TensorEntry]:
+        """Stored tensors that it brings beside the checkpoint's."""
+        return []
+
+    def close(self) -> None:
+        """Gives up files and locks; also after an error, and more than once."""
+
+
+def choose_dtype(word: str, device: Device, has_gradients: bool, stored: torch.dtype) -> torch.dtype:
+    """word: `engine.dtype`; `auto`: as stored, but fp32 where this CPU has no hardware for the stored dtype, and bf16 (on a CPU
+    fp32) in place of fp16 where gradients are computed, which are not scaled: small ones would be 0 in fp16.
+
+    Raises UserError for fp16 with gradients.
+    """
+    if word == "float16" and has_gradients:
+        raise UserError(
+            "engine.dtype: expected bfloat16 or float32 with methods that have gradients, found float16, in which small "
+            "gradients become 0: set engine.dtype to one of these, or leave it auto"
+        )
+    if word != "auto":
+        return getattr(torch, word)
+    if not device.multiplies(stored):
+        return torch.float32
+    if stored == torch.float16 and has_gradients:
+        return torch.float32 if device.traits.computes_on_host else torch.bfloat16
+    return stored
