@@ -48,7 +48,9 @@ struct Choices {
 
   private:
     Code find(const std::string& instructions) const {
-        return instructions == "avx512" ? avx512 : instructions == "avx2" ? avx2 : instructions == "portable" ? portable : nullptr;
+        if (instructions == "avx512") return avx512;
+        if (instructions == "avx2") return avx2;
+        return instructions == "portable" ? portable : nullptr;
     }
 };
 

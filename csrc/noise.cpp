@@ -69,7 +69,8 @@ void run(const std::string& instructions, Kind kind, uint64_t parameter, uint64_
     }
     if (at && source == 0) throw std::invalid_argument("a source with a null address");
 
-    const Pass pass{kind, parameter, reinterpret_cast<const void*>(source), source_dtype, groups.data(), static_cast<int>(groups.size()), targets.data(), static_cast<int>(targets.size()),
+    const Pass pass{kind, parameter, reinterpret_cast<const void*>(source), source_dtype, groups.data(),
+                    static_cast<int>(groups.size()), targets.data(), static_cast<int>(targets.size()),
                     at >= kStreamedElements};
     auto one = [&](uint64_t index) {
         auto after = std::upper_bound(segments.begin(), segments.end(), index,
