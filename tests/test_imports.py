@@ -28,6 +28,39 @@ def imported_roots(source: str) -> set[str]:
     return roots
 
 
+ROOMS = [
+    {"adapters", "config", "data", "reporting"},
+    {"runs"},
+    {"needs_of_model", "planned_run", "session", "setup"},
+    {"decoding"},
+    {"objectives"},
+    {"methods"},
+    {"training"},
+    {"evaluate", "export", "generate", "trainer"},
+    {"cli", "demo"},
+]
+"""Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""
+
+
+def height(module: str) -> int:
+    """Index into ROOMS + 1. 0: registries and options, which need no torch and import one another alone."""
+    _, room, *inside = module.split(".") if "." in module else (module, "")
+    name = inside[-1] if inside else room
+    is_form = inside[:1] == ["forms"] and len(inside) == 1
+    if is_form or name in ("plugin", "registry") or name.split("_")[-1] == "options":
+        return 0
+    return next((i for i, rooms in enumerate(ROOMS, start=1) if room in rooms), len(ROOMS) + 1)
+
+
+def rooms_imported(source: str) -> list[str]:
+    """Modules of `finetune` that running `source` imports; what is there for type checkers alone does not count."""
+    tree = ast.parse(source)
+    checked = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    unseen = {id(inner) for one in checked for inner in ast.walk(one)}
+    found = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and id(n) not in unseen]
+    return [name for name in found if name.startswith("finetune.")]
+
+
 def unpickling_calls(source: str) -> list[int]:
     """Lines that call `torch.load`, under whatever name, or pass an `allow_pickle` that is not False."""
     tree = ast.parse(source)
@@ -70,6 +103,13 @@ def test_imports_go_one_way_and_nothing_unpickles(path):
     assert unpickling_calls(source) == []
     if "finetune_native" in roots:
         assert named(path) in NATIVE_IMPORTERS
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if named(path).startswith("finetune/")], ids=named)
+def test_rooms_of_finetune_import_downwards(path):
+    module = named(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    above = [name for name in rooms_imported(path.read_text()) if height(name) > height(module)]
+    assert not above
 
 
 def test_the_walk_finds_each_way_to_break_the_rules():
