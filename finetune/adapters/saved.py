@@ -150,11 +150,7 @@ def _with_tables(parts: ModelParts, tables: dict[str, TensorEntry], config: Any,
     found = set()
     for name, entry in tables.items():
         old = sources[name]
-        if entry.shape != old.shape or entry.dtype not in TORCH_DTYPES:
-            raise UserError(
-                f"the adapter in {directory} brings {name} as {entry.dtype} {list(entry.shape)}, the model has "
-                f"{list(old.shape)}: was its vocabulary changed? Merge the adapter into that model and give the result"
-            )
+        _check_shape(name, entry, old.shape, directory)
         new = PlainTensor.of(entry)
         own = [word for word in whole if _is_part(name, word)]
         found.update(own)
@@ -164,6 +160,14 @@ def _with_tables(parts: ModelParts, tables: dict[str, TensorEntry], config: Any,
     if lost:
         raise UserError(f"the adapter in {directory} lacks {lost[0]}, which its modules_to_save names: it is not whole")
     return changed
+
+
+def _check_shape(name: str, entry: TensorEntry, shape: tuple[int, ...], directory: Path) -> None:
+    if entry.shape != shape or entry.dtype not in TORCH_DTYPES:
+        raise UserError(
+            f"the adapter in {directory} brings {name} as {entry.dtype} {list(entry.shape)}, the model has "
+            f"{list(shape)}: was its vocabulary changed? Merge the adapter into that model and give the result"
+        )
 
 
 def _is_part(parameter: str, module: str) -> bool:
