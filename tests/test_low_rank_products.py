@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError
-from finetune.methods.perturbation_needs import perturbed_weights
+from finetune.methods.perturbation_needs import perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from offload.noise import noise
@@ -107,8 +107,8 @@ def test_scale_bias_and_stored_dtype(stored, scale):
 def test_slots_need_no_room_for_matrices(models):  # noqa: F811
     parts = cut(Path(models["bfloat16"]))
     options = {"noise": "low_rank", "rank": 3, "fold_steps": 5}
-    products = perturbed_weights(parts, ZerothOrderOptions(**options, perturb="products"), 8).needs
-    weights = perturbed_weights(parts, ZerothOrderOptions(**options), 8).needs
+    products = perturbed_sizes(parts, ZerothOrderOptions(**options, perturb="products"), 8).needs
+    weights = perturbed_sizes(parts, ZerothOrderOptions(**options), 8).needs
     layout, binding = parts.layouts[0], parts.bindings[0]
     matrices = {name: layout.views[name].shape for name in binding.linear_weights}
     assert len(matrices) == 7  # of a Llama's block

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from finetune.config import Config
-from finetune.methods.perturbation_needs import perturbed_weights
+from finetune.methods.perturbation_needs import perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.planned_run import MeasuredBatch
 from finetune.reporting.report import last_step
@@ -84,7 +84,7 @@ class JournalWeights(Setup):
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
         options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
         # Steps none or unknown: whether there is room for folded weights, which may be wider.
-        perturbed = perturbed_weights(session.parts, options, 0 if self._fold is None else None)
+        perturbed = perturbed_sizes(session.parts, options, 0 if self._fold is None else None)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:

@@ -16,8 +16,8 @@ from offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)
-class PerturbedWeights:
-    """A model whose own weights are perturbed, or moved as the steps of a run say."""
+class PerturbedSizes:
+    """Of a model whose own weights are perturbed, or moved as the steps of a run say."""
 
     block_bytes: list[int]  # of each block as it is fetched: folded weights may be wider than the model's own
     chunk_bytes: int  # of the largest chunk of the head as it is fetched
@@ -35,7 +35,7 @@ def _strip_elements(rows: int, columns: int) -> int:
     return columns * max(strip.stop - strip.start for strip in strips(rows))
 
 
-def perturbed_weights(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbedWeights:
+def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbedSizes:
     """num_steps: of the run; None: unknown, so weights are folded on the way."""
     head, itemsize = parts.head, parts.dtype.itemsize
     units = list(zip(parts.layouts, parts.bindings, parts.prefixes, strict=True))
@@ -63,7 +63,7 @@ def perturbed_weights(parts: ModelParts, options: ZerothOrderOptions, num_steps:
         Item(VISIT, max(visits) if groups else 0, Tier.COMPUTE),  # where linear layers meet noise in their products
     )
     needs += variant_needs(max(1, *slots[:num_blocks]), max(slots[num_blocks:], default=0))  # a slot there must be
-    return PerturbedWeights(fetched[:num_blocks], max(fetched[num_blocks:], default=0), needs)
+    return PerturbedSizes(fetched[:num_blocks], max(fetched[num_blocks:], default=0), needs)
 
 
 def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> Needs:

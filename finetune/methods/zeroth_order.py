@@ -39,7 +39,7 @@ from finetune.config import Config
 from finetune.data.batches import Row
 from finetune.methods.base import Method, StepResult
 from finetune.methods.journal_weights import JournalWeights, export_journal, journal_path, moves_weights
-from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_weights
+from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_sizes
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_needs import check_rounding
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
@@ -134,7 +134,7 @@ class ZerothOrder(Method):
             keeps_initial = ADAPTERS[self.kind].kept_initial
             needs = perturbed_adapter_needs(session.trainable, self.variants, session.on_device, keeps_initial)
             return needs, streamed
-        perturbed = perturbed_weights(parts, zo, self.num_steps)
+        perturbed = perturbed_sizes(parts, zo, self.num_steps)
         needs = perturbed.needs + fold_needs(parts, zo, self.num_steps)
         return needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
 

@@ -55,7 +55,7 @@ class Record:
     lane: Lane
     spec: TreeSpec  # how arguments are put together of `leaves`
     leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
-    edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
+    gradient_edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
     random_state: RandomState  # when the block began
     captured: tuple[str, ...] = ()  # what hooks collect, as in `BlockCall`
     output_grads: dict[int, torch.Tensor] = field(default_factory=dict)  # number of the output -> its gradient
@@ -182,7 +182,7 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any], needless
     visits. The record's inputs are released.
     """
     inputs: list[Any] = []
-    for leaf, edge in zip(record.leaves, record.edges, strict=True):
+    for leaf, edge in zip(record.leaves, record.gradient_edges, strict=True):
         if isinstance(leaf, SavedTensor):
             leaf = leaf.restore().detach().requires_grad_(edge is not None)
         inputs.append(leaf)
@@ -201,7 +201,7 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any], needless
         torch.autograd.backward(edges, grads)
         del edges, grads
     onward: list[tuple[GradientEdge, torch.Tensor]] = []
-    for value, edge in zip(inputs, record.edges, strict=True):
+    for value, edge in zip(inputs, record.gradient_edges, strict=True):
         if edge is not None and value.grad is not None:
             onward.append((edge, value.grad))
             value.grad = None
@@ -247,7 +247,7 @@ def release(record: Record) -> None:
     for leaf in record.leaves:
         if isinstance(leaf, SavedTensor):
             leaf.release()
-    record.leaves, record.edges = [], []
+    record.leaves, record.gradient_edges = [], []
 
 
 def requires_grad(call: BlockCall) -> bool:
