@@ -86,8 +86,8 @@ class Segment(NamedTuple):
 
 
 class PieceState(NamedTuple):
-    """What a piece keeps beside its weights. arrays: those of `StateFormat.array_bytes`, of `units` elements. remainder: int16
-    [units], the lower halves of the fp32 masters of bf16 weights."""
+    """What a piece keeps beside its weights. arrays: those of `StateFormat.array_bytes`, of `units` elements, kept as `format`
+    says. remainder: int16 [units], the lower halves of the fp32 masters of bf16 weights."""
 
     units: int
     arrays: Mapping[str, Address]
@@ -96,8 +96,8 @@ class PieceState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """number: from 1 on, of the state. rounding: one of `ROUNDINGS`, of 16-bit weights without a remainder; fp16 to nearest
-    only. seed: of random bits."""
+    """number: from 1 on, of the state. gradient_scale: what gradients are multiplied with first. rounding: one of `ROUNDINGS`,
+    of 16-bit weights without a remainder; fp16 to nearest only. seed: of random bits."""
 
     number: int
     learning_rate: float  # of this step
@@ -108,7 +108,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What runs, and on how many threads; none of it changes a bit but for `root`, one of `ROOTS`."""
+    """What runs, and on how many threads. instructions: one of `INSTRUCTION_SETS`. root: one of `ROOTS`; nothing else changes a
+    bit."""
 
     threads: int = field(default_factory=torch.get_num_threads)
     instructions: str = INSTRUCTION_SETS[0]  # one of `INSTRUCTION_SETS`
