@@ -8,6 +8,7 @@ import pytest
 import torch
 from text_models import VOCAB, make_config, plain_model, write_model
 
+from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from offload.step.own_loss import TiledLoss
@@ -29,7 +30,8 @@ def batches() -> tuple[list[dict], list[torch.Tensor]]:
 
 
 def session_of(model: Path, output: Path, method: str, **engine: int) -> Session:
-    return Session(make_config(model, output, data="none", method=method, engine=engine, learning_rate=1e-3))
+    config = make_config(model, output, data="none", method=method, engine=engine, learning_rate=1e-3)
+    return Session(make_method(config))
 
 
 @pytest.mark.parametrize("engine", [{}, {"loss_tile_vocab": 100}], ids=["one chunk", "chunks"])
