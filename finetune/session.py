@@ -6,37 +6,27 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from finetune.adapters.base import adapter_of
 from finetune.adapters.peft_files import reads_whole
 from finetune.adapters.placement import copy_to
-from finetune.data.packed_rows import check_positions_argument
-from finetune.needs_of_model import batch_needs, measure_batch, process_as_it_is
-from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
+from finetune.planned_run import BatchShape, PlannedRun
+from finetune.planner import Planner
 from finetune.runs.identity import model_name
 from finetune.setup import Setup
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
-from memory.errors import UserError
-from memory.needs import Needs
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
-from memory.plan import Limits, Plan, PlanRefused, make_plan
-from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.devices import choose_device
 from offload.files.checkpoint import resolve_model
-from offload.sizing.needs import Streamed, stream_needs
-from offload.sizing.positions import longest_row
 from offload.step.own_loss import MakeLoss, models_own_loss
 from offload.streamed_model import Options, StreamedModel
 from offload.weights.finite import first_not_finite
 from offload.weights.parts import cut
 from offload.weights.skeleton import is_placeholder
-
-HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
 
 
 class Session:
@@ -89,7 +79,7 @@ class Session:
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(True)
-        self._longest_row = 0  # of those that were planned for
+        self._planner = Planner(self)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -131,54 +121,8 @@ class Session:
         return not self.device.shares_host_memory
 
     def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
-        """also: what must find room between steps. elsewhere: the run will be on another machine.
-
-        Raises PlanRefused when the budgets are too small for one of them, UserError when the machine is too small for the
-        budgets.
-        """
-        limits = self._limits
-        if limits.host_bytes > total_host_bytes() and not elsewhere:
-            raise UserError(
-                f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
-                f"has, found {self.config.host_memory}: give less, such as 90%"
-            )
-        try:
-            plan, needs, streamed, batch = self._plan(shape, also)
-        except PlanRefused as refused:
-            remedy = None if shape.kept_bytes else self._smaller_batch_that_fits(shape, also)
-            if remedy is None:
-                raise
-            raise refused.with_remedy(remedy) from None
-        return PlannedRun(
-            plan,
-            needs,
-            streamed,
-            batch,
-            self.parts,
-            self.device.kind,
-            self.setup.store,
-            self.setup.variants,
-            "" if self.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
-        )
-
-    def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
-        # Without a backward pass nothing waits for it.
-        block_inputs = self.config.engine.activations if shape.train else "host"
-        needs, streamed, batch = self._needs(shape, block_inputs)
-        if also is not None:
-            needs = needs.covering(self._needs(also, block_inputs)[0])
-        return make_plan(needs, self._limits), needs, streamed, batch
-
-    def _smaller_batch_that_fits(self, shape: BatchShape, also: BatchShape | None) -> str | None:
-        """What the user can lower, where that is enough."""
-        for remedy, smaller in shape.smaller():
-            if also is not None and also.samples is None:
-                tokens = smaller.inputs["input_ids"].shape[1]
-                also = also.of_length(tokens) if tokens < shape.inputs["input_ids"].shape[1] else also
-            with contextlib.suppress(PlanRefused):
-                self._plan(smaller, also)
-                return remedy
-        return None
+        """See `finetune.planner.Planner.plan`."""
+        return self._planner.plan(shape, also, elsewhere)
 
     def open(
         self,
@@ -228,53 +172,3 @@ class Session:
             self.arena = None
         trim_malloc()
         self.setup.close()
-
-    @cached_property
-    def _limits(self) -> Limits:
-        """Once, so that all plans of a session have the same."""
-        if self.config.host_memory is None:
-            host = int(available_host_bytes() * (1 - HOST_RESERVE_SHARE))
-        else:
-            host = _amount("host_memory", self.config.host_memory, total_host_bytes())
-        device = None
-        if not self.device.shares_host_memory:
-            if self.config.device_memory is None:
-                device = int(self.device.available_bytes() * 0.9)
-            else:
-                device = _amount("device_memory", self.config.device_memory, self.device.total_bytes())
-        return Limits(host, device)
-
-    def _needs(self, shape: BatchShape, block_inputs: str) -> tuple[Needs, Streamed, MeasuredBatch]:
-        """Raises UserError for rows that are longer than the model has positions for."""
-        if shape.samples is None:
-            self.adapter.check_length(shape.inputs["input_ids"].shape[1])
-            self._check_positions(shape)
-        if shape.packed:
-            check_positions_argument(self.parts.model)
-        parts, engine = self.parts, self.config.engine
-        batch = measure_batch(parts, self.model, shape, self.setup.gradient_names)
-        own, streamed = self.setup.needs(self, batch, Streamed.of(parts, self.on_device))
-        adapter_bytes = sum(p.nbytes for p in self.trainable)
-        process = process_as_it_is(self.device, parts.dtype, adapter_bytes, shape.micro_batches)
-        slots = stream_needs(streamed, self.on_device, engine.resident_blocks, engine.lookahead)
-        return process + slots + batch_needs(parts, self.model, batch, block_inputs) + own, streamed, batch
-
-    def _check_positions(self, shape: BatchShape) -> None:
-        length, kind = shape.inputs["input_ids"].shape[1], type(self.parts.model).__name__
-        if length > self._longest_row:
-            if (limit := longest_row(self.parts, self.model, shape.inputs)) < length:
-                raise UserError(
-                    f"rows of {length} tokens are longer than the {limit} positions of {kind}: give --sequence-length {limit} "
-                    "or less"
-                )
-            made_for = getattr(self.parts.model.config.get_text_config(), "max_position_embeddings", None) or length
-            if length > made_for >= self._longest_row and not shape.packed:
-                print(f"note: rows of {length} tokens are longer than the {made_for} that {kind} was made for", file=sys.stderr)
-            self._longest_row = length
-
-
-def _amount(key: str, amount: Any, total: int) -> int:
-    try:
-        return parse_bytes(amount, total)
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from None

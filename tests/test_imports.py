@@ -31,7 +31,7 @@ def imported_roots(source: str) -> set[str]:
 ROOMS = [
     {"adapters", "config", "data", "reporting"},
     {"runs"},
-    {"needs_of_model", "planned_run", "session", "setup"},
+    {"needs_of_model", "planned_run", "planner", "session", "setup"},
     {"decoding"},
     {"objectives"},
     {"methods"},

@@ -29,7 +29,7 @@ from tiny_models import (
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.optimization import get_scheduler
 
-import finetune.session
+import finetune.planner
 import offload.update.matrices
 import offload.update.units
 from finetune.data import TokenDataset
@@ -350,7 +350,7 @@ def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, t
         pools = (replace(pool, kept=kept) if pool.name == DEVICE_BLOCKS else pool for pool in needs.pools)
         return replace(needs, pools=tuple(pools))
 
-    monkeypatch.setattr(finetune.session, "stream_needs", needs)
+    monkeypatch.setattr(finetune.planner, "stream_needs", needs)
     assert_same_beside_an_accelerator(checkpoint(name, torch.bfloat16), tokens, tmp_path, clipping, SLOW_LINK)
 
 

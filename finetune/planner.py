@@ -1,0 +1,134 @@
+"""The plans of a session: what its setup and a batch ask for, against the budgets."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.packed_rows import check_positions_argument
+from finetune.needs_of_model import batch_needs, measure_batch, process_as_it_is
+from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
+from memory.errors import UserError
+from memory.needs import Needs
+from memory.plan import Limits, Plan, PlanRefused, make_plan
+from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
+from offload.sizing.needs import Streamed, stream_needs
+from offload.sizing.positions import longest_row
+
+if TYPE_CHECKING:
+    from finetune.session import Session
+
+HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
+
+
+class Planner:
+    """Makes plans for `session`, whose model is there and not open yet, or is measured between steps."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._longest_row = 0  # of those that were planned for
+
+    def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
+        """also: what must find room between steps. elsewhere: the run will be on another machine.
+
+        Raises PlanRefused when the budgets are too small for one of them, UserError when the machine is too small for the
+        budgets.
+        """
+        session, limits = self._session, self._limits
+        if limits.host_bytes > total_host_bytes() and not elsewhere:
+            raise UserError(
+                f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
+                f"has, found {session.config.host_memory}: give less, such as 90%"
+            )
+        try:
+            plan, needs, streamed, batch = self._plan(shape, also)
+        except PlanRefused as refused:
+            remedy = None if shape.kept_bytes else self._smaller_batch_that_fits(shape, also)
+            if remedy is None:
+                raise
+            raise refused.with_remedy(remedy) from None
+        return PlannedRun(
+            plan,
+            needs,
+            streamed,
+            batch,
+            session.parts,
+            session.device.kind,
+            session.setup.store,
+            session.setup.variants,
+            "" if session.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
+        )
+
+    def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
+        # Without a backward pass nothing waits for it.
+        block_inputs = self._session.config.engine.activations if shape.train else "host"
+        needs, streamed, batch = self._needs(shape, block_inputs)
+        if also is not None:
+            needs = needs.covering(self._needs(also, block_inputs)[0])
+        return make_plan(needs, self._limits), needs, streamed, batch
+
+    def _smaller_batch_that_fits(self, shape: BatchShape, also: BatchShape | None) -> str | None:
+        """What the user can lower, where that is enough."""
+        for remedy, smaller in shape.smaller():
+            if also is not None and also.samples is None:
+                tokens = smaller.inputs["input_ids"].shape[1]
+                also = also.of_length(tokens) if tokens < shape.inputs["input_ids"].shape[1] else also
+            with contextlib.suppress(PlanRefused):
+                self._plan(smaller, also)
+                return remedy
+        return None
+
+    @cached_property
+    def _limits(self) -> Limits:
+        """Once, so that all plans of a session have the same."""
+        config, device = self._session.config, self._session.device
+        if config.host_memory is None:
+            host = int(available_host_bytes() * (1 - HOST_RESERVE_SHARE))
+        else:
+            host = _amount("host_memory", config.host_memory, total_host_bytes())
+        on_device = None
+        if not device.shares_host_memory:
+            if config.device_memory is None:
+                on_device = int(device.available_bytes() * 0.9)
+            else:
+                on_device = _amount("device_memory", config.device_memory, device.total_bytes())
+        return Limits(host, on_device)
+
+    def _needs(self, shape: BatchShape, block_inputs: str) -> tuple[Needs, Streamed, MeasuredBatch]:
+        """Raises UserError for rows that are longer than the model has positions for."""
+        session = self._session
+        if shape.samples is None:
+            session.adapter.check_length(shape.inputs["input_ids"].shape[1])
+            self._check_positions(shape)
+        if shape.packed:
+            check_positions_argument(session.parts.model)
+        parts, engine = session.parts, session.config.engine
+        batch = measure_batch(parts, session.model, shape, session.setup.gradient_names)
+        own, streamed = session.setup.needs(session, batch, Streamed.of(parts, session.on_device))
+        adapter_bytes = sum(p.nbytes for p in session.trainable)
+        process = process_as_it_is(session.device, parts.dtype, adapter_bytes, shape.micro_batches)
+        slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead)
+        return process + slots + batch_needs(parts, session.model, batch, block_inputs) + own, streamed, batch
+
+    def _check_positions(self, shape: BatchShape) -> None:
+        parts = self._session.parts
+        length, kind = shape.inputs["input_ids"].shape[1], type(parts.model).__name__
+        if length > self._longest_row:
+            if (limit := longest_row(parts, self._session.model, shape.inputs)) < length:
+                raise UserError(
+                    f"rows of {length} tokens are longer than the {limit} positions of {kind}: give --sequence-length {limit} "
+                    "or less"
+                )
+            made_for = getattr(parts.model.config.get_text_config(), "max_position_embeddings", None) or length
+            if length > made_for >= self._longest_row and not shape.packed:
+                print(f"note: rows of {length} tokens are longer than the {made_for} that {kind} was made for", file=sys.stderr)
+            self._longest_row = length
+
+
+def _amount(key: str, amount: Any, total: int) -> int:
+    try:
+        return parse_bytes(amount, total)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None
