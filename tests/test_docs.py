@@ -45,6 +45,16 @@ def test_notes_that_are_cited_are_written():
             assert " ".join(note.split()) in written, (document.name, note)
 
 
+def test_the_map_has_every_room():
+    """Folders of the packages, and files that are in none of them."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = [ROOT / name for name in ("finetune", "offload", "memory")]
+    folders = {path.parent for package in packages for path in package.rglob("*.py")} - set(packages)
+    files = {path for package in packages for path in package.glob("[!_]*.py")} - {ROOT / "finetune" / "demo.py"}
+    names = [f"{path.relative_to(ROOT)}/" for path in folders] + [str(path.relative_to(ROOT)) for path in files]
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
 def commands(text: str) -> list[str]:
     """What follows `finetune` in fenced, indented and inline code."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
