@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from finetune.adapters.registry import ADAPTERS
-from finetune.config import Config
 from finetune.plugin import load
-from offload.streamed_model import StreamedModel
+
+if TYPE_CHECKING:  # a kind's options may stand beside its code, and are read without torch
+    from torch import nn
+
+    from finetune.config import Config
+    from offload.streamed_model import StreamedModel
 
 
 class Adapter:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from math import prod
-
-import torch
 
 from finetune.config import Config
 from finetune.methods.selection import interval_of, make_selection
 from finetune.planned_run import MeasuredBatch, StoreSize
-from memory.errors import UserError
 from memory.needs import Item, Lasts, Needs, Tier
 from offload.sizing.needs import EDGES, STEP, VISIT, Streamed, state_needs, update_needs
 from offload.update.kernels import StateFormat
@@ -35,18 +31,6 @@ def _make(kind: type[Rule], config: Config, **given: float) -> Rule:
     sections = [config.selection, config.training, config.optimizer]
     found = {key: getattr(section, key) for section in sections for key in type(section).model_fields}
     return kind(**{field.name: (found | given)[field.name] for field in fields(kind)})
-
-
-def check_rounding(config: Config, parts: ModelParts, names: Iterable[str]) -> None:
-    """Raises UserError where these parameters, as they are stored, can't be rounded as configured."""
-    key, remedy = ("zo.rounding stochastic", "nearest") if config.method == "zo" else ("optimizer.master none", "float32")
-    at_random = config.zo.rounding == "stochastic" if config.method == "zo" else config.optimizer.master == "none"
-    fp16 = next((name for name in sorted(names) if parts.sources[name].dtype == torch.float16), None)
-    if at_random and fp16 is not None:
-        raise UserError(
-            f"{fp16} is stored as float16, which {key} cannot round stochastically: set it to {remedy}, or save the model in "
-            "bfloat16"
-        )
 
 
 def make_keeping(config: Config) -> Keeping:

@@ -18,12 +18,12 @@ from finetune.config import Config
 from finetune.data.batches import Row
 from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
+from finetune.methods.rounding import check_stochastic_rounding
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.stored_weights import StoredWeights, export_stored, has_store
 from finetune.methods.weight_decay import undecayed
 from finetune.methods.weight_needs import (
-    check_rounding,
     make_keeping,
     make_rule,
     store_size,
@@ -61,7 +61,8 @@ class WeightTraining(Method):
 
     def prepare(self, session: Session) -> None:
         self.trained = find_trained(session.parts, self.config.train)
-        check_rounding(self.config, session.parts, self.trained.fqns)
+        if self.config.optimizer.master == "none":
+            check_stochastic_rounding(session.parts, self.trained.fqns, "optimizer.master none", "float32")
         for binding in session.parts.bindings:
             binding.convert_at_bind()
 

@@ -40,8 +40,8 @@ from finetune.data.batches import Row
 from finetune.methods.base import Method, StepResult
 from finetune.methods.journal_weights import JournalWeights, export_journal, journal_path, moves_weights
 from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_sizes
+from finetune.methods.rounding import check_stochastic_rounding
 from finetune.methods.schedule import make_scheduler
-from finetune.methods.weight_needs import check_rounding
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.needs_of_model import perturbed_adapter_needs
 from finetune.objectives.base import Objective
@@ -126,7 +126,9 @@ class ZerothOrder(Method):
             )
         if self.kind is None:
             check_storage(session.parts.sources, session.parts.parameters)
-            check_rounding(self.config, session.parts, session.parts.parameters)
+            if self.config.zo.rounding == "stochastic":
+                parameters = session.parts.parameters
+                check_stochastic_rounding(session.parts, parameters, "zo.rounding stochastic", "nearest")
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
         parts, zo = session.parts, self.config.zo
