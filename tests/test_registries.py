@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from finetune.adapters.base import Adapter
 from finetune.adapters.registry import ADAPTERS
 from finetune.methods.registry import METHODS
+from finetune.plugin import load
 from offload.update.rules import OPTIMIZERS, SUBSPACES
 from offload.update.rules.rule import DirectionRule, Rule
 
@@ -36,3 +38,13 @@ def test_rules_know_their_kernel_and_their_state(rule: type[Rule]):
     assert rule.kernel in optimizer.Rule.__members__ and set(rule.states) <= {"first", "second"}
     assert rule.has_directions == issubclass(rule, DirectionRule) == (not rule.states)
     assert rule(weight_decay=0.1).scalars(0.5, 1).step < 0
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_kind_of_adapter_can_be_loaded(name):
+    assert issubclass(load(ADAPTERS[name].code), Adapter)
+
+
+def test_a_kind_of_adapter_needs_no_torch_for_its_options():
+    code = "import sys, finetune.adapters.base; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
