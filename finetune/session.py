@@ -162,13 +162,15 @@ class Session:
 
     def close(self) -> None:
         """Frees the streamed model and its memory; after that the process holds little more than before."""
-        if self.streamed is not None:
-            self.streamed.close()
-            self.streamed = None
-            gc.collect()  # its parts refer to each other
-        self.device.close()
-        if self.arena is not None:
-            self.arena.give_back()
-            self.arena = None
-        trim_malloc()
-        self.setup.close()
+        try:
+            if self.streamed is not None:
+                self.streamed.close()
+                self.streamed = None
+                gc.collect()  # its parts refer to each other
+            self.device.close()
+            if self.arena is not None:
+                self.arena.give_back()
+                self.arena = None
+            trim_malloc()
+        finally:
+            self.setup.close()  # another run may take its files, whatever failed

@@ -81,3 +81,22 @@ def test_a_step_makes_small_what_the_model_is_handed(model, batches, tmp_path):
     own, twice = results
     assert len(own) == len(twice) > 1 and any(grad.any() for grad in own[1:])
     assert all(b.equal(2 * a) for a, b in zip(own, twice, strict=True))
+
+
+def test_a_session_that_fails_to_close_gives_up_its_files(model, tmp_path, monkeypatch):
+    """Else no other run could be there before the process ends."""
+
+    def fail(self: StreamedModel) -> None:
+        raise OSError(5, "Input/output error")
+
+    closed = []
+    session = session_of(model, tmp_path, "zo")
+    session.open(session.plan(BatchShape.of_text(2, 9, 2, train=False)), tmp_path / "scratch")
+    streamed = session.streamed
+    monkeypatch.setattr(session.setup, "close", lambda: closed.append(True))
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedModel, "close", fail)
+        with pytest.raises(OSError, match="Input"):
+            session.close()
+    assert closed
+    streamed.close()

@@ -1,7 +1,7 @@
 """Sequences and what is asked of them: how likely the model finds some of their tokens, after what stands before.
 
 [Note: what is asked of a sequence]
-Everything measured is the cross entropy of some token at some position: an `_Asked` row is a sequence and such pairs.
+Everything measured is the cross entropy of some token at some position: an `Asked` row is a sequence and such pairs.
 The loss asks for every trained token. A candidate completion asks for its own tokens; where another sequence begins with
 all that predicts them, that sequence is asked: with completions of one token, a row is computed once however many
 candidates there are.
