@@ -113,7 +113,7 @@ def _named_run(config: Config) -> Path | None:
         return None
     if any((config.output / name).exists() for name in ("adapter", "journal.zo", "store")):
         return config.output
-    typer.echo(f"note: no run has ended in {config.output}: this is the model as it is", err=True)
+    typer.echo(f"note: there is no finished run in {config.output}: using the model as it is", err=True)
     return None
 
 

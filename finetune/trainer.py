@@ -65,13 +65,13 @@ class TrainResult:
 class _UnderWay:
     """A run from its plan on."""
 
-    session: Session
+    session: Session  # with the open model
     method: Method  # the session's setup
-    planned: PlannedRun
-    objective: Objective
-    batches: BatchPlan
-    meter: MemoryMeter
-    progress: Progress
+    planned: PlannedRun  # what was planned and printed
+    objective: Objective  # what steps minimise
+    batches: BatchPlan  # which rows each step has
+    meter: MemoryMeter  # peaks since the model was opened
+    progress: Progress  # the live line
 
     def say(self, notes: Iterable[str]) -> None:
         for note in notes:

@@ -304,7 +304,7 @@ def test_a_run_that_is_named_is_what_is_measured(monkeypatch: pytest.MonkeyPatch
     assert invoke(*words).stderr == ""  # the default output is no choice of the user's
     assert invoke(*words, "--output", "out").stderr == ""
     assert invoke(*words, "--output", "out", "--adapter", "other").stderr == ""
-    assert "no run has ended in elsewhere: this is the model as it is" in invoke(*words, "--output", "elsewhere").stderr
+    assert "no finished run in elsewhere: using the model as it is" in invoke(*words, "--output", "elsewhere").stderr
     assert found == [None, Path("out"), "other", None]
 
 

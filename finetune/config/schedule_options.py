@@ -83,7 +83,7 @@ def argument_problems(schedule: str, arguments: Mapping[str, Any]) -> Iterator[s
                 takes = ", ".join(kind.model_fields) or "nothing"
                 others = [other for other, its in SCHEDULES.items() if name in its.model_fields]
                 hint = f"; {name} is of {', '.join(others)}" if others else ""
-                yield f"expected of lr_scheduler_kwargs {takes} with lr_scheduler {schedule}, found {name}{hint}"
+                yield f"expected lr_scheduler_kwargs to hold {takes} with lr_scheduler {schedule}, found {name}{hint}"
             else:
                 expected = problem["msg"].removeprefix("Input should be ")
                 yield f"expected lr_scheduler_kwargs.{name} to be {expected}, found {problem['input']!r}"

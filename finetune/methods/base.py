@@ -29,7 +29,7 @@ class StepResult:
 
     loss: float  # of the step's rows, before the update
     tokens: int  # of the step
-    learning_rate: float
+    learning_rate: float  # of the step
     grad_norm: float  # before clipping
 
 

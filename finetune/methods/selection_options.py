@@ -42,7 +42,7 @@ class SelectionOptions(Section):
         if self.subspace != "blocks" and self.layers:
             yield Conflict(
                 ("selection.layers", "selection.subspace"),
-                f"expected no selection.layers with selection.subspace {self.subspace}, which is of all blocks, found "
+                f"expected no selection.layers with selection.subspace {self.subspace}, which applies to all blocks, found "
                 f"{self.layers}",
             )
         if config.method == "frugal" and self.keep_state:

@@ -28,7 +28,7 @@ class Export:
     is_free: bool  # no process is at the run, which would write where this reads
     directory: Path  # to write; it does not exist, or is empty
     at_step: int | None  # the model as of that step; None: the last
-    progress: Progress
+    progress: Progress  # for whoever shows it
 
     def side_files(self, model: Path) -> dict[Path, Path]:
         """Path in the model's directory -> file, of all that stands beside the weights, in subdirectories too: configuration,
