@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from finetune.cli import app
 from finetune.config.sections import SECTIONS
+from finetune.plugin import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -94,3 +95,17 @@ def test_examples_for_contributors_are_the_trees():
     assert blocks
     for path, code in blocks:
         assert code.rstrip("\n") in (ROOT / path).read_text(encoding="utf-8"), (path, code)
+
+
+@pytest.mark.parametrize(
+    "heading, place",
+    [("Add a method", "finetune.methods.base:Method"), ("Add a weight format", "offload.weights.formats.base:StoredWeight")],
+)
+def test_what_contributors_are_to_give_has_these_names(heading, place):
+    """The names in the table under a heading; `eval` and `generate` are commands."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = "\n".join(re.findall(r"^\|.+\|$", section, re.M))
+    names = set(re.findall(r"`(\w+)`", rows)) - {"eval", "generate"}
+    known = load(place)
+    assert names and [name for name in sorted(names) if not hasattr(known, name)] == []
