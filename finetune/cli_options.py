@@ -27,12 +27,14 @@ def _training(kind: type, flag: str, text: str) -> Any:
     return _option(kind, flag, text, "Training")
 
 
+_METHODS = ", ".join(f"{name} ({entry.goal})" for name, entry in METHODS.items())
+
 # Keys of the configuration, under the names that they have there. None: the option was not given.
 KEYS = {
     "model": _option(str, "--model", "Model directory or hub id."),
     "data": _option(str, "--data", "Data file, directory or hub id."),
     "eval_data": _option(str, "--eval-data", "Data to evaluate on."),
-    "method": _option(str, "--method", f"Training method: {', '.join(METHODS)}. [default: lora]"),
+    "method": _option(str, "--method", f"Training method: {_METHODS}. [default: lora]"),
     "output": _option(str, "--output", "Directory of the run: everything is written there. [default: out]"),
     "host_memory": _memory(
         "--host-memory",

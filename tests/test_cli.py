@@ -25,6 +25,7 @@ from finetune.cli_options import KEYS
 from finetune.config import Config
 from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import read_presets
+from finetune.methods.registry import METHODS
 from memory.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,11 @@ def test_shared_options_are_keys_of_the_configuration() -> None:
 def test_help_says_what_every_option_is_for(command: str) -> None:
     parameters = get_command(app).commands[command].params
     assert all(len(one.help) > 9 for one in parameters), [one.name for one in parameters if not one.help]
+
+
+def test_help_says_what_each_method_trains() -> None:
+    option = next(one for one in get_command(app).commands["run"].params if one.name == "method")
+    assert all(f"{name} ({entry.goal})" in option.help for name, entry in METHODS.items())
     names = [one.name for one in parameters]
     assert names[:2] == ["config", "model"] and names[-1] == "debug" and len(set(names)) == len(names)
 
