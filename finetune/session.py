@@ -105,7 +105,8 @@ class Session:
                 f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
                 f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
             )
-        return notes + self.setup.notes
+        forms = {type(weight): weight.note for weight in sources.values() if weight.note}
+        return notes + [f"note: {note}" for note in forms.values()] + self.setup.notes
 
     def set_training(self, training: bool) -> None:
         """Before steps, or before something is measured. DoRA layers stay in train mode: in eval mode they cache matrices of

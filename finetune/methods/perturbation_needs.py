@@ -11,7 +11,7 @@ from offload.perturb.products import factor_bytes, matrices_of
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.variants import folded_bytes, noise_keys, variant_layout
 from offload.sizing.needs import EDGES, VISIT, variant_needs
-from offload.weights.formats.plain import strips
+from offload.weights.formats.strips import strips
 from offload.weights.parts import ModelParts
 
 

@@ -192,7 +192,7 @@ def _tensors_of(directory: Path, names: list[str]) -> dict[str, TensorEntry]:
 def _from_index(directory: Path, index_name: str) -> Checkpoint:
     index_path = directory / index_name
     try:
-        weight_map = _parse_json(index_path.read_bytes(), str(index_path)).get("weight_map")
+        weight_map = parse_json(index_path.read_bytes(), str(index_path)).get("weight_map")
     except OSError as error:
         raise CheckpointError(f"{index_path}: can't be read: {error.strerror}") from error
     if not isinstance(weight_map, dict) or not weight_map:
@@ -227,7 +227,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     Raises CheckpointError naming the file, the tensor, what was expected and what was found.
     """
     text, file_bytes = _header_text(path)
-    header = _parse_json(text, f"{path}: header")
+    header = parse_json(text, f"{path}: header")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(path, "'__metadata__' to be an object of strings", f"{metadata!r:.60}")
@@ -301,7 +301,9 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_TENSOR_BYTES for value in values)
 
 
-def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
+def parse_json(text: bytes, subject: str) -> dict[str, Any]:
+    """A JSON object without repeated keys. subject: what is read, for the message. Raises CheckpointError for anything else."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:

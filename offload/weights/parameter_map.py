@@ -21,8 +21,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from offload.files.checkpoint import Checkpoint, CheckpointError
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
-from offload.weights.formats import Extent, FoundWeight, PlainTensor, StoredWeight, find_weights
+from offload.weights.formats import FORMATS, Extent, FoundWeight, PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.plain import torch_dtype
+from offload.weights.skeleton import quantization_of
 
 _COMPARED_ELEMENTS = 1 << 19
 
@@ -57,12 +58,14 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
     Raises CheckpointError for quantised weights, missing parameters, shapes or dtypes that don't fit, and conversions
     that aren't placements.
     """
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization = quantization_of(model.config)
     found = find_weights(checkpoint.tensors, quantization)
     if quantization is not None and all(form is PlainTensor for form, _ in found.values()):
+        known = ", ".join(form.word for form in FORMATS if form is not PlainTensor)
         raise CheckpointError(
-            f"{checkpoint.directory}: the weights are quantised (quantization_config in config.json), which can't be "
-            "fine-tuned here yet: use the original weights"
+            f"{checkpoint.directory}: the weights are quantised (quantization_config in config.json) by "
+            f"{quantization.get('quant_method')!r:.60}, and no weight is stored as one of {known}: use the original weights; "
+            "if these are not quantised, remove quantization_config"
         )
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     direct, converters, unexpected = _assign(model, found, tensors)
@@ -72,8 +75,8 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         if form is PlainTensor:
             result[name] = _plain(name, PlacementTensor.of(parts[""]), tensors[name].shape, checkpoint)
         else:
-            stored = {part: PlainTensor.of(entry) for part, entry in parts.items()}
-            result[name] = form.make(tuple(tensors[name].shape), stored, quantization)
+            _check_layer(model, name, form)
+            result[name] = form.make(tuple(tensors[name].shape), parts, quantization)
             _check_shape(name, result[name].shape, tensors[name].shape, checkpoint)
     for name, converter in converters.items():
         for target, placement in run_converter(converter, name, model).items():
@@ -123,6 +126,15 @@ def _placement(name: str, found: FoundWeight) -> PlacementTensor:
             "use the original weights"
         )
     return PlacementTensor.of(found.parts[""])
+
+
+def _check_layer(model: PreTrainedModel, name: str, form: type[StoredWeight]) -> None:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, form.layers):
+        raise CheckpointError(
+            f"parameter '{name}' of a {type(owner).__name__} is stored as {form.word}, which is read for "
+            f"{form.layers.__name__} only: use the original weights"
+        )
 
 
 def _plain(name: str, placement: PlacementTensor, shape: Sequence[int], checkpoint: Checkpoint) -> PlainTensor:

@@ -18,11 +18,19 @@ from memory.errors import UserError
 from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
-from offload.weights.formats import StoredWeight
+from offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.parameter_map import ParameterMap, map_parameters
-from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, set_placeholders
+from offload.weights.skeleton import (
+    build_on_meta,
+    dtype_plan,
+    find_blocks,
+    input_table,
+    quantization_of,
+    read_config,
+    set_placeholders,
+)
 
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
 
@@ -160,8 +168,9 @@ def cut(
     Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint.
     """
     checkpoint = read_checkpoint(directory)
-    dtype = choose_dtype(stored_dtype(checkpoint))
-    model = build_on_meta(directory, dtype, trust_remote_code)
+    config = read_config(directory, trust_remote_code)
+    dtype = choose_dtype(stored_dtype(checkpoint, quantization_of(config)))
+    model = build_on_meta(config, directory, dtype, trust_remote_code)
     sources = map_parameters(model, checkpoint)
     _refuse_absent(directory, model, sources.absent)
     dtypes = dtype_plan(model, dtype)
@@ -222,16 +231,21 @@ def _cut_embeddings(
     return tuple(found)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most of the checkpoint's bytes have."""
+def stored_dtype(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> torch.dtype:
+    """The floating-point dtype that most bytes of the plain weights have. Beside packed ones these are embeddings, norms and
+    heads: the dtype of what enters a packed layer, in which bitsandbytes and others multiply too. That of scales says nothing.
+
+    quantization: `quantization_config` of config.json.
+    """
     sizes: dict[str, int] = {}
-    for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
+    for form, parts in find_weights(checkpoint.tensors, quantization).values():
+        if form is PlainTensor:
+            sizes[parts[""].dtype] = sizes.get(parts[""].dtype, 0) + parts[""].num_bytes
     known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     names = [name for name in sizes if name in known]
     if not names:
         raise UserError(
-            f"{checkpoint.directory}: expected weights in BF16, F16 or F32, found {', '.join(sorted(sizes))}: "
+            f"{checkpoint.directory}: expected weights in BF16, F16 or F32, found {', '.join(sorted(sizes)) or 'none'}: "
             "convert the checkpoint first"
         )
     return known[max(names, key=lambda name: sizes[name])]

@@ -11,23 +11,43 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from memory.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def build_on_meta(directory: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """The architecture that config.json names, all tensors on meta, in eval mode. Raises UserError when it is unknown."""
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Raises UserError for a config.json that Transformers can't read."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """`quantization_config` of config.json; None: the weights are plain. Raises UserError unless it is an object."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"{config.name_or_path}: quantization_config in config.json: expected an object, found {found!r:.60}")
+    return found
+
+
+def build_on_meta(
+    config: PretrainedConfig, directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
+) -> nn.Module:
+    """The architecture that `config`, of `directory`, names: all tensors on meta, in eval mode. Linear layers are
+    Transformers' own whatever their weights are packed in. Raises UserError when it is unknown."""
+    from transformers import AutoModelForCausalLM, initialization
+
     architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     model_class = _model_class(config, architectures, directory)
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from offload.files.checkpoint import TensorEntry
@@ -41,6 +41,10 @@ class StoredWeight(ABC):
 
     word: ClassVar[str]
     """The format, in messages: "stored as ..."."""
+    layers: ClassVar[type[nn.Module]] = nn.Module
+    """The modules whose weights it stores as they are, neither transposed nor put together."""
+    note: ClassVar[str] = ""
+    """What the user of such a model should know of its numbers."""
     shape: tuple[int, ...]
     """Of the numbers: the module's. A field or a property."""
 
@@ -57,13 +61,15 @@ class StoredWeight(ABC):
 
     @classmethod
     def make(
-        cls, shape: tuple[int, ...], parts: Mapping[str, PlainTensor], quantization: Mapping[str, Any] | None
+        cls, shape: tuple[int, ...], parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
     ) -> StoredWeight:
         """The weight of these parts, as `find` named them. shape: what the model expects, for formats that do not store it.
 
         Raises CheckpointError for parts that do not fit each other.
         """
-        return cls(**parts)
+        from offload.weights.formats.plain import PlainTensor
+
+        return cls(**{name: PlainTensor.of(entry) for name, entry in parts.items()})
 
     @property
     def tensors(self) -> dict[str, PlainTensor]:

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
 from offload.weights.formats.base import StoredWeight
-
-STRIP = 768  # columns of the result per converted strip: some MiB, less than a level 3 cache
+from offload.weights.formats.strips import multiply, multiply_back
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -116,10 +115,7 @@ class PlainTensor(StoredWeight):
         return linear_product(x, stored, bias)
 
     def linear_backward(self, grad: Tensor, stored: Tensor) -> Tensor:
-        dx = grad.new_empty(grad.shape[0], stored.shape[1])
-        for strip in strips(stored.shape[1]):
-            torch.mm(grad, stored[:, strip].to(grad.dtype), out=dx[:, strip])
-        return dx
+        return multiply_back(grad, stored.shape[1], lambda strip: stored[:, strip].to(grad.dtype))
 
 
 def torch_dtype(dtype: str, subject: str) -> torch.dtype:
@@ -137,29 +133,7 @@ def dense_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def linear_product(rows: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows [n, in] times stored^T, [out, in] in any dtype, plus bias [out]: [n, out] in the dtype of `rows`.
-
-    Where the dtypes differ `stored` is converted a strip at a time. Strips cut the result's columns, never the sum over the
-    inner dimension, so every element is the same dot product as in one large product: the same bits (held by tests), and the
-    strip is still in cache when it is multiplied.
-    """
+    """rows [n, in] times stored^T, [out, in] in any dtype, plus bias [out]: [n, out] in the dtype of `rows`."""
     if stored.dtype == rows.dtype:
         return functional.linear(rows, stored, bias)
-    y = rows.new_empty(rows.shape[0], stored.shape[0])
-    for strip in strips(stored.shape[0]):
-        weight = stored[strip].to(rows.dtype).t()
-        if bias is None:
-            torch.mm(rows, weight, out=y[:, strip])
-        else:
-            torch.addmm(bias[strip], rows, weight, out=y[:, strip])
-    return y
-
-
-def strips(size: int) -> list[slice]:
-    """How a weight with so many rows is cut where it is converted at each use: nearly equally, in whole vectors; sizes that are
-    not go in one piece, for a ragged last strip of few rows is multiplied by another kernel, with other rounding."""
-    if size % 64:
-        return [slice(0, size)]
-    count = -(-size // STRIP)
-    step = -(-size // (64 * count)) * 64
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return multiply(rows, stored.shape[0], lambda strip: stored[strip].to(rows.dtype), bias)

@@ -1,0 +1,148 @@
+"""What bitsandbytes keeps beside a packed weight, read and proved before any number is made of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from offload.files.checkpoint import CheckpointError, TensorEntry, parse_json
+
+CODES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}  # fmt: skip
+"""The 16 numbers of a type, by code."""
+
+STATES = {f"state of {word}": f".quant_state.bitsandbytes__{word}" for word in CODES}
+"""Part -> what follows the weight's name: the bytes of a JSON object."""
+
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DTYPES = ("bfloat16", "float16", "float32")
+_STATE_MAX_BYTES = 4096  # bitsandbytes writes some 200
+
+
+@dataclass(frozen=True, slots=True)
+class State4Bit:
+    """How a matrix was packed."""
+
+    quant_type: str
+    """Which of `CODES`."""
+    block_size: int
+    """Numbers under one absmax."""
+    dtype: torch.dtype
+    """What the numbers are rounded to."""
+    nested_block_size: int = 1
+    """Blocks under one nested absmax."""
+    nested_offset: float | None = None
+    """What is added to every absmax; None where they are not nested."""
+
+
+def is_bitsandbytes(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether `quantization_config` names it; older ones give no method."""
+    if quantization is None:
+        return False
+    method = quantization.get("quant_method")
+    return method == "bitsandbytes" or method is None and any(quantization.get(f"load_in_{n}bit") for n in (4, 8))
+
+
+def gather(
+    entries: Mapping[str, TensorEntry], suffixes: Mapping[str, str], needed: Collection[str], weight: str = ""
+) -> dict[str, dict[str, TensorEntry]]:
+    """The weights that have something stored beside them: name -> part -> tensor.
+
+    suffixes: part -> how its name ends; `weight` in place of that is the end of the weight's own name, whose part is "packed".
+    needed: parts that no weight is without. Raises CheckpointError for one that is.
+    """
+    found: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in entries.items():
+        for part, suffix in suffixes.items():
+            if name.endswith(suffix):
+                found.setdefault(name.removesuffix(suffix), {})[part] = entry
+    for base, parts in found.items():
+        first = next(iter(parts.values()))
+        if base + weight in entries:
+            parts["packed"] = entries[base + weight]
+        for part, suffix in {"packed": weight, **suffixes}.items():
+            if part in needed and part not in parts:
+                raise CheckpointError(
+                    f"{first.path}: expected tensor '{base}{suffix}' for '{first.name}', found none: download the model again"
+                )
+    return {base + weight: parts for base, parts in found.items()}
+
+
+def check(entry: TensorEntry, is_right: bool, expected: str, found: Any) -> None:
+    if not is_right:
+        raise CheckpointError(
+            f"{entry.path}: tensor '{entry.name}': expected {expected}, found {found!r:.80}: download the model again"
+        )
+
+
+def check_tensor(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None:
+    is_right = entry.dtype == dtype and entry.shape == shape
+    check(entry, is_right, f"{dtype} {list(shape)}", f"{entry.dtype} {list(entry.shape)}")
+
+
+def read_bytes(entry: TensorEntry, most: int) -> bytes:
+    """The tensor's bytes. Raises CheckpointError for more than `most`."""
+    check(entry, entry.num_bytes <= most, f"at most {most} bytes", entry.num_bytes)
+    try:
+        with open(entry.path, "rb") as file:
+            return os.pread(file.fileno(), entry.num_bytes, entry.offset)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: can't be read: {error.strerror}") from error
+
+
+def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> State4Bit:
+    """How the matrix of these parts is packed. Raises CheckpointError unless all of them fit that and `shape`."""
+    packed = parts["packed"]
+    states = [word for word, part in zip(CODES, STATES, strict=True) if part in parts]
+    check(packed, len(states) == 1, f"'{packed.name}' to have one quant_state out of {', '.join(CODES)}", states)
+    entry = next(parts[part] for part in STATES if part in parts)
+    values = parse_json(read_bytes(entry, _STATE_MAX_BYTES), f"{entry.path}: tensor '{entry.name}'")
+    _check_value(entry, values, "quant_type", states)
+    _check_value(entry, values, "blocksize", _BLOCK_SIZES)
+    _check_value(entry, values, "dtype", _DTYPES)
+    _check_value(entry, values, "shape", [list(shape)])
+    state = State4Bit(states[0], values["blocksize"], getattr(torch, values["dtype"]))
+    if nested := [part for part in ("nested_absmax", "nested_map") if part in parts]:
+        check(parts[nested[0]], len(nested) == 2, "nested_absmax and nested_quant_map", nested)
+        _check_value(entry, values, "nested_blocksize", (*_BLOCK_SIZES, 16))
+        _check_value(entry, values, "nested_dtype", ["float32"])
+        offset = values.get("nested_offset")
+        check(entry, type(offset) in (int, float) and math.isfinite(offset), "nested_offset to be a finite number", offset)
+        state = State4Bit(state.quant_type, state.block_size, state.dtype, values["nested_blocksize"], float(offset))
+    _check_sizes(shape, parts, state)
+    return state
+
+
+def _check_value(entry: TensorEntry, values: Mapping[str, Any], key: str, allowed: Collection[Any]) -> None:
+    value = values.get(key)
+    is_right = any(type(value) is type(one) and value == one for one in allowed)
+    check(entry, is_right, f"{key} to be {' or '.join(map(str, allowed))}", value)
+
+
+def _check_sizes(shape: tuple[int, ...], parts: Mapping[str, TensorEntry], state: State4Bit) -> None:
+    packed, count = parts["packed"], prod(shape)
+    num_bytes, blocks = -(-count // 2), -(-count // state.block_size)
+    check(packed, packed.num_bytes == num_bytes, f"{num_bytes} bytes for {list(shape)}", packed.num_bytes)
+    if state.nested_offset is None:
+        check_tensor(parts["absmax"], "F32", (blocks,))
+    else:
+        check_tensor(parts["absmax"], "U8", (blocks,))
+        check_tensor(parts["nested_absmax"], "F32", (-(-blocks // state.nested_block_size),))
+        check_tensor(parts["nested_map"], "F32", (256,))
+    codes = parts["quant_map"]
+    check_tensor(codes, "F32", (16,))
+    values = torch.frombuffer(bytearray(read_bytes(codes, 64)), dtype=torch.float32)
+    is_known = torch.allclose(values, torch.tensor(CODES[state.quant_type]), rtol=0, atol=1e-3)
+    check(codes, is_known, f"the numbers of {state.quant_type}", [round(value, 4) for value in values.tolist()])

@@ -1,0 +1,59 @@
+"""Runs over a base that bitsandbytes has packed: the bits of plain PEFT over the numbers that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_checkpoints import write_packed
+from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+
+import offload.weights.binding
+from finetune.trainer import Trainer
+from memory.errors import UserError
+
+CASES = {
+    "nf4 nested": ("llama", "nf4", True, {}),
+    "nf4, rsLoRA": ("qwen3", "nf4", False, {"use_rslora": True}),
+    "fp4, DoRA": ("llama", "fp4", False, {"use_dora": True}),
+    "nf4, trained whole": ("llama", "nf4", True, {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
+    "int8": ("llama-tied", "int8", False, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
+    """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    name, kind, nested, lora = CASES[case]
+    packed, decoded = write_packed(checkpoint(name), tmp_path, kind, nested)
+    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
+    for device in ("cpu", "simulated"):
+        output, engine = tmp_path / device, {"resident_blocks": 1}
+        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
+        assert_same_bits(found, expected)
+
+
+def test_zeroth_order_on_an_adapter(checkpoint, tokens, tmp_path):
+    runs = []
+    for model in write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True):
+        output = tmp_path / f"out-{model.name}"
+        runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": "lora"})))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("kind, word", [("nf4", "4-bit"), ("int8", "int8")])
+@pytest.mark.parametrize("method", ["full", "zo", "badam"])
+def test_methods_that_would_change_packed_weights_are_refused(method, kind, word, checkpoint, tokens, tmp_path):
+    model, _ = write_packed(checkpoint("llama"), tmp_path, kind)
+    with pytest.raises(UserError, match=rf"proj.weight is stored as bitsandbytes {word}, .* train an adapter"):
+        Trainer(make_config(model, tokens, tmp_path / "out", method=method)).train()
+
+
+def test_bfloat16_computes_with_the_numbers_as_rounded(checkpoint, tokens, tmp_path):
+    """In the dtype that bitsandbytes rounds to."""
+    model = checkpoint("llama", torch.bfloat16)
+    runs = [
+        streamed_run(make_config(model, tokens, tmp_path / f"out-{model.name}", engine={"dtype": "bfloat16"}))
+        for model in write_packed(model, tmp_path, "nf4")
+    ]
+    assert_same_bits(*runs)
