@@ -22,15 +22,7 @@ from offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.parameter_map import ParameterMap, map_parameters
-from offload.weights.skeleton import (
-    build_on_meta,
-    dtype_plan,
-    find_blocks,
-    input_table,
-    quantization_of,
-    read_config,
-    set_placeholders,
-)
+from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, read_config, set_placeholders
 
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
 
@@ -169,7 +161,7 @@ def cut(
     """
     checkpoint = read_checkpoint(directory)
     config = read_config(directory, trust_remote_code)
-    dtype = choose_dtype(stored_dtype(checkpoint, quantization_of(config)))
+    dtype = choose_dtype(stored_dtype(checkpoint, getattr(config, "quantization_config", None)))
     model = build_on_meta(config, directory, dtype, trust_remote_code)
     sources = map_parameters(model, checkpoint)
     _refuse_absent(directory, model, sources.absent)

@@ -33,14 +33,6 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
 
 
-def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """`quantization_config` of config.json; None: the weights are plain. Raises UserError unless it is an object."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None and not isinstance(found, dict):
-        raise UserError(f"{config.name_or_path}: quantization_config in config.json: expected an object, found {found!r:.60}")
-    return found
-
-
 def build_on_meta(
     config: PretrainedConfig, directory: Path, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> nn.Module:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -83,7 +82,7 @@ def gather(
 def check(entry: TensorEntry, is_right: bool, expected: str, found: Any) -> None:
     if not is_right:
         raise CheckpointError(
-            f"{entry.path}: tensor '{entry.name}': expected {expected}, found {found!r:.80}: download the model again"
+            f"{entry.path}: tensor '{entry.name}': expected {expected}, found {found!s:.80}: download the model again"
         )
 
 
@@ -106,7 +105,7 @@ def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Stat
     """How the matrix of these parts is packed. Raises CheckpointError unless all of them fit that and `shape`."""
     packed = parts["packed"]
     states = [word for word, part in zip(CODES, STATES, strict=True) if part in parts]
-    check(packed, len(states) == 1, f"'{packed.name}' to have one quant_state out of {', '.join(CODES)}", states)
+    check(packed, len(states) == 1, f"one quant_state out of {', '.join(CODES)} beside it", ", ".join(states) or "none")
     entry = next(parts[part] for part in STATES if part in parts)
     values = parse_json(read_bytes(entry, _STATE_MAX_BYTES), f"{entry.path}: tensor '{entry.name}'")
     _check_value(entry, values, "quant_type", states)
@@ -115,12 +114,13 @@ def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Stat
     _check_value(entry, values, "shape", [list(shape)])
     state = State4Bit(states[0], values["blocksize"], getattr(torch, values["dtype"]))
     if nested := [part for part in ("nested_absmax", "nested_map") if part in parts]:
-        check(parts[nested[0]], len(nested) == 2, "nested_absmax and nested_quant_map", nested)
+        check(parts[nested[0]], len(nested) == 2, "nested_absmax and nested_quant_map beside one another", "it alone")
         _check_value(entry, values, "nested_blocksize", (*_BLOCK_SIZES, 16))
         _check_value(entry, values, "nested_dtype", ["float32"])
         offset = values.get("nested_offset")
-        check(entry, type(offset) in (int, float) and math.isfinite(offset), "nested_offset to be a finite number", offset)
-        state = State4Bit(state.quant_type, state.block_size, state.dtype, values["nested_blocksize"], float(offset))
+        is_right = isinstance(offset, float) and abs(offset) < 1e38
+        check(entry, is_right, "nested_offset to be a finite number", repr(offset))
+        state = replace(state, nested_block_size=values["nested_blocksize"], nested_offset=offset)
     _check_sizes(shape, parts, state)
     return state
 
@@ -128,7 +128,7 @@ def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Stat
 def _check_value(entry: TensorEntry, values: Mapping[str, Any], key: str, allowed: Collection[Any]) -> None:
     value = values.get(key)
     is_right = any(type(value) is type(one) and value == one for one in allowed)
-    check(entry, is_right, f"{key} to be {' or '.join(map(str, allowed))}", value)
+    check(entry, is_right, f"{key} to be {' or '.join(map(str, allowed))}", repr(value))
 
 
 def _check_sizes(shape: tuple[int, ...], parts: Mapping[str, TensorEntry], state: State4Bit) -> None:
