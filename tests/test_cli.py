@@ -113,13 +113,13 @@ def test_shared_options_are_keys_of_the_configuration() -> None:
 def test_help_says_what_every_option_is_for(command: str) -> None:
     parameters = get_command(app).commands[command].params
     assert all(len(one.help) > 9 for one in parameters), [one.name for one in parameters if not one.help]
+    names = [one.name for one in parameters]
+    assert names[:2] == ["config", "model"] and names[-1] == "debug" and len(set(names)) == len(names)
 
 
 def test_help_says_what_each_method_trains() -> None:
     option = next(one for one in get_command(app).commands["run"].params if one.name == "method")
     assert all(f"{name} ({entry.goal})" in option.help for name, entry in METHODS.items())
-    names = [one.name for one in parameters]
-    assert names[:2] == ["config", "model"] and names[-1] == "debug" and len(set(names)) == len(names)
 
 
 EVERYDAY = [
