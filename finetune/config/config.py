@@ -43,13 +43,7 @@ ModelName = Annotated[str, BeforeValidator(expand_path), Field(min_length=1)]
 
 
 class _Keys(Section):
-    """What to train, on what, within which limits. Frozen; every key is checked when it is made.
-
-    The everyday keys of `SHORTHANDS` are also taken at the top level: `Config(model=..., max_steps=10)`.
-    Byte amounts are words of `memory.units.parse_bytes`.
-
-    Raises ConfigError, with all problems in one message.
-    """
+    """The keys at the top level; `Config` has the sections too."""
 
     model: ModelName
     """A directory with config.json and safetensors files, or a hub id."""
@@ -181,13 +175,19 @@ class _Keys(Section):
         return comments + write_document(values)
 
 
-Config = create_model(
-    "Config",
-    __base__=_Keys,
-    __doc__=_Keys.__doc__,
-    __module__=__name__,
-    **{name: (kind, kind()) for name, kind in SECTIONS.items()},
-)
+_Sections = create_model("_Sections", __base__=_Keys, **{name: (kind, kind()) for name, kind in SECTIONS.items()})
+
+
+class Config(_Sections):
+    """What to train, on what, within which limits. Frozen; every key is checked when it is made.
+
+    The everyday keys of `SHORTHANDS` are also taken at the top level: `Config(model=..., max_steps=10)`.
+    Byte amounts are words of `memory.units.parse_bytes`.
+
+    Raises ConfigError, with all problems in one message.
+    """
+
+
 KEYS = [key for key in Config.model_fields if key not in SECTIONS]
 KEYS += [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
