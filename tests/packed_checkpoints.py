@@ -58,19 +58,22 @@ def pack_int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tens
     return {".weight": packed, ".SCB": scales, ".weight_format": torch.tensor(0, dtype=torch.uint8)}, numbers
 
 
-def write_packed(model: Path, folder: Path, kind: str, nested: bool = False, dtype: str = "bfloat16") -> tuple[Path, Path]:
-    """Of a tiny checkpoint, that with packed linear layers, less its head, and that of the numbers which these stand for."""
+def write_packed(
+    model: Path, folder: Path, kind: str, nested: bool = False, ends: tuple[str, ...] = ("proj.weight",)
+) -> tuple[Path, Path]:
+    """Of a tiny checkpoint, that with packed linear layers, and that of the numbers which these stand for. ends: of their
+    names."""
     packed, decoded = (shutil.copytree(model, folder / name) for name in ("packed", "decoded"))
     for shard in sorted(packed.glob("*.safetensors")):
         stored, dense = {}, load_file(shard)
         for name, value in dense.items():
-            if not name.endswith("proj.weight"):
+            if not name.endswith(ends):
                 stored[name] = value
             elif kind == "int8":
                 parts, dense[name] = pack_int8(value)
                 stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
             else:
-                parts, dense[name] = pack_4bit(value, kind, nested, dtype=dtype)
+                parts, dense[name] = pack_4bit(value, kind, nested)
                 stored |= {name + suffix: part for suffix, part in parts.items()}
         save_file(stored, shard)
         save_file(dense, decoded / shard.name)

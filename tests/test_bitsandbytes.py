@@ -22,7 +22,11 @@ from finetune.evaluate import evaluate
 from finetune.generate import generate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
-from offload.weights.formats import StoredWeight, find_weights
+from offload.sizing.dry_run import _LiveBytes
+from offload.weights.formats import PlainTensor, StoredWeight, find_weights
+from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
+from offload.weights.formats.bitsandbytes_files import State4Bit
+from offload.weights.formats.strips import STRIP
 from offload.weights.parts import cut, stored_dtype
 
 RECORDED = Path(__file__).parent / "recorded_bitsandbytes.safetensors"
@@ -96,6 +100,41 @@ def test_a_packed_weight_takes_a_quarter_of_bf16(tmp_path):
         path = write(tmp_path / "x.safetensors", pack_4bit(torch.randn(shape), "nf4", nested)[0])
         codes = 4 * 256 if nested else 0
         assert read(path, "a", shape)[0].num_bytes == share * 2 * 64 * 4096 + codes
+
+
+ROWS, COLUMNS = 4096, 2048
+
+
+def outline(dtype: torch.dtype, *shape: int) -> PlainTensor:
+    return PlainTensor(dtype, shape, ())
+
+
+LARGE = {
+    "nf4": Packed4Bit(
+        outline(torch.uint8, ROWS * COLUMNS // 2), outline(torch.uint8, ROWS * COLUMNS // 64),
+        outline(torch.float32, ROWS * COLUMNS // 64 // 256), outline(torch.float32, 256), (ROWS, COLUMNS),
+        State4Bit("nf4", 64, torch.bfloat16, 256, 0.1), (Span(0, ROWS * COLUMNS),),
+    ),
+    "int8": Packed8Bit(outline(torch.int8, ROWS, COLUMNS), outline(torch.float32, ROWS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_nothing_of_a_whole_weights_size_is_allocated_beside_the_result(kind):
+    weight = LARGE[kind]
+    stored = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weight.tensors.items()}
+    x, grad = torch.empty(8, COLUMNS, device="meta"), torch.empty(8, ROWS, device="meta")
+    for call, strip_bytes in (
+        (lambda: weight.decode(stored, torch.float32), 4 * STRIP * COLUMNS),
+        (lambda: weight.linear(x, stored), 4 * STRIP * COLUMNS),
+        (lambda: weight.linear_backward(grad, stored), 4 * STRIP * ROWS),
+    ):
+        counter = _LiveBytes()
+        for tensor in (x, grad, *stored.values()):
+            counter.ignore(tensor)
+        with counter:
+            result = call()
+        assert result.nbytes < counter.peak_bytes < result.nbytes + 3 * strip_bytes
 
 
 # What does not fit.

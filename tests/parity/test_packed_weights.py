@@ -33,6 +33,13 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
         assert_same_bits(found, expected)
 
 
+def test_a_packed_head_in_chunks(checkpoint, tokens, tmp_path):
+    """Of rows that begin within a block. Layers beside it are not packed, as `llm_int8_skip_modules` can have it."""
+    packed = write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True, ends=("lm_head.weight", "up_proj.weight"))
+    engine = {"loss_tile_vocab": 33}
+    assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine=engine)) for m in packed))
+
+
 def test_zeroth_order_on_an_adapter(checkpoint, tokens, tmp_path):
     runs = []
     for model in write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True):
