@@ -78,7 +78,7 @@ def test_all_problems_come_together() -> None:
     assert found["training.batch_size"] == "expected a number greater than or equal to 1, found 0"
     assert found["training.seed"] == "expected a valid integer, found 1.5"
     assert found["dataset"] == "expected a mapping of keys to values, found [1]"
-    assert found["engine.dtype"] == "expected 'auto', 'bfloat16', 'float16' or 'float32', found 'bf16'"
+    assert found["engine.dtype"] == "expected 'auto', 'bfloat16', 'float16' or 'float32', found 'bf16'; nearest: bfloat16"
     assert found["lora.target_modules"] == "expected a valid string or a list of strings, found [1]"
     assert "use lora.alpha" in found["lora.extra"]
     assert "unknown unit 'XB'" in found["host_memory"]
@@ -456,6 +456,22 @@ def test_tiny_preset_needs_nothing_more() -> None:
 )
 def test_the_pending_noises_of_a_group_are_bounded(zo, steps):
     assert Config(model="m", method="zo", zo=zo).zo.group_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "nearest"),
+    [
+        ("optimizer", "name", "adamv", "adamw"),
+        ("training", "lr_scheduler", "cosin", "cosine"),
+        ("zo", "noise", "gausian", "gaussian"),
+    ],
+)
+def test_a_wrong_word_names_the_nearest(section, key, value, nearest):
+    with pytest.raises(ConfigError) as caught:
+        Config(model="m", method="zo" if section == "zo" else "full", **{section: {key: value}})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{section}.{key}: expected ") and problem.endswith(f", found '{value}'; nearest: {nearest}")
+
 
 
 @pytest.mark.parametrize("section", SECTIONS)

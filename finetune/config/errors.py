@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 from pydantic import ValidationError
@@ -59,7 +60,7 @@ def explain(error: ValidationError, sections: Collection[str], keys: Sequence[st
             lines = expectations.setdefault(key, [])
             if expected not in lines:
                 lines.append(expected)
-            found.setdefault(key, show(problem["input"]))
+            found.setdefault(key, show(problem["input"]) + _nearest_word(problem["input"], expected))
     return {key: _problem_line(key, lines, found.get(key)) for key, lines in expectations.items()}
 
 
@@ -81,6 +82,12 @@ def _problem_line(key: str, lines: list[str], found: str | None) -> str:
     if lines[0].startswith("unknown key"):
         return f"{key}: {lines[0]} (value {found})"
     return f"{key}: expected {' or '.join(lines)}, found {found}"
+
+
+def _nearest_word(value: object, expected: str) -> str:
+    """Of the words that `expected` has in quotation marks."""
+    near = difflib.get_close_matches(value, re.findall("'([^']+)'", expected), n=1) if isinstance(value, str) else []
+    return f"; nearest: {near[0]}" if near else ""
 
 
 def _nearest(location: Sequence[str], sections: Collection[str], keys: Sequence[str]) -> str:
