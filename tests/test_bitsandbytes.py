@@ -295,6 +295,20 @@ def test_eval_and_generate(plain_llama, tmp_path, quick_data):
     assert results[0] == results[1]
 
 
+def test_use_of_a_run_that_trained_a_packed_layer_whole(plain_llama, tmp_path, quick_data, monkeypatch):
+    """The adapter's file brings the layer's weight in the place of the packed one."""
+    monkeypatch.setattr("offload.weights.binding.LAZY_MIN_BYTES", 0)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 2)
+    lora = {"r": 2, "target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}
+    training = {"max_steps": 2, "batch_size": 1, "learning_rate": 1e-2}
+    losses = []
+    for model in write_packed(plain_llama, tmp_path, "nf4", nested=True):
+        config = make_config(model, tmp_path / f"out-{model.name}", data=rows, training=training, lora=lora)
+        Trainer(config).train()
+        losses.append(evaluate(config, config.output)["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_a_stopped_run_goes_on_with_the_same_bits(plain_llama, tmp_path, quick_data):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat sat on {i} mats and hello"} for i in range(7)])
     model, _ = write_packed(plain_llama, tmp_path, "int8")

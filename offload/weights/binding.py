@@ -74,6 +74,13 @@ class Binding:
                 home = owner._parameters if attribute in owner._parameters else owner._buffers
                 self._empty.append((home, attribute, home[attribute]))
 
+    def read_as(self, weights: Mapping[str, StoredWeight]) -> None:
+        """From now on slots have these weights, under the same names, which may be in other formats."""
+        self._weights = dict(weights)
+        for name, forward in self._lazy.items():
+            if isinstance(forward, _LazyForward):
+                forward.weight = weights[name]
+
     def bind(self, views: Mapping[str, torch.Tensor], trained: Collection[str] = ()) -> None:
         """views: the slot's stored tensors, by the names of its layout. trained: weights whose gradients are wanted; they must
         not be decoded lazily, see `convert_at_bind`."""
@@ -142,14 +149,14 @@ class _InItsSlot(torch.Tensor):
 class _LazyForward:
     """The forward of an nn.Linear whose weight stays in the slot as it is stored."""
 
-    __slots__ = ("_module", "_weight", "stored")
+    __slots__ = ("_module", "stored", "weight")
 
     def __init__(self, module: nn.Linear, weight: StoredWeight) -> None:
         self._module = module
-        self._weight = weight
+        self.weight = weight
         self.stored: Stored | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.stored is None:
             raise RuntimeError("a streamed linear layer was called while its block is away")
-        return _StoredLinear.apply(x, self._weight, self.stored, self._module.bias)
+        return _StoredLinear.apply(x, self.weight, self.stored, self._module.bias)

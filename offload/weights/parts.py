@@ -111,10 +111,14 @@ class ModelParts:
         return sum(edge.num_bytes for edge in self.edges)
 
     def on(self, checkpoint: Checkpoint, sources: ParameterMap) -> ModelParts:
-        """The same parts with their bytes in another checkpoint, in whatever dtypes `sources` says."""
+        """The same parts with their bytes in another checkpoint, in whatever formats `sources` says; the modules, which both
+        have, are bound to those from now on."""
         head = None
+        for prefix, binding in zip(self.prefixes, self.bindings, strict=True):
+            binding.read_as(_local(sources, prefix))
         if self.head is not None:
             local = _local(sources, self.head.name)
+            self.head.binding.read_as(local)
             head = replace(self.head, layouts=_head_layouts(local, self.head.starts, self.head.tile_vocab))
         return replace(
             self,
