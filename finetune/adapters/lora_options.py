@@ -91,7 +91,7 @@ REFUSED = {
     "init_lora_weights": f"{_NEEDS_WEIGHTS}. True, false, gaussian and orthogonal do not",
     "megatron_config": "models of Megatron are not streamed",
     "megatron_core": "models of Megatron are not streamed",
-    "loftq_config": "the base weights are not quantised here",
+    "loftq_config": "it computes from the base weights as they were before they were quantised",
     "eva_config": _NEEDS_WEIGHTS,
     "corda_config": _NEEDS_WEIGHTS,
     "lora_ga_config": _NEEDS_WEIGHTS,

@@ -40,11 +40,12 @@ def test_a_packed_head_in_chunks(checkpoint, tokens, tmp_path):
     assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine=engine)) for m in packed))
 
 
-def test_zeroth_order_on_an_adapter(checkpoint, tokens, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_zeroth_order_on_an_adapter(kind, checkpoint, tokens, tmp_path):
     runs = []
     for model in write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True):
         output = tmp_path / f"out-{model.name}"
-        runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": "lora"})))
+        runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": kind})))
     assert_same_bits(*runs)
 
 
