@@ -29,6 +29,7 @@ INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
 
 _DTYPES = {getattr(torch, dtype.name): dtype for dtype in Dtype}
+_KINDS = dict(_native.Kind.__members__)
 _PRODUCT_ELEMENTS = 1 << 22
 
 
@@ -130,7 +131,7 @@ def move(
         return
     rounded_to = _DTYPES[parameter.stored_dtype]
     _native.run(
-        instructions, _native.Kind[kind], parameter.key, source.data_ptr(), _DTYPES[source.dtype], segments,
+        instructions, _KINDS[kind], parameter.key, source.data_ptr(), _DTYPES[source.dtype], segments,
         [(g.scale, g.updates, _native.Rounding[g.rounding], rounded_to, g.rounding_seed) for g in pending],
         [(t.tensor.data_ptr(), _DTYPES[t.tensor.dtype], t.seed, t.coefficient) for t in targets],
         torch.get_num_threads(),

@@ -295,19 +295,19 @@ class StreamedVariants:
             chunks = self._make_parts(head.name, head.binding, head.layouts, head.starts, slots)
             self._parts |= {HeadChunk(index): part for index, part in enumerate(chunks)}
         self._key: Key | None = None  # of what is held
+        self._part: _Part | None = None  # of the same
         self._clean: dict[str, torch.Tensor] = {}
 
     def hold(self, key: Key, clean: dict[str, torch.Tensor]) -> None:
         """`key` is in its slot: `clean` are its tensors until `let_go`."""
-        self._key, self._clean = key, clean
-        self._parts[key].slots.forget()
+        self._key, self._part, self._clean = key, self._parts[key], clean
+        self._part.slots.forget()
 
     def enter(self, variant: int) -> None:
         """Binds what is held, if anything is, as `variant` has it."""
-        key = self._key
-        if key is None:
+        key, part = self._key, self._part
+        if part is None:
             return
-        part = self._parts[key]
         views = part.slots.views(variant, part.layout, self._write)
         for name, matrix in part.matrices.items():
             views[name] = self._clean[name]
@@ -321,11 +321,10 @@ class StreamedVariants:
         )
 
     def let_go(self) -> None:
-        part = self._parts[self._key]
-        for name, matrix in part.matrices.items():
-            part.products[name].factors = NO_FACTORS
+        for name, matrix in self._part.matrices.items():
+            self._part.products[name].factors = NO_FACTORS
             matrix.forget()
-        self._key = None
+        self._key = self._part = None
 
     def _make_parts(
         self, prefix: str, binding: Binding, layouts: Sequence[BlockLayout], first_rows: Sequence[int], slots: _Slots
@@ -351,7 +350,7 @@ class StreamedVariants:
 
     def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
         """Fills variant -> name -> tensor from the clean tensors. What has no key (a buffer) is copied as it is."""
-        part = self._parts[self._key]
+        part = self._part
         for name in part.layout.views:
             source, key = self._clean[name], part.keys[name]
             if key is None:

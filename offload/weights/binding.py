@@ -30,8 +30,8 @@ class _StoredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: StoredWeight, stored: Stored, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.weight, ctx.stored = weight, stored
+    def forward(ctx, x: torch.Tensor, layer: _LazyForward, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, stored = ctx.weight, ctx.stored = layer.weight, layer.stored
         rows = values(x).reshape(-1, x.shape[-1])
         product = partial(weight.linear, rows, stored, bias)
         deferring = DeferProducts.entered
@@ -42,7 +42,7 @@ class _StoredLinear(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         rows = grad.reshape(-1, grad.shape[-1])
         dx = ctx.weight.linear_backward(rows, ctx.stored)
-        return dx.view(*grad.shape[:-1], -1), None, None, None
+        return dx.view(*grad.shape[:-1], -1), None, None
 
 
 class Binding:
@@ -149,7 +149,7 @@ class _InItsSlot(torch.Tensor):
 class _LazyForward:
     """The forward of an nn.Linear whose weight stays in the slot as it is stored."""
 
-    __slots__ = ("_module", "stored", "weight")
+    __slots__ = ("_module", "weight", "stored")
 
     def __init__(self, module: nn.Linear, weight: StoredWeight) -> None:
         self._module = module
@@ -159,4 +159,4 @@ class _LazyForward:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.stored is None:
             raise RuntimeError("a streamed linear layer was called while its block is away")
-        return _StoredLinear.apply(x, self.weight, self.stored, self._module.bias)
+        return _StoredLinear.apply(x, self, self._module.bias)

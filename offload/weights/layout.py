@@ -142,8 +142,8 @@ def bind_views(slot: Tensor, layout: BlockLayout) -> dict[str, Tensor]:
 
 def view_slot(slot: Tensor, views: Mapping[str, View]) -> dict[str, Tensor]:
     tensors = {}
-    for name, view in views.items():
-        tensors[name] = slot[view.slot_offset : view.end].view(view.dtype).view(view.shape)
+    for name, (start, dtype, shape) in views.items():
+        tensors[name] = slot[start : start + dense_bytes(shape, dtype)].view(dtype).view(shape)
     return tensors
 
 
