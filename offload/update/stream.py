@@ -166,7 +166,7 @@ class StateStream:
     """Brings pieces with their state into buffers, in the order of a step, and writes them.
 
     pool: buffers, each for the largest piece. kept_pieces: how many of them may be kept; `MIN_STATE_SLOTS` of
-    `memory.plan` are left at least. threads: of checksums. Not thread-safe.
+    `offload.sizing.needs` are left at least. threads: of checksums. Not thread-safe.
     """
 
     def __init__(
