@@ -181,6 +181,14 @@ def test_what_passes_through_is_copied(slots, tmp_path):
     assert (tmp_path / "new").read_bytes() == expected
 
 
+def test_what_is_larger_than_a_slot_is_not_read(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    with IOEngine("threads") as io:
+        pool = new_pool(4096, 2)
+        with pytest.raises(ValueError, match="4097 bytes for a slot of 4096"):
+            list(pass_through(io, pool, [("a", io.open(tmp_path / "file"), 0, 4097)]))
+
+
 def test_one_slot_is_read_used_and_written_in_turn():
     io, pool = FakeIO(), pool_of(1)
     for name, piece in pass_through(io, pool, [("a", 1, 0, 10), ("b", 1, 10, 10)]):

@@ -143,7 +143,8 @@ def pass_through(io: Mover, pool: SlotPool, ranges: Iterable[tuple[T, int, int, 
     """Reads ranges of files through the slots of `pool`, in order, as far ahead as there are slots.
 
     ranges: (what the caller wants to know of it, file, offset, bytes). Each comes as a piece in use, the caller's until it asks
-    for the next one; it may `write` the piece meanwhile. When no more come, everything is written.
+    for the next one; it may `write` the piece meanwhile. When no more come, everything is written. Raises ValueError for a range
+    that is larger than a slot.
     """
     coming, ahead, writing = iter(ranges), deque[tuple[T, Piece]](), deque[Piece]()
 
@@ -156,6 +157,8 @@ def pass_through(io: Mover, pool: SlotPool, ranges: Iterable[tuple[T, int, int, 
     while following or ahead:
         while following and pool.free_count:
             item, file, offset, num_bytes = following
+            if num_bytes > pool.slot_bytes:
+                raise ValueError(f"{num_bytes} bytes for a slot of {pool.slot_bytes}")
             piece, lease = Piece(f"bytes {offset} to {offset + num_bytes} of a file", io), pool.lease()
             piece.fetch(lease, [(file, offset, num_bytes, lease.address)])
             ahead.append((item, piece))

@@ -16,7 +16,7 @@ from offload.residency.pieces import new_pool, pass_through
 from offload.update.kernels import checksum
 from offload.update.parts import TrainedParts
 from offload.update.store import Key, StoredPiece, damaged, stored_pieces
-from offload.update.units import PIECE_BYTES, UpdateUnit
+from offload.update.units import UpdateUnit
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
 from offload.weights.parameter_map import ParameterMap, copies_of
 from offload.weights.parts import ModelParts
@@ -78,12 +78,13 @@ class StoredPieces:
             return
         with IOEngine(io_backend) as io:
             file = io.open(self.data)
+            pool = new_pool(max(stored.weights_bytes for stored in self.pieces.values()), 1)
             ranges = (
                 ((unit, index, stored.weights_bytes), file, stored.offset, stored.weights_bytes)
                 for unit in self.trained.units
                 for index, stored in self.of_unit(unit).items()
             )
-            for (unit, index, num_bytes), piece in pass_through(io, new_pool(PIECE_BYTES, 1), ranges):
+            for (unit, index, num_bytes), piece in pass_through(io, pool, ranges):
                 self.check_piece(unit, index, piece.buffer[:num_bytes])
 
 
