@@ -143,8 +143,8 @@ def pass_through(io: Mover, pool: SlotPool, ranges: Iterable[tuple[T, int, int, 
     """Reads ranges of files through the slots of `pool`, in order, as far ahead as there are slots.
 
     ranges: (what the caller wants to know of it, file, offset, bytes). Each comes as a piece in use, the caller's until it asks
-    for the next one; it may `write` the piece meanwhile. When no more come, everything is written. Raises ValueError for a range
-    that is larger than a slot.
+    for the next one; it may `write` the piece meanwhile. When no more come, everything is written.
+    Raises ValueError for a range that is larger than a slot.
     """
     coming, ahead, writing = iter(ranges), deque[tuple[T, Piece]](), deque[Piece]()
 
