@@ -23,11 +23,20 @@ class Block(nn.Module):
         return self.norm(self.linear(x)) * self.scale
 
 
-@pytest.mark.parametrize("shape", [(3, 37), (2, 5)])  # a single row depends on how its matrix is aligned
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """How many threads multiply: libraries cut a product by it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(3, 37), (1, 17), (2, 5)])  # a single row depends on how its matrix is aligned
 @pytest.mark.parametrize("rows, columns", [(65, 97), (128, 64), (1536, 832), (770, 769)])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_converted_linear_has_the_bits_of_fp32(rows, columns, shape, stored, bias, monkeypatch):
+def test_converted_linear_has_the_bits_of_fp32(rows, columns, shape, stored, bias, threads, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
     generator = torch.Generator().manual_seed(3)
     block = Block(rows, columns, bias)

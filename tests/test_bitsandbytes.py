@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes packs them: its numbers, products in strips, what does not fit, and what a user does with them."""
+"""Weights as bitsandbytes packs them: its numbers, what does not fit, and what a user does with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from packed_checkpoints import edit, pack_4bit, pack_int8, set_config, write_pac
 from safetensors.torch import load_file, save_file
 from test_resume import StopAfter
 from text_models import make_config, write_model, write_rows
-from torch.nn import functional
 
 from finetune import Trainer
 from finetune.evaluate import evaluate
@@ -26,7 +25,6 @@ from offload.sizing.dry_run import _LiveBytes
 from offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
 from offload.weights.formats.bitsandbytes_files import State4Bit
-from offload.weights.formats.strips import STRIP
 from offload.weights.parts import cut, stored_dtype
 
 RECORDED = Path(__file__).parent / "recorded_bitsandbytes.safetensors"
@@ -78,22 +76,6 @@ def test_numbers_are_those_of_the_installed_bitsandbytes(kind, nested, block, tm
         assert weight.decode(stored, dtype).equal(library.dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("shape", [(1536, 832), (832, 1600), (65, 96), (7, 5)])
-@pytest.mark.parametrize("kind, block", [("nf4", 64), ("fp4", 256), ("int8", 0)])
-def test_products_in_strips_have_the_bits_of_whole_ones(kind, block, shape, tmp_path):
-    generator = torch.Generator().manual_seed(4)
-    matrix = torch.randn(shape, generator=generator)
-    stored, numbers = pack_int8(matrix) if kind == "int8" else pack_4bit(matrix, kind, True, block)
-    name = "a.weight" if kind == "int8" else "a"
-    weight, stored = read(write(tmp_path / "x.safetensors", stored), name, shape)
-    numbers = numbers.float()
-    x, grad, bias = (torch.randn(size, generator=generator) for size in ((3, shape[1]), (3, shape[0]), (shape[0],)))
-    assert weight.decode(stored, torch.float32).equal(numbers)
-    assert weight.linear(x, stored).equal(functional.linear(x, numbers))
-    assert weight.linear(x, stored, bias).equal(functional.linear(x, numbers, bias))
-    assert weight.linear_backward(grad, stored).equal(grad @ numbers)
-
-
 def test_a_packed_weight_takes_a_quarter_of_bf16(tmp_path):
     shape = (64, 4096)
     for nested, share in ((False, (0.5 + 4 / 64) / 2), (True, (0.5 + 1 / 64 + 4 / (64 * 256)) / 2)):
@@ -120,21 +102,15 @@ LARGE = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-def test_nothing_of_a_whole_weights_size_is_allocated_beside_the_result(kind):
+def test_little_is_allocated_beside_the_numbers(kind):
     weight = LARGE[kind]
     stored = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weight.tensors.items()}
-    x, grad = torch.empty(8, COLUMNS, device="meta"), torch.empty(8, ROWS, device="meta")
-    for call, strip_bytes in (
-        (lambda: weight.decode(stored, torch.float32), 4 * STRIP * COLUMNS),
-        (lambda: weight.linear(x, stored), 4 * STRIP * COLUMNS),
-        (lambda: weight.linear_backward(grad, stored), 4 * STRIP * ROWS),
-    ):
-        counter = _LiveBytes()
-        for tensor in (x, grad, *stored.values()):
-            counter.ignore(tensor)
-        with counter:
-            result = call()
-        assert result.nbytes < counter.peak_bytes < result.nbytes + 3 * strip_bytes
+    counter = _LiveBytes()
+    for tensor in stored.values():
+        counter.ignore(tensor)
+    with counter:
+        numbers = weight.decode(stored, torch.float32)
+    assert numbers.nbytes == 4 * ROWS * COLUMNS < counter.peak_bytes < 1.6 * numbers.nbytes
 
 
 # What does not fit.

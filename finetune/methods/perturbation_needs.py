@@ -11,7 +11,6 @@ from offload.perturb.products import factor_bytes, matrices_of
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.variants import folded_bytes, noise_keys, variant_layout
 from offload.sizing.needs import EDGES, VISIT, variant_needs
-from offload.weights.formats.strips import strips
 from offload.weights.parts import ModelParts
 
 
@@ -30,11 +29,6 @@ def most_product_groups(options: ZerothOrderOptions, num_steps: int | None) -> i
     return most if num_steps is None else min(most, -(-num_steps // options.group_steps))
 
 
-def _strip_elements(rows: int, columns: int) -> int:
-    """Of the largest strip in which a weight is converted."""
-    return columns * max(strip.stop - strip.start for strip in strips(rows))
-
-
 def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbedSizes:
     """num_steps: of the run; None: unknown, so weights are folded on the way."""
     head, itemsize = parts.head, parts.dtype.itemsize
@@ -51,9 +45,9 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
         slots.append(variant_layout(layout, binding.dtypes, matrices).num_bytes)
         factors = [factor_bytes(layout.views[name].shape, options.noise_rank, groups, itemsize) for name in matrices]
         kept += sum(kept for kept, _ in factors)
-        # a strip of a weight that is folded in fp32 is converted at each use
-        strip = itemsize * max((_strip_elements(*layout.views[name].shape) for name in matrices), default=0)
-        visits.append(sum(visit for _, visit in factors) + strip)
+        # a weight that is folded in fp32 is converted at each use
+        converted = itemsize * max((prod(layout.views[name].shape) for name in matrices), default=0)
+        visits.append(sum(visit for _, visit in factors) + converted)
     widens = _folds(options, num_steps) and options.rounding == "exact"
     fetched = [folded_bytes(layout) if widens else layout.num_bytes for layout, _, _ in units]
     # clean values of resident weights in up to twice their size, and every variant; factors that stay

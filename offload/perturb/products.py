@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from offload.noise import noise
 from offload.weights.binding import Binding
-from offload.weights.formats.plain import linear_product
 
 
 class Factors(NamedTuple):
@@ -60,7 +60,7 @@ def perturbed_product(
 ) -> torch.Tensor:
     """x [..., columns] times the variant of `stored` [rows, columns] that `factors` describe, plus bias [rows]."""
     rows = x.reshape(-1, x.shape[-1])
-    y = linear_product(rows, stored)
+    y = functional.linear(rows, stored.to(rows.dtype))
     scale, down, up = factors
     if up is not None:
         y.addmm_(rows @ down.t(), up.t(), beta=scale)

@@ -1,10 +1,13 @@
 """Puts the bytes of a slot under a module's parameters for the length of a visit.
 
 [Note: stored and compute dtype]
-Weights stay in slots as they are stored. Where that is not the dtype that the model computes in (fp32 on a CPU that multiplies
-bf16 slowly), linear layers multiply by the stored weight, as its format knows how: a plain weight is converted at each use,
-strip by strip, so that it never exists whole. Other parameters (norms, biases, stacked experts) are decoded when they are
-bound. bf16 and fp16 to fp32 is exact: the result is that of a model loaded in fp32.
+Weights stay in slots as they are stored. Where that is not the dtype that the model computes in (packed weights, and fp32 on a
+CPU that multiplies bf16 slowly), a linear layer decodes its weight at each use: one at a time exists decoded. Other parameters
+(norms, biases, stacked experts) are decoded when they are bound. bf16 and fp16 to fp32 is exact: the result is that of a model
+loaded in fp32.
+
+A weight is decoded whole, not in strips that would stay in cache: MKL and oneDNN choose kernels and cut sums by the sizes of a
+product and the number of threads, so the product of a strip has other bits than that part of the whole product.
 """
 
 from __future__ import annotations
@@ -15,12 +18,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from memory.errors import UserError
 from offload.step.deferred_products import DeferProducts, values
 from offload.weights.formats import Stored, StoredWeight
 
 LAZY_MIN_BYTES = 65536  # smaller weights are decoded once, at bind
+
+
+def _product(
+    rows: torch.Tensor, weight: StoredWeight, stored: Stored, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return functional.linear(rows, weight.decode(stored, rows.dtype), bias)
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -33,7 +43,7 @@ class _StoredLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, layer: _LazyForward, bias: torch.Tensor | None) -> torch.Tensor:
         weight, stored = ctx.weight, ctx.stored = layer.weight, layer.stored
         rows = values(x).reshape(-1, x.shape[-1])
-        product = partial(weight.linear, rows, stored, bias)
+        product = partial(_product, rows, weight, stored, bias)
         deferring = DeferProducts.entered
         y = deferring.defer((rows.shape[0], weight.shape[0]), product, [rows]) if deferring else product()
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -41,7 +51,7 @@ class _StoredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         rows = grad.reshape(-1, grad.shape[-1])
-        dx = ctx.weight.linear_backward(rows, ctx.stored)
+        dx = rows @ ctx.weight.decode(ctx.stored, rows.dtype)
         return dx.view(*grad.shape[:-1], -1), None, None
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offload.files.checkpoint import TensorEntry
 
@@ -112,11 +111,3 @@ class StoredWeight(ABC):
     @abstractmethod
     def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
         """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta."""
-
-    def linear(self, x: Tensor, stored: Stored, bias: Tensor | None = None) -> Tensor:
-        """x [n, columns] times the weight [rows, columns] transposed, plus bias [rows]: [n, rows] in the dtype of `x`."""
-        return functional.linear(x, self.decode(stored, x.dtype), bias)
-
-    def linear_backward(self, grad: Tensor, stored: Stored) -> Tensor:
-        """The gradient of `x` in `linear`: grad [n, rows] times the weight, [n, columns]."""
-        return grad @ self.decode(stored, grad.dtype)

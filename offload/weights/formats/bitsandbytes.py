@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -32,15 +32,13 @@ from offload.weights.formats.bitsandbytes_files import (
     CODES,
     STATES,
     State4Bit,
-    check,
-    check_tensor,
-    gather,
     is_bitsandbytes,
-    read_bytes,
     read_state,
 )
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.strips import STRIP, multiply, multiply_back
+from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
+
+_ROWS = 768  # decoded at a time: what stands between bytes and numbers stays small
 
 
 class Span(NamedTuple):
@@ -126,38 +124,13 @@ class Packed4Bit(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(prod(self.shape), dtype=dtype, device=stored["packed"].device)
-        piece, done = STRIP * self.shape[1], 0
+        piece, done = _ROWS * self.shape[1], 0
         for span in self.spans:
             for start in range(span.start, span.stop, piece):
                 stop = min(start + piece, span.stop)
                 numbers[done : done + stop - start] = self._numbers(stored, span, start, stop)
                 done += stop - start
         return numbers.view(self.shape)
-
-    def linear(self, x: Tensor, stored: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        """Of a whole matrix."""
-        return multiply(x, self.shape[0], partial(self._rows, stored, x.dtype), bias)
-
-    def linear_backward(self, grad: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        """Of a whole matrix."""
-        return multiply_back(grad, self.shape[1], partial(self._columns, stored, grad.dtype))
-
-    def _rows(self, stored: dict[str, Tensor], dtype: torch.dtype, strip: slice) -> Tensor:
-        columns = self.shape[1]
-        numbers = self._numbers(stored, self.spans[0], strip.start * columns, strip.stop * columns)
-        return numbers.to(dtype).view(-1, columns)
-
-    def _columns(self, stored: dict[str, Tensor], dtype: torch.dtype, strip: slice) -> Tensor:
-        rows, columns = self.shape
-        if strip == slice(0, columns):
-            return self.decode(stored, dtype)
-        packed = stored["packed"].view(rows, columns // 2)[:, strip.start // 2 : strip.stop // 2]
-        run = gcd(self.state.block_size, columns, strip.start, strip.stop)  # numbers in a row that are of one block
-        first = torch.arange(0, rows * columns, columns, device=packed.device)
-        starts = first[:, None] + torch.arange(strip.start, strip.stop, run, device=packed.device)
-        numbers = _pairs(packed, self.state.quant_type).view(rows, -1, run)
-        numbers.mul_(self._absmax(stored, self.spans[0], starts // self.state.block_size)[..., None])
-        return numbers.view(rows, -1).to(self.state.dtype).to(dtype)
 
     def _numbers(self, stored: dict[str, Tensor], span: Span, start: int, stop: int) -> Tensor:
         """Numbers [start, stop) of the matrix, whole rows of `span`, as they were rounded."""
@@ -237,18 +210,10 @@ class Packed8Bit(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(self.shape, dtype=dtype, device=stored["packed"].device)
-        for start in range(0, self.shape[0], STRIP):
-            rows = slice(start, start + STRIP)
+        for start in range(0, self.shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
             numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
         return numbers
-
-    def linear(self, x: Tensor, stored: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        packed, scales = stored["packed"], stored["scales"]
-        return multiply(x, len(scales), lambda rows: _dequantised(packed[rows], scales[rows]).to(x.dtype), bias)
-
-    def linear_backward(self, grad: Tensor, stored: dict[str, Tensor]) -> Tensor:
-        packed, scales = stored["packed"], stored["scales"]
-        return multiply_back(grad, self.shape[1], lambda columns: _dequantised(packed[:, columns], scales).to(grad.dtype))
 
 
 def _dequantised(packed: Tensor, scales: Tensor) -> Tensor:

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
 from offload.weights.formats.base import StoredWeight
-from offload.weights.formats.strips import multiply, multiply_back
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -111,12 +109,6 @@ class PlainTensor(StoredWeight):
         checkpoint's."""
         return stored.to(dtype)
 
-    def linear(self, x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear_product(x, stored, bias)
-
-    def linear_backward(self, grad: Tensor, stored: Tensor) -> Tensor:
-        return multiply_back(grad, stored.shape[1], lambda strip: stored[:, strip].to(grad.dtype))
-
 
 def torch_dtype(dtype: str, subject: str) -> torch.dtype:
     """Of a dtype of safetensors. subject: what has it, for the message. Raises CheckpointError where PyTorch has none."""
@@ -131,9 +123,3 @@ def dense_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Of a tensor of that shape and dtype, in memory or in a file."""
     return prod(shape) * dtype.itemsize
 
-
-def linear_product(rows: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows [n, in] times stored^T, [out, in] in any dtype, plus bias [out]: [n, out] in the dtype of `rows`."""
-    if stored.dtype == rows.dtype:
-        return functional.linear(rows, stored, bias)
-    return multiply(rows, stored.shape[0], lambda strip: stored[strip].to(rows.dtype), bias)
