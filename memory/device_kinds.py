@@ -24,8 +24,8 @@ class DeviceTraits:
     """PyTorch's allocator can be held to a number of bytes."""
     keeps_peak: bool = False
     """PyTorch's allocator remembers the most bytes it held."""
-    noise_kernels: Literal["native", "triton"] | None = None
-    """What runs the noise of zeroth-order methods; None: nothing does."""
+    kernels: Literal["native", "triton"] | None = None
+    """What runs our own kernels; None: nothing does. Zeroth-order methods need them, packed weights have portable decoders."""
     libraries_bytes: int = 0
     """Device memory that kernels' libraries keep for themselves, at most."""
     host_libraries_bytes: int = 0
@@ -37,14 +37,14 @@ class DeviceTraits:
 # H200 with cuBLAS of CUDA 13: 0.45 GiB.
 # Metal: see [Note: one queue on MPS] in `offload/devices/accelerator.py`.
 DEVICE_KINDS = {
-    "cpu": DeviceTraits(computes_on_host=True, shares_host_memory=True, noise_kernels="native"),
+    "cpu": DeviceTraits(computes_on_host=True, shares_host_memory=True, kernels="native"),
     "cuda": DeviceTraits(
-        has_copy_streams=True, pinning="registered", limits_allocator=True, keeps_peak=True, noise_kernels="triton",
+        has_copy_streams=True, pinning="registered", limits_allocator=True, keeps_peak=True, kernels="triton",
         libraries_bytes=160 * _MIB, host_libraries_bytes=512 * _MIB,
     ),
-    "xpu": DeviceTraits(has_copy_streams=True, pinning="allocated", keeps_peak=True, noise_kernels="triton"),
+    "xpu": DeviceTraits(has_copy_streams=True, pinning="allocated", keeps_peak=True, kernels="triton"),
     "mps": DeviceTraits(),
-    "simulated": DeviceTraits(computes_on_host=True, has_copy_streams=True, noise_kernels="native"),
+    "simulated": DeviceTraits(computes_on_host=True, has_copy_streams=True, kernels="native"),
 }  # fmt: skip
 
 DEVICE_WORDS = ("auto", *DEVICE_KINDS)

@@ -311,7 +311,7 @@ class ZerothOrder(Method):
 
 
 def _check_kernels(device: Device) -> None:
-    kernels = device.traits.noise_kernels
+    kernels = device.traits.kernels
     if kernels is None:
         raise UserError(f"method zo has no kernels for {device.kind}: use --device cpu")
     if kernels == "triton" and importlib.util.find_spec("triton") is None:

@@ -139,7 +139,7 @@ def move(
 
 
 def _kernels_for(tensor: torch.Tensor) -> str | None:
-    return DEVICE_KINDS[tensor.device.type].noise_kernels
+    return DEVICE_KINDS[tensor.device.type].kernels
 
 
 def sample(kind: str, seed: int, key: int, count: int, first_element: int = 0, **options: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from offload.devices.triton_rounding import rounded
 from offload.noise.noise import ROUNDINGS, Group, Parameter, Target
 
 TILE = 2048
@@ -85,20 +86,6 @@ def _noise(tile, parameter, seed, KIND: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(theta, DTYPE: tl.constexpr):
-    """To the nearest value of fp32, bf16 or fp16, ties to even, as fp32. bf16 by integers: backends cast in their own ways."""
-    if DTYPE == 1:
-        bits = theta.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, nearest)
-        return nearest.to(tl.uint32).to(tl.float32, bitcast=True)
-    elif DTYPE == 2:
-        return theta.to(tl.float16).to(tl.float32)
-    else:
-        return theta
-
-
-@triton.jit
 def _rounded_at_random(theta, words, SPANS: tl.constexpr):
     """theta, fp32 [SPANS * 64], to one of its two neighbours in bfloat16; words: uint32 [SPANS, 32], two elements each."""
     shifts = (16 * tl.arange(0, 2)).to(tl.uint32)
@@ -113,7 +100,7 @@ def _put(to, mask, theta, z, coefficient):
     """A coefficient of 0 is theta itself, also where it is a negative zero."""
     moved = tl.where(coefficient == 0.0, theta, theta + coefficient * z)
     if to.dtype.element_ty == tl.bfloat16:
-        moved = _rounded(moved, 1)
+        moved = rounded(moved, 1)
     tl.store(to, moved.to(to.dtype.element_ty), mask)
 
 
@@ -161,7 +148,7 @@ def _pass(
             theta_low, theta_high = theta_low + sum_low, theta_high + sum_high
         rounding = tl.load(roundings + group)
         if rounding == 1:
-            theta_low, theta_high = _rounded(theta_low, ROUNDED_TO), _rounded(theta_high, ROUNDED_TO)
+            theta_low, theta_high = rounded(theta_low, ROUNDED_TO), rounded(theta_high, ROUNDED_TO)
         if rounding == 2:
             words = _words(tile * (TILE // 8), parameter, tl.load(rounding_seeds + group), TILE // 2)
             halves = tl.permute(tl.reshape(words, [SPANS, 2, 32]), [0, 2, 1])

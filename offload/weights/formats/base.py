@@ -11,6 +11,7 @@ gives its numbers. Everything else has a default here. One line in `FORMATS` mak
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from memory.device_kinds import DEVICE_KINDS
 from offload.files.checkpoint import TensorEntry
 
 if TYPE_CHECKING:
@@ -31,6 +33,14 @@ Stored = Tensor | dict[str, Tensor]
 def stored_name(name: str, part: str) -> str:
     """The name of a weight's stored tensor in a layout: `q_proj.weight` is stored as `q_proj.weight.scale` and others."""
     return f"{name}.{part}" if part else name
+
+
+def kernels_for(tensor: Tensor) -> str | None:
+    """What kernels the tensor's device runs, as in `memory.device_kinds`; None on meta, and where Triton is not installed."""
+    traits = DEVICE_KINDS.get(tensor.device.type)
+    if traits is None or traits.kernels == "triton" and importlib.util.find_spec("triton") is None:
+        return None
+    return traits.kernels
 
 
 class StoredWeight(ABC):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.bitsandbytes_files import (
     CODES,
     STATES,
@@ -39,6 +39,7 @@ from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
 
 _ROWS = 768  # decoded at a time: what stands between bytes and numbers stays small
+_PER_STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes rounds it
 
 
 class Span(NamedTuple):
@@ -124,6 +125,9 @@ class Packed4Bit(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(prod(self.shape), dtype=dtype, device=stored["packed"].device)
+        if kernels_for(numbers) == "triton":
+            self._decode_on_accelerator(stored, numbers)
+            return numbers.view(self.shape)
         piece, done = _ROWS * self.shape[1], 0
         for span in self.spans:
             for start in range(span.start, span.stop, piece):
@@ -131,6 +135,20 @@ class Packed4Bit(StoredWeight):
                 numbers[done : done + stop - start] = self._numbers(stored, span, start, stop)
                 done += stop - start
         return numbers.view(self.shape)
+
+    def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        from offload.weights.formats import triton_kernels
+
+        state, nested, done = self.state, None, 0
+        if state.nested_offset is not None:
+            nested = (stored["nested_absmax"], stored["nested_map"], state.nested_block_size, state.nested_offset)
+        for span in self.spans:
+            out = numbers[done : done + span.stop - span.start]
+            triton_kernels.codes_4bit(
+                stored["packed"], _codes(state.quant_type, numbers.device), (stored["absmax"], state.block_size), nested,
+                out, span, state.dtype,
+            )  # fmt: skip
+            done += out.numel()
 
     def _numbers(self, stored: dict[str, Tensor], span: Span, start: int, stop: int) -> Tensor:
         """Numbers [start, stop) of the matrix, whole rows of `span`, as they were rounded."""
@@ -154,6 +172,12 @@ class Packed4Bit(StoredWeight):
 def _pairs(packed: Tensor, quant_type: str) -> Tensor:
     """uint8 [..., bytes] -> the codes' numbers, fp32 [..., 2 bytes]."""
     return _table(quant_type, packed.device)[packed.int()].view(torch.float32)
+
+
+@cache
+def _codes(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 numbers, fp32."""
+    return torch.tensor(CODES[quant_type], device=device)
 
 
 @cache
@@ -210,6 +234,11 @@ class Packed8Bit(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(self.shape, dtype=dtype, device=stored["packed"].device)
+        if kernels_for(numbers) == "triton":
+            from offload.weights.formats import triton_kernels
+
+            triton_kernels.rows_int8(stored["packed"], stored["scales"], _PER_STEP, numbers)
+            return numbers
         for start in range(0, self.shape[0], _ROWS):
             rows = slice(start, start + _ROWS)
             numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
@@ -217,5 +246,5 @@ class Packed8Bit(StoredWeight):
 
 
 def _dequantised(packed: Tensor, scales: Tensor) -> Tensor:
-    """fp32; the order of the products and the rounded 1 / 127 are bitsandbytes'."""
-    return (packed * scales[:, None]).mul_(7.874015718698502e-3)
+    """fp32; the order of the products is bitsandbytes'."""
+    return (packed * scales[:, None]).mul_(_PER_STEP)
