@@ -1,4 +1,4 @@
-"""Decoders of packed weights on accelerators: the portable ones' bits, interpreted where there is no accelerator; compiled, nothing
+"""Decoders of packed weights on accelerators: the portable ones' bits, interpreted where there is no accelerator. Compiled, nothing
 is fused and nothing is kept outside of registers."""
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ import pytest
 import test_perturbations as perturbations
 import test_weight_training as weights
 import torch
+from packed_checkpoints import write_packed
 from test_weight_training import roots_that_kernels_have, small_pieces  # noqa: F401  fixtures
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+
+import offload.weights.binding
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
@@ -45,6 +48,17 @@ def test_adapters_of_other_architectures(name, checkpoint, tokens, images, tmp_p
         lora={"dropout": 0.0 if name == "mixtral" else 0.1},
     )  # fmt: skip
     assert_same_bits(streamed_run(config), reference_run(config))
+
+
+@pytest.mark.parametrize("kind, nested", [("nf4", True), ("fp4", False), ("int8", False)])
+@pytest.mark.parametrize("engine", [PLACEMENTS[0], PLACEMENTS[2]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_over_packed_weights(kind, nested, engine, dtype, checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    packed, decoded = write_packed(checkpoint("llama", getattr(torch, dtype)), tmp_path, kind, nested)
+    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", device="auto", engine={"dtype": dtype}))
+    found = streamed_run(make_config(packed, tokens, tmp_path / "out", device="auto", engine={"dtype": dtype, **engine}))
+    assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("clipping", ["previous", "exact"])
