@@ -1,5 +1,5 @@
-"""Decoders of packed weights on accelerators: the portable ones' bits, interpreted where there is none. Compiled, nothing is fused
-and nothing is kept outside of registers."""
+"""Decoders of packed weights on accelerators: the portable ones' bits, interpreted where there is none. Compiled, nothing is
+fused and nothing is kept outside of registers."""
 
 from __future__ import annotations
 
