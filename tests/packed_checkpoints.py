@@ -1,11 +1,11 @@
-"""Checkpoints as bitsandbytes packs them, written and read from the published formats, in NumPy and number by number where it
-can be: nothing of this is the project's or bitsandbytes' code."""
+"""Checkpoints as they are published packed, written and read from the published formats, in NumPy and number by number where it
+can be: nothing of this is the project's code or that of a library that defines a format."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,14 @@ CODES = {"nf4": np.float32(NF4), "fp4": np.float32(FP4 + [-value for value in FP
 # Any 256 numbers do; bitsandbytes' are closer together around 0.
 NESTED_MAP = np.sort(np.float32(np.linspace(-1, 1, 256) ** 3))
 
+Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+"""What is stored of a matrix, by what follows its name or its module's, and the numbers that this stands for."""
+
 
 def pack_4bit(
     weight: torch.Tensor, kind: str, nested: bool, block: int = 64, dtype: str = "bfloat16"
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What is stored of a matrix, by what follows its name, and the numbers that this stands for."""
+) -> Packed:
+    """Of a matrix; names follow its own."""
     flat, codes, size = weight.float().numpy().reshape(-1), CODES[kind], weight.numel()
     blocks = -(-size // block)
     absmax = np.float32([np.abs(flat[i * block : (i + 1) * block]).max() for i in range(blocks)])
@@ -50,7 +53,7 @@ def pack_4bit(
     return {suffix: torch.from_numpy(value.copy()) for suffix, value in stored.items()}, numbers
 
 
-def pack_int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def pack_int8(weight: torch.Tensor) -> Packed:
     """The same for LLM.int8(); names follow that of the module."""
     scales = weight.float().abs().amax(1)
     packed = (weight.float() * 127 / scales[:, None]).round().to(torch.int8)
@@ -58,26 +61,76 @@ def pack_int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tens
     return {".weight": packed, ".SCB": scales, ".weight_format": torch.tensor(0, dtype=torch.uint8)}, numbers
 
 
+def e4m3_values() -> np.ndarray:
+    """Of every code of FP8 E4M3, fp32 [256]: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no infinities."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    values = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    values[exponent * 8 + mantissa == 127] = np.nan
+    return np.float32(values * np.where(codes < 128, 1, -1))
+
+
+def nearest_e4m3(values: np.ndarray) -> np.ndarray:
+    """uint8 codes of the nearest numbers."""
+    return np.nanargmin(np.abs(values[..., None] - e4m3_values()), -1).astype(np.uint8)
+
+
+def grid_of(shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:
+    """Of every number of a matrix, the index of its block, row after row of blocks."""
+    rows, columns = (np.arange(size) // part for size, part in zip(shape, block, strict=True))
+    return rows[:, None] * (columns[-1] + 1) + columns
+
+
+def pack_fp8(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype = torch.float32) -> Packed:
+    """Blocks of E4M3 with a scale each, as DeepSeek publishes them."""
+    matrix, grid = weight.float().numpy(), grid_of(tuple(weight.shape), block)
+    tops = np.zeros(grid.max() + 1, np.float32)
+    np.maximum.at(tops, grid.reshape(-1), np.abs(matrix).reshape(-1))
+    stored_scales = torch.from_numpy(tops / 448).to(scale_dtype)
+    scales = stored_scales.float().numpy()
+    codes = nearest_e4m3(matrix / scales[grid])
+    numbers = torch.from_numpy(e4m3_values()[codes] * scales[grid])
+    packed = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    return {".weight": packed, ".weight_scale_inv": stored_scales.view(-1, grid[0, -1] + 1)}, numbers
+
+
 def write_packed(
     model: Path, folder: Path, kind: str, nested: bool = False, ends: tuple[str, ...] = ("proj.weight",)
 ) -> tuple[Path, Path]:
     """Of a tiny checkpoint, that with packed linear layers, and that of the numbers which these stand for. ends: of their
     names."""
+
+    def pack(name: str, value: torch.Tensor) -> Packed:
+        if kind == "int8":
+            return pack_int8(value)
+        parts, numbers = pack_4bit(value, kind, nested)
+        return {".weight" + suffix: part for suffix, part in parts.items()}, numbers
+
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": kind == "int8", "load_in_4bit": kind != "int8"}
+    return write_twice(model, folder, pack, section, ends)
+
+
+def write_twice(
+    model: Path,
+    folder: Path,
+    pack: Callable[[str, torch.Tensor], Packed | None],
+    section: Mapping[str, object],
+    ends: tuple[str, ...] = ("proj.weight",),
+) -> tuple[Path, Path]:
+    """`write_packed` for whatever `pack` makes of a weight, from its name and value: what is stored of it, by what follows the
+    module's name, and its numbers; None: it stays. section: `quantization_config`."""
     packed, decoded = (shutil.copytree(model, folder / name) for name in ("packed", "decoded"))
     for shard in sorted(packed.glob("*.safetensors")):
         stored, dense = {}, load_file(shard)
         for name, value in dense.items():
-            if not name.endswith(ends):
+            found = pack(name, value) if name.endswith(ends) else None
+            if found is None:
                 stored[name] = value
-            elif kind == "int8":
-                parts, dense[name] = pack_int8(value)
-                stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
-            else:
-                parts, dense[name] = pack_4bit(value, kind, nested)
-                stored |= {name + suffix: part for suffix, part in parts.items()}
+                continue
+            parts, dense[name] = found
+            stored |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
         save_file(stored, shard)
         save_file(dense, decoded / shard.name)
-    section = {"quant_method": "bitsandbytes", "load_in_8bit": kind == "int8", "load_in_4bit": kind != "int8"}
     set_config(packed, quantization_config=section)
     return packed, decoded
 

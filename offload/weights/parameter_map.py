@@ -83,7 +83,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
                 result[target] = _plain(target, placement, tensors[target].shape, checkpoint)
     _tie(model, tensors, result)
     _check_complete(model, checkpoint, tensors, result, unexpected)
-    _check_not_quantised(checkpoint, tensors, result)
+    _check_not_quantised(checkpoint, tensors, result, quantization is not None)
     return result
 
 
@@ -132,7 +132,7 @@ def _check_layer(model: PreTrainedModel, name: str, form: type[StoredWeight]) ->
     if not isinstance(owner, form.layers):
         raise CheckpointError(
             f"parameter '{name}' of a {type(owner).__name__} is stored as {form.word}, which is read for "
-            f"{form.layers.__name__} only: use the original weights"
+            f"{' and '.join(layer.__name__ for layer in form.layers)} only: use the original weights"
         )
 
 
@@ -220,15 +220,18 @@ def _check_complete(
         )
 
 
-def _check_not_quantised(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], weights: ParameterMap) -> None:
-    """Quantised weights whose config.json doesn't say so: integers, or 8 bits with a scale that no parameter takes."""
+def _check_not_quantised(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], weights: ParameterMap, is_quantised: bool
+) -> None:
+    """Quantised weights that no format has found, or whose config.json doesn't say so: integers, or 8 bits with a scale that no
+    parameter takes. is_quantised: whether config.json says so of others; numbers of 8 bits then have lost their scales."""
     scales = [name for name in weights.unused if "scale" in name.rpartition(".")[2]]
     for name, weight in weights.items():
         if not isinstance(weight, PlainTensor):
             continue
-        is_scaled = weight.dtype.itemsize == 1 and bool(scales)
+        is_scaled = weight.dtype.itemsize == 1 and (bool(scales) or is_quantised)
         if tensors[name].is_floating_point() and (not weight.dtype.is_floating_point or is_scaled):
-            scaled = f" with scales beside it ({scales[0]})" if is_scaled else ""
+            scaled = f" with scales beside it ({scales[0]})" if is_scaled and scales else ""
             raise CheckpointError(
                 f"{checkpoint.directory}: parameter '{name}' is stored as {weight.word}{scaled}, "
                 "expected a floating-point number of its own: the weights are quantised, use the original ones"

@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 from offload.files.checkpoint import TensorEntry
 from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
+from offload.weights.formats.fp8 import BlockFP8
 from offload.weights.formats.plain import Extent, PlainTensor
 
 __all__ = ["FORMATS", "Extent", "FoundWeight", "PlainTensor", "Stored", "StoredWeight", "find_weights", "stored_name"]
 
-FORMATS: tuple[type[StoredWeight], ...] = (Packed4Bit, Packed8Bit, PlainTensor)
+FORMATS: tuple[type[StoredWeight], ...] = (
+    Packed4Bit,
+    Packed8Bit,
+    BlockFP8,
+    PlainTensor,
+)
 """In the order in which they look for their weights: plain is what no other has found."""
 
 

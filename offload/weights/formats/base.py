@@ -50,7 +50,7 @@ class StoredWeight(ABC):
 
     word: ClassVar[str]
     """The format, in messages: "stored as ..."."""
-    layers: ClassVar[type[nn.Module]] = nn.Module
+    layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
     """The modules whose weights it stores as they are, neither transposed nor put together."""
     note: ClassVar[str] = ""
     """What the user of such a model should know of its numbers."""

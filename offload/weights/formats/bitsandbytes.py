@@ -58,7 +58,7 @@ class Packed4Bit(StoredWeight):
     """A matrix in NF4 or FP4, or rows of one. See [Note: 4-bit blocks]."""
 
     word = "bitsandbytes 4-bit"
-    layers = nn.Linear
+    layers = (nn.Linear,)
 
     packed: PlainTensor
     """uint8 [bytes]"""
@@ -192,7 +192,7 @@ class Packed8Bit(StoredWeight):
     """A matrix of LLM.int8(), or rows of one. See [Note: LLM.int8]."""
 
     word = "bitsandbytes int8"
-    layers = nn.Linear
+    layers = (nn.Linear,)
     note = (
         "the weights are those of LLM.int8(): losses are those of the dequantised weights (int8 * SCB / 127), for layers' "
         "inputs are not quantised here"

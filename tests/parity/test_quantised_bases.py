@@ -1,0 +1,95 @@
+"""Runs over bases as people publish them quantised: the bits of plain PEFT over the numbers that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from packed_checkpoints import Packed, pack_fp8, write_twice
+from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+
+import offload.weights.binding
+import offload.weights.parts
+from finetune.trainer import Trainer
+from memory.errors import UserError
+
+
+class Base(NamedTuple):
+    pack: Callable[[torch.Tensor], Packed]
+    section: Mapping[str, Any]
+    """`quantization_config`"""
+    word: str
+    """As messages have it."""
+
+
+def fp8(block: tuple[int, int], dtype: torch.dtype = torch.float32) -> Base:
+    section = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    return Base(partial(pack_fp8, block=block, scale_dtype=dtype), section, "fp8 with scales")
+
+
+BASES = {"fp8": fp8((16, 24)), "fp8, bf16 scales": fp8((20, 20), torch.bfloat16)}
+
+
+def write(base: Base, model: Path, folder: Path, ends: tuple[str, ...] = ("proj.weight",)) -> tuple[Path, Path]:
+    return write_twice(model, folder, lambda _, value: base.pack(value), base.section, ends)
+
+
+CASES = {
+    "fp8": ("llama", "fp8", {}),
+    "fp8, rsLoRA": ("qwen3", "fp8, bf16 scales", {"use_rslora": True}),
+    "fp8, DoRA": ("llama", "fp8", {"use_dora": True}),
+    "fp8, trained whole": ("llama-tied", "fp8", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
+    """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    name, kind, lora = CASES[case]
+    packed, decoded = write(BASES[kind], checkpoint(name), tmp_path)
+    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
+    for device in ("cpu", "simulated"):
+        output, engine = tmp_path / device, {"resident_blocks": 1}
+        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_head_in_chunks_and_rows_of_embeddings(name, kind, checkpoint, tokens, tmp_path, monkeypatch):
+    """Rows that begin within a block, of two matrices and of one that is both; layers beside them are not quantised."""
+    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 0)
+    ends = ("lm_head.weight", "embed_tokens.weight", "up_proj.weight")
+    models = write(BASES[kind], checkpoint(name), tmp_path, ends)
+    engine = {"loss_tile_vocab": 33}
+    assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine=engine)) for m in models))
+
+
+@pytest.mark.parametrize("kind", ["fp8"])
+@pytest.mark.parametrize("parameters", ["lora", "prefix"])
+def test_zeroth_order_on_an_adapter(parameters, kind, checkpoint, tokens, tmp_path):
+    runs = []
+    for model in write(BASES[kind], checkpoint("llama"), tmp_path):
+        output = tmp_path / f"out-{model.name}"
+        runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": parameters})))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("kind", ["fp8"])
+@pytest.mark.parametrize("method", ["full", "zo", "badam"])
+def test_methods_that_would_change_quantised_weights_are_refused(method, kind, checkpoint, tokens, tmp_path):
+    model, _ = write(BASES[kind], checkpoint("llama"), tmp_path)
+    with pytest.raises(UserError, match=rf"proj.weight is stored as {BASES[kind].word}, .* train an adapter"):
+        Trainer(make_config(model, tokens, tmp_path / "out", method=method)).train()
+
+
+@pytest.mark.parametrize("kind", ["fp8"])
+def test_bfloat16_computes_with_rounded_numbers(kind, checkpoint, tokens, tmp_path):
+    models = write(BASES[kind], checkpoint("llama", torch.bfloat16), tmp_path)
+    engine = {"dtype": "bfloat16"}
+    assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine=engine)) for m in models))
