@@ -94,6 +94,53 @@ def pack_fp8(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dt
     return {".weight": packed, ".weight_scale_inv": stored_scales.view(-1, grid[0, -1] + 1)}, numbers
 
 
+def pack_words(integers: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words of unsigned integers, those of a row one after the other, lowest bits first."""
+    rows = []
+    for row in integers:
+        value = sum(int(one) << bits * i for i, one in enumerate(row))
+        rows.append([value >> shift & 0xFFFFFFFF for shift in range(0, len(row) * bits, 32)])
+    return np.uint32(rows).view(np.int32)
+
+
+def pack_compressed(
+    weight: torch.Tensor,
+    bits: int,
+    block: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    symmetric: bool = True,
+    words: bool = True,
+    order: np.ndarray | None = None,
+) -> Packed:
+    """Integers as compressed-tensors stores them. dtype: of scales. words: whether several lie in one. order: the group of
+    every column."""
+    matrix, grid = weight.float().numpy(), grid_of(tuple(weight.shape), block)
+    columns = grid[0, -1] + 1
+    if order is not None:
+        grid = np.arange(len(matrix))[:, None] * columns + order
+    half, flat = 1 << bits - 1, grid.reshape(-1)
+    low, high = np.zeros((2, grid.max() + 1), np.float32)
+    np.minimum.at(low, flat, matrix.reshape(-1))
+    np.maximum.at(high, flat, matrix.reshape(-1))
+    wide = np.maximum(high, -low) / (half - 0.5) if symmetric else (high - low) / (2 * half - 1)
+    stored = torch.from_numpy(wide).to(dtype)
+    scales = stored.float().numpy()
+    zeros = np.zeros_like(scales) if symmetric else np.clip(np.rint(-half - low / scales), -half, half - 1)
+    found = np.clip(np.rint(matrix / scales[grid]) + zeros[grid], -half, half - 1)
+    numbers = torch.from_numpy((found - zeros[grid]) * scales[grid]).to(dtype)
+    parts = {".weight_scale": stored.view(-1, columns)}
+    zeros = zeros.reshape(-1, columns)
+    if not symmetric:
+        packed = pack_words(zeros.T + half, bits).T.copy() if words else zeros.astype(np.int8)
+        parts[".weight_zero_point"] = torch.from_numpy(packed)
+    if order is not None:
+        parts[".weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
+    if not words:
+        return parts | {".weight": torch.from_numpy(found.astype(np.int8))}, numbers
+    packed = torch.from_numpy(pack_words(found + half, bits))
+    return parts | {".weight_packed": packed, ".weight_shape": torch.tensor(weight.shape)}, numbers
+
+
 def write_packed(
     model: Path, folder: Path, kind: str, nested: bool = False, ends: tuple[str, ...] = ("proj.weight",)
 ) -> tuple[Path, Path]:

@@ -21,7 +21,15 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from offload.files.checkpoint import Checkpoint, CheckpointError
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
-from offload.weights.formats import FORMATS, Extent, FoundWeight, PlainTensor, StoredWeight, find_weights
+from offload.weights.formats import (
+    FORMATS,
+    Extent,
+    FoundWeight,
+    PlainTensor,
+    StoredWeight,
+    find_weights,
+    quantization_of,
+)
 from offload.weights.formats.plain import torch_dtype
 
 _COMPARED_ELEMENTS = 1 << 19
@@ -57,7 +65,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
     Raises CheckpointError for quantised weights, missing parameters, shapes or dtypes that don't fit, and conversions
     that aren't placements.
     """
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization = quantization_of(model.config)
     found = find_weights(checkpoint.tensors, quantization)
     if quantization is not None and all(form is PlainTensor for form, _ in found.values()):
         known = ", ".join(form.word for form in FORMATS if form is not PlainTensor)

@@ -18,7 +18,7 @@ from memory.errors import UserError
 from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
-from offload.weights.formats import PlainTensor, StoredWeight, find_weights
+from offload.weights.formats import PlainTensor, StoredWeight, find_weights, quantization_of
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.parameter_map import ParameterMap, map_parameters
@@ -165,7 +165,7 @@ def cut(
     """
     checkpoint = read_checkpoint(directory)
     config = read_config(directory, trust_remote_code)
-    dtype = choose_dtype(stored_dtype(checkpoint, getattr(config, "quantization_config", None)))
+    dtype = choose_dtype(stored_dtype(checkpoint, quantization_of(config)))
     model = build_on_meta(config, directory, dtype, trust_remote_code)
     sources = map_parameters(model, checkpoint)
     _refuse_absent(directory, model, sources.absent)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from packed_checkpoints import Packed, pack_fp8, write_twice
+from packed_checkpoints import Packed, pack_compressed, pack_fp8, write_twice
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
 
 import offload.weights.binding
@@ -31,7 +31,24 @@ def fp8(block: tuple[int, int], dtype: torch.dtype = torch.float32) -> Base:
     return Base(partial(pack_fp8, block=block, scale_dtype=dtype), section, "fp8 with scales")
 
 
-BASES = {"fp8": fp8((16, 24)), "fp8, bf16 scales": fp8((20, 20), torch.bfloat16)}
+def compressed(form: str, weights: Mapping[str, Any], **options: Any) -> Base:
+    section = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
+    groups = {"group_0": {"targets": ["Linear", "Embedding"], "weights": {"type": "int", **weights}}}
+    return Base(partial(pack_compressed, **options), section | {"config_groups": groups}, "compressed-tensors")
+
+
+BASES = {
+    "fp8": fp8((16, 24)),
+    "fp8, bf16 scales": fp8((20, 20), torch.bfloat16),
+    "int4": compressed(
+        "pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": False},
+        bits=4, block=(1, 8), symmetric=False,
+    ),
+    "int8": compressed(
+        "int-quantized", {"num_bits": 8, "strategy": "block", "block_structure": [16, 24]},
+        bits=8, block=(16, 24), words=False, dtype=torch.float32,
+    ),
+}  # fmt: skip
 
 
 def write(base: Base, model: Path, folder: Path, ends: tuple[str, ...] = ("proj.weight",)) -> tuple[Path, Path]:
@@ -42,6 +59,9 @@ CASES = {
     "fp8": ("llama", "fp8", {}),
     "fp8, rsLoRA": ("qwen3", "fp8, bf16 scales", {"use_rslora": True}),
     "fp8, DoRA": ("llama", "fp8", {"use_dora": True}),
+    "int4": ("llama", "int4", {}),
+    "int4, DoRA": ("qwen3", "int4", {"use_dora": True}),
+    "int8, trained whole": ("llama", "int8", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
     "fp8, trained whole": ("llama-tied", "fp8", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
 }
 
@@ -70,7 +90,7 @@ def test_a_head_in_chunks_and_rows_of_embeddings(name, kind, checkpoint, tokens,
     assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine=engine)) for m in models))
 
 
-@pytest.mark.parametrize("kind", ["fp8"])
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
 @pytest.mark.parametrize("parameters", ["lora", "prefix"])
 def test_zeroth_order_on_an_adapter(parameters, kind, checkpoint, tokens, tmp_path):
     runs = []
@@ -80,7 +100,7 @@ def test_zeroth_order_on_an_adapter(parameters, kind, checkpoint, tokens, tmp_pa
     assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("kind", ["fp8"])
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
 @pytest.mark.parametrize("method", ["full", "zo", "badam"])
 def test_methods_that_would_change_quantised_weights_are_refused(method, kind, checkpoint, tokens, tmp_path):
     model, _ = write(BASES[kind], checkpoint("llama"), tmp_path)
@@ -88,7 +108,7 @@ def test_methods_that_would_change_quantised_weights_are_refused(method, kind, c
         Trainer(make_config(model, tokens, tmp_path / "out", method=method)).train()
 
 
-@pytest.mark.parametrize("kind", ["fp8"])
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
 def test_bfloat16_computes_with_rounded_numbers(kind, checkpoint, tokens, tmp_path):
     models = write(BASES[kind], checkpoint("llama", torch.bfloat16), tmp_path)
     engine = {"dtype": "bfloat16"}

@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 from offload.files.checkpoint import TensorEntry
 from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
+from offload.weights.formats.compressed_tensors import CompressedTensor
 from offload.weights.formats.fp8 import BlockFP8
 from offload.weights.formats.plain import Extent, PlainTensor
 
-__all__ = ["FORMATS", "Extent", "FoundWeight", "PlainTensor", "Stored", "StoredWeight", "find_weights", "stored_name"]
+__all__ = [
+    "FORMATS", "Extent", "FoundWeight", "PlainTensor", "Stored", "StoredWeight", "find_weights", "quantization_of",
+    "stored_name",
+]  # fmt: skip
 
 FORMATS: tuple[type[StoredWeight], ...] = (
     Packed4Bit,
     Packed8Bit,
     BlockFP8,
+    CompressedTensor,
     PlainTensor,
 )
 """In the order in which they look for their weights: plain is what no other has found."""
@@ -29,6 +34,15 @@ class FoundWeight(NamedTuple):
     """Its format."""
     parts: dict[str, TensorEntry]
     """Its stored tensors, by the fields of `form`."""
+
+
+def quantization_of(config: Any) -> dict[str, Any] | None:
+    """`quantization_config` of a model's configuration, or `compression_config` of older compressed-tensors; None: neither."""
+    quantization, older = (getattr(config, key, None) for key in ("quantization_config", "compression_config"))
+    if quantization is not None or not isinstance(older, Mapping):
+        return quantization
+    inner = older.get("quantization_config")
+    return {**older, **(inner if isinstance(inner, Mapping) else {}), "quant_method": "compressed-tensors"}
 
 
 def find_weights(entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None) -> dict[str, FoundWeight]:

@@ -7,7 +7,7 @@ one a row, one a group of columns of a row, one a block. The last ones of a row 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,12 @@ def scales_of_rows(scales: Tensor, spans: Sequence[RowSpan], height: int) -> Ten
     return scales[torch.cat(runs)]
 
 
-def scale_columns(numbers: Tensor, scales: Tensor, width: int) -> Tensor:
-    """numbers [rows, columns], which are changed and returned, times scales [rows, columns of scales]."""
+def scale_columns(
+    numbers: Tensor, scales: Tensor, width: int, apply: Callable[[Tensor, Tensor], Tensor] = Tensor.mul_
+) -> Tensor:
+    """numbers [rows, columns], which are changed and returned, times scales [rows, columns of scales]. apply: something else
+    than a product, in place."""
     full = numbers.shape[1] // width
-    numbers[:, : full * width].unflatten(1, (full, width)).mul_(scales[:, :full, None])
-    numbers[:, full * width :].mul_(scales[:, full:])
+    apply(numbers[:, : full * width].unflatten(1, (full, width)), scales[:, :full, None])
+    apply(numbers[:, full * width :], scales[:, full:])
     return numbers
