@@ -1,4 +1,4 @@
-"""Layers as large as real ones on two threads, for which libraries choose other kernels than for tiny ones: the bits of a plain loop."""
+"""Layers as large as real ones on two threads, for which libraries choose other kernels: the bits of a plain loop."""
 
 from __future__ import annotations
 
