@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.scaled import ROWS_AT_ONCE, RowSpan, cut_scales, scale_columns, scales_of_rows
 from offload.weights.formats.stored_parts import check, check_tensor, gather
@@ -86,6 +86,11 @@ class BlockFP8(StoredWeight):
         scales = (scales.float() - 127).exp2_() if scales.dtype == torch.uint8 else scales.float()
         scales = scales_of_rows(scales, self.spans, self.block[0])
         numbers = torch.empty(self.shape, dtype=dtype, device=scales.device)
+        if kernels_for(numbers) == "triton":
+            from offload.weights.formats import triton_kernels
+
+            triton_kernels.rows_e4m3(stored["packed"], scales.contiguous(), self.block[1], numbers)
+            return numbers
         for start in range(0, self.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             numbers[rows] = scale_columns(stored["packed"][rows].float(), scales[rows], self.block[1])

@@ -59,6 +59,20 @@ def _rows_int8(packed, scales, factor, out, columns, TILE: tl.constexpr):
     _put(out + row * columns + place, mask, numbers * factor)
 
 
+@triton.jit
+def _rows_e4m3(packed, scales, out, columns, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The bits of a number, moved to where fp32 has them, are its value by 2^120."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = place < columns
+    code = tl.load(packed + row * columns + place, mask, other=0).to(tl.uint32)
+    value = ((code & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    value = tl.where((code & 127) == 127, float("nan"), value)
+    value = tl.where(code >= 128, -value, value)
+    scale = tl.load(scales + row * tl.cdiv(columns, WIDTH) + place // WIDTH, mask, other=0.0)
+    _put(out + row * columns + place, mask, value * scale)
+
+
 def codes_4bit(
     packed: Tensor,
     table: Tensor,
@@ -90,4 +104,14 @@ def rows_int8(packed: Tensor, scales: Tensor, factor: float, out: Tensor) -> Non
         rows, columns = packed.shape
         _rows_int8[(rows, triton.cdiv(columns, TILE))](
             packed, scales, factor, out, columns, TILE=TILE, enable_fp_fusion=False
+        )
+
+
+def rows_e4m3(packed: Tensor, scales: Tensor, width: int, out: Tensor) -> None:
+    """packed: float8_e4m3fn [rows, columns]. scales: fp32 [rows, columns / width], rounded up, contiguous.
+    out: [rows, columns], packed * scales."""
+    if out.numel():
+        rows, columns = packed.shape
+        _rows_e4m3[(rows, triton.cdiv(columns, TILE))](
+            packed.view(torch.uint8), scales, out, columns, WIDTH=width, TILE=TILE, enable_fp_fusion=False
         )
