@@ -10,6 +10,7 @@ from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
 from offload.weights.formats.compressed_tensors import CompressedTensor
 from offload.weights.formats.fp8 import BlockFP8
+from offload.weights.formats.gptq import PackedGptq
 from offload.weights.formats.plain import Extent, PlainTensor
 
 __all__ = [
@@ -22,6 +23,7 @@ FORMATS: tuple[type[StoredWeight], ...] = (
     Packed8Bit,
     BlockFP8,
     CompressedTensor,
+    PackedGptq,
     PlainTensor,
 )
 """In the order in which they look for their weights: plain is what no other has found."""

@@ -1,0 +1,193 @@
+"""What GPTQ and AWQ share: a matrix of small codes, with a zero point and a scale for every group of inputs.
+
+[Note: grouped codes]
+The number of output o and input i is (code[o, i] - zero[g, o]) * scale[g, o], where g is the group of input i: i // size, or
+what the checkpoint says of each input (act order). The difference of integers is exact. Its product with the scale is rounded
+once, to the dtype of the scales: 8 bits of difference times 11 of scale are exact in fp32, so all that compute it there have
+these bits. Everything is stored with inputs first, that is transposed to what a linear layer has, and in words of 32 bits. So
+rows are decoded from columns of what is stored.
+
+Sources: Frantar et al. 2022 (GPTQ); Lin et al. 2023 (AWQ); GPTQModel, `TorchLinear.dequantize_weight`; AutoAWQ,
+`dequantize_gemm`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.files.checkpoint import CheckpointError, TensorEntry
+from offload.weights.formats.base import StoredWeight
+from offload.weights.formats.plain import Extent, PlainTensor
+from offload.weights.formats.stored_parts import check, check_tensor, gather
+
+WORD_BITS = 32
+_ROWS = 768  # decoded at a time: what stands between words and numbers stays small
+_SUFFIXES = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx"}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeight(StoredWeight):
+    """A matrix of grouped codes, or rows of one. See [Note: grouped codes]."""
+
+    layers = nn.Linear
+
+    codes: PlainTensor
+    """int32, with an input or a word of inputs a row."""
+    zeros: PlainTensor
+    """int32 [groups, words]"""
+    scales: PlainTensor
+    """fp16 or bf16 [groups, outputs]"""
+    groups: PlainTensor | None
+    """int32 [inputs]: the group of each input; None where that is input // group_size."""
+    shape: tuple[int, ...]
+    """[outputs, inputs]"""
+    bits: int
+    """Of a code: 2, 3, 4 or 8."""
+    group_size: int
+    """Inputs in a group; the last one may have fewer."""
+    spans: tuple[tuple[int, int], ...]
+    """Outputs [start, stop) that are here, among those whose words are here: of a whole matrix, all."""
+
+    @abstractmethod
+    def _code_columns(self, start: int, stop: int) -> tuple[int, int]:
+        """The columns of `codes` that hold outputs [start, stop)."""
+
+    @abstractmethod
+    def _row_codes(self, codes: Tensor, start: int, stop: int) -> Tensor:
+        """Of outputs [start, stop) of those that are stored here: integers [stop - start, inputs]."""
+
+    @abstractmethod
+    def _zero_points(self, zeros: Tensor) -> Tensor:
+        """Of all outputs that are stored here: integers of the same dtype [groups, outputs]."""
+
+    def rows(self, ranges: Iterable[tuple[int, int]]) -> GroupedWeight:
+        """Of a whole matrix: with what lies in the same words."""
+        if self.spans != ((0, self.shape[0]),):
+            raise ValueError(f"rows of {len(self.spans)} runs of rows, expected a whole matrix")
+        ranges = list(ranges)
+        if ranges == [(0, self.shape[0])]:
+            return self
+        unit = per_words(self.bits)
+        units = [(start // unit, -(-stop // unit)) for start, stop in ranges]
+        whole = [(low * unit, high * unit) for low, high in units]
+        words = unit * self.bits // WORD_BITS
+        spans, count = [], 0
+        for (start, stop), (low, high) in zip(ranges, whole, strict=True):
+            spans.append((count + start - low, count + stop - low))
+            count += high - low
+        return replace(
+            self,
+            codes=_columns(self.codes, [self._code_columns(*bounds) for bounds in whole]),
+            zeros=_columns(self.zeros, [(low * words, high * words) for low, high in units]),
+            scales=_columns(self.scales, whole),
+            shape=(sum(stop - start for start, stop in spans), self.shape[1]),
+            spans=tuple(spans),
+        )
+
+    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        numbers = torch.empty(self.shape, dtype=dtype, device=stored["codes"].device)
+        zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
+        groups = stored["groups"].long() if self.groups else None
+        done = 0
+        for first, end in self.spans:
+            for start in range(first, end, _ROWS):
+                stop = min(start + _ROWS, end)
+                codes = self._row_codes(stored["codes"], start, stop)
+                numbers[done : done + stop - start] = self._numbers(
+                    codes, zeros[:, start:stop].t(), scales[:, start:stop].t(), groups
+                )
+                done += stop - start
+        return numbers
+
+    def _numbers(self, codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:
+        """codes: integers [rows, inputs]; zeros, scales: [rows, groups] -> in the dtype of the scales."""
+        inputs, size = self.shape[1], self.group_size
+        if groups is not None:
+            return codes.sub_(zeros[:, groups]) * scales[:, groups]
+        if inputs % size:
+            zeros, scales = (of_groups.repeat_interleave(size, 1)[:, :inputs] for of_groups in (zeros, scales))
+            return codes.sub_(zeros) * scales
+        codes = codes.view(-1, inputs // size, size)
+        return (codes.sub_(zeros[:, :, None]) * scales[:, :, None]).view(-1, inputs)
+
+
+def find_grouped(
+    entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None, method: str
+) -> dict[str, dict[str, TensorEntry]]:
+    """The weights of a checkpoint by that `quant_method`. Raises CheckpointError for one whose config.json does not say how
+    its weights are packed."""
+    if quantization is None:
+        packed = next((entry for name, entry in entries.items() if name.endswith(".qweight")), None)
+        if packed is not None and packed.name.removesuffix("qweight") + "qzeros" in entries:
+            raise CheckpointError(
+                f"{packed.path}: tensor '{packed.name}' is packed, and config.json does not say how: add a quantization_config "
+                'to it, with what quantize_config.json or quant_config.json beside it has, and "quant_method": "gptq" or "awq"'
+            )
+        return {}
+    if quantization.get("quant_method") != method:
+        return {}
+    return gather(entries, _SUFFIXES, needed=("codes", "zeros", "scales"), weight=".weight")
+
+
+def check_parts(
+    shape: tuple[int, ...], parts: Mapping[str, TensorEntry], bits: int, groups: int, codes: tuple[int, ...]
+) -> None:
+    """Raises CheckpointError unless the parts of a matrix of this shape are those of so many groups. codes: their shape."""
+    if "packed" in parts:
+        check(parts["packed"], False, "no plain weight beside a packed one", "both")
+    entry, (outputs, inputs) = parts["codes"], shape
+    check_words(entry, outputs, bits, "outputs")
+    check_tensor(entry, "I32", codes)
+    check_tensor(parts["zeros"], "I32", (groups, outputs * bits // WORD_BITS))
+    scales = parts["scales"]
+    check(scales, scales.dtype in ("F16", "BF16"), "F16 or BF16", scales.dtype)
+    check_tensor(scales, scales.dtype, (groups, outputs))
+    if "groups" in parts:
+        check_tensor(parts["groups"], "I32", (inputs,))
+
+
+def check_words(entry: TensorEntry, count: int, bits: int, what: str) -> None:
+    """Raises CheckpointError unless so many integers fill whole words."""
+    check(entry, count % per_words(bits) == 0, f"a multiple of {per_words(bits)} {what}", count)
+
+
+def per_words(bits: int) -> int:
+    """Integers that fill the fewest whole words."""
+    return WORD_BITS if bits == 3 else WORD_BITS // bits
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Integers of `bits` bits, the lowest bits of a word first: int32 [rows, words] -> int8 (int16 of 8 bits) [rows, n].
+    Those of 3 bits go on in the next word."""
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data.to(torch.int16)
+    if bits == 3:  # eight in three bytes
+        wide = data.view(len(data), -1, 3).int()
+        wide = wide[:, :, 0] | wide[:, :, 1] << 8 | wide[:, :, 2] << 16
+        shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=words.device)
+        return (wide[:, :, None] >> shifts).bitwise_and_(7).to(torch.int8).view(len(data), -1)
+    mask = (1 << bits) - 1
+    fields = [(data >> shift).bitwise_and_(mask) for shift in range(0, 8, bits)]
+    return torch.stack(fields, 2).view(len(data), -1).view(torch.int8)
+
+
+def _columns(matrix: PlainTensor, ranges: list[tuple[int, int]]) -> PlainTensor:
+    """Columns [start, stop) of all ranges, one after the other: an extent of every row for each."""
+    rows, columns = matrix.shape
+    size, count = matrix.dtype.itemsize, sum(stop - start for start, stop in ranges)
+    extents: list[Extent] = []
+    for row in range(rows):
+        done = row * count * size
+        for start, stop in ranges:
+            first = (row * columns + start) * size
+            found = matrix.cut(first, first + (stop - start) * size)
+            extents += [extent._replace(target_offset=extent.target_offset - first + done) for extent in found]
+            done += (stop - start) * size
+    return PlainTensor(matrix.dtype, (rows, count), tuple(extents))

@@ -1,0 +1,73 @@
+"""Runs over a base that GPTQ has packed: the bits of plain PEFT over the numbers that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grouped_checkpoints import Gptq, write_grouped
+from tiny_models import CONFIGS, assert_same_bits, make_config, reference_run, save_tiny, streamed_run
+
+import offload.weights.binding
+from finetune.trainer import Trainer
+from memory.errors import UserError
+
+# Inputs are 40, 48 and 56 numbers: in groups of 16, some have a short one at their end.
+CASES = {
+    "4 bits": ("llama", Gptq(), {}),
+    "act order, DoRA": ("llama", Gptq(act_order=True), {"use_dora": True}),
+    "8 bits, second format, rsLoRA": ("qwen3", Gptq(bits=8, format="gptq_v2", has_groups=False), {"use_rslora": True}),
+    "biases, bf16 scales": ("llama-tied", Gptq(group_size=-1, dtype=torch.bfloat16), {}),
+    "trained whole": ("llama", Gptq(), {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
+    """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    name, how, lora = CASES[case]
+    packed, decoded = write_grouped(checkpoint(name), tmp_path, how)
+    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
+    for device in ("cpu", "simulated"):
+        output, engine = tmp_path / device, {"resident_blocks": 1}
+        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
+        assert_same_bits(found, expected)
+
+
+def test_a_packed_head_in_chunks(tokens, tmp_path, monkeypatch):
+    """Of rows that begin within a word. Layers beside it are not packed."""
+    config = CONFIGS["llama"]()
+    config.vocab_size = 104
+    monkeypatch.setitem(CONFIGS, "llama", lambda: config)
+    model = save_tiny("llama", tmp_path / "model")
+    runs = [
+        streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine={"loss_tile_vocab": 33}))
+        for m in write_grouped(model, tmp_path, Gptq(act_order=True), ends=("lm_head.weight", "up_proj.weight"))
+    ]
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_zeroth_order_on_an_adapter(kind, checkpoint, tokens, tmp_path):
+    runs = []
+    for model in write_grouped(checkpoint("llama"), tmp_path, Gptq(act_order=True)):
+        output = tmp_path / f"out-{model.name}"
+        runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": kind})))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("method", ["full", "zo", "badam"])
+def test_methods_that_would_change_packed_weights_are_refused(method, checkpoint, tokens, tmp_path):
+    model, _ = write_grouped(checkpoint("llama"), tmp_path, Gptq())
+    with pytest.raises(UserError, match=r"proj.weight is stored as GPTQ, .* train an adapter"):
+        Trainer(make_config(model, tokens, tmp_path / "out", method=method)).train()
+
+
+def test_bfloat16_computes_with_the_numbers_as_rounded(checkpoint, tokens, tmp_path):
+    """To fp16, as those that are published mostly are."""
+    model = checkpoint("llama", torch.float16)
+    runs = [
+        streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine={"dtype": "bfloat16"}))
+        for m in write_grouped(model, tmp_path, Gptq())
+    ]
+    assert_same_bits(*runs)
