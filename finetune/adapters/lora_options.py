@@ -100,8 +100,8 @@ REFUSED = {
     "batch_average or random",
     "alora_invocation_tokens": "it tells all layers once per forward pass where the adapter begins, but blocks run one "
     "by one here, and again in the backward pass",
-    "use_qalora": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
-    "qalora_group_size": "it is for GPTQ models, which are not streamed; PEFT does nothing with it on others",
+    "use_qalora": "it is for GPTQ's own layers, and PEFT does nothing with it on the linear layers of a streamed model",
+    "qalora_group_size": "it is for GPTQ's own layers, and PEFT does nothing with it on the linear layers of a streamed model",
     "monteclora_config": "its samples come from a buffer that moves with every forward, and a block's forward runs again in "
     "the backward pass",
     "layer_replication": "the blocks are those of the checkpoint",

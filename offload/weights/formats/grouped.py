@@ -35,7 +35,7 @@ _SUFFIXES = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "grou
 class GroupedWeight(StoredWeight):
     """A matrix of grouped codes, or rows of one. See [Note: grouped codes]."""
 
-    layers = nn.Linear
+    layers = (nn.Linear,)
 
     codes: PlainTensor
     """int32, with an input or a word of inputs a row."""
