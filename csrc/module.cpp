@@ -2,13 +2,14 @@
 #include <nanobind/nanobind.h>
 
 #include "arena.h"
+#include "decode_bindings.h"
 #include "io_bindings.h"
 #include "kernels.h"
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
 
 NB_MODULE(finetune_native, m) {
-    m.doc() = "Native parts of finetune: disk I/O, memory, noise and optimizers.";
+    m.doc() = "Native parts of finetune: disk I/O, memory, noise, optimizers and decoders.";
     // After Ctrl-C the traceback keeps an engine alive until the interpreter ends: nothing a user should read about.
     nanobind::set_leak_warnings(false);
     nanobind::enum_<Dtype>(m, "Dtype", "Of the numbers at an address.")
@@ -19,4 +20,5 @@ NB_MODULE(finetune_native, m) {
     register_arena(m);
     register_noise(m);
     register_optimizer(m);
+    register_decode(m);
 }

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_NOT_IMPORT = {"memory": {"offload", "finetune"}, "offload": {"finetune"}, "finetune": set()}
-NATIVE_IMPORTERS = {"offload/residency/io.py", "memory/arena.py", "offload/noise/noise.py", "offload/update/kernels.py"}
+NATIVE_IMPORTERS = {
+    "offload/residency/io.py", "memory/arena.py", "offload/noise/noise.py", "offload/update/kernels.py",
+    "offload/weights/formats/native_kernels.py",
+}  # fmt: skip
 SOURCES = sorted(path for package in MAY_NOT_IMPORT for path in (ROOT / package).rglob("*.py"))
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import TensorEntry
+from offload.weights.formats import native_kernels
 from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.bitsandbytes_files import (
     CODES,
@@ -125,8 +126,9 @@ class Packed4Bit(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(prod(self.shape), dtype=dtype, device=stored["packed"].device)
-        if kernels_for(numbers) == "triton":
-            self._decode_on_accelerator(stored, numbers)
+        if kernels := kernels_for(numbers):
+            by = self._decode_natively if kernels == "native" else self._decode_on_accelerator
+            by(stored, numbers)
             return numbers.view(self.shape)
         piece, done = _ROWS * self.shape[1], 0
         for span in self.spans:
@@ -135,6 +137,26 @@ class Packed4Bit(StoredWeight):
                 numbers[done : done + stop - start] = self._numbers(stored, span, start, stop)
                 done += stop - start
         return numbers.view(self.shape)
+
+    def _decode_natively(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        state, nested, done = self.state, None, 0
+        for span in self.spans:
+            block, into_block = divmod(span.start, state.block_size)
+            if state.nested_offset is not None:
+                outer, into_outer = divmod(block, state.nested_block_size)
+                nested_absmax = stored["nested_absmax"][outer + span.nested_shift :]
+                nested = native_kernels.Nested(
+                    stored["nested_map"], nested_absmax, state.nested_block_size, state.nested_offset, into_outer
+                )
+            packed = stored["packed"][span.start // 2 + span.byte_shift :]
+            absmax = stored["absmax"][block + span.block_shift :]
+            out = numbers[done : done + span.stop - span.start]
+            native_kernels.decode(
+                native_kernels.Codes("four_bit", packed, CODES[state.quant_type], odd=span.start % 2 == 1),
+                native_kernels.Scales(absmax, state.block_size, into_group=into_block, nested=nested),
+                out, rounded=state.dtype,
+            )  # fmt: skip
+            done += out.numel()
 
     def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         from offload.weights.formats import triton_kernels
@@ -239,6 +261,10 @@ class Packed8Bit(StoredWeight):
 
             triton_kernels.rows_int8(stored["packed"], stored["scales"], _PER_STEP, numbers)
             return numbers
+        if kernels_for(numbers) == "native":
+            codes = native_kernels.Codes("int8", stored["packed"])
+            scales = native_kernels.Scales(stored["scales"], columns=self.shape[1])
+            return native_kernels.decode(codes, scales, numbers, factor=_PER_STEP)
         for start in range(0, self.shape[0], _ROWS):
             rows = slice(start, start + _ROWS)
             numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
