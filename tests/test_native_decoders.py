@@ -3,14 +3,20 @@ which rows, groups and bytes may not fit each other."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from packed_checkpoints import CODES, pack_4bit, pack_int8
 from test_bitsandbytes import read, read_source, write
 from torch import Tensor
 
-from offload.weights.formats import bitsandbytes
+from offload.weights.formats import PlainTensor, bitsandbytes, native_kernels
+from offload.weights.formats.compressed_tensors import CompressedTensor
+from offload.weights.formats.compressed_tensors_config import Scheme
+from offload.weights.formats.fp8 import BlockFP8
 from offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Nested, Scales, decode
+from offload.weights.formats.scaled import RowSpan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_instruction_set = pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
@@ -183,6 +189,64 @@ def test_nothing_is_decoded_to_nothing():
     for shape in ((0, 4), (4, 0), (0,)):
         target = torch.empty(shape)
         assert decode(Codes("int8", target.to(torch.int8)), Scales(torch.ones(4), shape[-1]), target) is target
+
+
+def outline(dtype: torch.dtype, *shape: int) -> PlainTensor:
+    return PlainTensor(dtype, shape, ())
+
+
+def compressed(packed: PlainTensor, scales: PlainTensor, block: tuple[int, int], **scheme) -> CompressedTensor:
+    fields = {"num_bits": 8, "is_float": False, "is_packed": False, "is_symmetric": True, "strategy": "block"}
+    of = Scheme(**fields | scheme, block=block, quantises_inputs=False)
+    spans = (RowSpan(0, 200),)
+    return CompressedTensor(packed, scales, None, None, (200, 264), of, block, spans, spans)
+
+
+E4M3, GRID = outline(torch.float8_e4m3fn, 200, 264), {dtype: outline(dtype, 7, 5) for dtype in DTYPES}
+WEIGHTS = {
+    "fp8": BlockFP8(E4M3, GRID[torch.float32], (32, 64), (RowSpan(0, 200),)),
+    "fp8, bf16 scales": BlockFP8(E4M3, GRID[torch.bfloat16], (32, 64), (RowSpan(0, 200),)),
+    "fp8, exponents": BlockFP8(E4M3, outline(torch.uint8, 7, 5), (32, 64), (RowSpan(0, 200),)),
+    "compressed-tensors fp8": compressed(E4M3, GRID[torch.bfloat16], (32, 64), is_float=True),
+    "compressed-tensors int8": compressed(outline(torch.int8, 200, 264), GRID[torch.float16], (32, 64)),
+    "compressed-tensors int4": compressed(
+        outline(torch.int32, 200, 33), outline(torch.bfloat16, 200, 9), (1, 32), num_bits=4, is_packed=True
+    ),
+}  # fmt: skip
+
+
+def random_like(tensor: PlainTensor) -> Tensor:
+    if tensor.dtype in DTYPES:
+        return torch.rand(tensor.shape).to(tensor.dtype)
+    size = tensor.num_bytes
+    low, high = (100, 150) if tensor.dtype == torch.uint8 else (0, 256)
+    return torch.randint(low, high, (size,), dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("ranges", [None, [(0, 40)], [(3, 70), (33, 34), (199, 200)]])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_with_grids_of_scales_have_the_portable_decoders_bits(name, ranges, monkeypatch):
+    torch.manual_seed(8)
+    weight = WEIGHTS[name] if ranges is None else WEIGHTS[name].rows(ranges)
+    stored = {part: random_like(tensor) for part, tensor in weight.tensors.items()}
+    module = sys.modules[type(weight).__module__]
+    with monkeypatch.context() as patch:
+        calls = []
+        patch.setattr(native_kernels, "decode", lambda *args, **options: calls.append(decode(*args, **options)) or calls[-1])
+        for dtype in DTYPES:
+            patch.setattr(module, "kernels_for", lambda tensor: None)
+            expected = weight.decode(stored, dtype)
+            patch.setattr(module, "kernels_for", lambda tensor: "native")
+            assert_same(weight.decode(stored, dtype), expected)
+        assert len(calls) == len(DTYPES)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_plain_weights_are_widened(kind):
+    stored = torch.randn(1100, 1000).to(kind)
+    weight = outline(kind, *stored.shape)
+    assert_same(weight.decode(stored, torch.float32), stored.float())
+    assert_same(weight.decode(stored.t(), torch.float32), stored.t().float())
 
 
 BYTES, FOUR = torch.zeros(4, 8, dtype=torch.uint8), torch.zeros(4, 16)

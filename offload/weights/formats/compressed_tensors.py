@@ -22,10 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats import native_kernels
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.compressed_tensors_config import Scheme, check_section, is_compressed_tensors, schemes_of
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import ROWS_AT_ONCE, RowSpan, cut_scales, scale_columns, scales_of_rows
+from offload.weights.formats.scaled import (
+    ROWS_AT_ONCE,
+    RowSpan,
+    cut_scales,
+    native_scales,
+    scale_columns,
+    scales_of_rows,
+)
 from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
 
 _PARTS = {
@@ -136,6 +144,11 @@ class CompressedTensor(StoredWeight):
         )
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes = self._native_codes(stored["packed"])
+        if codes is not None:
+            numbers = torch.empty(self.shape, dtype=dtype)
+            scales = native_scales(stored["scales"], self.spans, *self.block)
+            return native_kernels.decode(codes, scales, numbers, rounded=scales.data.dtype)
         scales = scales_of_rows(stored["scales"], self.spans, self.block[0])
         zeros = self._zeros(stored["zero_points"]).to(scales.dtype) if self.zero_points else None
         width = self.block[1]
@@ -149,6 +162,16 @@ class CompressedTensor(StoredWeight):
                 scale_columns(some, zeros[rows][:, columns] if self.groups else zeros[rows], width, Tensor.sub_)
             numbers[rows] = scale_columns(some, scales[rows][:, columns] if self.groups else scales[rows], width)
         return numbers
+
+    def _native_codes(self, packed: Tensor) -> native_kernels.Codes | None:
+        """What a native decoder knows: numbers of 8 bits by themselves, and 4 in whole words, without zero points."""
+        if kernels_for(packed) != "native" or self.zero_points or self.groups:
+            return None
+        if not self.scheme.is_packed:
+            return native_kernels.Codes("float8_e4m3fn" if self.scheme.is_float else "int8", packed)
+        if self.scheme.num_bits != 4 or self.shape[1] % 8:
+            return None
+        return native_kernels.Codes("four_bit_low", packed.view(torch.uint8), tuple(range(-8, 8)))
 
     def _integers(self, packed: Tensor) -> Tensor:
         """int8 or E4M3 [rows, columns] of rows as they are stored."""

@@ -22,9 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
+from offload.weights.formats import native_kernels
 from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import ROWS_AT_ONCE, RowSpan, cut_scales, scale_columns, scales_of_rows
+from offload.weights.formats.scaled import (
+    ROWS_AT_ONCE,
+    RowSpan,
+    cut_scales,
+    native_scales,
+    scale_columns,
+    scales_of_rows,
+)
 from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 _SCALES = {"scales": ".weight_scale_inv", "one scale": ".weight_scale"}
@@ -84,9 +92,13 @@ class BlockFP8(StoredWeight):
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         scales = stored["scales"]
         scales = (scales.float() - 127).exp2_() if scales.dtype == torch.uint8 else scales.float()
-        scales = scales_of_rows(scales, self.spans, self.block[0])
         numbers = torch.empty(self.shape, dtype=dtype, device=scales.device)
-        if kernels_for(numbers) == "triton":
+        kernels = kernels_for(numbers)
+        if kernels == "native":
+            of_blocks = native_scales(scales, self.spans, *self.block)
+            return native_kernels.decode(native_kernels.Codes("float8_e4m3fn", stored["packed"]), of_blocks, numbers)
+        scales = scales_of_rows(scales, self.spans, self.block[0])
+        if kernels == "triton":
             from offload.weights.formats import triton_kernels
 
             triton_kernels.rows_e4m3(stored["packed"], scales.contiguous(), self.block[1], numbers)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats import native_kernels
+from offload.weights.formats.base import StoredWeight, kernels_for
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -22,6 +23,10 @@ TORCH_DTYPES = {
     "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
     "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
+
+
+_WIDENED_NATIVELY = 1 << 20
+"""Elements from which on our kernel is faster than PyTorch's `to`: fp32 is written past the caches."""
 
 
 class Extent(NamedTuple):
@@ -107,6 +112,10 @@ class PlainTensor(StoredWeight):
     def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """`stored` itself where it has that dtype. It need not have this tensor's: folded weights are wider than the
         checkpoint's."""
+        if stored.numel() >= _WIDENED_NATIVELY and kernels_for(stored) == "native" and stored.is_contiguous():
+            if dtype == torch.float32 and stored.dtype in (torch.bfloat16, torch.float16):
+                codes = native_kernels.Codes(str(stored.dtype).removeprefix("torch."), stored)
+                return native_kernels.decode(codes, None, torch.empty(stored.shape))
         return stored.to(dtype)
 
 

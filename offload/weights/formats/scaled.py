@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload.weights.formats.native_kernels import Scales
+
 ROWS_AT_ONCE = 768
 """Decoded at a time: what stands between stored numbers and decoded ones stays small."""
 
@@ -41,6 +43,13 @@ def scales_of_rows(scales: Tensor, spans: Sequence[RowSpan], height: int) -> Ten
     """Of a grid [rows of scales, columns of scales]: of every row that is here its own, [rows, columns of scales]."""
     runs = [torch.arange(start, stop, device=scales.device) // height + shift for start, stop, shift in spans]
     return scales[torch.cat(runs)]
+
+
+def native_scales(scales: Tensor, spans: Sequence[RowSpan], height: int, width: int) -> Scales:
+    """The grid as native decoders take it."""
+    if len(spans) == 1 and spans[0].start == spans[0].shift == 0:
+        return Scales(scales, width, height)
+    return Scales(scales_of_rows(scales, spans, height), width)
 
 
 def scale_columns(
