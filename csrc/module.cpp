@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
+#include "quantize_bindings.h"
 
 NB_MODULE(finetune_native, m) {
     m.doc() = "Native parts of finetune: disk I/O, memory, noise, optimizers and decoders.";
@@ -21,4 +22,5 @@ NB_MODULE(finetune_native, m) {
     register_noise(m);
     register_optimizer(m);
     register_decode(m);
+    register_quantize(m);
 }

@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_PLACES = ("output", "host_memory", "device_memory", "disk", "device")
+_PLACES = ("quantize", "output", "host_memory", "device_memory", "disk", "device")
 _LAST = ("trust_remote_code", "settings", ..., "debug")
 _RUN = (
     "config", "model", "data", "eval_data", "method", *_PLACES, "max_steps", "epochs", "batch_size", "micro_batch_size",
@@ -228,6 +228,33 @@ def export(
     target = Path(to).expanduser()
     steps = export_model(config, target, at_step)
     typer.echo(f"{target}: the model after {steps} steps")
+
+
+@_command(..., "debug")
+def cache(
+    action: Annotated[str, typer.Argument(help="list or remove.")] = "list",
+    names: Annotated[list[str] | None, typer.Argument(help="What is removed, as it is listed.")] = None,
+    directory: Annotated[str | None, typer.Option("--cache", help="Another directory than the user's cache.")] = None,
+) -> None:
+    """List the models that --quantize has made, with their sizes, or remove some of them."""
+    from pathlib import Path
+
+    from finetune.quantization.cache import cache_home, cached_models, remove_cached
+    from memory.units import format_bytes
+
+    place = Path(directory).expanduser() if directory else cache_home()
+    if action not in ("list", "remove"):
+        raise UserError(f"expected list or remove, found {action!r:.80}")
+    if action == "remove":
+        _require(names or None, "names of quantised models", "those that `finetune cache list` prints")
+        for name in names:
+            typer.echo(f"{name}: {format_bytes(remove_cached(place, name))} removed")
+        return
+    models = cached_models(place)
+    for model in models:
+        words = f"of {model.about['model']}" if model.is_whole else "unfinished"
+        typer.echo(f"{format_bytes(model.num_bytes):>10}  {model.name}  {words}")
+    typer.echo(f"{format_bytes(sum(model.num_bytes for model in models)):>10}  in {place}")
 
 
 @_command("debug")

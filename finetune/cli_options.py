@@ -35,6 +35,9 @@ KEYS = {
     "data": _option(str, "--data", "Data file, directory or hub id."),
     "eval_data": _option(str, "--eval-data", "Data to evaluate on."),
     "method": _option(str, "--method", f"Training method: {_METHODS}. [default: lora]"),
+    "quantize": _option(
+        str, "--quantize", "Train and run over the model in nf4 (4 bits) or int8, made once and kept; see `finetune cache`."
+    ),
     "output": _option(str, "--output", "Directory of the run: everything is written there. [default: out]"),
     "host_memory": _memory(
         "--host-memory",

@@ -121,6 +121,7 @@ class PlannedRun:
     device_kind: str  # where it computes
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # of the weights, that a step computes; `shape` counts each micro-batch as often
+    base_words: str = ""  # what is to be said of a model that is quantised here
     budget_words: str = ""  # where the host budget comes from, if not from the user
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
 
@@ -141,6 +142,8 @@ class PlannedRun:
             + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
             + f"; disk read a step at most {format_bytes(self._read_bytes)}",
         ]
+        if self.base_words:
+            lines.insert(1, self.base_words)
         if self.store is not None:
             lines.append(
                 f"working store: at most {format_bytes(self.store.num_bytes)} on disk; a step reads "

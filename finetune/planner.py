@@ -58,6 +58,7 @@ class Planner:
             session.device.kind,
             session.setup.store,
             session.setup.variants,
+            session.base.words,
             "" if session.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
         )
 

@@ -16,6 +16,7 @@ from finetune.adapters.peft_files import reads_whole
 from finetune.adapters.placement import copy_to
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.planner import Planner
+from finetune.quantization.base import Base, open_base
 from finetune.runs.identity import model_name
 from finetune.setup import Setup
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
@@ -32,20 +33,24 @@ from offload.weights.skeleton import is_placeholder
 class Session:
     """Everything before the first step. `open` may be called once; `close` frees the streamed model."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Builds the skeleton as `setup` wants it; reads configuration and headers only. Closes `setup` in the end.
+    def __init__(self, setup: Setup, only_plan: bool = False) -> None:
+        """Builds the skeleton as `setup` wants it; reads configuration and headers only, or quantises first what is to be
+        quantised. Closes `setup` in the end.
+
+        only_plan: it will not be opened, and nothing is quantised.
 
         Raises UserError for whatever is wrong with model, adapter, run or device.
         """
         self.config = setup.config
         self.setup = setup
+        self.base: Base | None = None
         try:
-            self._build()
+            self._build(only_plan)
         except BaseException:
-            setup.close()
+            self._close_files()
             raise
 
-    def _build(self) -> None:
+    def _build(self, only_plan: bool) -> None:
         config, setup = self.config, self.setup
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
@@ -56,11 +61,13 @@ class Session:
         )
         if self.device.shares_host_memory and config.device_memory is not None:
             print(f"note: --device-memory changes nothing, because this run computes on {self.device.kind}", file=sys.stderr)
-        directory = resolve_model(config.model)
-        setup.check_model(directory)
+        source = resolve_model(config.model)
+        setup.check_model(source)
+        choose_dtype = partial(setup.compute_dtype, self.device)
+        self.base = open_base(config, source, self.device, choose_dtype, only_plan)
         parts = cut(
-            directory,
-            partial(setup.compute_dtype, self.device),
+            self.base.directory,
+            choose_dtype,
             trust_remote_code=config.trust_remote_code,
             tile_tokens=config.engine.loss_tile_tokens,
             tile_vocab=config.engine.loss_tile_vocab,
@@ -174,4 +181,9 @@ class Session:
                 self.arena = None
             trim_malloc()
         finally:
-            self.setup.close()  # another run may take its files, whatever failed
+            self._close_files()  # another run may take them, whatever failed
+
+    def _close_files(self) -> None:
+        if self.base is not None:
+            self.base.close()
+        self.setup.close()

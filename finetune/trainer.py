@@ -35,6 +35,7 @@ from finetune.methods.base import Method, make_method
 from finetune.methods.schedule import check_schedule
 from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.planned_run import PlannedRun
+from finetune.quantization.base import is_quantized
 from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
 from finetune.runs.directory import RunDirectory
@@ -101,7 +102,7 @@ class Trainer:
         """What would live where for a full-length step, and how long that takes at this machine's rates; reads some MiB of
         weights for these, and of data only rows of tensors. Raises PlanRefused."""
         config = self.config
-        session = Session(make_method(config))
+        session = Session(make_method(config), only_plan=True)
         try:
             tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
             if tensors is None:
@@ -110,7 +111,7 @@ class Trainer:
             else:
                 shape = make_objective(config, session, tensors).shape(session)
             planned = session.plan(shape, elsewhere=True)
-            return replace(planned, rates=try_rates(session.parts, session.device))
+            return replace(planned, rates=session.base.rates or try_rates(session.parts, session.device))
         finally:
             session.close()
 
@@ -128,6 +129,8 @@ class Trainer:
         if "tensorboard" in config.training.report_to and find_spec("tensorboard") is None:
             raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
         directory = RunDirectory(config.output)
+        if config.quantize is not None and not is_quantized(config):
+            self.plan()  # refuses before that work what it would refuse after it
         with stop_requests():
             method = make_method(config)
             session = Session(method)
@@ -170,7 +173,7 @@ class Trainer:
     def _prepare(self, source: Any, session: Session, directory: RunDirectory) -> TokenDataset | TensorRows:
         """The rows; the directory is taken. Refuses before tokenising what no data could make fit."""
         config = self.config
-        inputs = [session.parts.directory, *_local_paths(config.data, config.eval_data)]
+        inputs = [session.base.source, session.parts.directory, *_local_paths(config.data, config.eval_data)]
         tensors = open_tensor_rows(source, session.parts)
         if tensors is not None:
             directory.take(config, inputs)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_NOT_IMPORT = {"memory": {"offload", "finetune"}, "offload": {"finetune"}, "finetune": set()}
 NATIVE_IMPORTERS = {
     "offload/residency/io.py", "memory/arena.py", "offload/noise/noise.py", "offload/update/kernels.py",
-    "offload/weights/formats/native_kernels.py",
+    "offload/weights/formats/native_kernels.py", "offload/quantize/kernels.py",
 }  # fmt: skip
 SOURCES = sorted(path for package in MAY_NOT_IMPORT for path in (ROOT / package).rglob("*.py"))
 
@@ -34,6 +34,7 @@ def imported_roots(source: str) -> set[str]:
 ROOMS = [
     {"adapters", "config", "data", "reporting"},
     {"runs"},
+    {"quantization"},
     {"needs_of_model", "planned_run", "planner", "session", "setup"},
     {"decoding"},
     {"objectives"},

@@ -53,6 +53,8 @@ class _Keys(Section):
     """What is evaluated on; see `Data`."""
     method: Literal[*METHODS] = "lora"
     """How, and what of the model; see `finetune.methods.registry`."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Goes over the model's linear layers in 4 or 8 bits, made once and kept in a cache; see `quantization`."""
     train: list[str] = []
     """Regular expressions: methods that train the model's own weights train only parameters whose names match one. Empty:
     all."""

@@ -9,6 +9,7 @@ from finetune.data.options import DatasetOptions
 from finetune.methods.registry import METHOD_SECTIONS
 from finetune.options import Section
 from finetune.plugin import load
+from finetune.quantization.quantization_options import QuantizationOptions
 
 ADAPTER_SECTIONS = {entry.section: entry.options for entry in ADAPTERS.values() if entry.section}
 
@@ -16,5 +17,6 @@ SECTIONS: dict[str, type[Section]] = {
     "training": TrainingOptions,
     "dataset": DatasetOptions,
     **{name: load(place) for name, place in (ADAPTER_SECTIONS | METHOD_SECTIONS).items()},
+    "quantization": QuantizationOptions,
     "engine": EngineOptions,
 }

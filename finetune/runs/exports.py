@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,22 @@ class Export:
     progress: Progress  # for whoever shows it
 
     def side_files(self, model: Path) -> dict[Path, Path]:
-        """Path in the model's directory -> file, of all that stands beside the weights, in subdirectories too: configuration,
-        tokenizer, chat templates, the model's own code, licence. Not weights in other formats, nor what runs have left."""
-        found = {}
-        for folder, subfolders, names in os.walk(model):
-            inside = Path(folder)
-            subfolders[:] = [
-                name for name in sorted(subfolders)
-                if not name.startswith(".") and (inside / name).resolve() != self.config.output.resolve()
-            ]  # fmt: skip
-            for path in (inside / name for name in sorted(names)):
-                if path.is_file() and not path.name.endswith(_WEIGHTS):
-                    found[path.relative_to(model)] = path
-        return found
+        """What goes along with the weights of the model in a directory."""
+        return side_files(model, (self.config.output,))
+
+
+def side_files(model: Path, without: Collection[Path]) -> dict[Path, Path]:
+    """Path in the model's directory -> file, of all that stands beside the weights, in subdirectories too: configuration,
+    tokenizer, chat templates, the model's own code, licence. Not weights in other formats, nor what runs have left.
+
+    without: directories to pass over."""
+    found, passed = {}, {path.resolve() for path in without}
+    for folder, subfolders, names in os.walk(model):
+        inside = Path(folder)
+        subfolders[:] = [
+            name for name in sorted(subfolders) if not name.startswith(".") and (inside / name).resolve() not in passed
+        ]
+        for path in (inside / name for name in sorted(names)):
+            if path.is_file() and not path.name.endswith(_WEIGHTS):
+                found[path.relative_to(model)] = path
+    return found

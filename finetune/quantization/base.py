@@ -1,0 +1,288 @@
+"""The directory that a session reads its model from: the user's own, or the quantised one, made where it is not there yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.quantization.cache import FORMAT, NOTE, cache_home, open_lock, partial_path, whole
+from finetune.reporting.progress import LastingStream
+from finetune.runs.exports import side_files
+from memory.arena import trim_malloc
+from memory.errors import UserError
+from memory.meter import host_bytes
+from memory.units import format_bytes, format_seconds, parse_bytes, total_host_bytes
+from offload.devices import Device
+from offload.files.checkpoint import read_checkpoint, resolve_model
+from offload.files.lock import lock
+from offload.files.new_directory import new_directory
+from offload.files.sealed import json_digest, seal
+from offload.quantize.kernels import Blocks, pack_4bit, pack_int8
+from offload.quantize.outline import Outline, Packing, outline, write_side, write_sparse
+from offload.quantize.stream import PROGRESS, Written, working_bytes, write_quantized
+from offload.sizing.calibration import NoRates, Rates, try_rates
+from offload.weights.digest import model_digest
+from offload.weights.parts import ModelParts, cut
+
+_SPARE_BYTES = 64 << 20  # of the disk, left free
+_SAY_SECONDS = 10.0
+_PROBE_WEIGHTS = 1 << 22
+
+
+class Base:
+    """Where a session finds its model. Holds its lock until `close`.
+
+    source: the user's model. directory: what is read. words: what a plan says of quantising; "": nothing. rates: what this
+    machine does with the original, where `directory` is only an outline; None: measure.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = self.directory = source
+        self.words = ""
+        self.rates: Rates | NoRates | None = None
+        self._lock = -1
+        self._outline: tempfile.TemporaryDirectory | None = None
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        if self._outline is not None:
+            self._outline.cleanup()
+            self._outline = None
+
+
+def open_base(
+    config: Config, source: Path, device: Device, choose_dtype: Callable[[torch.dtype], torch.dtype], only_plan: bool
+) -> Base:
+    """The base of a session of `config`, whose model is in `source`.
+
+    choose_dtype: as `offload.weights.parts.cut` takes it. only_plan: nothing is quantised; where that has not been done, the
+    directory has headers and holes.
+    Raises UserError when it cannot be quantised, or the disk or the memory does not suffice for that.
+    """
+    base = Base(source)
+    if config.quantize is not None:
+        try:
+            cut_source = partial(cut, source, choose_dtype, trust_remote_code=config.trust_remote_code)
+            _Quantization(base, config).open(device, cut_source, only_plan)
+        except BaseException:
+            base.close()
+            raise
+    return base
+
+
+def is_quantized(config: Config) -> bool:
+    """Whether the model of `config`, which is to be quantised, is there and whole. Raises UserError for an original that cannot
+    be read."""
+    return whole(_Quantization(Base(resolve_model(config.model)), config).target) is not None
+
+
+class _Quantization:
+    """Of a model. target: the directory where it is kept."""
+
+    def __init__(self, base: Base, config: Config) -> None:
+        self._base, self._config = base, config
+        self._packing = Packing(config.quantize, config.quantize == "nf4" and config.quantization.nested)
+        self._cache = config.quantization.cache or cache_home()
+        self._side_files = side_files(base.source, (config.output, self._cache))
+        self._original = self._describe_original()
+        self._name = self._directory_name()
+        self.target = self._cache / self._name
+
+    def open(self, device: Device, cut_source: Callable[[], ModelParts], only_plan: bool) -> None:
+        """As `open_base`. cut_source: gives the parts of the original."""
+        base, target = self._base, self.target
+        if not only_plan:
+            try:
+                self._cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+                base._lock = open_lock(self._cache, self._name)
+            except OSError as error:
+                raise UserError(f"{self._cache}: {error.strerror}: name another quantization.cache") from error
+            self._wait(shared=True)
+        about = whole(target)
+        if about is None and not only_plan:
+            os.close(base._lock)
+            base._lock = open_lock(self._cache, self._name)
+            self._wait(shared=False)
+            about = whole(target)  # another process may have made it meanwhile
+            if about is None:
+                about = self._make(cut_source(), device)
+            lock(base._lock, shared=True)
+        if about is not None:
+            base.directory = target
+            base.words = (
+                f"quantised to {self._packing.kind}: {about['bits_per_weight']:.2f} bits a weight, relative RMS error "
+                f"{about['relative_error']:.2%}; kept in {target}"
+            )
+            return
+        parts = cut_source()
+        plan = outline(parts, self._packing)
+        base.words, _, base.rates = self._predict(plan, parts, device)
+        base._outline = tempfile.TemporaryDirectory(prefix="finetune-outline-")
+        base.directory = Path(base._outline.name) / self._name
+        base.directory.mkdir()
+        write_sparse(plan, base.directory, self._side_files)
+
+    def _describe_original(self) -> dict[str, Any]:
+        """What makes the original this one: its digest, and sizes and times of all files that are read or copied."""
+        checkpoint = read_checkpoint(self._base.source)
+        files = sorted({*checkpoint.files, *self._side_files.values()})
+        stats = [(str(path.relative_to(self._base.source)), path.stat()) for path in files]
+        return {
+            "digest": model_digest(checkpoint),
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        }
+
+    def _directory_name(self) -> str:
+        parts = [part for part in self._config.model.rstrip("/").split("/") if part]
+        is_path = Path(self._config.model).expanduser().is_dir()
+        words = "".join(c if c.isalnum() or c in "._-" else "-" for c in (parts[-1] if is_path else "--".join(parts)))
+        digest = json_digest([FORMAT, self._original, self._packing.kind, self._packing.nested])
+        return f"{words.lstrip('.') or 'model'}-{self._packing.kind}-{digest[:12]}"
+
+    def _wait(self, shared: bool) -> None:
+        try:
+            lock(self._base._lock, shared=shared)
+        except BlockingIOError:
+            _say(f"another process is at {self.target}: waiting for it")
+            lock(self._base._lock, shared=shared, wait=True)
+
+    def _predict(self, plan: Outline, parts: ModelParts, device: Device) -> tuple[str, int, Rates | NoRates]:
+        """What quantising takes, in words; the bytes that are still to be written; this machine's rates."""
+        unfinished = partial_path(self._cache, self._name)
+        there = Written.read(unfinished)
+        left = plan.num_bytes - sum(there.num_bytes.values())
+        read = sum(file.stat().st_size for file in plan.checkpoint.files)
+        rates = try_rates(parts, device)
+        seconds = ""
+        if rates:
+            share = left / plan.num_bytes
+            packing = sum(entry.num_bytes for entry in plan.packed_entries) / _packing_rate(plan)
+            moving = (read + plan.num_bytes) / rates.read_bytes_per_second
+            seconds = f", in about {format_seconds(share * max(packing, moving))}"
+        words = (
+            f"to be quantised first, to {self._packing.kind}: {format_bytes(read)} become {format_bytes(plan.num_bytes)} "
+            f"({plan.bits_per_weight:.2f} bits a weight) in {self._cache}{seconds}; {format_bytes(_free(self._cache))} are "
+            "free there"
+        )
+        if there.num_bytes:
+            words += f"; {format_bytes(plan.num_bytes - left)} are there from an earlier process"
+        return words, left, rates
+
+    def _make(self, parts: ModelParts, device: Device) -> dict[str, Any]:
+        """Quantises; returns what quantized.json says."""
+        plan = outline(parts, self._packing)
+        words, left, _ = self._predict(plan, parts, device)
+        free = _free(self._cache)
+        if left + _SPARE_BYTES > free:
+            raise UserError(
+                f"{self._cache}: {format_bytes(left)} are to be written there, {format_bytes(free)} are free: make room "
+                "(`finetune cache` lists what is there), or name another quantization.cache"
+            )
+        self._check_memory(plan)
+        _say(words)
+        unfinished = partial_path(self._cache, self._name)
+        unfinished.mkdir(mode=0o700, exist_ok=True)
+        started = time.perf_counter()
+        written = write_quantized(plan, unfinished, _Ticker())
+        about = self._finish(plan, written, unfinished)
+        trim_malloc()
+        _say(
+            f"quantised in {format_seconds(time.perf_counter() - started)}: {format_bytes(plan.num_bytes)}, relative RMS error "
+            f"{written.relative_error:.2%}"
+        )
+        return about
+
+    def _finish(self, plan: Outline, written: Written, unfinished: Path) -> dict[str, Any]:
+        for name, path in self._side_files.items():
+            (unfinished / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copyfile(path, unfinished / name)
+        write_side(plan, unfinished)
+        about = {
+            "format": FORMAT,
+            "model": self._config.model,
+            "original": self._original,
+            "kind": self._packing.kind,
+            "nested": self._packing.nested,
+            "bits_per_weight": plan.bits_per_weight,
+            "relative_error": written.relative_error,
+            "digest": model_digest(read_checkpoint(unfinished)),
+            "files": written.num_bytes,
+        }
+        (unfinished / NOTE).write_text(json.dumps(seal(about), indent=1))
+        if self._describe_original() != self._original:
+            shutil.rmtree(unfinished)
+            raise UserError(f"{self._base.source}: its files have changed while they were quantised: start again")
+        shutil.rmtree(self.target, ignore_errors=True)  # damaged
+        with new_directory(self.target) as directory:
+            for path in unfinished.iterdir():
+                if path.name != PROGRESS:
+                    path.rename(directory / path.name)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return about
+
+    def _check_memory(self, plan: Outline) -> None:
+        amount = self._config.host_memory
+        if amount is None:
+            return
+        try:
+            limit = parse_bytes(amount, total_host_bytes())
+        except ValueError as error:
+            raise UserError(f"host_memory: {error}") from None
+        need = host_bytes() + working_bytes(plan)
+        if need > limit:
+            raise UserError(
+                f"quantising takes {format_bytes(need)} of host memory ({format_bytes(working_bytes(plan))} of them for "
+                f"buffers and the scales of the largest matrix), {format_bytes(limit)} are allowed: raise --host-memory"
+            )
+
+
+class _Ticker:
+    """Says now and then how far quantising is."""
+
+    def __init__(self) -> None:
+        self._started = self._said = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self._said >= _SAY_SECONDS and 0 < done < total:
+            self._said = now
+            left = (now - self._started) * (total - done) / done
+            _say(f"quantising: {done / total:.0%}, about {format_seconds(left)} left")
+
+
+def _say(words: str) -> None:
+    print(words, file=LastingStream(sys.stderr), flush=True)
+
+
+def _free(directory: Path) -> int:
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _packing_rate(plan: Outline) -> float:
+    """Bytes of the original that the kernel packs in a second."""
+    source = torch.ones(_PROBE_WEIGHTS // 1024, 1024, dtype=torch.bfloat16)
+    packed, blocks = torch.empty(source.numel(), dtype=torch.uint8), Blocks.of(source.numel())
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        if plan.packing.kind == "nf4":
+            pack_4bit(source, packed, blocks)
+        else:
+            pack_int8(source, packed, torch.empty(len(source)))
+        seconds.append(time.perf_counter() - started)
+    return source.nbytes / min(seconds)

@@ -1,0 +1,318 @@
+"""What a quantised checkpoint will be, from the headers of the original: which weights are packed, in which files, how large.
+
+[Note: which weights are packed]
+Those that Transformers would pack with bitsandbytes: of linear layers, but for the head and what is tied to it. A weight that
+lies in the files otherwise than in the model (experts that are put together, transposed ones) stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from memory.units import round_up
+from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
+from offload.weights.formats.bitsandbytes_files import CODES
+from offload.weights.formats.plain import PlainTensor
+from offload.weights.parts import ModelParts
+
+KINDS = ("nf4", "int8")
+_WORDS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
+_LONGEST_OFFSET = -1.2345678901234567e-38
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How weights are packed."""
+
+    kind: str
+    """One of `KINDS`."""
+    nested: bool = True
+    """Of nf4: absmax in 8 bits."""
+
+
+class NewTensor(NamedTuple):
+    """A tensor of the quantised checkpoint."""
+
+    name: str
+    dtype: str  # safetensors' word
+    shape: tuple[int, ...]
+    content: bytes | None = None  # where it is known without the weights
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * _ITEM_BYTES[self.dtype] if self.content is None else len(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file of the quantised checkpoint, made of one of the original's."""
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+    """What it is made of, in the order in which that is read."""
+    packed: Mapping[str, tuple[NewTensor, ...]]
+    """Name in the original -> what is stored of a weight that is packed; the first are the packed numbers, the last of nf4 is
+    its state."""
+
+    def header(self, states: Mapping[str, bytes] | None = None, size: int = 0) -> tuple[bytes, dict[str, int]]:
+        """The header of the safetensors file, padded to whole pages and to `size`, and where each tensor begins in the file.
+
+        states: the name of each state -> its bytes; None: the longest that they can be. Nothing but states lies elsewhere then.
+        """
+        table: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end, starts = 0, {}
+        for tensor in self._in_file():
+            num_bytes, shape = tensor.num_bytes, tensor.shape
+            if states is not None and tensor.name in states:
+                num_bytes = len(states[tensor.name])
+                shape = (num_bytes,)
+            starts[tensor.name] = end
+            table[tensor.name] = {"dtype": tensor.dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
+            end += num_bytes
+        text = json.dumps(table, separators=(",", ":")).encode()
+        size = max(size, round_up(len(text) + 8))
+        return (size - 8).to_bytes(8, "little") + text.ljust(size - 8), {name: size + at for name, at in starts.items()}
+
+    def _in_file(self) -> list[NewTensor]:
+        """In order: what has whole words, as it is read; then the rest by the size of its elements, so that all are aligned;
+        then states, whose sizes are known last."""
+        tensors, states = [], []
+        for entry in self.entries:
+            if entry.name in self.packed:
+                stored = self.packed[entry.name]
+                tensors += [tensor for tensor in stored if not is_state(tensor)]
+                states += [tensor for tensor in stored if is_state(tensor)]
+            else:
+                tensors.append(NewTensor(entry.name, entry.dtype, entry.shape, None))
+        rest = sorted((tensor for tensor in tensors if tensor.num_bytes % 8), key=_element_bytes, reverse=True)
+        return [*(tensor for tensor in tensors if tensor.num_bytes % 8 == 0), *rest, *states]
+
+    @property
+    def num_bytes(self) -> int:
+        """At most: a state is a few bytes shorter."""
+        header, starts = self.header()
+        return max([len(header), *(starts[tensor.name] + tensor.num_bytes for tensor in self._in_file())])
+
+    @property
+    def names(self) -> list[str]:
+        """Of all its tensors."""
+        return [tensor.name for tensor in self._in_file()]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint, and what it is to become."""
+
+    checkpoint: Checkpoint
+    packing: Packing
+    files: tuple[NewFile, ...]
+    config: dict[str, Any]
+    """What config.json is to hold."""
+    unlike: tuple[str, ...] = field(default=())
+    """Tensors that differ from those they would be tied to."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def packed_entries(self) -> list[TensorEntry]:
+        return [entry for file in self.files for entry in file.entries if entry.name in file.packed]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of packed weights, with everything that is stored of them, and of the others, together."""
+        count = sum(prod(entry.shape) for file in self.files for entry in file.entries)
+        return 8 * self.num_bytes / max(1, count)
+
+    def index(self) -> bytes | None:
+        """Of the shards, where there are several."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {name: file.name for file in self.files for name in file.names}
+        values = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(values, indent=2).encode()
+
+
+def outline(parts: ModelParts, packing: Packing) -> Outline:
+    """Of the checkpoint that `parts` were cut from. Raises CheckpointError when it is quantised or has nothing to pack."""
+    checkpoint, model = parts.checkpoint, parts.model
+    config = json.loads((parts.directory / "config.json").read_bytes())
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{parts.directory}: the weights are quantised already (quantization_config in config.json): leave --quantize out, "
+            "or name the original model"
+        )
+    entries, left = _linear_weights(parts)
+    if packing.kind == "int8":
+        left += [name for name, entry in entries.items() if not entry.name.endswith(".weight")]
+    packed = {entry.name: _stored(entry, packing) for name, entry in entries.items() if name not in left}
+    if not packed:
+        raise CheckpointError(
+            f"{parts.directory}: {type(model).__name__} has no linear layer that could be quantised: leave --quantize out"
+        )
+    paths = [path for path in checkpoint.files if any(entry.path == path for entry in checkpoint.tensors.values())]
+    files = []
+    for number, path in enumerate(paths, 1):
+        inside = tuple(sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda entry: entry.offset))
+        name = "model.safetensors" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}.safetensors"
+        files.append(NewFile(name, inside, {entry.name: packed[entry.name] for entry in inside if entry.name in packed}))
+    config["quantization_config"] = _section(packing, packed, parts, left)
+    return Outline(checkpoint, packing, tuple(files), config, _unlike(parts))
+
+
+def is_state(tensor: NewTensor) -> bool:
+    """Whether it says how its weight was packed, which is known in full once that is done."""
+    return ".quant_state." in tensor.name
+
+
+def state(entry: TensorEntry, packing: Packing, offset: float) -> bytes:
+    """What bitsandbytes keeps of a weight in 4 bits beside its tensors. offset: of nested absmax."""
+    values: dict[str, Any] = {
+        "quant_type": packing.kind, "blocksize": BLOCK, "dtype": _WORDS[entry.dtype], "shape": list(entry.shape),
+    }  # fmt: skip
+    if packing.nested:
+        values |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(values).encode()
+
+
+def _linear_weights(parts: ModelParts) -> tuple[dict[str, TensorEntry], list[str]]:
+    """See [Note: which weights are packed]: name of the module -> tensor; and the modules that Transformers would pack too and
+    that stay as they are."""
+    from transformers.pytorch_utils import Conv1D
+
+    model, sources = parts.model, parts.sources
+    kept = (*_skipped_modules(model), *(model._keep_in_fp32_modules or ()))
+    by_place = {(entry.path, entry.offset): entry for entry in parts.checkpoint.tensors.values()}
+    uses = Counter(extent for weight in sources.values() for extent in getattr(weight, "extents", ()))
+    found, left = {}, []
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, Conv1D) or any(_is_within(name, one) for one in kept):
+            continue
+        weight = sources.get(f"{name}.weight")
+        entry = None
+        if isinstance(weight, PlainTensor) and len(weight.extents) == 1 and uses[weight.extents[0]] == 1:
+            extent = weight.extents[0]
+            entry = by_place.get((extent.path, extent.file_offset))
+        is_whole = entry is not None and entry.shape == weight.shape and entry.num_bytes == weight.num_bytes > 0
+        if is_whole and type(module) is nn.Linear and entry.dtype in _WORDS:
+            found[name] = entry
+        else:
+            left.append(name)
+    return found, left
+
+
+def _skipped_modules(model: nn.Module) -> list[str]:
+    """Those that Transformers leaves as they are: the head, what is tied, and the last module. (Its own function stands in a
+    package whose import brings PyTorch's compiler.)"""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head and head is not None}
+    last = [name for name, _ in model.named_parameters()][-1:]
+    return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), *heads, *last)})
+
+
+def _is_within(name: str, module: str) -> bool:
+    return name.endswith(module) or name.startswith(f"{module}.")
+
+
+def _stored(entry: TensorEntry, packing: Packing) -> tuple[NewTensor, ...]:
+    if packing.kind == "int8":
+        base = entry.name.removesuffix(".weight")
+        return (
+            NewTensor(entry.name, "I8", entry.shape),
+            NewTensor(f"{base}.SCB", "F32", entry.shape[:1]),
+            NewTensor(f"{base}.weight_format", "U8", (), b"\0"),
+        )
+    count, blocks = prod(entry.shape), -(-prod(entry.shape) // BLOCK)
+    codes = np.array(CODES["nf4"], "<f4").tobytes()
+    longest = state(entry, packing, _LONGEST_OFFSET)
+    stored = [NewTensor(entry.name, "U8", (-(-count // 2), 1))]
+    if packing.nested:
+        numbers = nested_map().numpy().astype("<f4").tobytes()
+        stored += [
+            NewTensor(f"{entry.name}.absmax", "U8", (blocks,)),
+            NewTensor(f"{entry.name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)),
+            NewTensor(f"{entry.name}.nested_quant_map", "F32", (256,), numbers),
+        ]
+    else:
+        stored.append(NewTensor(f"{entry.name}.absmax", "F32", (blocks,)))
+    stored.append(NewTensor(f"{entry.name}.quant_map", "F32", (16,), codes))
+    stored.append(NewTensor(f"{entry.name}.quant_state.bitsandbytes__nf4", "U8", (len(longest),), longest))
+    return tuple(stored)
+
+
+def _element_bytes(tensor: NewTensor) -> int:
+    return tensor.num_bytes // max(1, prod(tensor.shape))
+
+
+def _section(packing: Packing, packed: Iterable[str], parts: ModelParts, left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config`, as Transformers writes it."""
+    entry = parts.checkpoint.tensors[next(iter(packed))]
+    is_4bit = packing.kind == "nf4"
+    # Where it names none, Transformers leaves out what it would have left out here.
+    skipped = sorted({*_skipped_modules(parts.model), *left}) if left else None
+    return {
+        "_load_in_4bit": is_4bit,
+        "_load_in_8bit": not is_4bit,
+        "bnb_4bit_compute_dtype": _WORDS[entry.dtype],
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": is_4bit and packing.nested,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": is_4bit,
+        "load_in_8bit": not is_4bit,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _unlike(parts: ModelParts) -> tuple[str, ...]:
+    """Names in the files of the targets of ties that do not hold."""
+    by_place = {(entry.path, entry.offset): entry.name for entry in parts.checkpoint.tensors.values()}
+    weights = (parts.sources[target] for target, _ in parts.sources.apart)
+    extents = (extent for weight in weights for extent in weight.tensors[""].extents)
+    return tuple(name for e in extents if (name := by_place.get((e.path, e.file_offset))))
+
+
+def write_sparse(plan: Outline, directory: Path, side_files: Mapping[Path, Path]) -> None:
+    """A directory like the quantised one, with holes in place of what is not known yet: headers, configuration and what says
+    how weights are packed are there, so that a run can be planned over it. side_files: name -> what it links to."""
+    for file in plan.files:
+        header, starts = file.header()
+        with open(directory / file.name, "wb") as target:
+            target.write(header)
+            target.truncate(file.num_bytes)
+            for tensor in (tensor for stored in file.packed.values() for tensor in stored if tensor.content):
+                target.seek(starts[tensor.name])
+                target.write(tensor.content)
+            for name in plan.unlike:
+                if name in starts:
+                    target.seek(starts[name])
+                    target.write(b"\1")
+    for name, path in side_files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).symlink_to(path.absolute())
+    write_side(plan, directory)
+
+
+def write_side(plan: Outline, directory: Path) -> None:
+    """config.json and the index."""
+    config = directory / "config.json"
+    config.unlink(missing_ok=True)
+    config.write_text(json.dumps(plan.config, indent=2) + "\n")
+    if (index := plan.index()) is not None:
+        (directory / "model.safetensors.index.json").write_bytes(index)
