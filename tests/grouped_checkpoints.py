@@ -49,6 +49,31 @@ class Gptq:
         return tensors | {".scales": scales.T.contiguous()}, numbers
 
 
+@dataclass(frozen=True)
+class Awq:
+    """How AWQ packs a matrix, in its version for matrix-matrix kernels."""
+
+    group_size: int = 8
+    dtype: torch.dtype = torch.float16
+    """Of scales."""
+
+    @property
+    def section(self) -> dict[str, Any]:
+        return {
+            "quant_method": "awq", "bits": 4, "group_size": self.group_size, "zero_point": True, "version": "gemm",
+            "modules_to_not_convert": None,
+        }  # fmt: skip
+
+    def pack(self, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As that of `Gptq`."""
+        outputs, inputs = weight.shape
+        groups = np.arange(inputs) // (inputs if self.group_size == -1 else self.group_size)
+        codes, zeros, scales, numbers = quantise(weight, groups, 4, self.dtype, 0)
+        order = np.arange(outputs).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].ravel()
+        stored = {".qweight": pack_words(codes.T[:, order], 4), ".qzeros": pack_words(zeros.T[:, order], 4)}
+        return {name: torch.from_numpy(value) for name, value in stored.items()} | {".scales": scales.T.contiguous()}, numbers
+
+
 def quantise(
     weight: torch.Tensor, groups: np.ndarray, bits: int, dtype: torch.dtype, least_zero: int
 ) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from offload.weights.parts import cut
 
 RECORDED = Path(__file__).parent / "recorded_grouped.safetensors"
 """Random words, and what `TorchLinear` of GPTQModel 7.7.0 makes of them on a CPU, zero points converted by
-`convert_gptq_v1_to_v2_format_module`."""
+`convert_gptq_v1_to_v2_format_module`; and what `dequantize_gemm` does."""
 
 
 def read(path: Path, shape: tuple[int, ...], section: dict[str, Any], name: str = "a") -> tuple[StoredWeight, dict]:

@@ -1,10 +1,10 @@
-"""Runs over a base that GPTQ has packed: the bits of plain PEFT over the numbers that it stands for."""
+"""Runs over a base that GPTQ or AWQ has packed: the bits of plain PEFT over the numbers that it stands for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from grouped_checkpoints import Gptq, write_grouped
+from grouped_checkpoints import Awq, Gptq, write_grouped
 from tiny_models import CONFIGS, assert_same_bits, make_config, reference_run, save_tiny, streamed_run
 
 import offload.weights.binding
@@ -17,6 +17,8 @@ CASES = {
     "act order, DoRA": ("llama", Gptq(act_order=True), {"use_dora": True}),
     "8 bits, second format, rsLoRA": ("qwen3", Gptq(bits=8, format="gptq_v2", has_groups=False), {"use_rslora": True}),
     "biases, bf16 scales": ("llama-tied", Gptq(group_size=-1, dtype=torch.bfloat16), {}),
+    "awq": ("llama", Awq(), {}),
+    "awq, DoRA": ("llama-tied", Awq(group_size=-1, dtype=torch.bfloat16), {"use_dora": True}),
     "trained whole": ("llama", Gptq(), {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}),
 }
 
@@ -34,7 +36,8 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
         assert_same_bits(found, expected)
 
 
-def test_a_packed_head_in_chunks(tokens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [Gptq(act_order=True), Awq()])
+def test_a_packed_head_in_chunks(how, tokens, tmp_path, monkeypatch):
     """Of rows that begin within a word. Layers beside it are not packed."""
     config = CONFIGS["llama"]()
     config.vocab_size = 104
@@ -42,24 +45,25 @@ def test_a_packed_head_in_chunks(tokens, tmp_path, monkeypatch):
     model = save_tiny("llama", tmp_path / "model")
     runs = [
         streamed_run(make_config(m, tokens, tmp_path / f"out-{m.name}", engine={"loss_tile_vocab": 33}))
-        for m in write_grouped(model, tmp_path, Gptq(act_order=True), ends=("lm_head.weight", "up_proj.weight"))
+        for m in write_grouped(model, tmp_path, how, ends=("lm_head.weight", "up_proj.weight"))
     ]
     assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix"])
-def test_zeroth_order_on_an_adapter(kind, checkpoint, tokens, tmp_path):
+@pytest.mark.parametrize("kind, how", [("lora", Gptq(act_order=True)), ("prefix", Gptq()), ("lora", Awq())])
+def test_zeroth_order_on_an_adapter(kind, how, checkpoint, tokens, tmp_path):
     runs = []
-    for model in write_grouped(checkpoint("llama"), tmp_path, Gptq(act_order=True)):
+    for model in write_grouped(checkpoint("llama"), tmp_path, how):
         output = tmp_path / f"out-{model.name}"
         runs.append(streamed_run(make_config(model, tokens, output, method="zo", zo={"parameters": kind})))
     assert_same_bits(*runs)
 
 
+@pytest.mark.parametrize("how, word", [(Gptq(), "GPTQ"), (Awq(), "AWQ")])
 @pytest.mark.parametrize("method", ["full", "zo", "badam"])
-def test_methods_that_would_change_packed_weights_are_refused(method, checkpoint, tokens, tmp_path):
-    model, _ = write_grouped(checkpoint("llama"), tmp_path, Gptq())
-    with pytest.raises(UserError, match=r"proj.weight is stored as GPTQ, .* train an adapter"):
+def test_methods_that_would_change_packed_weights_are_refused(method, how, word, checkpoint, tokens, tmp_path):
+    model, _ = write_grouped(checkpoint("llama"), tmp_path, how)
+    with pytest.raises(UserError, match=rf"proj.weight is stored as {word}, .* train an adapter"):
         Trainer(make_config(model, tokens, tmp_path / "out", method=method)).train()
 
 

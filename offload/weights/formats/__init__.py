@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from offload.files.checkpoint import TensorEntry
+from offload.weights.formats.awq import PackedAwq
 from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
 from offload.weights.formats.compressed_tensors import CompressedTensor
@@ -24,6 +25,7 @@ FORMATS: tuple[type[StoredWeight], ...] = (
     BlockFP8,
     CompressedTensor,
     PackedGptq,
+    PackedAwq,
     PlainTensor,
 )
 """In the order in which they look for their weights: plain is what no other has found."""
