@@ -12,12 +12,12 @@ from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError
-from finetune.methods.perturbation_needs import perturbed_sizes
+from finetune.methods.perturbation_needs import FACTORS, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.errors import UserError
 from offload.noise import noise
 from offload.perturb.products import Factors, MatrixNoise, perturbed_product
-from offload.sizing.needs import EDGES, HEAD_VARIANTS, VARIANTS
+from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
 from offload.weights.binding import Binding
 from offload.weights.parts import cut
 
@@ -118,7 +118,7 @@ def test_slots_need_no_room_for_matrices(models):  # noqa: F811
     assert slots[HEAD_VARIANTS] == 0 < large[HEAD_VARIANTS]
     # two groups of 8 steps: their sums, fp32 [rows, 3] each
     rows = sum(shape[0] for shape in matrices.values()) * len(parts.layouts) + parts.head.module.weight.shape[0]
-    assert products.bytes_of(EDGES) - weights.bytes_of(EDGES) == rows * 3 * 4 * 2
+    assert products.bytes_of(FACTORS) == rows * 3 * 4 * 2 and not weights.bytes_of(FACTORS)
 
 
 def test_no_rows_and_a_weight_that_is_not_there():

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from finetune.config import Config
-from finetune.methods.perturbation_needs import perturbed_sizes
+from finetune.methods.perturbation_needs import is_packed, most_product_groups, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.planned_run import MeasuredBatch
 from finetune.reporting.report import last_step
@@ -30,6 +30,7 @@ from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
 from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.replay import Changes, moved_sources, replay
+from offload.perturb.unpacked import write_unpacked
 from offload.perturb.variants import noise_keys
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
@@ -82,13 +83,19 @@ class JournalWeights(Setup):
         return parts.model, parts
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
-        options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
         # Steps none or unknown: whether there is room for folded weights, which may be wider.
-        perturbed = perturbed_sizes(session.parts, options, 0 if self._fold is None else None)
+        steps = 0 if self._fold is None else None
+        options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
+        if is_packed(session.parts):
+            steps, options = self._journal.steps, _in_products(self._journal)
+        perturbed = perturbed_sizes(session.parts, options, steps)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
-        return partial(PerturbedWeights, noise=self._journal.noise)
+        groups = 0
+        if is_packed(session.parts):
+            groups = most_product_groups(session.parts, _in_products(self._journal), self._journal.steps)
+        return partial(PerturbedWeights, noise=self._journal.noise, product_groups=groups)
 
     def opened(self, session: Session) -> None:
         """Makes the weights of the open model, which are the original's, those of the last step."""
@@ -118,6 +125,12 @@ def export_journal(job: Export) -> int:
     parts = cut(model, trust_remote_code=config.trust_remote_code)
     check_model(f"the run in {config.output} tuned", journal.about["model"], parts, config.model)
     keys = noise_keys(parts.sources, parts.parameters)
+    if is_packed(parts):
+        write_unpacked(
+            parts, keys, journal.noise, journal.groups(0, steps), job.directory,
+            job.side_files(model), config.engine.io_backend, job.progress,
+        )  # fmt: skip
+        return steps
     checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
     # A run that is under way removes folded weights; the journal alone gives the same.
     weights = config.output / "weights"
@@ -132,6 +145,12 @@ def export_journal(job: Export) -> int:
         side_files=job.side_files(model), io_backend=config.engine.io_backend, progress=job.progress,
     )  # fmt: skip
     return steps
+
+
+def _in_products(journal: Journal) -> ZerothOrderOptions:
+    """How a run with this journal meets its updates beside packed weights."""
+    noise, rank = journal.noise
+    return ZerothOrderOptions(noise=noise, rank=rank, perturb="products", fold_steps=journal.about["group_steps"])
 
 
 def _check_whole(journal: Journal, run: Path, more: str) -> None:

@@ -7,9 +7,9 @@ from math import prod
 
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.needs import Item, Needs, Tier
-from offload.perturb.products import factor_bytes, matrices_of
+from offload.perturb.products import factor_bytes
 from offload.perturb.replay import BUFFER_BYTES
-from offload.perturb.variants import folded_bytes, noise_keys, variant_layout
+from offload.perturb.variants import find_perturbed, folded_bytes, noise_keys, variant_layout
 from offload.sizing.needs import EDGES, VISIT, variant_needs
 from offload.weights.parts import ModelParts
 
@@ -23,37 +23,56 @@ class PerturbedSizes:
     needs: Needs  # beside those of a model whose weights stay
 
 
-def most_product_groups(options: ZerothOrderOptions, num_steps: int | None) -> int:
+FACTORS = "sums of the factors of updates"
+FEWER_FACTORS = "raise zo.fold_steps, lower zo.rank or train fewer steps: nothing can be folded into packed weights"
+
+
+def is_packed(parts: ModelParts) -> bool:
+    """Whether some of the model's weights are stored in a way that takes no update up."""
+    return any(not parts.sources[name].can_be_updated for name in parts.parameters)
+
+
+def steps_between_folds(parts: ModelParts, options: ZerothOrderOptions) -> int | None:
+    """After so many steps what is pending is folded into weights on disk; None: never, for packed ones take nothing up."""
+    return None if options.perturb == "products" and is_packed(parts) else options.steps_between_folds
+
+
+def most_product_groups(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> int:
     """Groups that products ever meet in a run of so many steps (None: unknown); 0 where weights are perturbed."""
     most = options.product_groups
-    return most if num_steps is None else min(most, -(-num_steps // options.group_steps))
+    if num_steps is None or not most:
+        return most
+    groups = max(1, -(-num_steps // options.group_steps))
+    return groups if steps_between_folds(parts, options) is None else min(most, groups)
 
 
 def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> PerturbedSizes:
-    """num_steps: of the run; None: unknown, so weights are folded on the way."""
+    """num_steps: of the run; None: unknown, so weights are folded on the way where they can be."""
     head, itemsize = parts.head, parts.dtype.itemsize
     units = list(zip(parts.layouts, parts.bindings, parts.prefixes, strict=True))
     num_blocks = len(units)
     if head is not None:
         units += [(layout, head.binding, head.name) for layout in head.layouts]
-    groups = most_product_groups(options, num_steps)
+    groups = most_product_groups(parts, options, num_steps)
     keys = noise_keys(parts.sources, parts.parameters)
     slots, kept, visits = [], 0, []
     for layout, binding, prefix in units:
-        local = {name: keys.get(f"{prefix}.{name}") for name in layout.views}
-        matrices = matrices_of(binding, local) if groups else []
-        slots.append(variant_layout(layout, binding.dtypes, matrices).num_bytes)
-        factors = [factor_bytes(layout.views[name].shape, options.noise_rank, groups, itemsize) for name in matrices]
+        perturbed = find_perturbed(prefix, binding, layout, keys, bool(groups))
+        slots.append(variant_layout(layout, binding.dtypes, perturbed.tensors).num_bytes)
+        matrices = [layout.weights[name] for name in perturbed.matrices]
+        factors = [factor_bytes(weight.shape, options.noise_rank, groups, itemsize) for weight in matrices]
         kept += sum(kept for kept, _ in factors)
-        # a weight that is folded in fp32 is converted at each use
-        converted = itemsize * max((prod(layout.views[name].shape) for name in matrices), default=0)
-        visits.append(sum(visit for _, visit in factors) + converted)
-    widens = _folds(options, num_steps) and options.rounding == "exact"
+        # A weight that is folded in fp32 is converted at each use; what decoding a packed one takes is in the dry run.
+        plain = (prod(weight.shape) for weight in matrices if weight.can_be_updated)
+        visits.append(sum(visit for _, visit in factors) + itemsize * max(plain, default=0))
+    widens = _folds(parts, options, num_steps) and options.rounding == "exact"
     fetched = [folded_bytes(layout) if widens else layout.num_bytes for layout, _, _ in units]
-    # clean values of resident weights in up to twice their size, and every variant; factors that stay
-    edge_bytes = parts.edge_bytes * (1 + options.variants) + kept
+    # clean values of resident weights in up to twice their size, and every variant
+    edge_bytes = parts.edge_bytes * (1 + options.variants)
+    remedy = FEWER_FACTORS if steps_between_folds(parts, options) is None else ""
     needs = Needs.of(
         Item(EDGES, edge_bytes, Tier.COMPUTE),
+        Item(FACTORS, kept, Tier.COMPUTE, remedy=remedy),
         Item(VISIT, max(visits) if groups else 0, Tier.COMPUTE),  # where linear layers meet noise in their products
     )
     needs += variant_needs(max(1, *slots[:num_blocks]), max(slots[num_blocks:], default=0))  # a slot there must be
@@ -63,7 +82,7 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
 def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> Needs:
     """Buffers through which moved weights are written on the way, and what those take of the disk: the old ones stay until the
     new ones are whole."""
-    if not _folds(options, num_steps):
+    if not _folds(parts, options, num_steps):
         return Needs()
     least = 4 if options.rounding == "exact" else 0  # bytes of a number
     tensors = parts.checkpoint.tensors.values()
@@ -73,5 +92,6 @@ def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | 
     )
 
 
-def _folds(options: ZerothOrderOptions, num_steps: int | None) -> bool:
-    return num_steps is None or num_steps > options.steps_between_folds
+def _folds(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> bool:
+    between = steps_between_folds(parts, options)
+    return between is not None and (num_steps is None or num_steps > between)

@@ -39,7 +39,7 @@ from finetune.config import Config
 from finetune.data.batches import Row
 from finetune.methods.base import Method, StepResult
 from finetune.methods.journal_weights import JournalWeights, export_journal, journal_path, moves_weights
-from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_sizes
+from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_sizes, steps_between_folds
 from finetune.methods.rounding import check_stochastic_rounding
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
@@ -57,11 +57,13 @@ from offload.noise.noise import Noise, Update
 from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
 from offload.perturb.perturbed_weights import PerturbedWeights
+from offload.perturb.products import product_weights
 from offload.perturb.variants import Variant
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
 from offload.update.parts import check_storage
+from offload.weights.parts import ModelParts
 from offload.weights.streamed_parts import Room
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
@@ -125,7 +127,7 @@ class ZerothOrder(Method):
                 "(lora.extra): leave it out, or use method lora"
             )
         if self.kind is None:
-            check_storage(session.parts.sources, session.parts.parameters)
+            _check_storage(session.parts, self.config.zo)
             if self.config.zo.rounding == "stochastic":
                 parameters = session.parts.parameters
                 check_stochastic_rounding(session.parts, parameters, "zo.rounding stochastic", "nearest")
@@ -147,7 +149,7 @@ class ZerothOrder(Method):
             PerturbedWeights,
             noise=Noise(zo.noise, zo.noise_rank),
             adapters=None if self.kind is None else dict(named),
-            product_groups=most_product_groups(zo, self.num_steps),
+            product_groups=most_product_groups(session.parts, zo, self.num_steps),
         )
 
     @property
@@ -164,6 +166,7 @@ class ZerothOrder(Method):
         self._model: StreamedModel = session.streamed
         self._weights: PerturbedWeights = self._model.weights
         self._folds = config.output / "weights"
+        self._steps_between_folds = steps_between_folds(session.parts, options)
         self._folded = 0  # steps that the weights on disk, or the adapters in memory, hold
         about = self.about | {
             "noise": options.noise,
@@ -211,7 +214,7 @@ class ZerothOrder(Method):
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options, training = self.config.zo, self.config.training
-        if step % options.steps_between_folds == 0 and step > self._folded:
+        if self._steps_between_folds and step % self._steps_between_folds == 0 and step > self._folded:
             self._fold(step)
         seeds = [probe_seed(training.seed, step, i) for i in range(options.perturbations)]
         versions = variants(options, seeds, self.journal.shared_seed(step))
@@ -299,15 +302,31 @@ class ZerothOrder(Method):
             self._weights.fold_adapters()
             self._folded = whole
             return
+        if self._steps_between_folds is None:
+            return
         found = newest_fold(self._folds, self.journal, whole, self._model.io.backend, notes.append)
         if found is not None:
             self._folded, checkpoint = found
             self._weights.move_to(checkpoint)
-        between = self.config.zo.steps_between_folds
-        due = max(0, self.journal.steps - 1) // between * between
+        due = max(0, self.journal.steps - 1) // self._steps_between_folds * self._steps_between_folds
         if self._folded < due:  # it was lost
             self._weights.perturbation.pending = self.journal.groups(self._folded, due)
             self._fold(due)
+
+
+def _check_storage(parts: ModelParts, options: ZerothOrderOptions) -> None:
+    """Raises UserError for weights that can't be perturbed, or not rounded, as they are stored."""
+    packed = {name for name in parts.parameters if not parts.sources[name].can_be_updated}
+    in_products = packed & product_weights(parts) if options.perturb == "products" else set()
+    instead = "train an adapter (--method lora, or zo.parameters lora)"
+    if options.perturb == "weights" and packed <= product_weights(parts):
+        instead += ", or add noise to what layers compute (zo.perturb products with zo.noise low_rank)"
+    check_storage(parts.sources, parts.parameters - in_products, instead)
+    if packed and options.rounding != "exact":
+        raise UserError(
+            f"zo.rounding: expected exact with weights that are packed ({min(packed)}), whose updates are never rounded into "
+            f"them, found {options.rounding}"
+        )
 
 
 def _check_kernels(device: Device) -> None:

@@ -7,11 +7,15 @@ perturbed weights, which are rounded to the dtype that computes with their noise
 by itself and keeps its own precision.
 
 What is no weight of an `nn.Linear` (norms, biases, stacked experts) is perturbed as ever, see `offload.perturb.variants`.
+
+[Note: packed weights under products]
+W may be packed: it is decoded for its product, and its bytes never change. Nothing can be folded into them, so the factors of
+every group stay in memory for the whole run, and what is added is that of the decoded weight stored plainly, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from math import prod
 from typing import NamedTuple
@@ -21,7 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from offload.noise import noise
-from offload.weights.binding import Binding
+from offload.weights.formats import Stored, StoredWeight
+from offload.weights.parts import ModelParts
 
 
 class Factors(NamedTuple):
@@ -39,28 +44,30 @@ NO_FACTORS = Factors(1.0, None, None)
 
 
 class PerturbedProduct:
-    """The forward of a linear layer under `factors`: x [..., columns] to [..., rows]. stored: W, in whatever dtype it has."""
+    """The forward of a linear layer under `factors`: x [..., columns] to [..., rows]. weight, stored: W as it lies in its slot;
+    a binding sets both."""
 
-    __slots__ = ("factors", "module", "stored")
+    __slots__ = ("factors", "module", "stored", "weight")
 
     def __init__(self, module: nn.Linear) -> None:
         """module: whose bias is added."""
         self.module = module
-        self.stored: torch.Tensor | None = None
+        self.weight: StoredWeight | None = None
+        self.stored: Stored | None = None
         self.factors = NO_FACTORS
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.stored is None:
             raise RuntimeError("a streamed linear layer was called while its block is away")
-        return perturbed_product(x, self.stored, self.factors, self.module.bias)
+        return perturbed_product(x, self.weight.decode(self.stored, x.dtype), self.factors, self.module.bias)
 
 
 def perturbed_product(
-    x: torch.Tensor, stored: torch.Tensor, factors: Factors, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, factors: Factors, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x [..., columns] times the variant of `stored` [rows, columns] that `factors` describe, plus bias [rows]."""
+    """x [..., columns] times the variant of `weight` [rows, columns] that `factors` describe, plus bias [rows]."""
     rows = x.reshape(-1, x.shape[-1])
-    y = functional.linear(rows, stored.to(rows.dtype))
+    y = functional.linear(rows, weight.to(rows.dtype))
     scale, down, up = factors
     if up is not None:
         y.addmm_(rows @ down.t(), up.t(), beta=scale)
@@ -148,9 +155,12 @@ class MatrixNoise:
         return torch.cat([none, *(made[seed] for seed in seeds)])
 
 
-def matrices_of(binding: Binding, keys: Mapping[str, int | None]) -> list[str]:
-    """Local names of what is perturbed in products: weights of linear layers that have noise."""
-    return [name for name in binding.linear_weights if keys.get(name) is not None]
+def product_weights(parts: ModelParts) -> set[str]:
+    """Fully qualified names of the weights that can meet noise in products: of linear layers in blocks, and the head's."""
+    units = list(zip(parts.prefixes, parts.bindings, strict=True))
+    if parts.head is not None:
+        units.append((parts.head.name, parts.head.binding))
+    return {f"{prefix}.{name}" for prefix, binding in units for name in binding.linear_weights}
 
 
 def factor_bytes(shape: tuple[int, int], rank: int, groups: int, itemsize: int) -> tuple[int, int]:

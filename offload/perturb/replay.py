@@ -33,7 +33,7 @@ CHUNK_BYTES = 2 << 20  # of the original, per buffer
 BUFFERS = 4
 BUFFER_BYTES = BUFFERS * 3 * CHUNK_BYTES  # each has room for a chunk and for its fp32 values
 
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +174,7 @@ class _Writer:
         entries = sorted((e for e in self._checkpoint.tensors.values() if e.path == old), key=lambda e: e.offset)
         dtypes = {entry.name: self._new_dtype(entry) for entry in entries}
         header, offsets = _header(entries, dtypes)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(header)
+        _write_new(new, header)
         self._note(new, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         source, target = self._io.open(old), self._io.open(new, writable=True)
         spans = deque(self._spans.get(old, ()))
@@ -222,6 +221,18 @@ class _Writer:
                 noise.move(changes.noise, parameter, old[first:last], changes.groups, [noise.Target(new[first:last])], at)
 
 
+def write_header(path: Path, entries: Sequence[TensorEntry]) -> dict[str, int]:
+    """Begins a safetensors file with these tensors, of which the name, dtype, shape and size count; where each begins."""
+    header, offsets = _header(entries, {entry.name: None for entry in entries})
+    _write_new(path, header)
+    return offsets
+
+
+def _write_new(path: Path, header: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        file.write(header)
+
+
 def _header(
     entries: Sequence[TensorEntry], new_dtypes: Mapping[str, torch.dtype | None]
 ) -> tuple[bytes, dict[str, int]]:
@@ -233,7 +244,7 @@ def _header(
         num_bytes = entry.num_bytes if dtype is None else _scaled(entry, entry.num_bytes, dtype)
         starts[entry.name] = end
         table[entry.name] = {
-            "dtype": entry.dtype if dtype is None else _NAMES[dtype],
+            "dtype": entry.dtype if dtype is None else DTYPE_NAMES[dtype],
             "shape": list(entry.shape),
             "data_offsets": [end, end + num_bytes],
         }

@@ -26,7 +26,6 @@ from offload.perturb.products import (
     Factors,
     MatrixNoise,
     PerturbedProduct,
-    matrices_of,
     perturbed_product,
 )
 from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
@@ -57,14 +56,31 @@ def noise_keys(sources: ParameterMap, parameters: frozenset[str]) -> dict[str, i
     return {name: noise.parameter_key(sources.tied.get(name, name)) for name in parameters if name in sources}
 
 
-def variant_layout(
-    layout: BlockLayout, dtypes: Mapping[str, torch.dtype], without: Collection[str] = ()
-) -> BlockLayout:
-    """Where the tensors of `layout`, but for those `without`, lie once perturbed: in the dtypes that compute, each at a cache
-    line."""
+class Perturbed(NamedTuple):
+    """What is perturbed of a block, or of a chunk of the head, and where. Names are local."""
+
+    matrices: dict[str, int]
+    """Weights whose noise is met in products -> key of the noise."""
+    tensors: dict[str, int]
+    """Stored tensors whose variants are made in slots -> key of the noise."""
+
+
+def find_perturbed(
+    prefix: str, binding: Binding, layout: BlockLayout, keys: Mapping[str, int], in_products: bool
+) -> Perturbed:
+    """Of what lies in a slot as `layout` says. prefix: fully qualified, of the module. keys: by fully qualified name.
+    in_products: whether linear layers meet their noise in their products. The rest (buffers, packed bytes) has no variants."""
+    names = (*layout.weights, *layout.views)
+    local = {name: keys[fqn] for name in names if (fqn := f"{prefix}.{name}") in keys}
+    matrices = {name: local[name] for name in binding.linear_weights if name in local} if in_products else {}
+    return Perturbed(matrices, {name: local[name] for name in layout.views if name in local and name not in matrices})
+
+
+def variant_layout(layout: BlockLayout, dtypes: Mapping[str, torch.dtype], names: Collection[str]) -> BlockLayout:
+    """Where the tensors of `layout` with these names lie once perturbed: in the dtypes that compute, each at a cache line."""
     views, end = {}, 0
     for name, view in layout.views.items():
-        if name in without:
+        if name not in names:
             continue
         views[name] = View(end, dtypes[name], view.shape)
         end += round_up(views[name].num_bytes, CACHE_LINE_BYTES)
@@ -248,8 +264,9 @@ class _Part:
     """What variants of a block, or of a chunk of the head, take. Tables are by local name."""
 
     slots: _Slots  # where variants are made
-    layout: BlockLayout  # of a variant in its slot
-    keys: Mapping[str, int | None]  # None: of what has no noise
+    clean: BlockLayout  # of what they are made of
+    layout: BlockLayout  # of a variant in its slot: what has noise of its own there; the rest is that of the clean slot
+    keys: Mapping[str, int]  # of the tensors in `layout`
     stored: Mapping[str, torch.dtype]  # what rounding rounds to
     first_row: int  # where its tensors begin in parameters of which it holds only some rows
     products: Mapping[str, PerturbedProduct]  # forwards of linear layers that meet their noise in the product
@@ -258,7 +275,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _ProductRows(HeadRows):
-    """Rows of the head that meet their noise in their product. weight: as stored."""
+    """Rows of the head that meet their noise in their product."""
 
     factors: Factors  # of the noise
 
@@ -282,6 +299,7 @@ class StreamedVariants:
         self._streamed = streamed
         self._perturbation = perturbation
         self._device = room.device.torch_device
+        self._dtype = room.parts.dtype
         self._keys = keys
         self._product_groups = product_groups
         parts, plan = room.parts, room.plan
@@ -297,6 +315,7 @@ class StreamedVariants:
         self._key: Key | None = None  # of what is held
         self._part: _Part | None = None  # of the same
         self._clean: dict[str, torch.Tensor] = {}
+        self._head_weight: torch.Tensor | None = None  # of the chunk that is held, in the dtype that computes
 
     def hold(self, key: Key, clean: dict[str, torch.Tensor]) -> None:
         """`key` is in its slot: `clean` are its tensors until `let_go`."""
@@ -308,14 +327,16 @@ class StreamedVariants:
         key, part = self._key, self._part
         if part is None:
             return
-        views = part.slots.views(variant, part.layout, self._write)
+        views = self._clean | part.slots.views(variant, part.layout, self._write)
         for name, matrix in part.matrices.items():
-            views[name] = self._clean[name]
             part.products[name].factors = self._perturbation.factors(matrix, variant)
         if self._streamed.is_bound(key):
             self._streamed.bind(key, views)
             return
-        rows = part.first_row, views["weight"], views.get("bias")
+        if "weight" in part.layout.views or self._head_weight is None:
+            self._head_weight = part.clean.decode(views, "weight", self._dtype)
+        bias = part.clean.decode(views, "bias", self._dtype) if "bias" in part.clean.weights else None
+        rows = part.first_row, self._head_weight, bias
         self._streamed.head_rows = (
             _ProductRows(*rows, part.products["weight"].factors) if part.products else HeadRows(*rows)
         )
@@ -324,39 +345,34 @@ class StreamedVariants:
         for name, matrix in self._part.matrices.items():
             self._part.products[name].factors = NO_FACTORS
             matrix.forget()
-        self._key = self._part = None
+        self._key = self._part = self._head_weight = None
 
     def _make_parts(
         self, prefix: str, binding: Binding, layouts: Sequence[BlockLayout], first_rows: Sequence[int], slots: _Slots
     ) -> list[_Part]:
         """Of what is bound by one `binding`: a block, or all chunks of the head. prefix: the module's fqn."""
-        keys = {name: self._keys.get(f"{prefix}.{name}") for name in layouts[0].views}
         stored = {name: view.dtype for name, view in layouts[0].views.items()}
-        names = matrices_of(binding, keys) if self._product_groups else []
-        products = {name: PerturbedProduct(binding.linear_weights[name]) for name in names}
+        perturbed = find_perturbed(prefix, binding, layouts[0], self._keys, bool(self._product_groups))
+        products = {name: PerturbedProduct(binding.linear_weights[name]) for name in perturbed.matrices}
         found = []
         for layout, first_row in zip(layouts, first_rows, strict=True):
             matrices = {
                 name: MatrixNoise(
-                    self._perturbation.noise, keys[name], layout.views[name].shape, binding.dtypes[name], self._device,
+                    self._perturbation.noise, key, layout.weights[name].shape, binding.dtypes[name], self._device,
                     self._product_groups, first_row,
                 )
-                for name in names
+                for name, key in perturbed.matrices.items()
             }  # fmt: skip
-            of_variant = variant_layout(layout, binding.dtypes, names)
-            found.append(_Part(slots, of_variant, keys, stored, first_row, products, matrices))
+            of_variant = variant_layout(layout, binding.dtypes, perturbed.tensors)
+            found.append(_Part(slots, layout, of_variant, perturbed.tensors, stored, first_row, products, matrices))
         binding.multiply_by(products)
         return found
 
     def _write(self, targets: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Fills variant -> name -> tensor from the clean tensors. What has no key (a buffer) is copied as it is."""
+        """Fills variant -> name -> tensor from the clean tensors."""
         part = self._part
-        for name in part.layout.views:
-            source, key = self._clean[name], part.keys[name]
-            if key is None:
-                for tensors in targets.values():
-                    tensors[name].copy_(source)
-                continue
+        for name, key in part.keys.items():
+            source = self._clean[name]
             first_element = part.first_row * (source.numel() // source.shape[0]) if source.dim() else 0
             of_variants = {variant: tensors[name] for variant, tensors in targets.items()}
             self._perturbation.write(key, source, of_variants, part.stored[name], first_element)

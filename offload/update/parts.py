@@ -137,15 +137,17 @@ def _cut_table(name: str, source: StoredWeight, wanted: _Wanted) -> Iterator[Row
         yield RowUnit(make_unit(f"{name}#{index}", layout, fqns), start, stop)
 
 
-def check_storage(sources: ParameterMap, names: Collection[str]) -> None:
+def check_storage(
+    sources: ParameterMap, names: Collection[str], instead: str = "train an adapter (--method lora)"
+) -> None:
     """Raises UserError unless these parameters can be written as they are stored: in a dtype that the kernels move, and what
-    is stored twice in one dtype."""
+    is stored twice in one dtype. instead: what the message advises."""
     for name in sorted(names):
         source = sources[name]
         if not source.can_be_updated:
             raise UserError(
                 f"{name} is stored as {source.word}, expected bfloat16, float16 or float32: save the model in one of "
-                "these, or train an adapter (--method lora)"
+                f"these, or {instead}"
             )
         again = next((copy for home, copy in sources.copies if home == source and copy.dtype != home.dtype), None)
         if again is not None:

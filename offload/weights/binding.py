@@ -88,8 +88,7 @@ class Binding:
         """From now on slots have these weights, under the same names, which may be in other formats."""
         self._weights = dict(weights)
         for name, forward in self._lazy.items():
-            if isinstance(forward, _LazyForward):
-                forward.weight = weights[name]
+            forward.weight = weights[name]
 
     def bind(self, views: Mapping[str, torch.Tensor], trained: Collection[str] = ()) -> None:
         """views: the slot's stored tensors, by the names of its layout. trained: weights whose gradients are wanted; they must
@@ -118,13 +117,14 @@ class Binding:
             forward.stored = None
 
     def multiply_by(self, forwards: Mapping[str, Any]) -> None:
-        """From now on the linear layers with these weights (local names) run these forwards, whose `stored` is the weight as
-        it lies in the slot."""
+        """From now on the linear layers with these weights (local names) run these forwards, whose `stored` is what lies in the
+        slot of their `weight`."""
         kept = [i for i, (name, *_) in enumerate(self._targets) if name not in forwards]
         self._targets = [self._targets[i] for i in kept]
         self._empty = [self._empty[i] for i in kept]
         for name, forward in forwards.items():
             owner = self.linear_weights[name]
+            forward.weight = self._weights[name]
             self._lazy[name] = owner.forward = forward
             owner._parameters["weight"] = nn.Parameter(owner.weight.as_subclass(_InItsSlot), requires_grad=False)
 

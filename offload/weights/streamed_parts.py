@@ -129,12 +129,12 @@ def read_edges(io: IOEngine, edges: Sequence[EdgeTensor]) -> Iterator[tuple[Edge
     """Every edge with what is stored of it."""
     files: dict[Path, int] = {}
     for edge in edges:
-        yield edge, edge.source.load(partial(_read_tensor, io, files))
+        yield edge, edge.source.load(partial(read_tensor, io, files))
     for file in files.values():
         io.close_file(file)
 
 
-def _read_tensor(io: IOEngine, files: dict[Path, int], stored: PlainTensor) -> torch.Tensor:
+def read_tensor(io: IOEngine, files: dict[Path, int], stored: PlainTensor) -> torch.Tensor:
     """files: those that are open."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     reads = []
