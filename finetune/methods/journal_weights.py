@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
 from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.replay import Changes, moved_sources, replay
+from offload.perturb.scales import LEAST_SCALE, check_scales, scale_keys, scale_tensors
 from offload.perturb.unpacked import write_unpacked
 from offload.perturb.variants import noise_keys
 from offload.sizing.needs import Streamed
@@ -45,7 +47,12 @@ def journal_path(run: Path) -> Path:
 
 def moves_weights(journal: Journal) -> bool:
     """Whether its steps are of the model's own weights, not of an adapter."""
-    return recorded_setting(journal.about, "zo.parameters") == "all"
+    return recorded_setting(journal.about, "zo.parameters") in ("all", "scales")
+
+
+def _moves_scales(journal: Journal) -> bool:
+    """Whether its steps are of the scales of packed weights alone."""
+    return recorded_setting(journal.about, "zo.parameters") == "scales"
 
 
 class JournalWeights(Setup):
@@ -86,16 +93,20 @@ class JournalWeights(Setup):
         # Steps none or unknown: whether there is room for folded weights, which may be wider.
         steps = 0 if self._fold is None else None
         options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
-        if is_packed(session.parts):
+        if _moves_scales(self._journal):
+            options = ZerothOrderOptions(parameters="scales")
+        elif is_packed(session.parts):
             steps, options = self._journal.steps, _in_products(self._journal)
         perturbed = perturbed_sizes(session.parts, options, steps)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
-        groups = 0
-        if is_packed(session.parts):
-            groups = most_product_groups(session.parts, _in_products(self._journal), self._journal.steps)
-        return partial(PerturbedWeights, noise=self._journal.noise, product_groups=groups)
+        journal, groups = self._journal, 0
+        if scales := _moves_scales(journal):
+            check_scales(session.parts)
+        elif is_packed(session.parts):
+            groups = most_product_groups(session.parts, _in_products(journal), journal.steps)
+        return partial(PerturbedWeights, noise=journal.noise, product_groups=groups, scales=scales)
 
     def opened(self, session: Session) -> None:
         """Makes the weights of the open model, which are the original's, those of the last step."""
@@ -124,24 +135,26 @@ def export_journal(job: Export) -> int:
     model = resolve_model(config.model)
     parts = cut(model, trust_remote_code=config.trust_remote_code)
     check_model(f"the run in {config.output} tuned", journal.about["model"], parts, config.model)
-    keys = noise_keys(parts.sources, parts.parameters)
-    if is_packed(parts):
+    scales, keys = _moves_scales(journal), noise_keys(parts.sources, parts.parameters)
+    if is_packed(parts) and not scales:
         write_unpacked(
             parts, keys, journal.noise, journal.groups(0, steps), job.directory,
             job.side_files(model), config.engine.io_backend, job.progress,
         )  # fmt: skip
         return steps
-    checkpoint, sources, first_step = parts.checkpoint, parts.sources, 0
     # A run that is under way removes folded weights; the journal alone gives the same.
     weights = config.output / "weights"
     folded = newest_fold(weights, journal, steps, config.engine.io_backend, _say) if job.is_free else None
-    if folded is not None:
-        first_step, checkpoint = folded
-        sources = moved_sources(parts.sources, parts.checkpoint, checkpoint)
+    first_step, fold = folded or (0, None)
     stored_dtypes = {name: TORCH_DTYPES[entry.dtype] for name, entry in parts.checkpoint.tensors.items()}
-    changes = Changes(sources, keys, journal.noise, journal.groups(first_step, steps), stored_dtypes)
+    how = Changes(parts.sources, keys, journal.noise, journal.groups(first_step, steps), stored_dtypes)
+    checkpoint, newer = parts.checkpoint, None
+    if scales:  # a fold has these and nothing else
+        how, newer = replace(how, sources=scale_tensors(parts), keys=scale_keys(parts), least=LEAST_SCALE), fold
+    elif fold is not None:
+        how, checkpoint = replace(how, sources=moved_sources(parts.sources, parts.checkpoint, fold)), fold
     replay(
-        checkpoint, changes, job.directory,
+        checkpoint, how, job.directory, newer=newer,
         side_files=job.side_files(model), io_backend=config.engine.io_backend, progress=job.progress,
     )  # fmt: skip
     return steps

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.needs import Item, Needs, Tier
 from offload.perturb.products import factor_bytes
 from offload.perturb.replay import BUFFER_BYTES
+from offload.perturb.scales import scale_keys, scale_tensors
 from offload.perturb.variants import find_perturbed, folded_bytes, noise_keys, variant_layout
 from offload.sizing.needs import EDGES, VISIT, variant_needs
 from offload.weights.parts import ModelParts
@@ -54,7 +57,8 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
     if head is not None:
         units += [(layout, head.binding, head.name) for layout in head.layouts]
     groups = most_product_groups(parts, options, num_steps)
-    keys = noise_keys(parts.sources, parts.parameters)
+    scales = options.parameters == "scales"
+    keys = scale_keys(parts) if scales else noise_keys(parts.sources, parts.parameters)
     slots, kept, visits = [], 0, []
     for layout, binding, prefix in units:
         perturbed = find_perturbed(prefix, binding, layout, keys, bool(groups))
@@ -65,10 +69,11 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
         # A weight that is folded in fp32 is converted at each use; what decoding a packed one takes is in the dry run.
         plain = (prod(weight.shape) for weight in matrices if weight.can_be_updated)
         visits.append(sum(visit for _, visit in factors) + itemsize * max(plain, default=0))
-    widens = _folds(parts, options, num_steps) and options.rounding == "exact"
-    fetched = [folded_bytes(layout) if widens else layout.num_bytes for layout, _, _ in units]
+    fetched = [layout.num_bytes for layout, _, _ in units]
+    if _folds(parts, options, num_steps) and options.rounding == "exact":
+        fetched = [folded_bytes(layout, None if scales else torch.float32) for layout, _, _ in units]
     # clean values of resident weights in up to twice their size, and every variant
-    edge_bytes = parts.edge_bytes * (1 + options.variants)
+    edge_bytes = 0 if scales else parts.edge_bytes * (1 + options.variants)
     remedy = FEWER_FACTORS if steps_between_folds(parts, options) is None else ""
     needs = Needs.of(
         Item(EDGES, edge_bytes, Tier.COMPUTE),
@@ -87,6 +92,8 @@ def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | 
     least = 4 if options.rounding == "exact" else 0  # bytes of a number
     tensors = parts.checkpoint.tensors.values()
     folded = sum(max(entry.num_bytes, least * prod(entry.shape)) for entry in tensors)
+    if options.parameters == "scales":
+        folded = sum(tensor.num_bytes for tensor in scale_tensors(parts).values())
     return Needs.of(
         Item("buffers for folding", BUFFER_BYTES, Tier.COMPUTE), Item("folded weights", 2 * folded, Tier.DISK)
     )

@@ -78,7 +78,7 @@ def _weight_training(goal: str, strategy: str, *, selects: bool = True) -> Metho
 
 
 def _perturbed_kind(config: Any) -> str | None:
-    return None if config.zo.parameters == "all" else config.zo.parameters
+    return config.zo.parameters if config.zo.parameters in ADAPTERS else None
 
 
 def _perturbed_files(config: Any) -> tuple[str, ...]:
@@ -90,7 +90,8 @@ def _perturbed_files(config: Any) -> tuple[str, ...]:
 
 def _perturbed_rate(config: Any) -> float:
     kind = _perturbed_kind(config)
-    return 1e-6 if kind is None else ADAPTERS[kind].perturbed_rate
+    of_weights = {"all": 1e-6, "scales": 1e-7}
+    return of_weights[config.zo.parameters] if kind is None else ADAPTERS[kind].perturbed_rate
 
 
 METHODS: dict[str, MethodEntry] = {

@@ -16,6 +16,8 @@ kinds.
 Updates:
   sgd    theta <- (1 - lr weight_decay) theta - lr / q sum_i g_i z_i
   sign   the same with the sign of each g_i in place of g_i
+  clip, clip_quantile: g_i is first clipped to a size. With `parameters: scales` this is QZO (Shang et al. 2025), see
+         `offload.perturb.scales`.
   momentum beta: in place of g_i z_i, the sum over the last `momentum_window` steps of beta^age g_i z_i; past noise is made
          again from its seeds, so no buffer is kept.
 """
@@ -58,6 +60,7 @@ from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
 from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.products import product_weights
+from offload.perturb.scales import check_scales
 from offload.perturb.variants import Variant
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
@@ -150,6 +153,7 @@ class ZerothOrder(Method):
             noise=Noise(zo.noise, zo.noise_rank),
             adapters=None if self.kind is None else dict(named),
             product_groups=most_product_groups(session.parts, zo, self.num_steps),
+            scales=zo.parameters == "scales",
         )
 
     @property
@@ -222,6 +226,8 @@ class ZerothOrder(Method):
         _check_finite("the loss", step, losses)
         gradients = projected_gradients(options, losses)
         kept = clipped(gradients, self._history(), options.clip_quantile)
+        if (most := options.most_coefficient) is not None:
+            kept = kept.clip(-most, most)
         if options.update == "sign":
             kept = np.sign(kept)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -316,11 +322,14 @@ class ZerothOrder(Method):
 
 def _check_storage(parts: ModelParts, options: ZerothOrderOptions) -> None:
     """Raises UserError for weights that can't be perturbed, or not rounded, as they are stored."""
+    if options.parameters == "scales":
+        check_scales(parts)
+        return
     packed = {name for name in parts.parameters if not parts.sources[name].can_be_updated}
     in_products = packed & product_weights(parts) if options.perturb == "products" else set()
     instead = "train an adapter (--method lora, or zo.parameters lora)"
     if options.perturb == "weights" and packed <= product_weights(parts):
-        instead += ", or add noise to what layers compute (zo.perturb products with zo.noise low_rank)"
+        instead += ", tune scales (zo.parameters scales), or add noise in products (zo.perturb products, zo.noise low_rank)"
     check_storage(parts.sources, parts.parameters - in_products, instead)
     if packed and options.rounding != "exact":
         raise UserError(

@@ -11,14 +11,16 @@ from finetune.adapters.registry import ADAPTERS
 from finetune.objectives.registry import check_objective, find_objective
 from finetune.options import Conflict, Count, CountOrZero, Number, Positive, Section, Share
 
+QZO_CLIP = 100.0
 PRODUCT_RANK = 32  # of all pending groups together: a few percent of a product, and of the weights' memory
 
 
 class ZerothOrderOptions(Section):
     """Zeroth-order tuning."""
 
-    parameters: Literal["all", *ADAPTERS] = "all"
-    """What is tuned: all weights of the model, a LoRA adapter, or a prefix of keys and values before those of every layer."""
+    parameters: Literal["all", "scales", *ADAPTERS] = "all"
+    """What is tuned: all weights of the model, the scales of packed weights (QZO), a LoRA adapter, or a prefix of keys and
+    values before those of every layer."""
     prefix_tokens: Count = 5
     """Positions of a prefix. It starts as the keys and values of random tokens."""
     objective: Annotated[Any, BeforeValidator(check_objective)] = "loss"
@@ -49,6 +51,8 @@ class ZerothOrderOptions(Section):
     """Steps that momentum looks back on."""
     clip_quantile: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Coefficients are clipped to this quantile of the last hundred."""
+    clip: Positive | None = None
+    """Coefficients are clipped to this size. None: 100 with scales, as in QZO's code; otherwise they are not."""
     fold_steps: Count | None = None
     """Steps whose sum is rounded into the weights at once. None: as many as have 32 noises together (8 with gaussian), with
     those that momentum looks back on; 50 with low_rank, which keeps one V for so long."""
@@ -69,6 +73,12 @@ class ZerothOrderOptions(Section):
             yield Conflict(
                 ("noise", "momentum"),
                 f"expected no momentum with low_rank noise, whose V changes every fold_steps steps, found {self.momentum}",
+            )
+        if self.parameters == "scales" and (self.noise == "low_rank" or self.rounding != "exact"):
+            yield Conflict(
+                ("parameters", "noise", "rounding"),
+                "expected noise rademacher or gaussian and rounding exact with parameters scales, which are fp32 and no matrices, "
+                f"found {self.noise} and {self.rounding}",
             )
         if self.noise == "low_rank" and self.rounding == "stochastic":
             yield Conflict(
@@ -93,6 +103,11 @@ class ZerothOrderOptions(Section):
                 ("method", "zo.parameters", "dataset.packing"),
                 f"expected dataset.packing off with zo.parameters {self.parameters}, {why}, found it on",
             )
+
+    @property
+    def most_coefficient(self) -> float | None:
+        """Size that coefficients are clipped to."""
+        return QZO_CLIP if self.clip is None and self.parameters == "scales" else self.clip
 
     @property
     def group_steps(self) -> int:

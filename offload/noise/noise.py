@@ -9,6 +9,7 @@ A pass reads weights once, brings them up to date and writes them as often as wa
     theta = source                                                   in fp32
     theta = round(scale * theta + sum_j coefficient_j z(seed_j))     for every pending group, the sum in fp32 (of signs: in
                                                                      fours, then of these), added once
+    theta = max(theta, least)                                        after each, where there is a least value
     target = theta + coefficient z(seed)                             rounded once to the target's dtype
 """
 
@@ -80,11 +81,12 @@ class Target(NamedTuple):
 
 class Parameter(NamedTuple):
     """Whose noise it is. key: `parameter_key` of its name. columns: its last dimension, 0 where it has one dimension.
-    stored_dtype: what the groups' rounding rounds to."""
+    stored_dtype: what the groups' rounding rounds to. least: what groups make smaller is raised to it."""
 
     key: int
     columns: int = 0
     stored_dtype: torch.dtype = torch.float32
+    least: float | None = None
 
 
 # Noise of U and V is unlike that of the parameter itself.
@@ -120,6 +122,12 @@ def move(
             )
     if sum(count for _, count in segments) != source.numel():
         raise ValueError(f"segments cover {sum(count for _, count in segments)} elements, source has {source.numel()}")
+    if parameter.least is not None and pending:
+        theta = targets[0].tensor if targets[0].tensor.dtype == torch.float32 else torch.empty_like(source, dtype=torch.float32)
+        for group in pending:
+            move(noise, parameter._replace(least=None), source, [group], [Target(theta)], elements, instructions)
+            source = theta.clamp_(min=parameter.least)
+        pending = ()
     if noise.kind == "low_rank" and parameter.columns:
         _move_low_rank(noise, parameter, source, pending, targets, segments)
         return

@@ -21,6 +21,7 @@ from torch import nn
 from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.noise.noise import Noise, parameter_key
 from offload.perturb.replay import Changes, moved_sources, replay
+from offload.perturb.scales import LEAST_SCALE, scale_keys, scale_tensors
 from offload.perturb.variants import (
     Perturbation,
     PerturbedRows,
@@ -39,16 +40,24 @@ class PerturbedWeights:
     """A policy of `offload.step.weights`. `perturbation.pending` is what the weights lack; the caller keeps it up to date."""
 
     def __init__(
-        self, room: Room, noise: Noise, adapters: Mapping[str, nn.Parameter] | None = None, product_groups: int = 0
+        self,
+        room: Room,
+        noise: Noise,
+        adapters: Mapping[str, nn.Parameter] | None = None,
+        product_groups: int = 0,
+        scales: bool = False,
     ) -> None:
         """noise: what perturbs. adapters: fqn -> parameter, when only these are perturbed; None: all parameters of the model.
-        product_groups: as in `StreamedVariants`."""
+        product_groups: as in `StreamedVariants`. scales: whether only the scales of packed weights are perturbed."""
         self.perturbation = Perturbation(noise)
         self._room = room
         self._parts = self._original = room.parts
         self._adapters = adapters
         self._residents = Residents(self.perturbation, room.device.torch_device)
+        self._scales = scales
         self._keys = {} if adapters is not None else noise_keys(room.parts.sources, room.parts.parameters)
+        if scales:
+            self._keys, self.perturbation.least = scale_keys(room.parts), LEAST_SCALE
         head = room.parts.head
         self._streamed = StreamedParts(room, room.parts.layouts, () if head is None else head.layouts)
         self._variants: StreamedVariants | None = None
@@ -58,8 +67,8 @@ class PerturbedWeights:
         if adapters is None:
             self._variants = StreamedVariants(room, self._streamed, self.perturbation, self._keys, product_groups)
             for embedding, (name, _, source) in zip(room.embeddings, room.parts.embeddings, strict=True):
-                key = self._keys[f"{name}.weight"]
-                self._rows.append(PerturbedRows(embedding, key, room.parts.dtype, source.dtype, self.perturbation))
+                if (key := self._keys.get(f"{name}.weight")) is not None:
+                    self._rows.append(PerturbedRows(embedding, key, room.parts.dtype, source.dtype, self.perturbation))
         self.take_adapters()
         self._load_edges()
 
@@ -147,12 +156,12 @@ class PerturbedWeights:
         rounds = any(group.rounding != "exact" for group in self.perturbation.pending)
         stored = {name: TORCH_DTYPES[entry.dtype] for name, entry in self._original.checkpoint.tensors.items()}
         dtype = None if rounds else torch.float32
+        sources = scale_tensors(self._parts) if self._scales else self._parts.sources
         changes = Changes(
-            self._parts.sources, self._keys, self.perturbation.noise, self.perturbation.pending, stored, dtype
+            sources, self._keys, self.perturbation.noise, self.perturbation.pending, stored, dtype, self.perturbation.least
         )
-        replay(
-            self._parts.checkpoint, changes, directory, steps=steps, io_backend=self._room.io.backend, progress=progress
-        )
+        checkpoint = changes.changed(self._parts.checkpoint) if self._scales else self._parts.checkpoint
+        replay(checkpoint, changes, directory, steps=steps, io_backend=self._room.io.backend, progress=progress)
         self.move_to(read_checkpoint(directory))
 
     def move_to(self, checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,14 @@ class Changes:
     """Name of a tensor in the files -> dtype that the groups' rounding rounds to."""
     dtype: torch.dtype | None = None
     """What tensors that change are written as; None: as `stored_dtypes` says."""
+    least: float | None = None
+    """As in `noise.Parameter`."""
+
+    def changed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """`checkpoint`, in which `sources` are, with the tensors that change and no others."""
+        spans = self.spans()
+        tensors = {name: entry for name, entry in checkpoint.tensors.items() if _overlaps(entry, spans.get(entry.path, ()))}
+        return replace(checkpoint, tensors=tensors)
 
     def spans(self) -> dict[Path, list[_Span]]:
         """By file, sorted."""
@@ -97,6 +105,7 @@ def replay(
     changes: Changes,
     directory: Path,
     *,
+    newer: Checkpoint | None = None,
     steps: str | None = None,
     side_files: Mapping[Path, Path] | None = None,
     io_backend: str = "auto",
@@ -104,12 +113,14 @@ def replay(
 ) -> None:
     """Writes `checkpoint` with `changes` to `directory`, which appears only once it is whole and durable.
 
+    newer: what `changes` are to be added to where that is not in `checkpoint`: a replay of some of its tensors.
+
     steps: the digest of the steps that are in the result, kept beside it with checksums (`offload.perturb.folds`); None:
     neither is. side_files: as `new_checkpoint` takes them. progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
     with new_checkpoint(directory, checkpoint, side_files) as temporary, IOEngine(io_backend) as io:
-        writer = _Writer(io, checkpoint, changes, progress)
+        writer = _Writer(io, checkpoint, changes, newer, progress)
         for path in checkpoint.files:
             writer.write_file(path, temporary / path.name)
         if steps is not None:
@@ -117,7 +128,7 @@ def replay(
 
 
 def moved_sources(sources: ParameterMap, old: Checkpoint, new: Checkpoint) -> ParameterMap:
-    """`sources` with every extent in `new`, a replay of `old`: the same names, maybe other dtypes."""
+    """`sources` with every extent in `new`, a replay of `old`: the same names, maybe other dtypes. What `new` lacks stays."""
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in old.tensors.values():
         by_file[entry.path].append(entry)
@@ -138,8 +149,9 @@ def _moved(source: PlainTensor, by_file: Mapping[Path, list[TensorEntry]], new: 
     dtype, pieces = source.dtype, []
     for piece in source.extents:
         entry = next(e for e in by_file[piece.path] if e.offset <= piece.file_offset < e.offset + max(e.num_bytes, 1))
-        target = new.tensors[entry.name]
-        dtype = TORCH_DTYPES[target.dtype]
+        target = new.tensors.get(entry.name, entry)
+        if target.dtype != entry.dtype:
+            dtype = TORCH_DTYPES[target.dtype]
 
         def scaled(num_bytes: int, wide: int = dtype.itemsize) -> int:
             return num_bytes // source.dtype.itemsize * wide
@@ -159,9 +171,15 @@ class _Writer:
     """Reads, moves and writes chunks of one file after the other. written: by name of the file, all that was."""
 
     def __init__(
-        self, io: IOEngine, checkpoint: Checkpoint, changes: Changes, progress: Callable[[int, int], None]
+        self,
+        io: IOEngine,
+        checkpoint: Checkpoint,
+        changes: Changes,
+        newer: Checkpoint | None,
+        progress: Callable[[int, int], None],
     ) -> None:
         self._io = io
+        self._newer = {} if newer is None else newer.tensors
         self._checkpoint = checkpoint
         self._changes = changes
         self._spans = changes.spans()
@@ -176,9 +194,11 @@ class _Writer:
         header, offsets = _header(entries, dtypes)
         _write_new(new, header)
         self._note(new, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        source, target = self._io.open(old), self._io.open(new, writable=True)
+        target, sources = self._io.open(new, writable=True), {old: self._io.open(old)}
         spans = deque(self._spans.get(old, ()))
-        chunks = ((chunk, source, chunk.offset, chunk.num_bytes) for chunk in _chunks(entries, offsets, dtypes))
+        chunks = (
+            (chunk, *self._place(chunk, sources), chunk.num_bytes) for chunk in _chunks(entries, offsets, dtypes)
+        )
         for chunk, piece in pass_through(self._io, self._pool, chunks):
             while spans and spans[0].stop <= chunk.offset:
                 spans.popleft()
@@ -189,13 +209,19 @@ class _Writer:
             self._done_bytes += chunk.num_bytes
             self._progress(self._done_bytes, self._checkpoint.num_bytes)
         self._io.sync(target)
-        self._io.close_file(target)
-        self._io.close_file(source)
+        for file in (target, *sources.values()):
+            self._io.close_file(file)
+
+    def _place(self, chunk: _Chunk, files: dict[Path, int]) -> tuple[int, int]:
+        """The file and the offset there that a chunk is read from. files: those that are open."""
+        entry = self._newer.get(chunk.entry.name, chunk.entry)
+        if entry.path not in files:
+            files[entry.path] = self._io.open(entry.path)
+        return files[entry.path], entry.offset + chunk.offset - chunk.entry.offset
 
     def _new_dtype(self, entry: TensorEntry) -> torch.dtype | None:
         """What the tensor is written as; None: it does not change."""
-        start, stop = entry.offset, entry.offset + entry.num_bytes
-        if any(span.start < stop and start < span.stop for span in self._spans.get(entry.path, ())):
+        if _overlaps(entry, self._spans.get(entry.path, ())):
             return self._changes.dtype or self._changes.stored_dtypes[entry.name]
         return None
 
@@ -216,9 +242,15 @@ class _Writer:
             low, high = max(span.start, chunk.offset), min(span.stop, end)
             if low < high:
                 first, last = (low - chunk.offset) // old.itemsize, (high - chunk.offset) // old.itemsize
-                parameter = noise.Parameter(span.key, span.columns, changes.stored_dtypes[chunk.entry.name])
+                stored_dtype = changes.stored_dtypes[chunk.entry.name]
+                parameter = noise.Parameter(span.key, span.columns, stored_dtype, changes.least)
                 at = span.first_element + (low - span.start) // old.itemsize
                 noise.move(changes.noise, parameter, old[first:last], changes.groups, [noise.Target(new[first:last])], at)
+
+
+def _overlaps(entry: TensorEntry, spans: Iterable[_Span]) -> bool:
+    """spans: of its file."""
+    return any(span.start < entry.offset + entry.num_bytes and entry.offset < span.stop for span in spans)
 
 
 def write_header(path: Path, entries: Sequence[TensorEntry]) -> dict[str, int]:

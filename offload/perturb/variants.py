@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,12 @@ from offload.perturb.products import (
     PerturbedProduct,
     perturbed_product,
 )
+from offload.perturb.scales import element_in
 from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
 from offload.step.weights import Block, HeadChunk, HeadRows, Key
 from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
+from offload.weights.formats import stored_name
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.layout import BlockLayout, View, bind_views
 from offload.weights.parameter_map import ParameterMap
@@ -76,21 +79,25 @@ def find_perturbed(
     return Perturbed(matrices, {name: local[name] for name in layout.views if name in local and name not in matrices})
 
 
-def variant_layout(layout: BlockLayout, dtypes: Mapping[str, torch.dtype], names: Collection[str]) -> BlockLayout:
-    """Where the tensors of `layout` with these names lie once perturbed: in the dtypes that compute, each at a cache line."""
+def variant_layout(
+    layout: BlockLayout, dtypes: Mapping[str, torch.dtype], names: Collection[str]
+) -> BlockLayout:
+    """Where the tensors of `layout` with these names lie once perturbed: in the dtypes that compute (scales: as stored), each at
+    a cache line."""
     views, end = {}, 0
     for name, view in layout.views.items():
         if name not in names:
             continue
-        views[name] = View(end, dtypes[name], view.shape)
+        views[name] = View(end, dtypes.get(name, view.dtype), view.shape)
         end += round_up(views[name].num_bytes, CACHE_LINE_BYTES)
     return BlockLayout(round_up(end), (), views)
 
 
-def folded_bytes(layout: BlockLayout) -> int:
-    """What a block of this layout takes at most in its slot once it is in fp32 on disk."""
+def folded_bytes(layout: BlockLayout, dtype: torch.dtype | None) -> int:
+    """What a block of this layout takes at most in its slot once what was moved is elsewhere on disk. dtype: in which all of it
+    is then; None: as it is."""
     views = {(view.slot_offset, view.shape): view for view in layout.views.values()}.values()
-    wide = (max(view.num_bytes, dense_bytes(view.shape, torch.float32)) for view in views)
+    wide = (max(view.num_bytes, 0 if dtype is None else dense_bytes(view.shape, dtype)) for view in views)
     return sum(map(round_up, wide)) + len(views) * PAGE_BYTES
 
 
@@ -106,6 +113,7 @@ class Perturbation:
         self.noise = kind
         self.variants: Sequence[Variant] = (Variant(),)
         self.pending: tuple[noise.Group, ...] = ()
+        self.least: float | None = None  # what groups make smaller is raised to it
 
     def write(
         self,
@@ -116,7 +124,7 @@ class Perturbation:
         elements: int | Sequence[tuple[int, int]] = 0,
     ) -> None:
         """Makes variants of `source`, brought up to date: variant index -> where to. elements: as `noise.move` takes them."""
-        parameter = noise.Parameter(key, columns_of(source), stored_dtype)
+        parameter = noise.Parameter(key, columns_of(source), stored_dtype, self.least)
         found = [noise.Target(target, *self.variants[variant]) for variant, target in targets.items()]
         noise.move(self.noise, parameter, source, self.pending, found, elements)
 
@@ -268,7 +276,8 @@ class _Part:
     layout: BlockLayout  # of a variant in its slot: what has noise of its own there; the rest is that of the clean slot
     keys: Mapping[str, int]  # of the tensors in `layout`
     stored: Mapping[str, torch.dtype]  # what rounding rounds to
-    first_row: int  # where its tensors begin in parameters of which it holds only some rows
+    first_row: int  # where its weights begin in those of which it holds only some rows
+    first_elements: Mapping[str, int]  # where the tensors in `layout` begin in those of which they are a part
     products: Mapping[str, PerturbedProduct]  # forwards of linear layers that meet their noise in the product
     matrices: Mapping[str, MatrixNoise]  # and that noise
 
@@ -300,6 +309,7 @@ class StreamedVariants:
         self._perturbation = perturbation
         self._device = room.device.torch_device
         self._dtype = room.parts.dtype
+        self._sources = room.parts.sources
         self._keys = keys
         self._product_groups = product_groups
         parts, plan = room.parts, room.plan
@@ -333,7 +343,7 @@ class StreamedVariants:
         if self._streamed.is_bound(key):
             self._streamed.bind(key, views)
             return
-        if "weight" in part.layout.views or self._head_weight is None:
+        if self._head_weight is None or any(name.startswith("weight") for name in part.keys):
             self._head_weight = part.clean.decode(views, "weight", self._dtype)
         bias = part.clean.decode(views, "bias", self._dtype) if "bias" in part.clean.weights else None
         rows = part.first_row, self._head_weight, bias
@@ -364,7 +374,8 @@ class StreamedVariants:
                 for name, key in perturbed.matrices.items()
             }  # fmt: skip
             of_variant = variant_layout(layout, binding.dtypes, perturbed.tensors)
-            found.append(_Part(slots, layout, of_variant, perturbed.tensors, stored, first_row, products, matrices))
+            starts = self._first_elements(prefix, layout, first_row, perturbed.tensors)
+            found.append(_Part(slots, layout, of_variant, perturbed.tensors, stored, first_row, starts, products, matrices))
         binding.multiply_by(products)
         return found
 
@@ -373,6 +384,17 @@ class StreamedVariants:
         part = self._part
         for name, key in part.keys.items():
             source = self._clean[name]
-            first_element = part.first_row * (source.numel() // source.shape[0]) if source.dim() else 0
             of_variants = {variant: tensors[name] for variant, tensors in targets.items()}
-            self._perturbation.write(key, source, of_variants, part.stored[name], first_element)
+            self._perturbation.write(key, source, of_variants, part.stored[name], part.first_elements[name])
+
+    def _first_elements(
+        self, prefix: str, layout: BlockLayout, first_row: int, names: Collection[str]
+    ) -> dict[str, int]:
+        """Of these stored tensors of a part: which element of the whole tensor is their first one."""
+        found = {}
+        for name, weight in layout.weights.items():
+            for field, tensor in weight.tensors.items():
+                if (view := stored_name(name, field)) in names:
+                    whole = self._sources[f"{prefix}.{name}"].tensors[field]
+                    found[view] = element_in(tensor, whole) if field else first_row * prod(tensor.shape[1:])
+        return found

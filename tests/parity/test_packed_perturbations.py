@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from packed_checkpoints import write_packed
-from test_perturbations import PLACEMENTS, zo_config, zo_run
+import torch
+from packed_checkpoints import CODES, edit, write_packed
+from safetensors.torch import load_file
+from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
 
+import offload.weights.binding
 import offload.weights.parts
+from finetune.export import export
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 
 PRODUCTS = {"noise": "low_rank", "rank": 3, "perturb": "products", "perturbations": 2, "fold_steps": 2}
@@ -40,3 +45,79 @@ def test_products(case, checkpoint, tokens, tmp_path, monkeypatch):
         losses.append(zo_run(config))
     assert losses[0] == losses[1]
     assert journal(tmp_path / "out-packed") == journal(tmp_path / "out-decoded")
+
+
+class PlainScales(PlainMezo):
+    """As `PlainMezo`, but what is tuned is the scales of packed weights, which are decoded anew under every variant."""
+
+    def __init__(self, config: Any, packed: Path, kind: str) -> None:
+        """config: names the decoded weights."""
+        super().__init__(config)
+        self.kind = kind
+        self.most = 100.0 if config.zo.clip is None else config.zo.clip
+        suffix, field = (".SCB", ".scales") if kind == "int8" else (".weight.absmax", ".absmax")
+        stored: dict[str, torch.Tensor] = {}
+        for shard in packed.glob("*.safetensors"):
+            stored |= load_file(shard)
+        self.scaled = {key.removesuffix(suffix) + ".weight": value for key, value in stored.items() if key.endswith(suffix)}
+        self.codes = {name: stored[name] for name in self.scaled}
+        self.weights = {name: p for name, p in self.model.named_parameters() if name in self.scaled}
+        self.values = {name + field: value.flatten() for name, value in self.scaled.items()}
+        self.named = {name + field: value for name, value in self.scaled.items()}
+        self.field = field
+
+    def up_to_date(self, name: str) -> torch.Tensor:
+        return super().up_to_date(name).clamp(min=1e-7) if self.group else self.values[name]
+
+    def set(self, seed: int, coefficient: float) -> None:
+        for name, weight in self.weights.items():
+            scales = self.up_to_date(name + self.field)
+            if coefficient:
+                z = torch.from_numpy(self.noise(name + self.field, seed, scales.numel()))
+                scales = scales + torch.tensor(coefficient, dtype=torch.float32) * z
+            if self.kind == "int8":
+                numbers = self.codes[name].float() * scales[:, None] * (1 / 127)
+            else:
+                pairs = self.codes[name].flatten().numpy()
+                numbers = CODES[self.kind][np.stack([pairs >> 4, pairs & 15], 1).reshape(-1)][: weight.numel()]
+                numbers = (torch.from_numpy(numbers) * scales[torch.arange(weight.numel()) // 64]).bfloat16()
+            weight.data = numbers.view(weight.shape).to(weight.dtype)
+
+
+SCALES = {
+    "nf4, gaussian": ("llama", "nf4", {"noise": "gaussian", "fold_steps": 1}, "cpu", PLACEMENTS[0]),
+    "fp4, folds, beside a device": ("qwen3", "fp4", {"fold_steps": 2, "perturbations": 2}, "simulated", PLACEMENTS[1]),
+    "int8, clipped": ("llama-tied", "int8", {"fold_steps": 4, "clip": 0.5}, "cpu", PLACEMENTS[2]),
+    "nf4, the head in chunks": ("llama", "nf4", {"fold_steps": 2}, "cpu", {"loss_tile_vocab": 33}),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_scales(case, checkpoint, tokens, tmp_path, monkeypatch):
+    """Against a plain loop; and what is exported holds its scales, beside all other bytes as they were. Some layers are decoded
+    when they are bound, the larger ones when they multiply."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 700)
+    name, kind, zo, device, engine = SCALES[case]
+    ends = ("proj.weight", "lm_head.weight") if "head" in case else ("proj.weight",)
+    packed, decoded = write_packed(checkpoint(name), tmp_path, kind, ends=ends)
+    small = {  # some scales that one step makes negative
+        key: torch.where(torch.arange(value.numel()) % 5 == 0, 1e-6, value)
+        for shard in packed.glob("*.safetensors") for key, value in load_file(shard).items() if key.endswith((".absmax", ".SCB"))
+    }  # fmt: skip
+    edit(packed, small)
+    change = {"device": device, "engine": engine, "training": {"max_steps": 7, "weight_decay": 0.0}}
+    config = zo_config(packed, tokens, tmp_path / "out", {"parameters": "scales"} | zo, **change)
+    plain = PlainScales(config.model_copy(update={"model": str(decoded)}), packed, kind).run()
+    if "chunks" in case:
+        assert zo_run(config) == pytest.approx(plain.losses, rel=1e-6)
+        return
+    assert zo_run(config) == plain.losses
+    export(config, tmp_path / "tuned")
+    for shard in packed.glob("*.safetensors"):
+        found, before = load_file(tmp_path / "tuned" / shard.name), load_file(shard)
+        assert found.keys() == before.keys()
+        for key, value in before.items():
+            stem = key.replace(".SCB", ".weight.scales")
+            assert found[key].equal(plain.up_to_date(stem) if stem in plain.values else value), key
+            assert stem not in plain.values or not found[key].equal(value)
+    assert min(float(plain.up_to_date(name).min()) for name in plain.values) == np.float32(1e-7)

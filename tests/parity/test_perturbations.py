@@ -46,6 +46,7 @@ class PlainMezo:
 
     def __init__(self, config: Config) -> None:
         self.config, self.zo = config, config.zo
+        self.most = float("inf")  # what coefficients are clipped to
         torch.set_num_threads(config.engine.num_threads)
         if config.zo.parameters == "lora":
             self.model = load_plain(config)
@@ -138,7 +139,7 @@ class PlainMezo:
                 for sign in (1, -1):
                     self.set(seed, sign * zo.epsilon)
                     losses.append(self.loss(batches))
-                gradients.append(np.float32((losses[-2] - losses[-1]) / (2 * zo.epsilon)))
+                gradients.append(np.float32((losses[-2] - losses[-1]) / (2 * zo.epsilon)).clip(-self.most, self.most))
             lr = options.learning_rate * rate_left[step]
             updates = {s: float(np.float32(-lr / len(seeds) * float(g))) for s, g in zip(seeds, gradients, strict=True)}
             self.group.append((updates, 1.0 - lr * options.weight_decay))

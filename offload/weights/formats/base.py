@@ -98,6 +98,12 @@ class StoredWeight(ABC):
         """Whether kernels can change the numbers where they are stored, by an optimizer's step or by noise."""
         return False
 
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        """Fields of the stored tensors that are the numbers' scales, where these are positive, in fp32, and one for some of the
+        numbers each: they can be tuned while the rest stays (`offload.perturb.scales`)."""
+        return ()
+
     def moved(self, move: Callable[[PlainTensor], PlainTensor]) -> StoredWeight:
         """The same numbers with every stored tensor where `move` says."""
         return replace(self, **{name: move(tensor) for name, tensor in self.tensors.items()})

@@ -100,6 +100,10 @@ class Packed4Bit(StoredWeight):
         packed = PlainTensor(torch.uint8, (packed.num_bytes,), packed.extents)
         return cls(packed, absmax, nested_absmax, nested_map, shape, state, (Span(0, prod(shape)),))
 
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        return ("absmax",) if self.state.nested_offset is None else ()
+
     def rows(self, ranges: Iterable[tuple[int, int]]) -> Packed4Bit:
         """Of a whole matrix: with blocks and bytes that they begin or end within."""
         if self.spans != (Span(0, prod(self.shape)),):
@@ -249,6 +253,10 @@ class Packed8Bit(StoredWeight):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.packed.shape
+
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        return ("scales",)
 
     def rows(self, ranges: Iterable[tuple[int, int]]) -> Packed8Bit:
         ranges = list(ranges)

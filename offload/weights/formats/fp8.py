@@ -81,6 +81,10 @@ class BlockFP8(StoredWeight):
     def shape(self) -> tuple[int, ...]:
         return self.packed.shape
 
+    @property
+    def scale_parts(self) -> tuple[str, ...]:
+        return ("scales",) if self.scales.dtype == torch.float32 else ()
+
     def rows(self, ranges: Iterable[tuple[int, int]]) -> BlockFP8:
         """Of a whole matrix: with the scales of blocks that they begin or end within."""
         if self.spans != (RowSpan(0, self.shape[0]),):
