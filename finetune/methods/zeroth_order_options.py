@@ -77,8 +77,8 @@ class ZerothOrderOptions(Section):
         if self.parameters == "scales" and (self.noise == "low_rank" or self.rounding != "exact"):
             yield Conflict(
                 ("parameters", "noise", "rounding"),
-                "expected noise rademacher or gaussian and rounding exact with parameters scales, which are fp32 and no matrices, "
-                f"found {self.noise} and {self.rounding}",
+                "expected noise rademacher or gaussian and rounding exact with parameters scales, which are fp32 and no "
+                f"matrices, found {self.noise} and {self.rounding}",
             )
         if self.noise == "low_rank" and self.rounding == "stochastic":
             yield Conflict(

@@ -48,18 +48,21 @@ def check_scales(parts: ModelParts) -> None:
     packed = [(name, weight) for name, weight in _streamed(parts) if not isinstance(weight, PlainTensor)]
     if not packed:
         raise UserError(
-            "zo.parameters scales: expected linear layers whose weights are packed with scales, found none: use zo.parameters all"
+            "zo.parameters scales: expected linear layers whose weights are packed with scales, found none: use zo.parameters "
+            "all"
         )
     tables = {weight for _, _, weight in parts.embeddings} | {edge.source for edge in parts.edges}
     for name, weight in packed:
         if not weight.scale_parts:
             raise UserError(
-                f"zo.parameters scales: {name} is stored as {weight.word} without scales in fp32 (they are packed themselves, or "
-                "in 16 bits): pack the model without nested statistics (bnb_4bit_use_double_quant=False), or use zo.perturb products"
+                f"zo.parameters scales: {name} is stored as {weight.word} without scales in fp32 (they are packed themselves, "
+                "or in 16 bits): pack the model without nested statistics (bnb_4bit_use_double_quant=False), or use "
+                "zo.perturb products"
             )
         if weight in tables:
             raise UserError(
-                f"zo.parameters scales: {name} is an embedding too, whose scales would stay: tune an adapter (zo.parameters lora)"
+                f"zo.parameters scales: {name} is an embedding too, whose scales would stay: tune an adapter "
+                "(zo.parameters lora)"
             )
 
 

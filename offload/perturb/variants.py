@@ -82,8 +82,8 @@ def find_perturbed(
 def variant_layout(
     layout: BlockLayout, dtypes: Mapping[str, torch.dtype], names: Collection[str]
 ) -> BlockLayout:
-    """Where the tensors of `layout` with these names lie once perturbed: in the dtypes that compute (scales: as stored), each at
-    a cache line."""
+    """Where the tensors of `layout` with these names lie once perturbed: in the dtypes that compute (scales: as stored), each
+    at a cache line."""
     views, end = {}, 0
     for name, view in layout.views.items():
         if name not in names:

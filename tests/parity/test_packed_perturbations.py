@@ -102,8 +102,10 @@ def test_scales(case, checkpoint, tokens, tmp_path, monkeypatch):
     packed, decoded = write_packed(checkpoint(name), tmp_path, kind, ends=ends)
     small = {  # some scales that one step makes negative
         key: torch.where(torch.arange(value.numel()) % 5 == 0, 1e-6, value)
-        for shard in packed.glob("*.safetensors") for key, value in load_file(shard).items() if key.endswith((".absmax", ".SCB"))
-    }  # fmt: skip
+        for shard in packed.glob("*.safetensors")
+        for key, value in load_file(shard).items()
+        if key.endswith((".absmax", ".SCB"))
+    }
     edit(packed, small)
     change = {"device": device, "engine": engine, "training": {"max_steps": 7, "weight_decay": 0.0}}
     config = zo_config(packed, tokens, tmp_path / "out", {"parameters": "scales"} | zo, **change)
