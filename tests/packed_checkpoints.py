@@ -141,6 +141,23 @@ def pack_compressed(
     return parts | {".weight_packed": packed, ".weight_shape": torch.tensor(weight.shape)}, numbers
 
 
+E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def pack_mxfp4(experts: torch.Tensor) -> Packed:
+    """Of stacked experts [experts, columns, rows] as modules have them; names follow the parameter's."""
+    matrices = experts.float().numpy().transpose(0, 2, 1)
+    blocks = matrices.reshape(*matrices.shape[:2], -1, 32)
+    exponents = np.floor(np.log2(np.abs(blocks).max(-1))).astype(int) - 2
+    powers = np.float32(2.0) ** exponents[..., None]
+    magnitudes = np.abs((np.abs(blocks) / powers)[..., None] - E2M1).argmin(-1)
+    codes = (magnitudes + np.where(blocks < 0, 8, 0)).astype(np.uint8)
+    numbers = np.copysign(E2M1[magnitudes] * powers, blocks).reshape(matrices.shape).transpose(0, 2, 1)
+    stored = {"_blocks": codes[..., ::2] + codes[..., 1::2] * 16, "_scales": (exponents + 127).astype(np.uint8)}
+    parts = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in stored.items()}
+    return parts, torch.from_numpy(np.ascontiguousarray(numbers))
+
+
 def write_packed(
     model: Path, folder: Path, kind: str, nested: bool = False, ends: tuple[str, ...] = ("proj.weight",)
 ) -> tuple[Path, Path]:

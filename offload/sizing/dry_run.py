@@ -293,13 +293,14 @@ def _empty_cache_layer(layer: Any) -> None:
 
 
 def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
-    """Every matrix's output kept three times over (value, gradient, activation), and the largest weight decoded."""
+    """Every matrix's output kept three times over (value, gradient, activation), and what stands decoded at once."""
     rows = hidden.numel() // hidden.shape[-1]
     matrices = [weight for weight in parts.layouts[index].weights.values() if len(weight.shape) >= 2]
     outputs = sum(weight.shape[-2] for weight in matrices)
-    decoded = (dense_bytes(weight.shape, parts.dtype) for weight in matrices if not weight.is_stored_as(parts.dtype))
+    decoded = [dense_bytes(weight.shape, parts.dtype) for weight in matrices if not weight.is_stored_as(parts.dtype)]
+    decoded_bytes = max(2 * max(decoded, default=0), parts.bindings[index].decoded_bytes)
     flops = 2 * rows * sum(prod(weight.shape) for weight in matrices)
-    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + 2 * max(decoded, default=0), flops)
+    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + decoded_bytes, flops)
 
 
 _PRODUCTS = {

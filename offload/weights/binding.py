@@ -23,6 +23,7 @@ from torch.nn import functional
 from memory.errors import UserError
 from offload.step.deferred_products import DeferProducts, values
 from offload.weights.formats import Stored, StoredWeight
+from offload.weights.formats.plain import dense_bytes
 
 LAZY_MIN_BYTES = 65536  # smaller weights are decoded once, at bind
 
@@ -83,6 +84,15 @@ class Binding:
                 self._targets.append((name, owner, attribute, dtypes[name]))
                 home = owner._parameters if attribute in owner._parameters else owner._buffers
                 self._empty.append((home, attribute, home[attribute]))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of what stands decoded while this is bound: all that is decoded when it is bound, and one linear layer's weight."""
+        def dense(name: str) -> int:
+            return dense_bytes(self._weights[name].shape, self.dtypes[name])
+
+        bound = (dense(name) for name, _, _, dtype in self._targets if not self._weights[name].is_stored_as(dtype))
+        return sum(bound) + max(map(dense, self._lazy), default=0)
 
     def read_as(self, weights: Mapping[str, StoredWeight]) -> None:
         """From now on slots have these weights, under the same names, which may be in other formats."""

@@ -9,8 +9,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from packed_checkpoints import Packed, pack_compressed, pack_fp8, write_twice
-from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+from packed_checkpoints import Packed, pack_compressed, pack_fp8, pack_mxfp4, write_twice
+from tiny_models import (
+    CONFIGS,
+    HEADS,
+    IDS,
+    TEXT,
+    aligned_copies,
+    assert_same_bits,
+    make_config,
+    reference_run,
+    streamed_run,
+)
+from transformers import GptOssConfig
 
 import offload.weights.binding
 import offload.weights.parts
@@ -77,6 +88,60 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
         output, engine = tmp_path / device, {"resident_blocks": 1}
         found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
         assert_same_bits(found, expected)
+
+
+MXFP4 = Base(pack_mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4")
+
+
+@pytest.fixture
+def gpt_oss(checkpoint, tmp_path, monkeypatch) -> Callable[..., tuple[Path, Path]]:
+    """A tiny gpt-oss with its experts in MXFP4, and one of the numbers that these are."""
+
+    def get(dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 5, "num_experts_per_tok": 2}
+        monkeypatch.setitem(CONFIGS, "gpt-oss", lambda: GptOssConfig(**TEXT | sizes, **HEADS, **IDS))
+        return write(MXFP4, checkpoint("gpt-oss", dtype), tmp_path, ("experts.gate_up_proj", "experts.down_proj"))
+
+    aligned_copies(monkeypatch)
+    return get
+
+
+EXPERTS = {"dropout": 0.0, "target_modules": ["q_proj"]}
+EXPERT_CASES = {
+    "attention": {"target_modules": ["q_proj", "o_proj"]},
+    "attention, DoRA": {"use_dora": True, "target_modules": ["q_proj", "v_proj"]},
+    "experts": EXPERTS | {"extra": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}},
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_adapters_of_a_model_with_packed_experts(case, gpt_oss, tokens, tmp_path):
+    lora = EXPERT_CASES[case]
+    packed, decoded = gpt_oss()
+    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
+    assert len(set(expected.losses)) == 4
+    for device in ("cpu", "simulated"):
+        output, engine = tmp_path / device, {"resident_blocks": 1}
+        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"method": "zo", "zo": {"parameters": "lora"}}], ids=["lora", "zo"])
+def test_packed_experts_are_as_decoded_ones(changes, dtype, gpt_oss, tokens, tmp_path):
+    """In the dtype of the files, and in fp32 from bf16."""
+    runs = []
+    for model in gpt_oss(torch.bfloat16):
+        engine, lora = {"dtype": dtype}, {"target_modules": ["q_proj"]}
+        config = make_config(model, tokens, tmp_path / f"out-{model.name}", engine=engine, lora=lora, **changes)
+        runs.append(streamed_run(config))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("method", ["full", "zo", "badam"])
+def test_methods_that_would_change_packed_experts_are_refused(method, gpt_oss, tokens, tmp_path):
+    with pytest.raises(UserError, match=r"experts\.\w+_proj is stored as mxfp4, .* train an adapter"):
+        Trainer(make_config(gpt_oss()[0], tokens, tmp_path / "out", method=method)).train()
 
 
 @pytest.mark.parametrize("kind", BASES)
