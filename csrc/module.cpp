@@ -5,6 +5,7 @@
 #include "decode_bindings.h"
 #include "io_bindings.h"
 #include "kernels.h"
+#include "lossless_bindings.h"
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
 #include "quantize_bindings.h"
@@ -23,4 +24,5 @@ NB_MODULE(finetune_native, m) {
     register_optimizer(m);
     register_decode(m);
     register_quantize(m);
+    register_lossless(m);
 }

@@ -49,8 +49,7 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     if "input_ids" in shape.inputs:
         masks, lane_bytes = _masks(parts, model, shape), adapter_of(model).lane_bytes(parts.dtype.itemsize)
     stored_rows = sum(
-        min(lanes * shape.rows, source.shape[0]) * (source.num_bytes // source.shape[0])
-        for _, _, source in parts.embeddings
+        source.row_bytes(min(lanes * shape.rows, source.shape[0])) for _, _, source in parts.embeddings
     )
     step_bytes = shape.kept_bytes + _logits_bytes(parts, model, shape) + stored_rows + batch.row_bytes
     step_bytes += lanes * (masks.kept_bytes + lane_bytes)

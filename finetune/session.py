@@ -20,13 +20,14 @@ from finetune.quantization.base import Base, open_base
 from finetune.runs.identity import model_name
 from finetune.setup import Setup
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
+from memory.errors import UserError
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
 from offload.devices import choose_device
 from offload.files.checkpoint import resolve_model
 from offload.step.own_loss import MakeLoss, models_own_loss
 from offload.streamed_model import Options, StreamedModel
 from offload.weights.finite import first_not_finite
-from offload.weights.parts import cut
+from offload.weights.parts import ModelParts, cut
 from offload.weights.skeleton import is_placeholder
 
 
@@ -73,6 +74,7 @@ class Session:
             tile_vocab=config.engine.loss_tile_vocab,
             **setup.cut_options(),
         )
+        self._check_decodes(parts)
         self.device.warm_up(parts.dtype)
         # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
         parts.model.name_or_path = parts.model.config._name_or_path = model_name(config.model)
@@ -90,6 +92,15 @@ class Session:
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
+
+    def _check_decodes(self, parts: ModelParts) -> None:
+        """Raises UserError for weights that the device can't make numbers of."""
+        stored = {weight.word for weight in parts.sources.values() if weight.needs_host}
+        if stored and not self.device.traits.computes_on_host:
+            raise UserError(
+                f"{parts.directory}: the weights are stored as {' and '.join(sorted(stored))}, which only a CPU decodes yet, "
+                f"and this run computes on {self.device.kind}: use the original model, or --device cpu"
+            )
 
     def faulty_weight(self) -> str:
         """For messages about numbers that are not finite: the stored tensor that holds such a one. Reads all of them."""

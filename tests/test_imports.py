@@ -12,6 +12,7 @@ MAY_NOT_IMPORT = {"memory": {"offload", "finetune"}, "offload": {"finetune"}, "f
 NATIVE_IMPORTERS = {
     "offload/residency/io.py", "memory/arena.py", "offload/noise/noise.py", "offload/update/kernels.py",
     "offload/weights/formats/native_kernels.py", "offload/quantize/kernels.py",
+    "offload/weights/formats/lossless_code.py",
 }  # fmt: skip
 SOURCES = sorted(path for package in MAY_NOT_IMPORT for path in (ROOT / package).rglob("*.py"))
 

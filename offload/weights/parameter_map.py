@@ -39,6 +39,7 @@ class ParameterMap(dict[str, StoredWeight]):
     """Every parameter and persistent buffer of a model by fully qualified name; tied ones are equal.
 
     tied: name -> the name whose bytes it uses, for every tie that holds in this checkpoint (see `map_parameters`).
+    direct: parameter -> the weight of the checkpoint that is it, as it is stored and by no conversion.
     copies: (home, copy) of every tied weight that the checkpoint holds once more; what changes the one must change the other.
     apart: (target, source) of ties that the configuration asks for and that don't hold, for both are there and unlike.
     absent: names that Transformers lets a checkpoint leave out and that this one does; they are not in the map, the
@@ -49,6 +50,7 @@ class ParameterMap(dict[str, StoredWeight]):
     def __init__(self) -> None:
         super().__init__()
         self.tied: dict[str, str] = {}
+        self.direct: dict[str, str] = {}
         self.copies: tuple[tuple[PlainTensor, PlainTensor], ...] = ()
         self.apart: tuple[tuple[str, str], ...] = ()
         self.absent: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     direct, converters, unexpected = _assign(model, found, tensors)
     result = ParameterMap()
+    result.direct = direct
     for name, key in direct.items():
         form, parts = found[key]
         if form is PlainTensor:

@@ -230,11 +230,15 @@ def _cut_embeddings(
 def stored_dtype(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> torch.dtype:
     """The floating-point dtype that most bytes of the plain weights have. Beside packed ones these are embeddings, norms and
     heads: the dtype of what enters a packed layer, in which bitsandbytes and others multiply too. That of scales says nothing.
+    A format may say it of all weights, see `StoredWeight.dense_dtype`.
 
     quantization: `quantization_config` of config.json.
     """
     sizes: dict[str, int] = {}
     for form, parts in find_weights(checkpoint.tensors, quantization).values():
+        if (said := form.dense_dtype(quantization)) is not None:
+            sizes = {said: 1}
+            break
         if form is PlainTensor:
             sizes[parts[""].dtype] = sizes.get(parts[""].dtype, 0) + parts[""].num_bytes
     known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

@@ -13,6 +13,7 @@ from offload.weights.formats.compressed_tensors import CompressedTensor
 from offload.weights.formats.fp8 import BlockFP8
 from offload.weights.formats.gptq import PackedGptq
 from offload.weights.formats.mxfp4 import MXFP4Experts
+from offload.weights.formats.lossless import LosslessWeight
 from offload.weights.formats.plain import Extent, PlainTensor
 
 __all__ = [
@@ -28,6 +29,7 @@ FORMATS: tuple[type[StoredWeight], ...] = (
     PackedGptq,
     PackedAwq,
     MXFP4Experts,
+    LosslessWeight,
     PlainTensor,
 )
 """In the order in which they look for their weights: plain is what no other has found."""

@@ -54,6 +54,8 @@ class StoredWeight(ABC):
     """The modules whose weights it stores as they are, neither transposed nor put together."""
     note: ClassVar[str] = ""
     """What the user of such a model should know of its numbers."""
+    needs_host: ClassVar[bool] = False
+    """Whether only a CPU decodes it."""
     shape: tuple[int, ...]
     """Of the numbers: the module's. A field or a property."""
 
@@ -79,6 +81,11 @@ class StoredWeight(ABC):
         from offload.weights.formats.plain import PlainTensor
 
         return cls(**{name: PlainTensor.of(entry) for name, entry in parts.items()})
+
+    @classmethod
+    def dense_dtype(cls, quantization: Mapping[str, Any] | None) -> str | None:
+        """Which dtype most bytes of the weights had before they were packed, as safetensors has it, if the files say so."""
+        return None
 
     @property
     def tensors(self) -> dict[str, PlainTensor]:
@@ -111,6 +118,10 @@ class StoredWeight(ABC):
     @abstractmethod
     def rows(self, ranges: Iterable[tuple[int, int]]) -> Self:
         """Of a matrix, the rows [start, stop) of all ranges, one after the other: those bytes and no others."""
+
+    def row_bytes(self, count: int) -> int:
+        """Of so many rows by `rows`, at most, wherever they are."""
+        return count * (self.num_bytes // self.shape[0])
 
     def load(self, read: Callable[[PlainTensor], Tensor]) -> Stored:
         """What `read` makes of every stored tensor."""
