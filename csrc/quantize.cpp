@@ -68,6 +68,17 @@ std::pair<double, double> pack_int8(const std::string& instructions, uint64_t so
     return total(parts);
 }
 
+double nest_absmax(const std::array<uint64_t, 3>& of_blocks, uint64_t count, float offset, uint64_t numbers, uint64_t table,
+                   uint64_t codes, uint64_t tops) {
+    for (const uint64_t address : {of_blocks[0], of_blocks[1], of_blocks[2], numbers, table, codes, tops})
+        if (count && !address) throw std::invalid_argument("a null address");
+    nb::gil_scoped_release release;
+    return nest({reinterpret_cast<const float*>(of_blocks[0]), reinterpret_cast<const float*>(of_blocks[1]),
+                 reinterpret_cast<const float*>(of_blocks[2]), count, offset, reinterpret_cast<const float*>(numbers),
+                 reinterpret_cast<const uint8_t*>(table), reinterpret_cast<uint8_t*>(codes),
+                 reinterpret_cast<float*>(tops)});
+}
+
 }  // namespace
 
 }  // namespace quantize
@@ -80,4 +91,6 @@ void register_quantize(nb::module_& m) {
             nb::arg("threads"));
     sub.def("pack_int8", &quantize::pack_int8, nb::arg("instructions"), nb::arg("source"), nb::arg("dtype"),
             nb::arg("rows"), nb::arg("columns"), nb::arg("packed"), nb::arg("absmax"), nb::arg("threads"));
+    sub.def("nest", &quantize::nest_absmax, nb::arg("of_blocks"), nb::arg("count"), nb::arg("offset"), nb::arg("numbers"),
+            nb::arg("table"), nb::arg("codes"), nb::arg("tops"));
 }

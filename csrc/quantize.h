@@ -39,6 +39,22 @@ struct PassInt8 {
     float* absmax;  // of each row
 };
 
+// absmax of a matrix's blocks less their mean, in 8 bits: codes of `numbers`, which are ascending.
+struct PassNested {
+    const float* absmax;
+    const float* slopes;
+    const float* squares;
+    uint64_t count;
+    float offset;
+    const float* numbers;  // 256
+    const uint8_t* table;  // the nearest number's code, of 65536 equal steps from -1 to 1
+    uint8_t* codes;
+    float* tops;  // the largest difference of each 256
+};
+
+// Returns what this adds to the squared error.
+double nest(const PassNested& pass);
+
 struct Functions {
     Sums (*tile_4bit)(const Pass4Bit& pass, uint64_t tile);
     Sums (*row_int8)(const PassInt8& pass, uint64_t row);

@@ -77,14 +77,6 @@ def test_the_nested_map_is_the_dynamic_type():
     assert nested_map().numpy() == pytest.approx(reference.nested_numbers(), rel=1e-6, abs=0)
 
 
-def test_many_blocks_are_nested_in_runs(monkeypatch):
-    blocks = packed(matrix((300, 4096), torch.bfloat16), kernels.INSTRUCTION_SETS[0])[1]
-    whole = nest(blocks)
-    monkeypatch.setattr(kernels, "_NESTED_AT_ONCE", 2 * kernels.NESTED_BLOCK)
-    parts = nest(blocks)
-    assert parts.codes.equal(whole.codes) and parts.absmax.equal(whole.absmax) and parts.error == pytest.approx(whole.error)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_are_those_of_the_installed_bitsandbytes(shape, dtype, one_thread):

@@ -34,7 +34,6 @@ DTYPES = {getattr(torch, dtype.name): dtype for dtype in Dtype}
 """Of weights that can be quantised."""
 
 _STEPS = 65536  # of the table by which nested absmax are coded
-_NESTED_AT_ONCE = 256 * NESTED_BLOCK
 
 
 class Sums(NamedTuple):
@@ -116,28 +115,11 @@ def nest(blocks: Blocks) -> Nested:
     finally:
         torch.set_num_threads(threads)
     count = blocks.absmax.numel()
-    codes, absmax, error = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // NESTED_BLOCK)), 0.0
-    for start in range(0, count, _NESTED_AT_ONCE):
-        run = slice(start, start + _NESTED_AT_ONCE)
-        codes[run], absmax[start // NESTED_BLOCK :][: _NESTED_AT_ONCE // NESTED_BLOCK], added = _nest(
-            Blocks(*(tensor[run] for tensor in blocks)), offset
-        )
-        error += added
+    codes, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // NESTED_BLOCK))
+    of_blocks = tuple(tensor.data_ptr() for tensor in blocks)
+    tables = nested_map().data_ptr(), _table().data_ptr()
+    error = _native.nest(of_blocks, count, float(offset), *tables, codes.data_ptr(), absmax.data_ptr())
     return Nested(codes, absmax, float(offset), error)
-
-
-def _nest(blocks: Blocks, offset: Tensor) -> tuple[Tensor, Tensor, float]:
-    """codes, absmax and error of `Nested`, of a run of blocks. What this allocates does not depend on the matrix."""
-    count = blocks.absmax.numel()
-    differences = torch.nn.functional.pad(blocks.absmax - offset, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = differences.abs().amax(1)
-    scaled = differences.mul_(absmax.reciprocal()[:, None]).clamp_(-1, 1)
-    # The product and the sum are exact in fp64 and rounded once, as a fused operation's.
-    index = scaled.add_(1).mul_(0.5).double().mul_(_STEPS - 1).add_(0.5).float()
-    codes = _table()[index.nan_to_num_(0).int()].view(-1)[:count]  # NaN: where the largest is 0
-    again = nested_map()[codes.int()].mul_(absmax.repeat_interleave(NESTED_BLOCK)[:count]).add_(offset)
-    change = again.sub_(blocks.absmax).double()
-    return codes, absmax, float((2 * change * blocks.slopes + change.square() * blocks.squares).sum())
 
 
 @cache

@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import prod, sqrt
+from math import isfinite, isnan, prod, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ CHUNK_BYTES = 4 << 20
 BUFFERS = 4
 PROGRESS = "progress.json"
 _BYTES_PER_BLOCK = 13  # absmax, two sums and the code of absmax
-_NESTING_BYTES = 16 << 20  # what `nest` allocates beside, at most
 
 Progress = Callable[[int, int], None]
 """Is told the bytes of the original that are done, and of all."""
@@ -79,7 +78,7 @@ class Written:
 def working_bytes(plan: Outline) -> int:
     """Host memory that `write_quantized` takes: buffers, and what is kept of the largest matrix."""
     blocks = max(-(-prod(entry.shape) // BLOCK) for entry in plan.packed_entries)
-    return BUFFERS * _slot_bytes(plan) + _BYTES_PER_BLOCK * blocks + _NESTING_BYTES
+    return BUFFERS * _slot_bytes(plan) + _BYTES_PER_BLOCK * blocks
 
 
 def write_quantized(plan: Outline, directory: Path, progress: Progress = lambda done, total: None) -> Written:
@@ -192,11 +191,8 @@ class _Writer:
             result, at, columns = room[: numbers.numel()], start, entry.shape[1]
             absmax = statistics[start // columns : (start + numbers.numel()) // columns]
             sums = pack_int8(numbers.view(-1, columns), result.view(torch.int8), absmax)
-        if sums.weights != sums.weights or not bool(absmax.isfinite().all()):
-            largest = "" if self._is_4bit else " or a number beyond 65504, which int8 cannot take: use nf4"
-            raise CheckpointError(
-                f"{entry.path}: tensor '{entry.name}' holds infinity or NaN{largest}; else bring the file from its source again"
-            )
+        if isnan(sums.weights) or not bool(absmax.isfinite().all()):
+            self._refuse(entry)
         self._error += sums.error
         self._weights += sums.weights
         return result, at
@@ -206,6 +202,8 @@ class _Writer:
         tensors = self._file.packed[entry.name]
         nested = nest(statistics) if self._is_4bit and self._plan.packing.nested else None
         if nested is not None:
+            if not isfinite(nested.offset):  # the mean of numbers at fp32's end
+                self._refuse(entry)
             self._error += nested.error
             values = {".absmax": nested.codes, ".nested_absmax": nested.absmax}
         else:
@@ -218,6 +216,12 @@ class _Writer:
             else:
                 suffix = tensor.name[tensor.name.rindex(".") :]
                 self._put(values[suffix].view(torch.uint8), self._starts[tensor.name])
+
+    def _refuse(self, entry: TensorEntry) -> NoReturn:
+        largest = "" if self._is_4bit else " or a number beyond 65504, which int8 cannot take (use nf4)"
+        raise CheckpointError(
+            f"{entry.path}: tensor '{entry.name}' holds infinity or NaN{largest}: bring the file from its source again"
+        )
 
     def _put(self, value: Tensor, offset: int) -> None:
         """Writes bytes and waits, while what is read ahead comes."""
