@@ -12,8 +12,8 @@ from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
 from offload.weights.formats.compressed_tensors import CompressedTensor
 from offload.weights.formats.fp8 import BlockFP8
 from offload.weights.formats.gptq import PackedGptq
-from offload.weights.formats.mxfp4 import MXFP4Experts
 from offload.weights.formats.lossless import LosslessWeight
+from offload.weights.formats.mxfp4 import MXFP4Experts
 from offload.weights.formats.plain import Extent, PlainTensor
 
 __all__ = [
