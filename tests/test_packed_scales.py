@@ -87,6 +87,17 @@ def test_what_a_run_has_tuned_is_measured_and_speaks(packed, data, tmp_path):  #
     assert trainer.evaluate()["loss"] == evaluate(exported)["loss"]
 
 
+def test_a_model_that_is_quantised_here(models, data, tmp_path):  # noqa: F811
+    """What a run over it has tuned is exported with the same words, and is the packed model with other scales."""
+    quantization = {"nested": False, "cache": str(tmp_path / "cache")}
+    config = run_config(Path(models["bfloat16"]), data, tmp_path / "run", 4, quantize="nf4", quantization=quantization)
+    Trainer(config).train()
+    export(config, tmp_path / "tuned")
+    before, after = (weights(path) for path in (*(tmp_path / "cache").glob("*/"), tmp_path / "tuned"))
+    assert before.keys() == after.keys()
+    assert all(after[name].equal(value) is not name.endswith(".absmax") for name, value in before.items())
+
+
 def test_coefficients_are_clipped(packed, data, tmp_path):  # noqa: F811
     """At 100 where nothing is said; what other parameters are tuned with is not."""
     found = []

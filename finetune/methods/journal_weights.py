@@ -18,6 +18,7 @@ from finetune.config import Config
 from finetune.methods.perturbation_needs import is_packed, most_product_groups, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.planned_run import MeasuredBatch
+from finetune.quantization.base import open_base
 from finetune.reporting.report import last_step
 from finetune.runs.directory import check_belongs, reading
 from finetune.runs.exports import Export
@@ -26,6 +27,7 @@ from finetune.session import Session
 from finetune.setup import Setup
 from memory.errors import UserError
 from memory.needs import Needs
+from offload.devices import choose_device
 from offload.files.checkpoint import Checkpoint, resolve_model
 from offload.perturb.folds import newest_fold
 from offload.perturb.journal import Journal
@@ -132,7 +134,17 @@ def export_journal(job: Export) -> int:
     steps = journal.steps if job.at_step is None else job.at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {job.at_step}")
-    model = resolve_model(config.model)
+    base = open_base(config, resolve_model(config.model), choose_device("cpu"), lambda stored: stored, only_plan=False)
+    try:
+        _write(job, journal, steps, base.directory)
+    finally:
+        base.close()
+    return steps
+
+
+def _write(job: Export, journal: Journal, steps: int, model: Path) -> None:
+    """`export_journal` of the run over the checkpoint in `model`."""
+    config = job.config
     parts = cut(model, trust_remote_code=config.trust_remote_code)
     check_model(f"the run in {config.output} tuned", journal.about["model"], parts, config.model)
     scales, keys = _moves_scales(journal), noise_keys(parts.sources, parts.parameters)
@@ -141,7 +153,7 @@ def export_journal(job: Export) -> int:
             parts, keys, journal.noise, journal.groups(0, steps), job.directory,
             job.side_files(model), config.engine.io_backend, job.progress,
         )  # fmt: skip
-        return steps
+        return
     # A run that is under way removes folded weights; the journal alone gives the same.
     weights = config.output / "weights"
     folded = newest_fold(weights, journal, steps, config.engine.io_backend, _say) if job.is_free else None
@@ -157,7 +169,6 @@ def export_journal(job: Export) -> int:
         checkpoint, how, job.directory, newer=newer,
         side_files=job.side_files(model), io_backend=config.engine.io_backend, progress=job.progress,
     )  # fmt: skip
-    return steps
 
 
 def _in_products(journal: Journal) -> ZerothOrderOptions:
