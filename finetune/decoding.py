@@ -13,9 +13,12 @@ import torch
 from finetune.adapters.base import adapter_of
 from finetune.config import Config
 from finetune.data.preparation import template_text
+from finetune.data.tokenizer_files import read_tokenizer
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
+from offload.files.checkpoint import is_gguf
+from offload.files.gguf_file import read_gguf_header
 from offload.sizing.dry_run import measure_visit
 from offload.streamed_model import StreamedModel
 from offload.weights.skeleton import cache_argument
@@ -125,8 +128,12 @@ class TextPieces:
 
 
 def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's own."""
+    """Ids that end a text: those of generation_config.json, else of config.json, and the tokenizer's own; in a GGUF file, what
+    it says ends a text, a turn or a message."""
     found: set[int] = set()
+    if is_gguf(directory):
+        values = read_gguf_header(directory).values
+        found = {values[key] for key in (f"tokenizer.ggml.{word}_token_id" for word in ("eos", "eot", "eom")) if key in values}
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if not found and path.is_file():
@@ -137,10 +144,8 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
 
 
 def load_tokenizer(directory: Path, config: Config) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+        tokenizer = read_tokenizer(directory, config.trust_remote_code)
     except Exception as error:  # Transformers raises whatever its parts do
         raise UserError(
             f"the tokenizer of {config.model} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): bring "

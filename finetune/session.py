@@ -14,6 +14,7 @@ import torch
 from finetune.adapters.base import adapter_of
 from finetune.adapters.peft_files import reads_whole
 from finetune.adapters.placement import copy_to
+from finetune.data.tokenizer_files import split_note
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.planner import Planner
 from finetune.quantization.base import Base, open_base
@@ -123,6 +124,8 @@ class Session:
                 f"note: {len(unused)} tensors of the checkpoint belong to no parameter of {type(self.parts.model).__name__} "
                 f"and are not used ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''})"
             )
+        if (note := split_note(self.parts.directory)) is not None:
+            notes.append(note)
         forms = {type(weight): weight.note for weight in sources.values() if weight.note}
         return notes + [f"note: {note}" for note in forms.values()] + self.setup.notes
 

@@ -223,7 +223,6 @@ def test_missing_shards_are_seen_without_an_index(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("pytorch_model.bin", "PyTorch checkpoint.*convert"),
-        ("model.gguf", "GGUF"),
         ("adapter_model.safetensors", "base model"),
         ("readme.txt", "no safetensors files.*found readme.txt"),
     ],

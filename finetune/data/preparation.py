@@ -29,6 +29,9 @@ from finetune.data.forms import FORMS
 from finetune.data.job import Job, TokenOptions
 from finetune.data.rows import COLUMNS, MEDIA
 from finetune.data.sources import File, HubSplit, resolve, without_added_nulls
+from finetune.data.tokenizer_files import tokenizer_folder, write_tokenizer
+from offload.files.checkpoint import is_gguf
+from offload.files.gguf_file import metadata_digest
 from offload.files.lock import lock
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
@@ -47,7 +50,7 @@ def prepare(
 
     source            path of a .jsonl, .json, .parquet or .txt file, a folder or glob of them, "hubid", "hubid:split",
                       "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
-    model             folder or hub id of the tokenizer
+    model             folder, GGUF file or hub id of the tokenizer
     options           the fields of `finetune.data.job.TokenOptions`, of which sequence_length must be given
 
     A cache is made in a separate process, under a temporary name, and renamed when whole. It is used again while the
@@ -65,7 +68,7 @@ def prepare(
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"the folder for token caches, {cache_dir}, cannot be made: {error.strerror}") from error
-    tokenizer = _tokenizer_folder(str(model))
+    tokenizer = _tokenizer_place(str(model))
     with _preparing(cache_dir), tempfile.TemporaryDirectory(prefix=_PREPARING, dir=cache_dir) as scratch:
         if isinstance(source, str | Path):
             sources = resolve(source)
@@ -82,6 +85,8 @@ def prepare(
                 shutil.rmtree(cache_dir / key, ignore_errors=True)
         folder = Path(scratch) / key
         folder.mkdir(mode=0o700)
+        if is_gguf(tokenizer):
+            tokenizer = _unpacked(tokenizer, Path(scratch) / "tokenizer")
         where = {"folder": str(folder), "tokenizer": str(tokenizer), "model": str(model)}
         job = Job(sources=[asdict(one) for one in sources], **where, **counting)
         _run_worker(asdict(job), Path(scratch) / "stderr.txt")
@@ -94,7 +99,7 @@ def prepare(
 
 
 def prepare_for(config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None) -> TokenDataset:
-    """The token cache of `source` as the configuration has it, beside its run. model: folder of the tokenizer."""
+    """The token cache of `source` as the configuration has it, beside its run. model: folder or GGUF file of the tokenizer."""
     options = config.dataset
     return prepare(
         source,
@@ -143,7 +148,11 @@ def _preparing(cache_dir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _tokenizer_folder(model: str) -> Path:
+def _tokenizer_place(model: str) -> Path:
+    """A directory, or the GGUF file that has it in itself."""
+    if is_gguf(Path(model)):
+        path = Path(model).absolute()  # not what a link leads to, which the hub's cache names otherwise
+        return tokenizer_folder(path) or path
     if Path(model).is_dir():
         return Path(model).resolve()
     try:
@@ -159,10 +168,24 @@ def _tokenizer_folder(model: str) -> Path:
         ) from error
 
 
-def _fingerprint(folder: Path) -> str:
+def _unpacked(gguf: Path, folder: Path) -> Path:
+    """`folder` with the tokenizer of a GGUF file."""
+    try:
+        write_tokenizer(gguf, folder)
+    except Exception as error:  # Transformers raises whatever its parts do
+        raise DataError(
+            f"the tokenizer in {gguf} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}): put the "
+            "model's tokenizer.json and tokenizer_config.json beside the file"
+        ) from error
+    return folder
+
+
+def _fingerprint(place: Path) -> str:
+    if is_gguf(place):
+        return metadata_digest(place).hex()
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in place.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -24,7 +24,7 @@ from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.units import format_bytes, format_seconds, parse_bytes, total_host_bytes
 from offload.devices import Device
-from offload.files.checkpoint import read_checkpoint, resolve_model
+from offload.files.checkpoint import CheckpointError, is_gguf, read_checkpoint, resolve_model
 from offload.files.lock import lock
 from offload.files.new_directory import new_directory
 from offload.files.sealed import json_digest, seal
@@ -93,6 +93,11 @@ class _Quantization:
     """Of a model. target: the directory where it is kept."""
 
     def __init__(self, base: Base, config: Config) -> None:
+        if is_gguf(base.source):
+            raise CheckpointError(
+                f"{base.source}: the weights of a GGUF file are not quantised once more: leave --quantize out, or name the "
+                "original model"
+            )
         self._base, self._config = base, config
         self._packing = Packing(config.quantize, config.quantize == "nf4" and config.quantization.nested)
         self._cache = config.quantization.cache or cache_home()

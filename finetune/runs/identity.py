@@ -106,10 +106,10 @@ def _keeps_a_store(config: Config) -> bool:
 
 
 def model_name(model: str) -> str:
-    """What the user typed, for others to find the model by: a hub id stays one; a directory has its whole path, because an
-    adapter is loaded from anywhere, where a relative path would be taken for a hub id."""
+    """What the user typed, for others to find the model by: a hub id stays one; a directory or file has its whole path, because
+    an adapter is loaded from anywhere, where a relative path would be taken for a hub id."""
     path = Path(model).expanduser()
-    return str(path.absolute()) if path.is_dir() else model
+    return str(path.absolute()) if path.exists() else model
 
 
 def check_same_run(place: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:

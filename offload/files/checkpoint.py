@@ -1,4 +1,5 @@
-"""Index of a safetensors checkpoint: where each tensor's bytes lie, found from the headers alone.
+"""Index of a checkpoint: where each tensor's bytes lie, found from the headers alone. Of safetensors here, of GGUF in
+`offload.files.gguf_file`.
 
 No weights are read and torch is not imported. Each header is proved sound the way the safetensors library does it
 (`safetensors/src/tensor.rs`, `read_metadata` and `Metadata::validate`) before any offset in it is used.
@@ -31,6 +32,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _VARIANT_FILE = re.compile(r"model\.(?P<variant>[^.]+)\.safetensors")
 _VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.(?P<variant>[^.]+)\.json")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+GGUF_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""The name of one file of several, as llama.cpp splits a model."""
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*")
 # Second copies of the same weights that some repositories carry.
@@ -46,7 +49,7 @@ class TensorEntry:
     """One tensor in a file. `offset` counts bytes from the start of the file, not of its data section."""
 
     name: str  # in the file
-    dtype: str  # safetensors' word, such as BF16
+    dtype: str  # safetensors' word, such as BF16; in a GGUF file ggml's, such as Q4_K
     shape: tuple[int, ...]  # of the tensor
     path: Path  # of the file
     offset: int
@@ -55,8 +58,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a model directory by name. `found` says in words which files they came from.
+    """All tensors of a model by name. `found` says in words which files they came from.
 
+    directory: that of the model; of a GGUF model its file, or the first of several.
     lost: tensors that the index names, in shards that don't hold them. Transformers passes them over, which is right for an
     end of a tie and nothing else.
     """
@@ -71,17 +75,32 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.tensors.values())
 
+    @property
+    def is_gguf(self) -> bool:
+        return is_gguf(self.directory)
+
+
+def is_gguf(model: Path) -> bool:
+    """Whether `model`, as `resolve_model` gives it, is a GGUF file rather than a directory."""
+    return model.suffix == ".gguf" and not model.is_dir()
+
 
 def resolve_model(model: str) -> Path:
-    """The directory of `model`: a local directory as it is, otherwise a hub id, downloaded or from the hub's cache.
+    """Where `model` is: a local directory as it is, of a GGUF model its file (the first of several); otherwise the directory
+    of a hub id, downloaded or from the hub's cache.
 
     Raises CheckpointError naming what was tried.
     """
     local = Path(model).expanduser()
     if local.is_dir():
-        return local
+        return _find_gguf(local) or local
+    if local.suffix == ".gguf" and local.is_file():
+        part = GGUF_PART.fullmatch(local.name)
+        return local if part is None else local.with_name(f"{part['stem']}-00001-of-{part['count']}.gguf")
     if local.exists():
-        raise CheckpointError(f"model '{model}' is a file; give the directory that holds config.json and the weights")
+        raise CheckpointError(
+            f"model '{model}' is a file; give the directory that holds config.json and the weights, or a .gguf file"
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise CheckpointError(f"model '{model}': no such directory, and not the form of a hub id (owner/name)")
 
@@ -95,6 +114,21 @@ def resolve_model(model: str) -> Path:
             f"model '{model}': there is no local directory {local.absolute()}, and the hub didn't give it either "
             f"({reason}). Give the path of a model directory, or check the id, the network and your access to it"
         ) from error
+
+
+def _find_gguf(directory: Path) -> Path | None:
+    """The GGUF file of a directory without safetensors, of a split one the first part; None where there is none.
+
+    Raises CheckpointError where there are several models.
+    """
+    names = sorted(path.name for path in directory.iterdir() if path.suffix in (".gguf", ".safetensors"))
+    names = [] if any(name.endswith(".safetensors") for name in names) else names
+    parts = [GGUF_PART.fullmatch(name) for name in names]
+    models = {part["stem"] if part else name for name, part in zip(names, parts, strict=True)}
+    if len(models) > 1:
+        few = ", ".join(sorted(models)[:4]) + (", ..." if len(models) > 4 else "")
+        raise CheckpointError(f"{directory} holds {len(models)} GGUF models ({few}): name the file of one")
+    return directory / names[0] if names else None
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -138,15 +172,10 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 
 def _refuse_without_safetensors(directory: Path, names: list[str]) -> NoReturn:
     pickled = [name for name in names if name.endswith(_UNSAFE_SUFFIXES)]
-    gguf = [name for name in names if name.endswith(".gguf")]
     if pickled:
         raise CheckpointError(
             f"{directory} holds a PyTorch checkpoint ({', '.join(pickled[:3])}), expected safetensors: convert it by "
             "loading it with Transformers' from_pretrained and writing it with save_pretrained"
-        )
-    if gguf:
-        raise CheckpointError(
-            f"{directory} holds GGUF weights ({', '.join(gguf[:3])}), expected safetensors: use the original model"
         )
     if any(name.startswith("adapter_") for name in names):
         raise CheckpointError(f"{directory} holds an adapter, expected a whole model: give its base model's directory")

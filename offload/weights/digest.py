@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from offload.files.gguf_file import metadata_digest
 
 SAMPLE_BYTES = 4096
 MAX_SAMPLED_TENSORS = 2048
@@ -16,17 +17,15 @@ _NOT_MEANING = ("_name_or_path", "_commit_hash", "transformers_version")  # of c
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """128 bits, in hexadecimal, of config.json's meaning, of names, dtypes and shapes of all tensors, and of a sample of bytes.
+    """128 bits, in hexadecimal, of config.json's meaning (or a GGUF file's metadata), of names, dtypes and shapes of all
+    tensors, and of a sample of bytes.
 
     The sample is the end and another piece of every tensor, of 2048 tensors where there are more: a few MiB are read,
     however large the model is. How tensors are spread over files does not matter. Raises CheckpointError.
     """
     digest = hashlib.blake2b(digest_size=16)
-    path = checkpoint.directory / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        meaning = {key: value for key, value in config.items() if key not in _NOT_MEANING}
-        digest.update(json.dumps(meaning, sort_keys=True).encode())
+        digest.update(metadata_digest(checkpoint.directory) if checkpoint.is_gguf else _meaning(checkpoint.directory))
         for name, entry in sorted(checkpoint.tensors.items()):
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\n".encode())
         for _, piece in sorted(_sample(checkpoint).items()):
@@ -34,6 +33,12 @@ def model_digest(checkpoint: Checkpoint) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.directory}: the model cannot be read: {error}") from error
     return digest.hexdigest()
+
+
+def _meaning(directory: Path) -> bytes:
+    config = json.loads((directory / "config.json").read_bytes())
+    meaning = {key: value for key, value in config.items() if key not in _NOT_MEANING}
+    return json.dumps(meaning, sort_keys=True).encode()
 
 
 def _sample(checkpoint: Checkpoint) -> dict[str, bytes]:

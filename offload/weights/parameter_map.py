@@ -31,6 +31,7 @@ from offload.weights.formats import (
     quantization_of,
 )
 from offload.weights.formats.plain import torch_dtype
+from offload.weights.gguf_model import gguf_names
 
 _COMPARED_ELEMENTS = 1 << 19
 
@@ -77,7 +78,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
             "if these are not quantised, remove quantization_config"
         )
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    direct, converters, unexpected = _assign(model, found, tensors)
+    direct, converters, unexpected = _assign(model, checkpoint, found, tensors)
     result = ParameterMap()
     result.direct = direct
     for name, key in direct.items():
@@ -99,10 +100,12 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
 
 
 def _assign(
-    model: PreTrainedModel, found: Mapping[str, FoundWeight], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, FoundWeight], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, WeightConverter], dict[str, str]]:
     """Give each weight of the checkpoint to a parameter (parameter -> the weight's name), to a converter (by its first target),
     or to nobody (new -> old name)."""
+    if checkpoint.is_gguf:
+        return gguf_names(model, checkpoint), {}, {}
     mapping = get_model_conversion_mapping(model)
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from memory.errors import UserError
-from offload.files.checkpoint import Checkpoint, read_checkpoint
+from offload.files.checkpoint import Checkpoint, is_gguf, read_checkpoint
+from offload.files.gguf_file import read_gguf
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
 from offload.weights.formats import PlainTensor, StoredWeight, find_weights, quantization_of
+from offload.weights.formats.gguf import dtype_to_compute_in
 from offload.weights.formats.plain import dense_bytes
+from offload.weights.gguf_model import read_gguf_config
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.parameter_map import ParameterMap, map_parameters
 from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, read_config, set_placeholders
@@ -80,7 +83,7 @@ class ModelParts:
     """prefixes, blocks, layouts and bindings run in parallel, in module order."""
 
     directory: Path
-    """Of config.json."""
+    """Of config.json; of a GGUF model its file."""
     checkpoint: Checkpoint
     """The files that `sources` point into, by their headers."""
     model: nn.Module
@@ -157,14 +160,15 @@ def cut(
     tile_vocab: int | None = None,
     trains_weights: bool = False,
 ) -> ModelParts:
-    """choose_dtype: given the dtype that most bytes of the checkpoint have, the one to compute in. trains_weights: whether
-    gradients of the model's own weights are wanted: of tables only the input embedding is read on demand then, for it is
-    the one whose rows are known before a step.
+    """directory: of a model, or its GGUF file. choose_dtype: given the dtype that most bytes of the checkpoint have, the one to
+    compute in. trains_weights: whether gradients of the model's own weights are wanted: of tables only the input embedding is
+    read on demand then, for it is the one whose rows are known before a step.
 
-    Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint.
+    Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint, and for a GGUF file that
+    cannot be read.
     """
-    checkpoint = read_checkpoint(directory)
-    config = read_config(directory, trust_remote_code)
+    checkpoint = read_gguf(directory) if is_gguf(directory) else read_checkpoint(directory)
+    config = read_gguf_config(checkpoint) if checkpoint.is_gguf else read_config(directory, trust_remote_code)
     dtype = choose_dtype(stored_dtype(checkpoint, quantization_of(config)))
     model = build_on_meta(config, directory, dtype, trust_remote_code)
     sources = map_parameters(model, checkpoint)
@@ -234,6 +238,8 @@ def stored_dtype(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None)
 
     quantization: `quantization_config` of config.json.
     """
+    if checkpoint.is_gguf:
+        return dtype_to_compute_in(checkpoint.tensors)
     sizes: dict[str, int] = {}
     for form, parts in find_weights(checkpoint.tensors, quantization).values():
         if (said := form.dense_dtype(quantization)) is not None:

@@ -11,6 +11,7 @@ from offload.weights.formats.base import Stored, StoredWeight, stored_name
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
 from offload.weights.formats.compressed_tensors import CompressedTensor
 from offload.weights.formats.fp8 import BlockFP8
+from offload.weights.formats.gguf import GgufTensor
 from offload.weights.formats.gptq import PackedGptq
 from offload.weights.formats.lossless import LosslessWeight
 from offload.weights.formats.mxfp4 import MXFP4Experts
@@ -22,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMATS: tuple[type[StoredWeight], ...] = (
+    GgufTensor,
     Packed4Bit,
     Packed8Bit,
     BlockFP8,
