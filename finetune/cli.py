@@ -207,7 +207,7 @@ def generate(
     typer.echo()
 
 
-@_command("config", "model", "output", ..., "trust_remote_code", "settings", "debug")
+@_command("config", "model", "quantize", "output", ..., "trust_remote_code", "settings", "debug")
 def export(
     config: Config,
     to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,

@@ -259,7 +259,8 @@ class Trainer:
         run.progress.close()
         words = summary_table(report)
         if method.adapter_directory is None:
-            words += f"\nThe tuned model: finetune export --model {config.model} --output {output} --to DIRECTORY"
+            quantized = f" --quantize {config.quantize}" if config.quantize else ""
+            words += f"\nThe tuned model: finetune export --model {config.model}{quantized} --output {output} --to DIRECTORY"
         print(words, file=LastingStream(sys.stdout), flush=True)
         return TrainResult(loop.step, loop.training_loss, report)
 

@@ -20,6 +20,7 @@ from text_models import make_config, write_model, write_rows
 from finetune import Trainer
 from finetune.config import Config, ConfigError
 from finetune.evaluate import evaluate
+from finetune.export import export
 from finetune.generate import generate
 from finetune.quantization.cache import cache_home, cached_models, open_lock, remove_cached
 from memory.errors import UserError
@@ -95,6 +96,31 @@ def test_zeroth_order_steps_move_an_adapter_over_it(model, rows, tmp_path):
         )
         losses.append(Trainer(zo).train().training_loss)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("parameters", ["scales", "all"])
+def test_what_is_tuned_of_it_is_exported(parameters, model, rows, tmp_path):
+    """Scales into the same format, noise in products into plain weights."""
+    zo = {"parameters": parameters} | ({} if parameters == "scales" else {"perturb": "products", "noise": "low_rank"})
+    written = []
+    quantize = {"quantize": "nf4", "quantization": {"nested": False}}
+    for name, more in (("here", quantize), ("there", {})):
+        base = model if more else only_model()
+        training = TRAINING | {"learning_rate": 1e-3}
+        tuned = make_config(base, tmp_path / name, data=rows, method="zo", training=training, zo=zo, **more)
+        Trainer(tuned).train()
+        export(tuned, tmp_path / f"{name}-exported")
+        files = sorted((tmp_path / f"{name}-exported").glob("*.safetensors"))
+        written.append({key: value for file in files for key, value in load_file(file).items()})
+        if more:
+            with pytest.raises(UserError, match="and --quantize as then"):
+                export(make_config(model, tmp_path / name, method="zo"), tmp_path / "wrong")
+    assert written[0].keys() == written[1].keys() and all(written[0][key].equal(written[1][key]) for key in written[0])
+    original = {key: value for file in only_model().glob("*.safetensors") for key, value in load_file(file).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert (name + ".absmax" in written[0]) == (parameters == "scales")
+    key = name + ".absmax" if parameters == "scales" else name
+    assert not written[0][key].equal(original[key])
 
 
 def test_the_plan_before_is_the_plan_after(model, rows, tmp_path):
