@@ -115,7 +115,7 @@ def test_compiled_for_gpus_nothing_is_fused_or_spilled():
     )
     assert result.returncode == 0, result.stderr[-2000:]
     operations = set(re.findall(r"\b((?:add|sub|mul|fma|div)\.\S*f32)", result.stdout))
-    assert operations == {"add.rn.f32", "mul.rn.f32"}
+    assert {"add.rn.f32", "mul.rn.f32"} <= operations <= {"add.rn.f32", "mul.rn.f32", "sub.rn.f32"}
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stdout)
     assert spills == [("0", "0")] * 12
     assert max(map(int, re.findall(r"Used (\d+) registers", result.stdout))) <= 64

@@ -410,11 +410,11 @@ def test_neighbours_share_a_read_at_the_files_residue(noise: Path) -> None:
 @pytest.mark.parametrize("offset", [0, 8, 1000])
 def test_tensors_that_one_shift_aligns_are_one_copy(offset: int, noise: Path) -> None:
     sources, place = {}, offset
-    for name, size in (("a", 160), ("b", 48), ("c", 4), ("d", 64)):
+    for name, size in (("a", 1280), ("b", 384), ("c", 4), ("d", 64)):
         sources[name] = entry_source(noise, place, (size,), "BF16", 2)
         place += size * 2
     copies = align_views(check_layout(sources))[1]
-    assert [num_bytes for _, _, num_bytes in copies] == [2 * (160 + 48 + 4), 2 * 64]
+    assert [num_bytes for _, _, num_bytes in copies] == [2 * (1280 + 384 + 4), 2 * 64]
 
 
 def test_a_gap_of_a_page_splits_a_read(noise: Path) -> None:

@@ -19,8 +19,9 @@ from memory.units import PAGE_BYTES, round_up
 from offload.weights.formats import PlainTensor, StoredWeight, stored_name
 from offload.weights.formats.plain import dense_bytes
 
-ALIGNMENT = 16
-"""Bytes, of every tensor on an accelerator: its fastest products want that of their operands."""
+ALIGNMENT = 256
+"""Bytes, of every tensor on an accelerator: products choose their kernels, so their rounding, by what up to 256 divides the
+addresses of their operands (`_getAlignment` of PyTorch's CUDA products), and PyTorch's own tensors have 512."""
 
 
 class Read(NamedTuple):

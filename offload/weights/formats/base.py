@@ -15,6 +15,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -38,9 +39,14 @@ def stored_name(name: str, part: str) -> str:
 def kernels_for(tensor: Tensor) -> str | None:
     """What kernels the tensor's device runs, as in `memory.device_kinds`; None on meta, and where Triton is not installed."""
     traits = DEVICE_KINDS.get(tensor.device.type)
-    if traits is None or traits.kernels == "triton" and importlib.util.find_spec("triton") is None:
+    if traits is None or traits.kernels == "triton" and not _has_triton():
         return None
     return traits.kernels
+
+
+@cache  # it is asked for at every product, and looks through folders
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class StoredWeight(ABC):
