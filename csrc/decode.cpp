@@ -49,6 +49,7 @@ struct Scales {
     const float* outer;
     uint64_t outer_group, into_outer;
     float offset;
+    const float* zeros;  // as many as scales, or null
 };
 
 using ScaleArguments = std::tuple<ScaleFormat, uint64_t, uint64_t, uint64_t, uint64_t>;  // in the order of Scales
@@ -101,7 +102,8 @@ void decode_matrix(RunFunction function, const Pass& pass, const Matrix& m, cons
         if (scales.data)
             for (uint64_t i = 0; i < groups; ++i)
                 of_groups[i] = scale_at(scales, row / scales.rows * row_groups + group + i);
-        function(pass, {m.codes + number * bits / 8, m.odd, count, of_groups, scales.columns, before % scales.columns,
+        const float* zeros = scales.zeros ? scales.zeros + row / scales.rows * row_groups + group : nullptr;
+        function(pass, {m.codes + number * bits / 8, m.odd, count, of_groups, zeros, scales.columns, before % scales.columns,
                         m.target + number * size});
     };
     in_parallel(m.rows * pieces, std::max<uint64_t>(1, kNumbersAtOnce / std::min(piece, m.columns)), threads, one);
@@ -109,7 +111,7 @@ void decode_matrix(RunFunction function, const Pass& pass, const Matrix& m, cons
 
 void run(const std::string& instructions, Code code, uint64_t codes, bool odd, uint64_t rows, uint64_t columns,
          const std::vector<float>& table, const ScaleArguments& scale_arguments, const NestedArguments& nested_arguments,
-         float factor, Dtype rounded, uint64_t target, Dtype target_dtype, int threads) {
+         uint64_t zeros, float factor, Dtype rounded, uint64_t target, Dtype target_dtype, int threads) {
     const RunFunction function = choices().named(instructions);
     const auto& [format, address, group_rows, group_columns, into_group] = scale_arguments;
     const auto& [map, outer, outer_group, into_outer, offset] = nested_arguments;
@@ -123,7 +125,7 @@ void run(const std::string& instructions, Code code, uint64_t codes, bool odd, u
         throw std::invalid_argument("expected groups of a row and a column or more, and to begin within one");
     const Scales scales{format, reinterpret_cast<const uint8_t*>(address), group_rows, group_columns, into_group,
                         reinterpret_cast<const float*>(map), reinterpret_cast<const float*>(outer), outer_group, into_outer,
-                        offset};
+                        offset, reinterpret_cast<const float*>(zeros)};
     const Pass pass{code, table.data(), factor, rounded == target_dtype ? Dtype::kFloat32 : rounded, target_dtype,
                     rows * columns * size_of(target_dtype) >= kStreamedBytes};
     nb::gil_scoped_release release;
@@ -154,6 +156,6 @@ void register_decode(nb::module_& m) {
         .value("nested", ScaleFormat::kNested);
     sub.def("available", &decode::available, "Instruction sets whose code can run here, fastest first.");
     sub.def("run", &decode::run, nb::arg("instructions"), nb::arg("code"), nb::arg("codes"), nb::arg("odd"), nb::arg("rows"),
-            nb::arg("columns"), nb::arg("table"), nb::arg("scales"), nb::arg("nested"), nb::arg("factor"), nb::arg("rounded"),
+            nb::arg("columns"), nb::arg("table"), nb::arg("scales"), nb::arg("nested"), nb::arg("zeros"), nb::arg("factor"), nb::arg("rounded"),
             nb::arg("target"), nb::arg("target_dtype"), nb::arg("threads"));
 }

@@ -1,4 +1,4 @@
-// Decoders of packed weights: number = value(code) * scale * factor, in fp32, every product rounded; then rounded to one dtype
+// Decoders of packed weights: number = (value(code) - zero) * scale * factor, in fp32, every operation rounded; then rounded to one dtype
 // and converted to another, each to nearest, ties to even. Portable, AVX2 and AVX-512 code give the same bits, those of
 // PyTorch's operations one after the other (of NaN: one is one).
 #pragma once
@@ -32,6 +32,7 @@ struct Run {
     bool odd;  // of 4 bits: the first number is the second of its byte
     uint64_t count;
     const float* scales;  // of the groups: the first one's and on
+    const float* zeros;   // of 4 bits, the same of zero points; null: there are none
     uint64_t group;       // numbers under a scale
     uint64_t into_group;  // numbers of the first group that come before the run
     char* target;

@@ -148,6 +148,10 @@ class CompressedTensor(StoredWeight):
         if codes is not None:
             numbers = torch.empty(self.shape, dtype=dtype)
             scales = native_scales(stored["scales"], self.spans, *self.block)
+            if self.zero_points:
+                of_rows = scales_of_rows(stored["scales"], self.spans, self.block[0])
+                zeros = self._zeros(stored["zero_points"]).float().contiguous()
+                scales = native_kernels.Scales(of_rows, self.block[1], zeros=zeros)
             return native_kernels.decode(codes, scales, numbers, rounded=scales.data.dtype)
         scales = scales_of_rows(stored["scales"], self.spans, self.block[0])
         zeros = self._zeros(stored["zero_points"]).to(scales.dtype) if self.zero_points else None
@@ -164,10 +168,12 @@ class CompressedTensor(StoredWeight):
         return numbers
 
     def _native_codes(self, packed: Tensor) -> native_kernels.Codes | None:
-        """What a native decoder knows: numbers of 8 bits by themselves, and 4 in whole words, without zero points."""
-        if kernels_for(packed) != "native" or self.zero_points or self.groups:
+        """What a native decoder knows: numbers of 8 bits by themselves, and 4 in whole words."""
+        if kernels_for(packed) != "native" or self.groups:
             return None
         if not self.scheme.is_packed:
+            if self.zero_points:
+                return None
             return native_kernels.Codes("float8_e4m3fn" if self.scheme.is_float else "int8", packed)
         if self.scheme.num_bits != 4 or self.shape[1] % 8:
             return None

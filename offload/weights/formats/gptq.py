@@ -35,6 +35,7 @@ class PackedGptq(GroupedWeight):
     """A matrix that GPTQ has packed, or rows of one; `codes` are [words of inputs, outputs]."""
 
     word = "GPTQ"
+    has_words_of_inputs = True
 
     zeros_less_one: bool
     """See [Note: GPTQ's zero points]."""

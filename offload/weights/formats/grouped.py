@@ -16,13 +16,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats import native_kernels
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.plain import Extent, PlainTensor
 from offload.weights.formats.stored_parts import check, check_tensor, gather
 
@@ -36,6 +37,8 @@ class GroupedWeight(StoredWeight):
     """A matrix of grouped codes, or rows of one. See [Note: grouped codes]."""
 
     layers = (nn.Linear,)
+    has_words_of_inputs: ClassVar[bool] = False
+    """Whether a word of `codes` holds neighbouring inputs of one output."""
 
     codes: PlainTensor
     """int32, with an input or a word of inputs a row."""
@@ -92,18 +95,29 @@ class GroupedWeight(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(self.shape, dtype=dtype, device=stored["codes"].device)
+        is_native = self.bits == 4 and self.has_words_of_inputs and self.groups is None
+        decode = self._decode_natively if is_native and kernels_for(numbers) == "native" else self._decode_rows
         zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
-        groups = stored["groups"].long() if self.groups else None
         done = 0
         for first, end in self.spans:
             for start in range(first, end, _ROWS):
                 stop = min(start + _ROWS, end)
-                codes = self._row_codes(stored["codes"], start, stop)
-                numbers[done : done + stop - start] = self._numbers(
-                    codes, zeros[:, start:stop].t(), scales[:, start:stop].t(), groups
-                )
+                of_groups = zeros[:, start:stop].t(), scales[:, start:stop].t()
+                decode(stored, start, stop, *of_groups, numbers[done : done + stop - start])
                 done += stop - start
         return numbers
+
+    def _decode_natively(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
+        """Outputs [start, stop) of those that are stored here. zeros, scales: [rows, groups]."""
+        words = stored["codes"][:, start:stop].t().contiguous()
+        codes = native_kernels.Codes("four_bit_low", words.view(torch.uint8), tuple(range(16)))
+        of_groups = native_kernels.Scales(scales.contiguous(), self.group_size, zeros=zeros.float().contiguous())
+        native_kernels.decode(codes, of_groups, numbers, rounded=scales.dtype)
+
+    def _decode_rows(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
+        """The same by PyTorch's operations."""
+        groups = stored["groups"].long() if self.groups else None
+        numbers.copy_(self._numbers(self._row_codes(stored["codes"], start, stop), zeros, scales, groups))
 
     def _numbers(self, codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:
         """codes: integers [rows, inputs]; zeros, scales: [rows, groups] -> in the dtype of the scales."""

@@ -1,8 +1,8 @@
 """Decoders of packed weights on CPUs, in C++ (`csrc/decode.h`): the same single fp32 operations as the portable ones.
 
-number = value(code) * scale * factor in fp32, every product rounded; the result is rounded to one dtype and converted to the
-target's: the bits of these operations in PyTorch, one after the other, on every instruction set (of NaN only that it is one).
-Nothing is allocated. Targets that are larger than the caches are written past them.
+number = (value(code) - zero) * scale * factor in fp32, every operation rounded; the result is rounded to one dtype and
+converted to the target's: the bits of these operations in PyTorch, one after the other, on every instruction set (of NaN only
+that it is one). Nothing is allocated. Targets that are larger than the caches are written past them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Scales(NamedTuple):
     """data: fp32, bf16, fp16 or e8m0, uint8 where nested; contiguous, row after row. rows, columns: of the numbers under one
     scale.
 
-    into_group: columns of the first scale that come before the matrix (of one row).
+    into_group: columns of the first scale that come before the matrix (of one row). zeros: of four bits, the zero points, fp32
+    in the shape of `data`.
     """
 
     data: Tensor
@@ -66,6 +67,7 @@ class Scales(NamedTuple):
     rows: int = 1
     into_group: int = 0
     nested: Nested | None = None
+    zeros: Tensor | None = None
 
 
 def decode(
@@ -99,6 +101,7 @@ def decode(
         (nested.map.data_ptr(), nested.outer.data_ptr(), nested.group, nested.into_group, nested.offset)
         if nested
         else (0, 0, 1, 0, 0.0),
+        scales.zeros.data_ptr() if scales and scales.zeros is not None else 0,
         factor,
         _DTYPES[rounded or torch.float32],
         target.data_ptr(),
@@ -124,11 +127,15 @@ def _check(codes: Codes, scales: Scales | None, target: Tensor, rows: int, colum
     if (scales is None) != (dtype in (torch.bfloat16, torch.float16)):
         raise ValueError(f"{codes.kind} with scales {scales}")
     if scales is not None:
+        if scales.zeros is not None and not has_pairs:
+            raise ValueError(f"zero points of {codes.kind}")
         if min(scales.rows, scales.columns, scales.nested.group if scales.nested else 1) < 1:
             raise ValueError(f"a scale of {scales.rows} rows and {scales.columns} columns")
         groups = -(-rows // scales.rows) * -(-(scales.into_group + columns) // scales.columns)
         nested = scales.nested
         tensors.append((scales.data, (torch.uint8,) if nested else tuple(_SCALE_FORMATS), groups))
+        if scales.zeros is not None:
+            tensors.append((scales.zeros, (torch.float32,), groups))
         if nested:
             tensors.append((nested.map, (torch.float32,), 256))
             tensors.append((nested.outer, (torch.float32,), -(-(nested.into_group + groups) // nested.group)))
