@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed_checkpoints import CODES, edit, write_packed
+from grouped_checkpoints import Awq, Gptq, write_grouped
+from packed_checkpoints import CODES, edit, write_packed, write_twice
 from safetensors.torch import load_file
 from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
+from test_quantised_bases import BASES
 
 import offload.weights.binding
 import offload.weights.parts
@@ -47,6 +49,32 @@ def test_products(case, checkpoint, tokens, tmp_path, monkeypatch):
     assert journal(tmp_path / "out-packed") == journal(tmp_path / "out-decoded")
 
 
+FORMATS = {
+    "gptq": lambda model, folder: write_grouped(model, folder, Gptq(act_order=True)),
+    "awq": lambda model, folder: write_grouped(model, folder, Awq()),
+    "fp8": lambda model, folder: write_twice(model, folder, lambda _, w: BASES["fp8"].pack(w), BASES["fp8"].section),
+    "int4": lambda model, folder: write_twice(model, folder, lambda _, w: BASES["int4"].pack(w), BASES["int4"].section),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_products_over_other_formats(form, checkpoint, tokens, tmp_path, monkeypatch):
+    """And what is exported: every weight as the plain one."""
+    monkeypatch.setattr(ZerothOrderOptions, "steps_between_folds", property(lambda self: 100))
+    losses, tuned = [], []
+    for model in FORMATS[form](checkpoint("llama"), tmp_path):
+        config = zo_config(model, tokens, tmp_path / f"out-{model.name}", PRODUCTS, training={"max_steps": 3})
+        losses.append(zo_run(config))
+        export(config, tmp_path / f"tuned-{model.name}")
+        shards = (tmp_path / f"tuned-{model.name}").glob("*.safetensors")
+        tuned.append({name: value for shard in shards for name, value in load_file(shard).items()})
+    assert losses[0] == losses[1]
+    found, expected = tuned
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # numbers that were rounded to 16 bits are written in these
+        assert found[name].to(value.dtype).equal(value), name
+
+
 class PlainScales(PlainMezo):
     """As `PlainMezo`, but what is tuned is the scales of packed weights, which are decoded anew under every variant."""
 
@@ -55,7 +83,7 @@ class PlainScales(PlainMezo):
         super().__init__(config)
         self.kind = kind
         self.most = 100.0 if config.zo.clip is None else config.zo.clip
-        suffix, field = (".SCB", ".scales") if kind == "int8" else (".weight.absmax", ".absmax")
+        suffix, field = FIELDS.get(kind, (".weight.absmax", ".absmax"))
         stored: dict[str, torch.Tensor] = {}
         for shard in packed.glob("*.safetensors"):
             stored |= load_file(shard)
@@ -77,6 +105,9 @@ class PlainScales(PlainMezo):
                 scales = scales + torch.tensor(coefficient, dtype=torch.float32) * z
             if self.kind == "int8":
                 numbers = self.codes[name].float() * scales[:, None] * (1 / 127)
+            elif self.kind == "fp8":
+                grid = scales.view(self.scaled[name].shape).repeat_interleave(16, 0).repeat_interleave(24, 1)
+                numbers = self.codes[name].float() * grid[: weight.shape[0], : weight.shape[1]]
             else:
                 pairs = self.codes[name].flatten().numpy()
                 numbers = CODES[self.kind][np.stack([pairs >> 4, pairs & 15], 1).reshape(-1)][: weight.numel()]
@@ -84,7 +115,9 @@ class PlainScales(PlainMezo):
             weight.data = numbers.view(weight.shape).to(weight.dtype)
 
 
+FIELDS = {"int8": (".SCB", ".scales"), "fp8": (".weight_scale_inv", ".scales")}
 SCALES = {
+    "fp8": ("llama", "fp8", {"fold_steps": 2, "noise": "gaussian"}, "cpu", PLACEMENTS[1]),
     "nf4, gaussian": ("llama", "nf4", {"noise": "gaussian", "fold_steps": 1}, "cpu", PLACEMENTS[0]),
     "fp4, folds, beside a device": ("qwen3", "fp4", {"fold_steps": 2, "perturbations": 2}, "simulated", PLACEMENTS[1]),
     "int8, clipped": ("llama-tied", "int8", {"fold_steps": 4, "clip": 0.5}, "cpu", PLACEMENTS[2]),
@@ -99,12 +132,15 @@ def test_scales(case, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 700)
     name, kind, zo, device, engine = SCALES[case]
     ends = ("proj.weight", "lm_head.weight") if "head" in case else ("proj.weight",)
-    packed, decoded = write_packed(checkpoint(name), tmp_path, kind, ends=ends)
+    if kind == "fp8":
+        packed, decoded = FORMATS["fp8"](checkpoint(name), tmp_path)
+    else:
+        packed, decoded = write_packed(checkpoint(name), tmp_path, kind, ends=ends)
     small = {  # some scales that one step makes negative
-        key: torch.where(torch.arange(value.numel()) % 5 == 0, 1e-6, value)
+        key: torch.where(torch.arange(value.numel()).view_as(value) % 5 == 0, 1e-6, value)
         for shard in packed.glob("*.safetensors")
         for key, value in load_file(shard).items()
-        if key.endswith((".absmax", ".SCB"))
+        if key.endswith((".absmax", ".SCB", "_scale_inv"))
     }
     edit(packed, small)
     change = {"device": device, "engine": engine, "training": {"max_steps": 7, "weight_decay": 0.0}}
@@ -119,7 +155,8 @@ def test_scales(case, checkpoint, tokens, tmp_path, monkeypatch):
         found, before = load_file(tmp_path / "tuned" / shard.name), load_file(shard)
         assert found.keys() == before.keys()
         for key, value in before.items():
-            stem = key.replace(".SCB", ".weight.scales")
-            assert found[key].equal(plain.up_to_date(stem) if stem in plain.values else value), key
-            assert stem not in plain.values or not found[key].equal(value)
+            stem = key.replace(".SCB", ".weight.scales").replace(".weight_scale_inv", ".weight.scales")
+            expected = plain.up_to_date(stem).view_as(value) if stem in plain.values else value
+            assert found[key].view(torch.uint8).equal(expected.view(torch.uint8)), key
+            assert stem not in plain.values or not expected.equal(value)
     assert min(float(plain.up_to_date(name).min()) for name in plain.values) == np.float32(1e-7)
