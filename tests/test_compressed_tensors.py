@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,40 @@ def test_zero_points_beside_integers_of_their_own(tmp_path):
             read(tmp_path, stored | {".weight_zero_point": value}, quantization)
     with pytest.raises(CheckpointError, match=r"expected I8 \[37, 65\], found BF16 \[37, 65\]"):
         read(tmp_path, stored | {".weight": torch.zeros(SHAPE, dtype=torch.bfloat16)}, quantization)
+
+
+ODD = (None, True, 0, -1, 3, 13, 1.5, 10**30, "", "re:(", "Linear", "group", "tensor", "float", "2x2", [], [1, 2], {}, {"a": 1})
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """A copy with one thing in it, or all of it, replaced or removed."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return deepcopy(rng.choice(ODD))
+    copy = deepcopy(value)
+    key = rng.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+    if rng.random() < 0.2:
+        del copy[key]
+    else:
+        copy[key] = changed(copy[key], rng)
+    return copy
+
+
+def test_configurations_that_were_changed_at_random_give_the_same_numbers_or_a_sentence(tmp_path):
+    rng, refused = random.Random(5), 0
+    stored, numbers = pack_compressed(draw(), 4, (1, 13), symmetric=False)
+    whole = section("pack-quantized", INT4, sparsity_config={"format": "dense"}, transform_config={}, kv_cache_scheme=None)
+    for _ in range(300):
+        quantization = changed({key: value for key, value in whole.items() if key != "quant_method"}, rng)
+        if not isinstance(quantization, dict):
+            continue  # Transformers refuses it
+        try:
+            weight, tensors = read(tmp_path, stored, {**quantization, "quant_method": "compressed-tensors"})
+        except CheckpointError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error)
+            refused += 1
+            continue
+        assert weight.decode(tensors, torch.float32).equal(numbers.float())
+    assert refused > 100
 
 
 # A model.
