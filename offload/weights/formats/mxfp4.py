@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats import native_kernels
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import ROWS_AT_ONCE
 from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 _VALUES = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _BLOCK = 32
+_ROWS = 128  # decoded at a time: what stands between bytes and numbers stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,24 @@ class MXFP4Experts(StoredWeight):
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         blocks, scales = stored["blocks"], stored["scales"]
         numbers = torch.empty(self.shape, dtype=dtype, device=blocks.device)
-        for expert in range(self.shape[0]):
-            for start in range(0, self.shape[2], ROWS_AT_ONCE):
-                rows = slice(start, start + ROWS_AT_ONCE)
-                some = _pairs(blocks.device)[blocks[expert, rows].int()].view(torch.float32)
-                some.mul_(_powers(blocks.device)[scales[expert, rows].int()][..., None])
-                numbers[expert, :, rows] = some.flatten(1).t()
+        matrix = torch.empty(self.shape[:0:-1], dtype=dtype, device=blocks.device)
+        for expert, target in enumerate(numbers):
+            powers = _powers(blocks.device)[scales[expert].int()]
+            _decode_rows(blocks[expert], powers, matrix)
+            target.copy_(matrix.t())
         return numbers
+
+
+def _decode_rows(blocks: Tensor, powers: Tensor, matrix: Tensor) -> None:
+    """Fills `matrix` [rows, columns] from blocks [rows, columns / 32, 16] and halves of their powers [rows, columns / 32]."""
+    if kernels_for(matrix) == "native":
+        codes = native_kernels.Codes("four_bit_low", blocks, tuple(2 * value for value in _VALUES))
+        native_kernels.decode(codes, native_kernels.Scales(powers, _BLOCK), matrix)
+        return
+    for start in range(0, len(matrix), _ROWS):
+        rows = slice(start, start + _ROWS)
+        some = _pairs(blocks.device)[blocks[rows].int()].view(torch.float32)
+        matrix[rows] = some.mul_(powers[rows][..., None]).flatten(1)
 
 
 @cache
