@@ -109,7 +109,7 @@ def test_shared_options_are_keys_of_the_configuration() -> None:
     assert KEYS.keys() <= Config.model_fields.keys() | SHORTHANDS.keys()
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "eval", "generate", "export"])
+@pytest.mark.parametrize("command", ["run", "plan", "eval", "generate", "export", "compress"])
 def test_help_says_what_every_option_is_for(command: str) -> None:
     parameters = get_command(app).commands[command].params
     assert all(len(one.help) > 9 for one in parameters), [one.name for one in parameters if not one.help]

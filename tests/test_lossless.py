@@ -17,9 +17,12 @@ import torch
 from extents import equal_bits, read_source
 from safetensors.torch import load_file, save_file
 from text_models import make_config, write_model, write_rows
+from typer.testing import CliRunner
 
 import offload.weights.compress as compress_module
 from finetune import Trainer
+from finetune.cli import app
+from finetune.compress import compress
 from finetune.session import Session
 from memory.device_kinds import DEVICE_KINDS
 from memory.errors import UserError
@@ -451,6 +454,28 @@ def test_a_model_that_ends_early_leaves_nothing(plain, tmp_path):
     with pytest.raises(CheckpointError, match="ends early: download the model again"):
         compress_checkpoint(parts, tmp_path / "out", 1 << 20, {})
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_command(plain, tmp_path):
+    command = CliRunner()
+    target = tmp_path / "out"
+    arguments = ["compress", "--model", str(plain("llama")), "--to", str(target)]
+    result = command.invoke(app, arguments)
+    assert result.exit_code == 0 and " weights compressed, " in result.stdout, result.output
+    assert cut(target).sources.keys() == cut(plain("llama")).sources.keys()
+    assert {path.name for path in target.iterdir()} >= {path.name for path in plain("llama").iterdir()}
+    again = command.invoke(app, arguments)
+    assert again.exit_code == 1 and "exists: name a directory that does not" in again.output
+    packed = command.invoke(app, ["compress", "--model", str(target), "--to", str(tmp_path / "twice")])
+    assert packed.exit_code == 1 and "the weights are packed" in packed.output
+    assert command.invoke(app, arguments[:-2]).exit_code == 1
+
+
+def test_the_command_asks_for_room(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="are to be written, 1000 bytes are free|are free: make room"):
+        compress(make_config(plain("llama"), tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_compute_dtype_is_that_of_the_plain_model(plain, tmp_path):
