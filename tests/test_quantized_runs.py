@@ -69,6 +69,10 @@ def test_a_run_is_that_over_the_published_checkpoint(kind, model, rows, tmp_path
     here = config(model, tmp_path / "here", rows, quantize=kind)
     Trainer(here, callbacks=[StopAfter(2)]).train()
     made = only_model()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (made, *made.iterdir()))
+    assert not (made / "progress.json").exists() and {path.name for path in made.parent.iterdir()} == {
+        made.name, f".{made.name}.lock",
+    }  # fmt: skip
     times = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
     Trainer(config(model, tmp_path / "here", rows, quantize=kind, resume=True)).train()
     there = config(shutil.copytree(made, tmp_path / "published"), tmp_path / "there", rows)

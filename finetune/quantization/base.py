@@ -26,7 +26,7 @@ from memory.units import format_bytes, format_seconds, parse_bytes, total_host_b
 from offload.devices import Device
 from offload.files.checkpoint import CheckpointError, is_gguf, read_checkpoint, resolve_model
 from offload.files.lock import lock
-from offload.files.new_directory import new_directory
+from offload.files.new_directory import flush
 from offload.files.sealed import json_digest, seal
 from offload.quantize.kernels import Blocks, pack_4bit, pack_int8
 from offload.quantize.outline import Outline, Packing, outline, write_side, write_sparse
@@ -231,11 +231,13 @@ class _Quantization:
             shutil.rmtree(unfinished)
             raise UserError(f"{self._base.source}: its files have changed while they were quantised: start again")
         shutil.rmtree(self.target, ignore_errors=True)  # damaged
-        with new_directory(self.target) as directory:
-            for path in unfinished.iterdir():
-                if path.name != PROGRESS:
-                    path.rename(directory / path.name)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for path in (*unfinished.rglob("*"), unfinished):
+            path.chmod(0o700 if path.is_dir() else 0o600)
+            flush(path)
+        # Killed before this, the next process finds all files of weights in the unfinished directory; after it, here.
+        unfinished.rename(self.target)
+        flush(self._cache)
+        (self.target / PROGRESS).unlink()
         return about
 
     def _check_memory(self, plan: Outline) -> None:

@@ -30,16 +30,16 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             if private and path.is_file():
                 path.chmod(0o600)
-            _flush(path)
+            flush(path)
         if directory.is_dir() and _names(directory) - _names(temporary):
             for path in temporary.iterdir():
                 path.replace(directory / path.name)
             temporary.rmdir()
-            _flush(directory)
+            flush(directory)
         else:
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
@@ -51,7 +51,8 @@ def _names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Makes what was written to a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
