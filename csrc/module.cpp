@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "arena.h"
+#include "blocks_bindings.h"
 #include "decode_bindings.h"
 #include "io_bindings.h"
 #include "kernels.h"
@@ -23,6 +24,7 @@ NB_MODULE(finetune_native, m) {
     register_noise(m);
     register_optimizer(m);
     register_decode(m);
+    register_blocks(m);
     register_quantize(m);
     register_lossless(m);
 }

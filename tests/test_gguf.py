@@ -23,6 +23,7 @@ from offload.files.gguf_file import BLOCK_TYPES, read_gguf, read_gguf_header
 from offload.weights.digest import model_digest
 from offload.weights.formats.gguf import GgufTensor
 from offload.weights.formats.gguf_blocks import DECODERS
+from offload.weights.formats.native_kernels import INSTRUCTION_SETS, decode_blocks
 from offload.weights.gguf_model import read_gguf_config
 from offload.weights.parts import cut
 
@@ -52,6 +53,24 @@ def test_decoders(word):
     assert found.isnan().equal(~is_number)
     assert found[is_number].view(torch.int32).equal(expected[is_number].view(torch.int32))
     assert DECODERS[word](torch.from_numpy(blocks).to("meta")).shape == expected.shape
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("word", DECODERS)
+def test_native_decoders(word, instructions):
+    """Any bytes at all, on every instruction set, in every dtype; more blocks than a thread takes at once."""
+    elements, num_bytes = gguf.GGML_QUANT_SIZES[Type[word]]
+    blocks = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (70001 // elements, num_bytes), dtype=np.uint8))
+    numbers = DECODERS[word](blocks)
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)):
+        expected, found = numbers.to(dtype), torch.empty_like(numbers, dtype=dtype)
+        assert decode_blocks(word, blocks, found, instructions) is found
+        is_number = ~expected.isnan()
+        assert found.isnan().equal(~is_number)
+        assert found[is_number].view(bits).equal(expected[is_number].view(bits))
+    for wrong in (blocks[:-1], blocks[:, ::2], blocks.to(torch.int8)):
+        with pytest.raises(ValueError, match="contiguous numbers of torch.uint8"):
+            decode_blocks(word, wrong, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

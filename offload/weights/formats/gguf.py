@@ -20,7 +20,8 @@ from torch import Tensor
 
 from offload.files.checkpoint import TensorEntry, is_gguf
 from offload.files.gguf_file import BLOCKS
-from offload.weights.formats.base import StoredWeight
+from offload.weights.formats import native_kernels
+from offload.weights.formats.base import StoredWeight, kernels_for
 from offload.weights.formats.gguf_blocks import DECODERS
 from offload.weights.formats.plain import TORCH_DTYPES, Extent, PlainTensor
 from offload.weights.formats.stored_parts import check
@@ -96,6 +97,8 @@ class GgufTensor(StoredWeight):
             return rows.to(dtype) if not self.shift else (rows.float() + self.shift).to(dtype)
         decode, columns = DECODERS[self.block_type], self.shape[1]
         numbers = torch.empty(self.shape, dtype=dtype, device=rows.device)
+        if kernels_for(numbers) == "native":
+            return native_kernels.decode_blocks(self.block_type, rows, numbers)
         blocks = columns // BLOCKS[self.block_type].elements
         piece = max(1, _PIECE_ELEMENTS // columns)
         for start in range(0, self.shape[0], piece):

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import torch
 from finetune_native import Dtype
+from finetune_native import blocks as _blocks
 from finetune_native import decode as _native
 from torch import Tensor
+
+from offload.files.gguf_file import BLOCKS
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
@@ -107,6 +110,27 @@ def decode(
         target.data_ptr(),
         _DTYPES[target.dtype],
         torch.get_num_threads(),
+    )
+    return target
+
+
+def decode_blocks(block_type: str, blocks: Tensor, target: Tensor, instructions: str = INSTRUCTION_SETS[0]) -> Tensor:
+    """Fills `target` (contiguous; fp32, bf16 or fp16) with the numbers of GGUF's blocks and gives it back, on PyTorch's number
+    of threads. The bits are those of `offload.weights.formats.gguf_blocks`.
+
+    block_type: ggml's word. blocks: uint8, contiguous. Raises ValueError for what does not fit.
+    """
+    kind = _blocks.Type.__members__[block_type]
+    elements, num_bytes = BLOCKS[block_type][1:]
+    count = target.numel() // elements
+    for tensor, dtypes, size in ((blocks, (torch.uint8,), count * num_bytes), (target, tuple(_DTYPES), count * elements)):
+        if tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.numel() != size or tensor.device.type != "cpu":
+            raise ValueError(
+                f"expected {size} contiguous numbers of {' or '.join(map(str, dtypes))} on the CPU for {count} blocks of "
+                f"{block_type}, found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    _blocks.run(
+        instructions, kind, blocks.data_ptr(), count, target.data_ptr(), _DTYPES[target.dtype], torch.get_num_threads()
     )
     return target
 
