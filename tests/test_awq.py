@@ -12,7 +12,7 @@ from extents import read_source
 from grouped_checkpoints import Awq, write_grouped
 from packed_checkpoints import edit, set_config
 from safetensors.torch import load_file
-from test_gptq import RECORDED, changed, read, without, write
+from test_gptq import RECORDED, changed, read, without, without_kernels, write
 from test_resume import StopAfter
 from text_models import make_config, write_model, write_rows
 
@@ -38,8 +38,11 @@ def test_numbers_are_those_of_the_library(size, dtype):
         assert weight.decode(stored, wanted).equal(expected.to(wanted))
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("outputs, inputs", [(8, 1), (40, 72), (104, 96)])
-def test_numbers_are_those_of_the_published_format(outputs, inputs, tmp_path, monkeypatch):
+def test_numbers_are_those_of_the_published_format(outputs, inputs, native, tmp_path, monkeypatch):
+    if not native:
+        without_kernels(monkeypatch)
     matrix = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(3))
     sizes = [size for size in (-1, 1, 8, 24) if inputs % size == 0]
     for size, dtype, at_once in product(sizes, (torch.float16, torch.bfloat16), (768, 11)):

@@ -60,9 +60,17 @@ def test_numbers_are_those_of_gptqmodel(bits, form, order):
         assert weight.decode(stored, dtype).equal(expected.to(dtype))
 
 
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is where a device has none."""
+    monkeypatch.setattr("offload.weights.formats.grouped.kernels_for", lambda tensor: None)
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("bits, outputs, inputs", [(2, 48, 80), (3, 96, 160), (4, 72, 40), (8, 20, 84)])
-def test_numbers_are_those_of_the_published_format(bits, outputs, inputs, tmp_path):
+def test_numbers_are_those_of_the_published_format(bits, outputs, inputs, native, tmp_path, monkeypatch):
     """Odd shapes, short last groups, groups of any size, with what says which input is in which and without."""
+    if not native:
+        without_kernels(monkeypatch)
     matrix = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(3))
     for size, (order, has_groups), form, dtype in product(
         (-1, 16, 24, 128), ((False, True), (False, False), (True, True)), ("gptq", "gptq_v2"), (torch.float16, torch.bfloat16)
@@ -85,6 +93,24 @@ def test_more_rows_than_are_decoded_at_a_time(tmp_path, monkeypatch):
         stored, expected = how.pack(torch.randn(64, 96))
         weight, stored = read(write(tmp_path / "x.safetensors", stored), (64, 96), how.section)
         assert weight.decode(stored, torch.float16).equal(expected)
+
+
+@pytest.mark.parametrize("inputs", [64, 40])
+def test_one_zero_point_for_all(inputs, tmp_path, monkeypatch):
+    """As `sym` has it: all codes, negative scales, products that are too large for fp16 and ones that are subnormal in it."""
+    torch.manual_seed(1)
+    how, shape = Gptq(4, 16, format="gptq_v2"), (48, inputs)
+    stored, _ = how.pack(torch.randn(shape))
+    stored[".qzeros"].fill_(int("88888888", 16) - 2**32)
+    stored[".scales"].copy_(torch.randn(stored[".scales"].shape) * 10.0 ** torch.randint(-7, 5, stored[".scales"].shape))
+    weight, stored = read(write(tmp_path / "x.safetensors", stored), shape, how.section)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    found = [weight.decode(stored, dtype) for dtype in dtypes]
+    without_kernels(monkeypatch)
+    for numbers, dtype in zip(found, dtypes, strict=True):
+        expected = weight.decode(stored, dtype)
+        assert numbers.equal(expected) and expected.isinf().any() and len(expected.unique()) > 16
+        assert numbers.signbit().equal(expected.signbit())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

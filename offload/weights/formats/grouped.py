@@ -95,7 +95,7 @@ class GroupedWeight(StoredWeight):
 
     def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         numbers = torch.empty(self.shape, dtype=dtype, device=stored["codes"].device)
-        is_native = self.bits == 4 and self.has_words_of_inputs and self.groups is None
+        is_native = self.bits < 8 and self.groups is None  # differences are int8
         decode = self._decode_natively if is_native and kernels_for(numbers) == "native" else self._decode_rows
         zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
         done = 0
@@ -109,9 +109,13 @@ class GroupedWeight(StoredWeight):
 
     def _decode_natively(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
         """Outputs [start, stop) of those that are stored here. zeros, scales: [rows, groups]."""
-        words = stored["codes"][:, start:stop].t().contiguous()
-        codes = native_kernels.Codes("four_bit_low", words.view(torch.uint8), tuple(range(16)))
-        of_groups = native_kernels.Scales(scales.contiguous(), self.group_size, zeros=zeros.float().contiguous())
+        of_groups = native_kernels.Scales(scales.contiguous(), self.group_size)
+        if self.bits == 4 and self.has_words_of_inputs:
+            words = stored["codes"][:, start:stop].t().contiguous()
+            codes = native_kernels.Codes("four_bit_low", words.view(torch.uint8), tuple(range(16)))
+            of_groups = of_groups._replace(zeros=zeros.float().contiguous())
+        else:
+            codes = native_kernels.Codes("int8", self._differences(self._row_codes(stored["codes"], start, stop), zeros))
         native_kernels.decode(codes, of_groups, numbers, rounded=scales.dtype)
 
     def _decode_rows(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
@@ -124,11 +128,18 @@ class GroupedWeight(StoredWeight):
         inputs, size = self.shape[1], self.group_size
         if groups is not None:
             return codes.sub_(zeros[:, groups]) * scales[:, groups]
+        codes = self._differences(codes, zeros)
         if inputs % size:
-            zeros, scales = (of_groups.repeat_interleave(size, 1)[:, :inputs] for of_groups in (zeros, scales))
-            return codes.sub_(zeros) * scales
-        codes = codes.view(-1, inputs // size, size)
-        return (codes.sub_(zeros[:, :, None]) * scales[:, :, None]).view(-1, inputs)
+            return codes * scales.repeat_interleave(size, 1)[:, :inputs]
+        return (codes.view(-1, inputs // size, size) * scales[:, :, None]).view(-1, inputs)
+
+    def _differences(self, codes: Tensor, zeros: Tensor) -> Tensor:
+        """codes [rows, inputs] with groups in order, which are changed and returned, less zeros [rows, groups]."""
+        full = self.shape[1] // self.group_size
+        inputs = full * self.group_size
+        codes[:, :inputs].unflatten(1, (full, self.group_size)).sub_(zeros[:, :full, None])
+        codes[:, inputs:].sub_(zeros[:, full:])
+        return codes
 
 
 def find_grouped(
