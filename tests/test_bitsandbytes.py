@@ -203,7 +203,7 @@ def plain_llama(tmp_path_factory) -> Path:
 def test_a_method_that_nobody_reads_is_named_with_what_is_read(plain_llama, tmp_path):
     model, _ = write_packed(plain_llama, tmp_path, "nf4")
     set_config(model, quantization_config={"quant_method": "quip"})
-    with pytest.raises(UserError, match="by 'quip', .* one of bitsandbytes 4-bit, bitsandbytes int8, .*: use the original"):
+    with pytest.raises(UserError, match="by 'quip', .* one of .*bitsandbytes 4-bit, bitsandbytes int8, .*: use the original"):
         cut(model)
     set_config(model, quantization_config=[4])
     with pytest.raises(UserError, match="cannot read the model's configuration"):
