@@ -44,9 +44,10 @@ def zo_config(model: Path, data: Any, output: Path, zo: dict | None = None, **ch
 class PlainMezo:
     """fp32 values of every parameter, brought up to date as the rule of groups says; perturbed by plain PyTorch."""
 
+    most = float("inf")  # what coefficients are clipped to
+
     def __init__(self, config: Config) -> None:
         self.config, self.zo = config, config.zo
-        self.most = float("inf")  # what coefficients are clipped to
         torch.set_num_threads(config.engine.num_threads)
         if config.zo.parameters == "lora":
             self.model = load_plain(config)

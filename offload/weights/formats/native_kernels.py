@@ -124,7 +124,7 @@ def decode_blocks(block_type: str, blocks: Tensor, target: Tensor, instructions:
     elements, num_bytes = BLOCKS[block_type][1:]
     count = target.numel() // elements
     for tensor, dtypes, size in ((blocks, (torch.uint8,), count * num_bytes), (target, tuple(_DTYPES), count * elements)):
-        if tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.numel() != size or tensor.device.type != "cpu":
+        if tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.numel() != size or not tensor.is_cpu:
             raise ValueError(
                 f"expected {size} contiguous numbers of {' or '.join(map(str, dtypes))} on the CPU for {count} blocks of "
                 f"{block_type}, found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
@@ -165,7 +165,7 @@ def _check(codes: Codes, scales: Scales | None, target: Tensor, rows: int, colum
             tensors.append((nested.outer, (torch.float32,), -(-(nested.into_group + groups) // nested.group)))
     for tensor, dtypes, count in tensors:
         fits = tensor.dtype in dtypes and tensor.is_contiguous() and tensor.numel() >= count
-        if not fits or tensor.device.type != "cpu":
+        if not fits or not tensor.is_cpu:
             raise ValueError(
                 f"expected {count} contiguous numbers of {' or '.join(map(str, dtypes))} on the CPU, found {tensor.dtype} "
                 f"{list(tensor.shape)} on {tensor.device}"
