@@ -104,6 +104,7 @@ def test_fp8(block, monkeypatch):
         assert found.nan_to_num(7).equal(expected.nan_to_num(7)) and found.isnan().sum() == expected.isnan().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiled_for_gpus_nothing_is_fused_or_spilled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(

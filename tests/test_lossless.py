@@ -42,6 +42,8 @@ from offload.weights.formats.lossless_code import (
 )
 from offload.weights.parts import cut, stored_dtype
 
+pytestmark = pytest.mark.every(3)
+
 SECTION = {"quant_method": METHOD, "version": VERSION, "dtype": "BF16"}
 
 

@@ -19,6 +19,8 @@ from offload.weights.formats.gptq import PackedGptq
 from offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Nested, Scales, decode
 from offload.weights.formats.scaled import RowSpan
 
+pytestmark = pytest.mark.every(3)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_instruction_set = pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
 NF4 = tuple(CODES["nf4"].tolist())

@@ -27,6 +27,8 @@ from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.files.lock import lock
 
+pytestmark = pytest.mark.every(3)
+
 TRAINING = {"max_steps": 3, "batch_size": 2, "learning_rate": 5e-3}
 
 

@@ -12,6 +12,8 @@ import offload.weights.binding
 from finetune.trainer import Trainer
 from memory.errors import UserError
 
+pytestmark = pytest.mark.every(4)
+
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters(kind, tokens, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import offload.weights.binding
 from finetune.trainer import Trainer
 from memory.errors import UserError
 
+pytestmark = pytest.mark.every(4)
+
 # Inputs are 40, 48 and 56 numbers: in groups of 16, some have a short one at their end.
 CASES = {
     "4 bits": ("llama", Gptq(), {}),

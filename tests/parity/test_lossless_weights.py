@@ -17,6 +17,8 @@ from memory.errors import UserError
 from offload.weights.compress import compress_checkpoint
 from offload.weights.parts import cut
 
+pytestmark = pytest.mark.every(3)
+
 
 @pytest.fixture
 def twice(checkpoint, tmp_path, monkeypatch) -> Callable[[str], tuple[Path, Path]]:

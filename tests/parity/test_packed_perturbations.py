@@ -19,6 +19,8 @@ import offload.weights.parts
 from finetune.export import export
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 
+pytestmark = pytest.mark.every(4)
+
 PRODUCTS = {"noise": "low_rank", "rank": 3, "perturb": "products", "perturbations": 2, "fold_steps": 2}
 CASES = {
     "nf4 nested": ("llama", "nf4", True, "cpu", PLACEMENTS[0]),

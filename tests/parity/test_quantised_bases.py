@@ -28,6 +28,8 @@ import offload.weights.parts
 from finetune.trainer import Trainer
 from memory.errors import UserError
 
+pytestmark = pytest.mark.every(4)
+
 
 class Base(NamedTuple):
     pack: Callable[[torch.Tensor], Packed]
