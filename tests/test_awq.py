@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_published_format(outputs, inputs, native, tmp_
     matrix = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(3))
     sizes = [size for size in (-1, 1, 8, 24) if inputs % size == 0]
     for size, dtype, at_once in product(sizes, (torch.float16, torch.bfloat16), (768, 11)):
-        monkeypatch.setattr("offload.weights.formats.grouped._ROWS", at_once)
+        monkeypatch.setattr("offload.weights.formats.base.ROWS_AT_ONCE", at_once)
         how = Awq(size, dtype)
         stored, expected = how.pack(matrix)
         weight, stored = read(write(tmp_path / "x.safetensors", stored), (outputs, inputs), how.section)

@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_published_format(bits, outputs, inputs, native
 
 
 def test_more_rows_than_are_decoded_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.weights.formats.grouped._ROWS", 7)
+    monkeypatch.setattr("offload.weights.formats.base.ROWS_AT_ONCE", 7)
     for how in (Gptq(4), Gptq(3, act_order=True)):
         stored, expected = how.pack(torch.randn(64, 96))
         weight, stored = read(write(tmp_path / "x.safetensors", stored), (64, 96), how.section)

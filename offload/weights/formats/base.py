@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -47,6 +47,18 @@ def kernels_for(tensor: Tensor) -> str | None:
 @cache  # it is asked for at every product, and looks through folders
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+ROWS_AT_ONCE = 128
+
+
+def pieces(first: int, end: int, device: torch.device) -> Iterator[slice]:
+    """Rows [first, end) in parts that are decoded one after the other, so that what stands between stored numbers and decoded
+    ones stays small. On meta only the first part, which takes as much as any."""
+    for start in range(first, end, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, end))
+        if device.type == "meta":
+            return
 
 
 class StoredWeight(ABC):

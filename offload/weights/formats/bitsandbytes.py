@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from offload.files.checkpoint import TensorEntry
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.bitsandbytes_files import (
     CODES,
     STATES,
@@ -39,7 +39,6 @@ from offload.weights.formats.bitsandbytes_files import (
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
 
-_ROWS = 128  # decoded at a time: what stands between bytes and numbers stays small. On meta the first tell what all take
 _PER_STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes rounds it
 
 
@@ -134,13 +133,11 @@ class Packed4Bit(StoredWeight):
             by = self._decode_natively if kernels == "native" else self._decode_on_accelerator
             by(stored, numbers)
             return numbers.view(self.shape)
-        piece, done = _ROWS * self.shape[1], 0
+        columns, done = self.shape[1], 0
         for span in self.spans:
-            for start in range(span.start, span.stop, piece):
-                stop = min(start + piece, span.stop)
+            for rows in pieces(span.start // columns, span.stop // columns, numbers.device):
+                start, stop = rows.start * columns, rows.stop * columns
                 numbers[done : done + stop - start] = self._numbers(stored, span, start, stop)
-                if numbers.is_meta:
-                    return numbers.view(self.shape)
                 done += stop - start
         return numbers.view(self.shape)
 
@@ -275,11 +272,8 @@ class Packed8Bit(StoredWeight):
             codes = native_kernels.Codes("int8", stored["packed"])
             scales = native_kernels.Scales(stored["scales"], columns=self.shape[1])
             return native_kernels.decode(codes, scales, numbers, factor=_PER_STEP)
-        for start in range(0, self.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
+        for rows in pieces(0, self.shape[0], numbers.device):
             numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
-            if numbers.is_meta:
-                break
         return numbers
 
 

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.compressed_tensors_config import Scheme, check_section, is_compressed_tensors, schemes_of
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.scaled import (
-    ROWS_AT_ONCE,
     RowSpan,
     cut_scales,
     native_scales,
@@ -159,8 +158,7 @@ class CompressedTensor(StoredWeight):
         if self.groups:
             columns, width = stored["groups"].long(), 1
         numbers = torch.empty(self.shape, dtype=dtype, device=scales.device)
-        for start in range(0, self.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for rows in pieces(0, self.shape[0], numbers.device):
             some = self._integers(stored["packed"][rows]).to(scales.dtype)
             if zeros is not None:
                 scale_columns(some, zeros[rows][:, columns] if self.groups else zeros[rows], width, Tensor.sub_)

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.scaled import (
-    ROWS_AT_ONCE,
     RowSpan,
     cut_scales,
     native_scales,
@@ -107,8 +106,7 @@ class BlockFP8(StoredWeight):
 
             triton_kernels.rows_e4m3(stored["packed"], scales.contiguous(), self.block[1], numbers)
             return numbers
-        for start in range(0, self.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for rows in pieces(0, self.shape[0], numbers.device):
             numbers[rows] = scale_columns(stored["packed"][rows].float(), scales[rows], self.block[1])
         return numbers
 

@@ -21,15 +21,13 @@ from torch import Tensor
 from offload.files.checkpoint import TensorEntry, is_gguf
 from offload.files.gguf_file import BLOCKS
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.gguf_blocks import DECODERS
 from offload.weights.formats.plain import TORCH_DTYPES, Extent, PlainTensor
 from offload.weights.formats.stored_parts import check
 
 METHOD = "gguf"
 """`quant_method` of the configuration that is made of a GGUF file's metadata."""
-
-_PIECE_ELEMENTS = 1 << 19  # decoded at a time: what stands between bytes and numbers stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +98,8 @@ class GgufTensor(StoredWeight):
         if kernels_for(numbers) == "native":
             return native_kernels.decode_blocks(self.block_type, rows, numbers)
         blocks = columns // BLOCKS[self.block_type].elements
-        piece = max(1, _PIECE_ELEMENTS // columns)
-        for start in range(0, self.shape[0], piece):
-            part = rows[start : start + piece]
-            numbers[start : start + piece] = decode(part.view(part.shape[0] * blocks, -1)).view(-1, columns)
+        for some in pieces(0, self.shape[0], numbers.device):
+            numbers[some] = decode(rows[some].view((some.stop - some.start) * blocks, -1)).view(-1, columns)
         return numbers
 
     def _in_order(self, rows: Tensor) -> Tensor:

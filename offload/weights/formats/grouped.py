@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.plain import Extent, PlainTensor
 from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 WORD_BITS = 32
-_ROWS = 768  # decoded at a time: what stands between words and numbers stays small
 _SUFFIXES = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx"}
 
 
@@ -100,9 +99,9 @@ class GroupedWeight(StoredWeight):
         zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
         done = 0
         for first, end in self.spans:
-            for start in range(first, end, _ROWS):
-                stop = min(start + _ROWS, end)
-                of_groups = zeros[:, start:stop].t(), scales[:, start:stop].t()
+            for rows in pieces(first, end, numbers.device):
+                start, stop = rows.start, rows.stop
+                of_groups = zeros[:, rows].t(), scales[:, rows].t()
                 decode(stored, start, stop, *of_groups, numbers[done : done + stop - start])
                 done += stop - start
         return numbers

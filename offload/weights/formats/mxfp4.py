@@ -21,13 +21,12 @@ from torch import Tensor
 
 from offload.files.checkpoint import TensorEntry
 from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for
+from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 _VALUES = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _BLOCK = 32
-_ROWS = 128  # decoded at a time: what stands between bytes and numbers stays small
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +89,7 @@ def _decode_rows(blocks: Tensor, powers: Tensor, matrix: Tensor) -> None:
         codes = native_kernels.Codes("four_bit_low", blocks, tuple(2 * value for value in _VALUES))
         native_kernels.decode(codes, native_kernels.Scales(powers, _BLOCK), matrix)
         return
-    for start in range(0, len(matrix), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for rows in pieces(0, len(matrix), matrix.device):
         some = _pairs(blocks.device)[blocks[rows].int()].view(torch.float32)
         matrix[rows] = some.mul_(powers[rows][..., None]).flatten(1)
 

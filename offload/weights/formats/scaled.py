@@ -15,9 +15,6 @@ from torch import Tensor
 
 from offload.weights.formats.native_kernels import Scales
 
-ROWS_AT_ONCE = 768
-"""Decoded at a time: what stands between stored numbers and decoded ones stays small."""
-
 
 class RowSpan(NamedTuple):
     """Rows [start, stop) of a whole matrix that are here."""
