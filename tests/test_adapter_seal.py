@@ -106,6 +106,8 @@ def test_the_configuration_belongs_to_the_weights(adapter, load):
 
 
 def test_where_the_base_is_may_be_changed(adapter, load):
+    expected = values(load(adapter))
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere", "revision": "main"}))
-    load(adapter)
+    found = values(load(adapter))
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)

@@ -263,7 +263,7 @@ def test_the_preparing_process_dies_with_its_parent():
     child = "from finetune.data.worker import _die_with_parent as f; import time; f(); print(flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    assert process.stdout.readline() == "\n"  # the child lives
     process.kill()
     process.communicate(timeout=30)  # the pipe ends when its last writer, the child, does
 
