@@ -64,14 +64,14 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "50KB") -> Path:
-    """A random checkpoint of `CONFIGS[name]`, in several shards; all weights, norms and biases included, are unlike 0 and 1."""
+    """A random checkpoint of `CONFIGS[name]`, in several shards; all weights, norms, biases and buffers are unlike 0 and 1."""
     torch.manual_seed(7)
     config = CONFIGS[name]()
     kind = tf.AutoModelForImageClassification if name == "vit" else tf.AutoModelForCausalLM
     model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.06)
+        for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())):
+            tensor.add_(torch.randn_like(tensor), alpha=0.06)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import transformers as tf
@@ -13,7 +11,6 @@ from tiny_models import (
     IDS,
     TEXT,
     VOCAB,
-    aligned_copies,
     assert_same_bits,
     load_plain,
     make_config,
@@ -45,31 +42,6 @@ def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path):
     expected = reference_run(config)
     assert len(set(expected.losses)) == 4
     assert_same_bits(streamed_run(config), expected)
-
-
-ROUTERS = {
-    "mixtral": lambda **options: tf.MixtralConfig(**TEXT, **HEADS, **IDS, num_local_experts=5, **options),
-    "gpt-oss": lambda **options: tf.GptOssConfig(
-        **TEXT, **HEADS, **IDS, num_local_experts=5, sliding_window=8, layer_types=["sliding_attention"] * 3, **options
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_losses_of_routers(name, checkpoint, tokens, tmp_path, monkeypatch):
-    """Hooks collect what routers say inside of blocks; the model adds a loss of it to its own."""
-    aligned_copies(monkeypatch)
-    lora = {"dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
-    runs = []
-    for coefficient in (0.0, 0.4):
-        kind = f"{name}-{coefficient}"
-        make = partial(ROUTERS[name], num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=coefficient)
-        monkeypatch.setitem(CONFIGS, kind, make)
-        config = make_config(checkpoint(kind), tokens, tmp_path / kind, lora=lora, training={"max_steps": 2})
-        runs.append(streamed_run(config))
-    assert_same_bits(runs[1], reference_run(config))
-    assert all(b - a > 0.3 for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
-    assert any(not value.equal(runs[0].adapter[key]) for key, value in runs[1].adapter.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
