@@ -5,8 +5,8 @@ A weight of the model is stored as one or more *stored tensors* (`PlainTensor`: 
 
 [Note: a new format]
 A format is a class: a frozen dataclass whose fields of type `PlainTensor` are the stored tensors of one weight (packed numbers,
-scales, zero points) and whose other fields say how to read them. `find` recognises the format, `rows` cuts a matrix, `decode`
-gives its numbers. Everything else has a default here. One line in `FORMATS` makes it known.
+scales, zero points) and whose other fields say how to read them. `find` recognises the format, `rows` cuts a matrix,
+`decode_into` makes its numbers. Everything else has a default here. One line in `FORMATS` makes it known.
 """
 
 from __future__ import annotations
@@ -153,6 +153,15 @@ class StoredWeight(ABC):
         """Whether the stored bytes are the numbers in `dtype`, and need no decoding."""
         return False
 
+    def decode(self, stored: Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta. out: such a tensor, contiguous, that
+        is filled unless `stored` is already them; None: a new one."""
+        if out is None:
+            device = next(iter(stored.values())).device
+            out = torch.empty(self.shape, dtype=dtype, device=device)
+        self.decode_into(stored, out)
+        return out
+
     @abstractmethod
-    def decode(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta."""
+    def decode_into(self, stored: Stored, numbers: Tensor) -> None:
+        """Fills `numbers`, dense and contiguous [*shape], on the device of `stored`; also on meta."""

@@ -127,19 +127,18 @@ class Packed4Bit(StoredWeight):
             spans=tuple(spans),
         )
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        numbers = torch.empty(prod(self.shape), dtype=dtype, device=stored["packed"].device)
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        numbers = numbers.view(-1)
         if kernels := kernels_for(numbers):
             by = self._decode_natively if kernels == "native" else self._decode_on_accelerator
             by(stored, numbers)
-            return numbers.view(self.shape)
+            return
         columns, done = self.shape[1], 0
         for span in self.spans:
             for rows in pieces(span.start // columns, span.stop // columns, numbers.device):
                 start, stop = rows.start * columns, rows.stop * columns
                 numbers[done : done + stop - start] = self._numbers(stored, span, start, stop)
                 done += stop - start
-        return numbers.view(self.shape)
 
     def _decode_natively(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         state, nested, done = self.state, None, 0
@@ -261,20 +260,19 @@ class Packed8Bit(StoredWeight):
         ranges = list(ranges)
         return Packed8Bit(self.packed.rows(ranges), self.scales.rows(ranges))
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        numbers = torch.empty(self.shape, dtype=dtype, device=stored["packed"].device)
-        if kernels_for(numbers) == "triton":
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        kernels = kernels_for(numbers)
+        if kernels == "triton":
             from offload.weights.formats import triton_kernels
 
             triton_kernels.rows_int8(stored["packed"], stored["scales"], _PER_STEP, numbers)
-            return numbers
-        if kernels_for(numbers) == "native":
+        elif kernels == "native":
             codes = native_kernels.Codes("int8", stored["packed"])
             scales = native_kernels.Scales(stored["scales"], columns=self.shape[1])
-            return native_kernels.decode(codes, scales, numbers, factor=_PER_STEP)
-        for rows in pieces(0, self.shape[0], numbers.device):
-            numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
-        return numbers
+            native_kernels.decode(codes, scales, numbers, factor=_PER_STEP)
+        else:
+            for rows in pieces(0, self.shape[0], numbers.device):
+                numbers[rows] = _dequantised(stored["packed"][rows], stored["scales"][rows])
 
 
 def _dequantised(packed: Tensor, scales: Tensor) -> Tensor:

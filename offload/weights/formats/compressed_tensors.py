@@ -142,28 +142,26 @@ class CompressedTensor(StoredWeight):
             zero_spans=zero_spans,
         )
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         codes = self._native_codes(stored["packed"])
         if codes is not None:
-            numbers = torch.empty(self.shape, dtype=dtype)
             scales = native_scales(stored["scales"], self.spans, *self.block)
             if self.zero_points:
                 of_rows = scales_of_rows(stored["scales"], self.spans, self.block[0])
                 zeros = self._zeros(stored["zero_points"]).float().contiguous()
                 scales = native_kernels.Scales(of_rows, self.block[1], zeros=zeros)
-            return native_kernels.decode(codes, scales, numbers, rounded=scales.data.dtype)
+            native_kernels.decode(codes, scales, numbers, rounded=scales.data.dtype)
+            return
         scales = scales_of_rows(stored["scales"], self.spans, self.block[0])
         zeros = self._zeros(stored["zero_points"]).to(scales.dtype) if self.zero_points else None
         width = self.block[1]
         if self.groups:
             columns, width = stored["groups"].long(), 1
-        numbers = torch.empty(self.shape, dtype=dtype, device=scales.device)
         for rows in pieces(0, self.shape[0], numbers.device):
             some = self._integers(stored["packed"][rows]).to(scales.dtype)
             if zeros is not None:
                 scale_columns(some, zeros[rows][:, columns] if self.groups else zeros[rows], width, Tensor.sub_)
             numbers[rows] = scale_columns(some, scales[rows][:, columns] if self.groups else scales[rows], width)
-        return numbers
 
     def _native_codes(self, packed: Tensor) -> native_kernels.Codes | None:
         """What a native decoder knows: numbers of 8 bits by themselves, and 4 in whole words."""

@@ -92,23 +92,22 @@ class BlockFP8(StoredWeight):
         spans, of_scales = cut_scales(ranges, self.block[0])
         return replace(self, packed=self.packed.rows(ranges), scales=self.scales.rows(of_scales), spans=spans)
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         scales = stored["scales"]
         scales = (scales.float() - 127).exp2_() if scales.dtype == torch.uint8 else scales.float()
-        numbers = torch.empty(self.shape, dtype=dtype, device=scales.device)
         kernels = kernels_for(numbers)
         if kernels == "native":
             of_blocks = native_scales(scales, self.spans, *self.block)
-            return native_kernels.decode(native_kernels.Codes("float8_e4m3fn", stored["packed"]), of_blocks, numbers)
+            native_kernels.decode(native_kernels.Codes("float8_e4m3fn", stored["packed"]), of_blocks, numbers)
+            return
         scales = scales_of_rows(scales, self.spans, self.block[0])
         if kernels == "triton":
             from offload.weights.formats import triton_kernels
 
             triton_kernels.rows_e4m3(stored["packed"], scales.contiguous(), self.block[1], numbers)
-            return numbers
+            return
         for rows in pieces(0, self.shape[0], numbers.device):
             numbers[rows] = scale_columns(stored["packed"][rows].float(), scales[rows], self.block[1])
-        return numbers
 
 
 def _block(

@@ -89,18 +89,21 @@ class GgufTensor(StoredWeight):
     def is_stored_as(self, dtype: torch.dtype) -> bool:
         return TORCH_DTYPES.get(self.block_type) == dtype and not self.interleaved_heads and not self.shift
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return stored["stored"] if self.is_stored_as(dtype) else StoredWeight.decode(self, stored, dtype, out)
+
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         rows = self._in_order(stored["stored"])
         if self.block_type not in DECODERS:
-            return rows.to(dtype) if not self.shift else (rows.float() + self.shift).to(dtype)
+            numbers.copy_(rows.float() + self.shift if self.shift else rows)
+            return
         decode, columns = DECODERS[self.block_type], self.shape[1]
-        numbers = torch.empty(self.shape, dtype=dtype, device=rows.device)
         if kernels_for(numbers) == "native":
-            return native_kernels.decode_blocks(self.block_type, rows, numbers)
+            native_kernels.decode_blocks(self.block_type, rows, numbers)
+            return
         blocks = columns // BLOCKS[self.block_type].elements
         for some in pieces(0, self.shape[0], numbers.device):
             numbers[some] = decode(rows[some].view((some.stop - some.start) * blocks, -1)).view(-1, columns)
-        return numbers
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """The rows of the tensor, as they are stored, in the order that the model has them in."""

@@ -92,8 +92,7 @@ class GroupedWeight(StoredWeight):
             spans=tuple(spans),
         )
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        numbers = torch.empty(self.shape, dtype=dtype, device=stored["codes"].device)
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         is_native = self.bits < 8 and self.groups is None  # differences are int8
         decode = self._decode_natively if is_native and kernels_for(numbers) == "native" else self._decode_rows
         zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
@@ -104,7 +103,6 @@ class GroupedWeight(StoredWeight):
                 of_groups = zeros[:, rows].t(), scales[:, rows].t()
                 decode(stored, start, stop, *of_groups, numbers[done : done + stop - start])
                 done += stop - start
-        return numbers
 
     def _decode_natively(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
         """Outputs [start, stop) of those that are stored here. zeros, scales: [rows, groups]."""

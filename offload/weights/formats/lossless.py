@@ -156,12 +156,12 @@ class LosslessWeight(StoredWeight):
         chunks = count * (-(-(row - 1) // self.chunk) + 1)
         return min(self.num_bytes + 8 * count, chunks * (4 + 2 * self.chunk + 16) + CODE_BYTES)
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        device = stored["packed"].device
-        made = dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16
-        numbers = torch.empty(prod(self.shape), dtype=made, device=device)
-        done = 0
-        for span in self.spans if device.type != "meta" else ():
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        if numbers.dtype not in (torch.bfloat16, torch.float32):
+            numbers.copy_(self.decode(stored, torch.bfloat16))
+            return
+        numbers, done = numbers.view(-1), 0
+        for span in self.spans if numbers.device.type != "meta" else ():
             here = stored | {
                 "packed": stored["packed"][span.byte_start : span.byte_stop],
                 "offsets": stored["offsets"][span.offset_index :],
@@ -172,7 +172,6 @@ class LosslessWeight(StoredWeight):
             except ValueError as error:
                 raise self._damaged(str(error)) from error
             done += span.stop - span.start
-        return numbers.view(self.shape).to(dtype)
 
     def _offsets_at(self, indices: Iterable[int]) -> dict[int, int]:
         """Index -> offset, of a whole weight's."""

@@ -72,15 +72,13 @@ class MXFP4Experts(StoredWeight):
         ranges = list(ranges)
         return MXFP4Experts(self.blocks.rows(ranges), self.scales.rows(ranges))
 
-    def decode(self, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         blocks, scales = stored["blocks"], stored["scales"]
-        numbers = torch.empty(self.shape, dtype=dtype, device=blocks.device)
-        matrix = torch.empty(self.shape[:0:-1], dtype=dtype, device=blocks.device)
+        matrix = torch.empty(self.shape[:0:-1], dtype=numbers.dtype, device=blocks.device)
         for expert, target in enumerate(numbers):
             powers = _powers(blocks.device)[scales[expert].int()]
             _decode_rows(blocks[expert], powers, matrix)
             target.copy_(matrix.t())
-        return numbers
 
 
 def _decode_rows(blocks: Tensor, powers: Tensor, matrix: Tensor) -> None:

@@ -109,14 +109,22 @@ class PlainTensor(StoredWeight):
     def is_stored_as(self, dtype: torch.dtype) -> bool:
         return self.dtype == dtype
 
-    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, stored: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """`stored` itself where it has that dtype. It need not have this tensor's: folded weights are wider than the
         checkpoint's."""
+        if stored.dtype == dtype:
+            return stored
+        if out is None:
+            out = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+        self.decode_into(stored, out)
+        return out
+
+    def decode_into(self, stored: Tensor, numbers: Tensor) -> None:
         if stored.numel() >= _WIDENED_NATIVELY and kernels_for(stored) == "native" and stored.is_contiguous():
-            if dtype == torch.float32 and stored.dtype in (torch.bfloat16, torch.float16):
-                codes = native_kernels.Codes(str(stored.dtype).removeprefix("torch."), stored)
-                return native_kernels.decode(codes, None, torch.empty(stored.shape))
-        return stored.to(dtype)
+            if numbers.dtype == torch.float32 and stored.dtype in (torch.bfloat16, torch.float16):
+                native_kernels.decode(native_kernels.Codes(str(stored.dtype).removeprefix("torch."), stored), None, numbers)
+                return
+        numbers.copy_(stored)
 
 
 def torch_dtype(dtype: str, subject: str) -> torch.dtype:
