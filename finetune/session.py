@@ -126,8 +126,8 @@ class Session:
             )
         if (note := split_note(self.parts.directory)) is not None:
             notes.append(note)
-        forms = {type(weight): weight.note for weight in sources.values() if weight.note}
-        return notes + [f"note: {note}" for note in forms.values()] + self.setup.notes
+        forms = dict.fromkeys(weight.note for weight in sources.values() if weight.note)
+        return notes + [f"note: {note}" for note in forms] + self.setup.notes
 
     def set_training(self, training: bool) -> None:
         """Before steps, or before something is measured. DoRA layers stay in train mode: in eval mode they cache matrices of

@@ -12,7 +12,6 @@ from packed_checkpoints import Packed, e4m3_values, edit, pack_fp8, set_config, 
 from safetensors.torch import save_file
 from test_resume import StopAfter
 from text_models import make_config, write_model, write_rows
-from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
@@ -198,14 +197,6 @@ def test_names_of_scales_that_nobody_knows_are_refused(models):
                      [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]})  # fmt: skip
     with pytest.raises(UserError, match="quantised .* by 'fp8', and no weight is stored as one of .*, fp8 with scales"):
         cut(models[0])
-
-
-def test_experts_that_transformers_stacks_are_refused(tmp_path):
-    plain = save_tiny("mixtral", tmp_path / "plain")
-    experts = ("w1.weight", "w2.weight", "w3.weight")
-    model, _ = write_twice(plain, tmp_path, lambda _, value: pack_fp8(value, BLOCK), SECTION, experts)
-    with pytest.raises(UserError, match="is put together from weights that are stored as fp8 with scales, which isn't"):
-        cut(model)
 
 
 def test_eval_and_generate(models, tmp_path, quick_data, capsys):

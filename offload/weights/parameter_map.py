@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from offload.files.checkpoint import Checkpoint, CheckpointError
+from offload.weights.assembly import Sources
 from offload.weights.conversion import PlacementTensor, extents_of, run_converter
 from offload.weights.formats import (
     FORMATS,
@@ -31,6 +32,7 @@ from offload.weights.formats import (
     quantization_of,
 )
 from offload.weights.formats.plain import torch_dtype
+from offload.weights.formats.stacked import JoinedRows, StackedWeights
 from offload.weights.gguf_model import gguf_names
 
 _COMPARED_ELEMENTS = 1 << 19
@@ -78,7 +80,8 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
             "if these are not quantised, remove quantization_config"
         )
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    direct, converters, unexpected = _assign(model, checkpoint, found, tensors)
+    sources = Sources(quantization)
+    direct, converters, unexpected = _assign(model, checkpoint, found, tensors, sources)
     result = ParameterMap()
     result.direct = direct
     for name, key in direct.items():
@@ -91,7 +94,12 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
             _check_shape(name, result[name].shape, tensors[name].shape, checkpoint)
     for name, converter in converters.items():
         for target, placement in run_converter(converter, name, model).items():
-            if target in tensors and target not in result:
+            if target not in tensors or target in result:
+                continue
+            if sources.has_packed(placement):
+                result[target] = _assembled(model, target, placement, sources)
+                _check_shape(target, placement.shape, tensors[target].shape, checkpoint)
+            else:
                 result[target] = _plain(target, placement, tensors[target].shape, checkpoint)
     _tie(model, tensors, result)
     _check_complete(model, checkpoint, tensors, result, unexpected)
@@ -100,7 +108,11 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
 
 
 def _assign(
-    model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, FoundWeight], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    found: Mapping[str, FoundWeight],
+    tensors: Mapping[str, Tensor],
+    sources: Sources,
 ) -> tuple[dict[str, str], dict[str, WeightConverter], dict[str, str]]:
     """Give each weight of the checkpoint to a parameter (parameter -> the weight's name), to a converter (by its first target),
     or to nobody (new -> old name)."""
@@ -123,7 +135,7 @@ def _assign(
         elif pattern is not None:
             if name not in collected:
                 collected[name] = deepcopy(by_pattern[pattern])
-            collected[name].add_tensor(name, key, pattern, _placement(name, found[key]))
+            collected[name].add_tensor(name, key, pattern, sources.place(name, key, found[key]))
         elif name in direct:
             unexpected[key] = key
         else:
@@ -131,14 +143,13 @@ def _assign(
     return direct, collected, unexpected
 
 
-def _placement(name: str, found: FoundWeight) -> PlacementTensor:
-    """What a converter moves: a plain tensor. Raises CheckpointError for a weight of another format."""
-    if found.form is not PlainTensor:
-        raise CheckpointError(
-            f"parameter '{name}' is put together from weights that are stored as {found.form.word}, which isn't supported yet: "
-            "use the original weights"
-        )
-    return PlacementTensor.of(found.parts[""])
+def _assembled(model: PreTrainedModel, name: str, placement: PlacementTensor, sources: Sources) -> StoredWeight:
+    """A stack is no layer's: its matrices are the weights of linear layers that the module multiplies by itself."""
+    weight = sources.assemble(name, placement)
+    if not isinstance(weight, StackedWeights):
+        for part in weight.parts if isinstance(weight, JoinedRows) else (weight,):
+            _check_layer(model, name, type(part))
+    return weight
 
 
 def _check_layer(model: PreTrainedModel, name: str, form: type[StoredWeight]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats.grouped import GroupedWeight, check_parts, check_words, find_grouped, unpack
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check
+from offload.weights.formats.stored_parts import check, matrix_shape
 
 _BITS = 4
 _PER_WORD = 8
@@ -35,6 +35,10 @@ class PackedAwq(GroupedWeight):
         if quantization is not None and quantization.get("quant_method") == "awq":
             _check_activations(entries)
         return find_grouped(entries, quantization, "awq")
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        return matrix_shape(parts["scales"])[1], matrix_shape(parts["codes"])[0]
 
     @classmethod
     def make(

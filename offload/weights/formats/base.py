@@ -101,6 +101,15 @@ class StoredWeight(ABC):
         return cls(**{name: PlainTensor.of(entry) for name, entry in parts.items()})
 
     @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int] | None:
+        """[rows, columns] of the matrix of these parts, as they have it without the model: it is put together with others to a
+        parameter. `make` proves it. None: they do not tell.
+
+        Raises CheckpointError for parts that cannot be those of a matrix.
+        """
+        return None
+
+    @classmethod
     def dense_dtype(cls, quantization: Mapping[str, Any] | None) -> str | None:
         """Which dtype most bytes of the weights had before they were packed, as safetensors has it, if the files say so."""
         return None

@@ -34,10 +34,11 @@ from offload.weights.formats.bitsandbytes_files import (
     STATES,
     State4Bit,
     is_bitsandbytes,
+    read_shape,
     read_state,
 )
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
+from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
 
 _PER_STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes rounds it
 
@@ -86,6 +87,10 @@ class Packed4Bit(StoredWeight):
             "nested_map": ".nested_quant_map",
         }  # fmt: skip
         return gather(entries, suffixes | STATES, needed=("packed", "absmax", "quant_map"))
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        return read_shape(parts)
 
     @classmethod
     def make(
@@ -236,6 +241,10 @@ class Packed8Bit(StoredWeight):
         return gather(
             entries, {"scales": ".SCB", "order": ".weight_format"}, needed=("packed", "scales"), weight=".weight"
         )
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        return matrix_shape(parts["packed"])
 
     @classmethod
     def make(

@@ -28,6 +28,7 @@ STATES = {f"state of {word}": f".quant_state.bitsandbytes__{word}" for word in C
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = ("bfloat16", "float16", "float32")
 _STATE_MAX_BYTES = 4096  # bitsandbytes writes some 200
+_MAX_SIZE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,12 @@ def is_bitsandbytes(quantization: Mapping[str, Any] | None) -> bool:
 
 def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> State4Bit:
     """How the matrix of these parts is packed. Raises CheckpointError unless all of them fit that and `shape`."""
-    packed = parts["packed"]
-    states = [word for word, part in zip(CODES, STATES, strict=True) if part in parts]
-    check(packed, len(states) == 1, f"one quant_state out of {', '.join(CODES)} beside it", ", ".join(states) or "none")
-    entry = next(parts[part] for part in STATES if part in parts)
-    values = parse_json(read_bytes(entry, _STATE_MAX_BYTES), f"{entry.path}: tensor '{entry.name}'")
-    _check_value(entry, values, "quant_type", states)
+    word, entry, values = _read_values(parts)
+    _check_value(entry, values, "quant_type", [word])
     _check_value(entry, values, "blocksize", _BLOCK_SIZES)
     _check_value(entry, values, "dtype", _DTYPES)
     _check_value(entry, values, "shape", [list(shape)])
-    state = State4Bit(states[0], values["blocksize"], getattr(torch, values["dtype"]))
+    state = State4Bit(word, values["blocksize"], getattr(torch, values["dtype"]))
     if nested := [part for part in ("nested_absmax", "nested_map") if part in parts]:
         check(parts[nested[0]], len(nested) == 2, "nested_absmax and nested_quant_map beside one another", "it alone")
         _check_value(entry, values, "nested_blocksize", (*_BLOCK_SIZES, 16))
@@ -76,6 +73,24 @@ def read_state(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Stat
         state = replace(state, nested_block_size=values["nested_blocksize"], nested_offset=offset)
     _check_sizes(shape, parts, state)
     return state
+
+
+def read_shape(parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+    """Of the matrix of these parts. Raises CheckpointError where they do not say one."""
+    _, entry, values = _read_values(parts)
+    shape = values.get("shape")
+    is_matrix = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < _MAX_SIZE for n in shape)
+    check(entry, is_matrix, "shape to be two sizes", repr(shape))
+    return shape[0], shape[1]
+
+
+def _read_values(parts: Mapping[str, TensorEntry]) -> tuple[str, TensorEntry, dict[str, Any]]:
+    """The type of the matrix of these parts, the tensor that says how it is packed, and what that says."""
+    words = [word for word, part in zip(CODES, STATES, strict=True) if part in parts]
+    found = ", ".join(words) or "none"
+    check(parts["packed"], len(words) == 1, f"one quant_state out of {', '.join(CODES)} beside it", found)
+    entry = next(parts[part] for part in STATES if part in parts)
+    return words[0], entry, parse_json(read_bytes(entry, _STATE_MAX_BYTES), f"{entry.path}: tensor '{entry.name}'")
 
 
 def _check_value(entry: TensorEntry, values: Mapping[str, Any], key: str, allowed: Collection[Any]) -> None:

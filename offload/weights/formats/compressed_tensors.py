@@ -33,7 +33,7 @@ from offload.weights.formats.scaled import (
     scale_columns,
     scales_of_rows,
 )
-from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
+from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
 
 _PARTS = {
     "words": ".weight_packed", "scales": ".weight_scale", "zero_points": ".weight_zero_point", "groups": ".weight_g_idx",
@@ -43,6 +43,7 @@ _NOT_USED = {f"{kind} of {of}": f".{of}_{kind}" for of in ("input", "output") fo
 
 _FLOATS = ("F32", "BF16", "F16")
 _WORD_BITS = 32
+_MAX_SIZE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,12 @@ class CompressedTensor(StoredWeight):
         check_section(quantization, next(iter(entries.values())).path.parent)
         found = gather(entries, _PARTS | _NOT_USED, needed=(), weight=".weight")
         return {name: parts for name, parts in found.items() if "words" in parts or "scales" in parts}
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int] | None:
+        if "words" not in parts:
+            return matrix_shape(parts["packed"]) if "packed" in parts else None
+        return _size(parts["size"]) if "size" in parts else None
 
     @classmethod
     def make(
@@ -210,9 +217,14 @@ def _check_size(shape: tuple[int, ...], parts: Mapping[str, TensorEntry]) -> Non
     entry = parts.get("size")
     if entry is None:
         return
+    check(entry, _size(entry) == shape, f"{list(shape)}", list(_size(entry)))
+
+
+def _size(entry: TensorEntry) -> tuple[int, int]:
     check(entry, entry.dtype in ("I64", "I32") and entry.shape == (2,), "I64 [2]", f"{entry.dtype} {list(entry.shape)}")
-    size = _integers_of(entry)
-    check(entry, size == list(shape), f"{list(shape)}", size)
+    rows, columns = _integers_of(entry)
+    check(entry, 0 < rows < _MAX_SIZE and 0 < columns < _MAX_SIZE, "two sizes", [rows, columns])
+    return rows, columns
 
 
 def _integers_of(entry: TensorEntry) -> list[int]:

@@ -32,7 +32,7 @@ from offload.weights.formats.scaled import (
     scale_columns,
     scales_of_rows,
 )
-from offload.weights.formats.stored_parts import check, check_tensor, gather
+from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape
 
 _SCALES = {"scales": ".weight_scale_inv", "one scale": ".weight_scale"}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -63,6 +63,10 @@ class BlockFP8(StoredWeight):
             return {}
         inputs = {"scale of inputs": ".activation_scale", "one scale of inputs": ".input_scale"}
         return gather(entries, _SCALES | inputs, needed=("packed",), weight=".weight")
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        return matrix_shape(parts["packed"])
 
     @classmethod
     def make(

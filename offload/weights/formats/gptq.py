@@ -21,7 +21,7 @@ from torch import Tensor
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats.grouped import WORD_BITS, GroupedWeight, check_parts, check_words, find_grouped, unpack
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, read_bytes
+from offload.weights.formats.stored_parts import check, matrix_shape, read_bytes
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = {"gptq": True, "gptq_v2": False}
@@ -45,6 +45,11 @@ class PackedGptq(GroupedWeight):
         cls, entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
     ) -> dict[str, dict[str, TensorEntry]]:
         return find_grouped(entries, quantization, "gptq")
+
+    @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        (words, outputs), (_, zero_words) = matrix_shape(parts["codes"]), matrix_shape(parts["zeros"])
+        return outputs, words * outputs // zero_words  # as many zero points in a word as codes
 
     @classmethod
     def make(

@@ -46,6 +46,13 @@ def check_tensor(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None
     check(entry, is_right, f"{dtype} {list(shape)}", f"{entry.dtype} {list(entry.shape)}")
 
 
+def matrix_shape(entry: TensorEntry) -> tuple[int, int]:
+    """Raises CheckpointError for a tensor that is no matrix."""
+    is_matrix = len(entry.shape) == 2 and all(entry.shape)
+    check(entry, is_matrix, "a matrix", f"a shape of {list(entry.shape)}")
+    return entry.shape
+
+
 def read_bytes(entry: TensorEntry, most: int) -> bytes:
     """The tensor's bytes. Raises CheckpointError for more than `most`."""
     check(entry, entry.num_bytes <= most, f"at most {most} bytes", entry.num_bytes)
