@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from finetune.adapters.lora import attach
+from finetune.adapters.lora_options import key_of
+from memory.errors import UserError
 
 SHAPE = {
     "vocab_size": 101, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -26,12 +29,14 @@ MODELS = {
     "llama4": lambda: tf.Llama4TextConfig(
         **SHAPE, head_dim=10, num_local_experts=4, intermediate_size_mlp=56, attention_chunk_size=8, interleave_moe_layer_step=2
     ),
+    "gpt_oss": lambda: tf.GptOssConfig(**SHAPE, head_dim=10, num_local_experts=4),
     "mamba": lambda: tf.MambaConfig(**SMALL, state_size=8, time_step_rank=4),
 }
 EXPECTED = {
     "llama": (ATTENTION | MLP, None),
-    "qwen3_moe": (ATTENTION, "routed experts"),
-    "llama4": (ATTENTION | MLP, "router (it returns more than one tensor)"),
+    "qwen3_moe": (ATTENTION, "gate_up_proj, down_proj (stacked routed experts are most of the model"),
+    "gpt_oss": (ATTENTION, "--set 'lora.target_parameters=[experts.down_proj, experts.gate_up_proj]' takes them too"),
+    "llama4": (ATTENTION | MLP, "takes them too); router (it returns more than one tensor)"),
     "mamba": ({"in_proj", "x_proj", "dt_proj"}, "out_proj (PEFT forbids it on mamba)"),
 }
 
@@ -69,3 +74,55 @@ def test_typed_it_means_what_peft_means(name):
     found, expected = model.state_dict(), plain.state_dict()
     assert found.keys() == expected.keys()
     assert all(found[key].equal(expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_are_named_are_all_that_is_added(name):
+    """Where PEFT would take its own word for routers too, and for twice the rank."""
+    arguments = {"r": 2, "target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model, _ = attach(make(name), arguments, seed=1, experts=False)
+    parameters = ((name.partition("layers.1.")[2], p.shape) for name, p in model.named_parameters() if "lora_A" in name)
+    found = {name: shape for name, shape in parameters if name}
+    assert {name for name in found if "self_attn" not in name} == {
+        "mlp.experts.base_layer.lora_A.default.weight", "mlp.experts.lora_A.default.weight",
+    }  # fmt: skip
+    assert found["mlp.experts.base_layer.lora_A.default.weight"] == (4 * 2, 40)
+
+
+def test_experts_that_all_linear_does_not_reach_are_said():
+    """PEFT knows only some models' experts from before they were stacked."""
+    model, targets = attach(make("gpt_oss"), {"r": 2, "target_modules": "all-linear"}, seed=1)
+    assert adapted(model) == ATTENTION and "gate_up_proj, down_proj (stacked routed experts" in targets.note
+
+
+WRONG_PARAMETERS = {
+    "none": ("gpt_oss", {"target_parameters": ["experts.w1"]}, "none ends in 'experts.w1'"),
+    "a linear layer's": ("gpt_oss", {"target_parameters": ["q_proj.weight"]}, "name that in lora.target_modules"),
+    "an embedding": ("gpt_oss", {"target_parameters": ["embed_tokens.weight"]}, "name that in lora.target_modules"),
+    "a vector": ("gpt_oss", {"target_parameters": ["input_layernorm.weight"]}, "only 2d and 3d are supported"),
+    "a router that returns two tensors": ("llama4", {"target_modules": ["router"]}, "router returns more than one tensor"),
+    "half of what is stacked": ("qwen3_moe", {"target_modules": ["up_proj"]}, "without also targeting gate_proj"),
+    "nothing": ("llama", {"target_modules": []}, "No `target_modules` passed"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARAMETERS)
+def test_parameters_that_cannot_have_an_adapter_are_refused(case):
+    name, arguments, words = WRONG_PARAMETERS[case]
+    with pytest.raises(UserError, match=re.escape(words)):
+        attach(make(name), {"r": 2, "target_modules": [], **arguments}, seed=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"fan_in_fan_out": True},
+        {"init_lora_weights": "orthogonal"}, {"velora_config": {"num_groups": 4}},
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("targets", [{"target_parameters": ["experts.down_proj"]}, {"target_modules": "all-linear"}])
+def test_options_that_peft_has_for_layers_alone_are_refused(options, targets):
+    (option,) = options
+    with pytest.raises(UserError, match=rf"^{re.escape(key_of(option))}=.* not for adapters of stacked parameters"):
+        attach(make("qwen3_moe"), {"r": 2, "target_modules": ["q_proj"]} | targets | options, seed=1)

@@ -116,6 +116,13 @@ def llava() -> tf.PreTrainedConfig:
     return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB - 1)
 
 
+def switch() -> tf.PreTrainedConfig:
+    return tf.SwitchTransformersConfig(
+        **T5, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3,
+        router_jitter_noise=0.0,
+    )  # fmt: skip
+
+
 KINDS = {
     "t5": Kind(tf.T5ForConditionalGeneration, lambda: tf.T5Config(**T5), sequences),
     "t5, head of its own": Kind(tf.T5ForConditionalGeneration, lambda: tf.T5Config(**T5, tie_word_embeddings=False), sequences),
@@ -130,11 +137,11 @@ KINDS = {
     ),
     "switch, whose router has losses": Kind(
         tf.SwitchTransformersForConditionalGeneration,
-        lambda: tf.SwitchTransformersConfig(
-            **T5, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3,
-            router_jitter_noise=0.0,
-        ),
+        switch,
         sequences, targets=["q", "v", "o"],  # by default routed experts and their routers are left out
+    ),
+    "switch, each expert's own layers": Kind(
+        tf.SwitchTransformersForConditionalGeneration, switch, sequences, targets=["wi", "wo", "classifier"],
     ),
     "vision-encoder-decoder": Kind(
         tf.VisionEncoderDecoderModel, vision_encoder_decoder,

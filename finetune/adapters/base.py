@@ -32,6 +32,10 @@ class Adapter:
     def check_loaded(cls, peft_config: Any, directory: Path) -> None:
         """Raises UserError for a saved adapter, in `directory`, whose options a streamed model cannot have."""
 
+    @classmethod
+    def check_parts(cls, model: nn.Module, peft_config: Any) -> None:
+        """Raises UserError for a saved adapter of parts of the bare `model` that cannot have one while it is streamed."""
+
     @property
     def positions(self) -> int:
         """That it takes before every text."""

@@ -15,8 +15,15 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
-from finetune.adapters.lora_options import check_fresh, check_loaded, check_option, key_of
-from finetune.adapters.lora_targets import Targets, choose_targets
+from finetune.adapters.lora_options import check_beside_parameters, check_fresh, check_loaded, check_option, key_of
+from finetune.adapters.lora_targets import (
+    Targets,
+    as_peft_takes_it,
+    check_endings,
+    check_modules,
+    check_parameters,
+    choose_targets,
+)
 from finetune.adapters.peft_files import task_type
 from finetune.config import Config
 from memory.errors import UserError
@@ -33,6 +40,10 @@ class Lora(Adapter):
     @classmethod
     def check_loaded(cls, peft_config: Any, directory: Path) -> None:
         check_loaded(peft_config, directory)
+
+    @classmethod
+    def check_parts(cls, model: nn.Module, peft_config: Any) -> None:
+        check_parameters(model, peft_config)
 
     @property
     def needs_first_visit(self) -> bool:
@@ -69,12 +80,18 @@ def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: b
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about Transformers' names: nothing a user can do
+            # Nor about the ranks that it gives stacked experts itself; it heeds them.
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match any targeted module .*\['\.\*")
             config = LoraConfig(**{"task_type": kind, **arguments})
             check_fresh(config, kind)
             targets = choose_targets(model, config, experts)
             config.target_modules = targets.modules
+            check_beside_parameters(as_peft_takes_it(model, config))
+            check_endings(model, config.target_parameters or ())
+            check_parameters(model, config)
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
+            check_modules(adapted)
     except UserError:
         raise
     except Exception as error:  # whatever its layers raise for options that do not go together

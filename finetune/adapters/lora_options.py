@@ -38,8 +38,11 @@ class LoraOptions(Section):
     dropout: Share = 0.0
     """Of the adapter's input."""
     target_modules: str | list[str] | None = None
-    """"all-linear", a regular expression of module names, or a list of their endings. None: all-linear without routed
-    experts, which are most of a model that has them."""
+    """"all-linear", a regular expression of module names, or a list of their endings; of an empty one none. None: all-linear
+    without routed experts, which are most of a model that has them."""
+    target_parameters: list[str] = []
+    """Endings of names of parameters that are no linear layer's: [experts.gate_up_proj, experts.down_proj] are stacked
+    experts."""
     use_rslora: Switch = False
     """Kalajdzievski 2023."""
     use_dora: Switch = False
@@ -63,7 +66,8 @@ class LoraOptions(Section):
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `peft.LoraConfig`."""
         own = {_peft_name(key): value for key, value in self if key != "extra"}
-        return own | {"target_modules": self.target_modules or "all-linear"} | self.extra
+        modules = "all-linear" if self.target_modules is None else self.target_modules
+        return own | {"target_modules": modules, "target_parameters": self.target_parameters or None} | self.extra
 
 
 EQUAL = frozenset({
@@ -78,6 +82,11 @@ EQUAL_VALUES: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "velora_config.init_type": ("batch_average", "random"),
 }
+
+NOT_OF_PARAMETERS = frozenset({
+    "lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bdlora", "velora_config", "init_lora_weights=orthogonal",
+})  # fmt: skip
+"""Options that PEFT has for modules only, not for adapters of parameters such as stacked experts."""
 
 DESCRIPTIVE = frozenset({"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"})
 """What PEFT notes about an adapter; nothing is computed from it."""
@@ -135,6 +144,18 @@ def check_option(option: str, value: Any) -> None:
     """The same for one option that has another value than its default."""
     if not _is_equal(option, value):
         raise UserError(f"{key_of(option)}={value!r} cannot be used while the model is streamed: {_reason(option)}")
+
+
+def check_beside_parameters(config: Any) -> None:
+    """The same for what a configuration cannot have if it targets parameters."""
+    for option, value in _changed(config) if config.target_parameters else ():
+        name = option.partition(".")[0]
+        if name in NOT_OF_PARAMETERS or f"{name}={value}" in NOT_OF_PARAMETERS:
+            raise UserError(
+                f"{key_of(name)}={getattr(config, name)!r}: PEFT has this for linear layers, and not for adapters of stacked "
+                f"parameters ({', '.join(sorted(config.target_parameters))}): leave it out, or name linear layers alone in "
+                "lora.target_modules"
+            )
 
 
 def check_loaded(config: Any, place: Any) -> None:

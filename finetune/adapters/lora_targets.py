@@ -6,16 +6,22 @@
 | linear layers that return something else (Llama 4's router)  | an adapter adds to one tensor                                 |
 | routed experts, and what PEFT ties to them, unless asked for | they are most of the model: of r 8 on a 30B with 3B active    |
 |                                                              | weights the adapters of attention take 1.8 GiB, all take 9.5  |
+
+Experts that the model stacks are parameters, which "all-linear" only names where PEFT knows their names from before they were
+stacked; `lora.target_parameters` names them everywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from memory.errors import UserError
 
 ALL_LINEAR = "all-linear"
 
@@ -49,18 +55,33 @@ def choose_targets(model: nn.Module, config: Any, experts: bool) -> Targets:
     names = _linear_layers(model)
     reasons = {name: _reason(model, config, name, experts) for name in names}
     left_out: dict[str, list[str]] = {}
-    if not experts and _becomes_experts(model, config, word):
-        left_out[_EXPERTS] = ["experts"]
+    if stacks := _stacked_experts_left_out(model, config, experts):
+        endings = sorted({f"experts.{name.rpartition('.')[2]}" for name in stacks})
+        key = f"--set 'lora.target_parameters=[{', '.join(endings)}]'"
+        left_out[f"stacked routed experts are most of the model: {key} takes them too"] = stacks
     for name, reason in reasons.items():
         if reason:
             left_out.setdefault(reason, []).append(name)
-    if not left_out:
-        return Targets(word)
     kept = [name for name in names if not reasons[name]]
-    return Targets(kept, {reason: _endings(names) for reason, names in left_out.items()}, _endings(kept))
+    own_word = len(kept) == len(names) and (experts or not as_peft_takes_it(model, _alone(config, word)).target_parameters)
+    modules = word if own_word else kept
+    if not left_out:
+        return Targets(modules)
+    return Targets(modules, {reason: _endings(names) for reason, names in left_out.items()}, _endings(kept))
 
 
-_EXPERTS = "routed experts and what belongs to them are most of the model: --set lora.target_modules=all-linear takes them too"
+_EXPERTS = "routed experts, or what PEFT ties to them: --set lora.target_modules=all-linear takes them too"
+
+
+def _stacked_experts_left_out(model: nn.Module, config: Any, experts: bool) -> list[str]:
+    """Names of the parameters, [experts, ., .], that get no adapter with "all-linear"."""
+    found = as_peft_takes_it(model, config) if experts else config
+    targets = tuple(f".{ending}" for ending in found.target_parameters or ())
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name.split(".") and not f".{name}".endswith(targets)
+    ]
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
@@ -101,19 +122,60 @@ def _returns_a_tensor(module: nn.Module) -> bool:
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
 
 
-def _becomes_experts(model: nn.Module, config: Any, targets: str | Sequence[str]) -> bool:
+def _becomes_experts(model: nn.Module, config: Any, targets: Sequence[str]) -> bool:
     """Whether PEFT makes adapters of stacked experts out of these names, as they were called before experts were stacked."""
+    try:
+        return bool(as_peft_takes_it(model, _alone(config, list(targets))).target_parameters)
+    except ValueError:  # one of several names that go together
+        return True
+
+
+def _alone(config: Any, targets: str | list[str]) -> Any:
+    return dataclasses.replace(config, target_modules=targets, target_parameters=None)
+
+
+def as_peft_takes_it(model: nn.Module, config: Any) -> Any:
+    """A copy of a `peft.LoraConfig` in which names of layers that were stacked since are those of parameters. Raises
+    ValueError for only some of the names that go together."""
+    found = copy.deepcopy(config)
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:
-        return False
-    trial = dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else list(targets))
-    trial.target_parameters = None
-    try:
-        convert_peft_config_for_transformers(trial, model, None)
-    except ValueError:  # one of several names that go together
-        return True
-    return bool(trial.target_parameters)
+        return found
+    convert_peft_config_for_transformers(found, model, None)
+    return found
+
+
+def check_endings(model: nn.Module, endings: Iterable[str]) -> None:
+    """Raises UserError unless parameters of the bare `model` have names with each of these endings."""
+    names = [name for name, _ in model.named_parameters()]
+    for ending in endings:
+        if not any(f".{name}".endswith(f".{ending}") for name in names):
+            raise UserError(f"lora.target_parameters: expected endings of names of parameters, and none ends in {ending!r}")
+
+
+def check_parameters(model: nn.Module, config: Any) -> None:
+    """Raises UserError where `target_parameters` of a `peft.LoraConfig` are parameters of the bare `model` that its streamed
+    layers do not read where PEFT would change them."""
+    endings = tuple(f".{ending}" for ending in as_peft_takes_it(model, config).target_parameters or ())
+    for name, _ in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if f".{name}".endswith(endings) and (type(owner) is nn.Linear or isinstance(owner, nn.Embedding)):
+            raise UserError(
+                f"lora.target_parameters: {name} is of a linear layer or an embedding: name that in lora.target_modules"
+            )
+
+
+def check_modules(adapted: nn.Module) -> None:
+    """Raises UserError for adapters that PEFT has put around linear layers whose product they cannot add to."""
+    from peft.tuners.lora import Linear
+
+    for name, module in adapted.named_modules():
+        if isinstance(module, Linear) and not _returns_a_tensor(module.get_base_layer()):
+            raise UserError(
+                f"lora.target_modules: {name} returns more than one tensor, and an adapter adds to one: name its weight in "
+                "lora.target_parameters, or the whole of it in lora.extra.modules_to_save"
+            )
 
 
 def _endings(names: Sequence[str]) -> tuple[str, ...]:

@@ -32,10 +32,10 @@ def save(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def _order_modules(path: Path) -> None:
-    """PEFT keeps names of modules in a set and writes them in another order in every process; a run's bytes do not depend on
+    """PEFT keeps names of targets in a set and writes them in another order in every process; a run's bytes do not depend on
     that."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(config.get(key), list):
             config[key].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it

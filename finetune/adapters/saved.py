@@ -54,6 +54,7 @@ def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _code_of(config.peft_type).check_parts(parts.model, config)
             model = get_peft_model(parts.model, config)
             with safe_open(directory / WEIGHTS, framework="pt") as file:
                 values = {entry.name: file.get_tensor(entry.name) for entry in entries if entry.name not in taken}
@@ -132,8 +133,12 @@ def _read_config(directory: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory / CONFIG} cannot be read as PEFT's configuration: {_line(error)}") from error
     config.inference_mode = True
-    (load_code(_TRAINED[kind].code) if kind in _TRAINED else Adapter).check_loaded(config, directory)
+    _code_of(kind).check_loaded(config, directory)
     return config
+
+
+def _code_of(kind: str) -> type[Adapter]:
+    return load_code(_TRAINED[kind].code) if kind in _TRAINED else Adapter
 
 
 def _table_name(entry: TensorEntry, sources: ParameterMap) -> str | None:

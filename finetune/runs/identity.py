@@ -90,6 +90,7 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     values["engine"]["dtype"] = str(dtype).removeprefix("torch.")
     if isinstance(values["lora"]["target_modules"], list):
         values["lora"]["target_modules"].sort()  # the order says nothing, and a set's is another in every process
+    values["lora"]["target_parameters"].sort()
     zo |= {"fold_steps": config.zo.group_steps, "rank": config.zo.noise_rank, "clip": config.zo.most_coefficient}
     if callable(config.zo.objective):
         zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")

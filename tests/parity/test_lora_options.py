@@ -21,7 +21,7 @@ BD = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nbl
 
 def own(**options: Any) -> dict[str, Any]:
     """Options of this project's own keys and, as `extra`, all others."""
-    keys = {"r", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights"}
+    keys = {"r", "alpha", "dropout", "target_modules", "target_parameters", "use_rslora", "use_dora", "init_lora_weights"}
     extra = {key: value for key, value in options.items() if key not in keys}
     return {key: value for key, value in options.items() if key in keys} | ({"extra": extra} if extra else {})
 

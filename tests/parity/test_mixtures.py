@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,61 @@ def test_architectures(name, dtype, checkpoint, tokens, tmp_path, monkeypatch):
     expected = reference_run(config("plain"))
     for index, (device, engine) in enumerate(PLACEMENTS):
         assert_same_bits(streamed_run(config(str(index), device, **engine)), expected)
+
+
+@pytest.fixture
+def mixture(checkpoint, monkeypatch) -> Callable[..., Path]:
+    """The tiny checkpoint of a name and stored dtype."""
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        monkeypatch.setitem(CONFIGS, name, MIXTURES[name])
+        return checkpoint(name, dtype)
+
+    return get
+
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.every(5)
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_of_stacked_experts(name, dtype, mixture, tokens, tmp_path):
+    model, lora = mixture(name, getattr(torch, dtype)), {"dropout": 0.0, "target_modules": [], "target_parameters": STACKS}
+
+    def config(folder, device="cpu"):
+        engine = {"dtype": dtype, "resident_blocks": 1}
+        return make_config(
+            model, tokens, tmp_path / folder, device=device, engine=engine, training={"max_steps": 2}, lora=lora
+        )
+
+    expected = reference_run(config("plain"))
+    stacks = {name.partition(".experts.")[2] for name in expected.adapter}
+    assert stacks == {f"{layer}lora_{end}.weight" for layer in ("base_layer.", "") for end in "AB"}
+    for device in ("cpu", "simulated"):
+        assert_same_bits(streamed_run(config(device, device)), expected)
+
+
+ROUTERS = {
+    "beside attention and experts": (
+        "qwen3-moe", {"dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": [*STACKS, "mlp.gate.weight"]}
+    ),
+    "a parameter of a linear layer": ("llama4", {"dropout": 0.0, "target_modules": [], "target_parameters": ["router.weight"]}),
+    "PEFT's word": ("olmoe", {"dropout": 0.0, "target_modules": "all-linear"}),
+    "whole": ("mixtral", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["mlp.gate"]}}),
+    "whole, with a bias": ("gpt-oss", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["router"]}}),
+    "whole, with a correction": ("deepseek-v3", {"target_modules": ["o_proj"], "extra": {"modules_to_save": ["mlp.gate"]}}),
+    "whole, returning several tensors": ("llama4", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["router"]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_routers_are_trained(case, mixture, tokens, tmp_path):
+    name, lora = ROUTERS[case]
+    config = make_config(mixture(name), tokens, tmp_path / "out", lora=lora, training={"max_steps": 3})
+    expected = reference_run(config)
+    assert any("gate." in name or "router." in name for name in expected.adapter)
+    assert_same_bits(streamed_run(config), expected)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])

@@ -74,7 +74,7 @@ EXPERTS = {"dropout": 0.0, "target_modules": ["q_proj"]}
 EXPERT_CASES = {
     "attention": {"target_modules": ["q_proj", "o_proj"]},
     "attention, DoRA": {"use_dora": True, "target_modules": ["q_proj", "v_proj"]},
-    "experts": EXPERTS | {"extra": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}},
+    "experts": EXPERTS | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
 }
 
 
