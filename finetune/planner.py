@@ -14,7 +14,7 @@ from memory.errors import UserError
 from memory.needs import Needs
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
-from offload.sizing.needs import Streamed, stream_needs
+from offload.sizing.needs import Streamed, decoded_needs, stream_needs
 from offload.sizing.positions import longest_row
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ class Planner:
         adapter_bytes = sum(p.nbytes for p in session.trainable)
         process = process_as_it_is(session.device, parts.dtype, adapter_bytes, shape.micro_batches)
         slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead)
+        if session.setup.uses_of_weights(parts, shape) > 1:
+            slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
         return process + slots + batch_needs(parts, session.model, batch, block_inputs) + own, streamed, batch
 
     def _check_positions(self, shape: BatchShape) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from finetune.adapters.saved import refuse_beside
 from finetune.config import Config
 from finetune.needs_of_model import adapter_needs
-from finetune.planned_run import MeasuredBatch, StoreSize
+from finetune.planned_run import BatchShape, MeasuredBatch, StoreSize
 from memory.errors import UserError
 from memory.needs import Needs
 from offload.devices import Device
@@ -69,6 +69,10 @@ class Setup:
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
         """What it asks of memory and disk beside the batch, and what goes through slots then. streamed: without it."""
         return adapter_needs(session.trainable), streamed
+
+    def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
+        """How often a visit of a block multiplies by the same weights, where they are decoded for it."""
+        return shape.micro_batches * (2 if shape.train else 1)  # recomputed, and for the gradient
 
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """training: whether a step comes next, rather than a measurement."""

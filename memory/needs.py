@@ -66,12 +66,13 @@ class Worth(IntEnum):
     STATE_BUFFERS = 1  # the state of an optimizer moves in both directions at once
     SECOND_VARIANT = 2  # both variants of a pair are made in one pass
     NEXT_CHUNK = 3  # the next chunk of the head is read while one computes
-    BLOCK_INPUTS = 4  # what backward needs stays in memory
-    LATER_BLOCKS = 5  # more blocks are read ahead
-    WAITING_STATE = 6  # where compute takes longer than the disk, a whole block's state waits in memory
-    RESIDENT_BLOCKS = 7  # blocks stay
-    WHOLE_HEAD = 8  # the head stays: per byte, half of what a block saves
-    KEPT_STATE = 9  # pieces of an optimizer's state stay
+    DECODED_WEIGHTS = 4  # packed weights are decoded once a visit: for every block again, and nothing hides decoding
+    BLOCK_INPUTS = 5  # what backward needs stays in memory
+    LATER_BLOCKS = 6  # more blocks are read ahead
+    WAITING_STATE = 7  # where compute takes longer than the disk, a whole block's state waits in memory
+    RESIDENT_BLOCKS = 8  # blocks stay
+    WHOLE_HEAD = 9  # the head stays: per byte, half of what a block saves
+    KEPT_STATE = 10  # pieces of an optimizer's state stay
 
 
 @dataclass(frozen=True, slots=True)

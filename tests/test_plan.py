@@ -16,6 +16,7 @@ from memory.simulator import simulate_step
 from memory.units import PAGE_BYTES
 from offload.sizing.needs import (
     ACTIVATIONS,
+    DECODED_WEIGHTS,
     DEVICE_BLOCKS,
     DEVICE_HEAD,
     EDGES,
@@ -29,6 +30,7 @@ from offload.sizing.needs import (
     VISIT,
     Streamed,
     block_input_needs,
+    decoded_needs,
     state_needs,
     stream_needs,
     update_needs,
@@ -188,6 +190,31 @@ def test_state_that_waits_in_memory_comes_before_resident_blocks():
     other_slots = many.slots[HOST_BLOCKS].num_bytes + many.slots[HOST_HEAD].num_bytes
     assert many.host_slab_bytes - other_slots == 21 * 12 * MIB
     assert many.host_peak_bytes <= host_bytes
+
+
+def test_weights_stay_decoded_before_anything_but_the_next_block_waits():
+    """As many of the largest as there is room for, and smaller ones in what is left; slots are those of the largest block."""
+    decoded = decoded_needs([(9 * MIB, 4 * MIB, 4 * MIB), (10 * MIB,), ()])
+    sizes = replace(SIZES, head_chunks=2)
+    needs = needs_of(sizes) + decoded
+    rooms = [pool.name for pool in decoded.pools]
+    assert [pool.slot_bytes for pool in decoded.pools] == [10 * MIB, 4 * MIB, 4 * MIB]
+    least = plan_of(sizes, 1 << 40, resident_blocks=0, lookahead=1, activations="disk").host_peak_bytes
+    for more, counts in ((3, [0, 0, 0]), (9, [0, 1, 1]), (15, [1, 1, 0]), (18, [1, 1, 1])):
+        plan = make_plan(needs, Limits(least + more * MIB + MIB // 2))
+        assert [plan.count(name) for name in rooms] == counts, more
+        assert plan.host_parts.get("weights that stay decoded for a visit", 0) == sum(
+            count * size * MIB for count, size in zip(counts, (10, 4, 4), strict=True)
+        )
+        assert plan.slots[HOST_BLOCKS].lookahead == 1 and not plan.slots[HOST_BLOCKS].kept and plan.count(ACTIVATIONS)
+    on_device = make_plan(needs_of(sizes, True) + decoded, Limits(1 << 40, 1 << 40))
+    assert sum(on_device.slots[name].num_bytes for name in rooms) == 18 * MIB
+    assert on_device.device_parts["weights that stay decoded for a visit"] == 18 * MIB
+
+
+def test_no_more_weights_stay_decoded_than_are_worth_a_pool_each():
+    needs = decoded_needs([range(900, 0, -1), range(1000, 0, -1)])
+    assert [pool.slot_bytes for pool in needs.pools] == list(range(1000, 1000 - DECODED_WEIGHTS, -1))
 
 
 def test_of_what_happens_in_turn_the_largest_counts():

@@ -17,7 +17,7 @@ from torch import nn
 from finetune.config import Config
 from finetune.methods.perturbation_needs import is_packed, most_product_groups, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
-from finetune.planned_run import MeasuredBatch
+from finetune.planned_run import BatchShape, MeasuredBatch
 from finetune.quantization.base import open_base
 from finetune.reporting.report import last_step
 from finetune.runs.directory import check_belongs, reading
@@ -101,6 +101,10 @@ class JournalWeights(Setup):
             steps, options = self._journal.steps, _in_products(self._journal)
         perturbed = perturbed_sizes(session.parts, options, steps)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+
+    def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
+        # Weights that the run has moved otherwise are made in the dtype that computes.
+        return shape.micro_batches if is_packed(parts) else 0
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         journal, groups = self._journal, 0

@@ -48,7 +48,7 @@ from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.needs_of_model import perturbed_adapter_needs
 from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
-from finetune.planned_run import MeasuredBatch
+from finetune.planned_run import BatchShape, MeasuredBatch
 from finetune.runs.exports import Export
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
@@ -144,6 +144,13 @@ class ZerothOrder(Method):
         perturbed = perturbed_sizes(parts, zo, self.num_steps)
         needs = perturbed.needs + fold_needs(parts, zo, self.num_steps)
         return needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+
+    def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
+        zo = self.config.zo
+        if zo.parameters == "scales":
+            return shape.micro_batches // self.variants  # each has its own
+        # Products share a matrix among all variants; others are made in the dtype that computes.
+        return shape.micro_batches if self.kind is not None or zo.product_groups else 0
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         zo = self.config.zo

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from offload.noise import noise
-from offload.weights.formats import Stored, StoredWeight
+from offload.weights.binding import LinearInSlot
 from offload.weights.parts import ModelParts
 
 
@@ -43,23 +43,18 @@ class Factors(NamedTuple):
 NO_FACTORS = Factors(1.0, None, None)
 
 
-class PerturbedProduct:
-    """The forward of a linear layer under `factors`: x [..., columns] to [..., rows]. weight, stored: W as it lies in its slot;
-    a binding sets both."""
+class PerturbedProduct(LinearInSlot):
+    """The forward of a linear layer under `factors`: x [..., columns] to [..., rows]."""
 
-    __slots__ = ("factors", "module", "stored", "weight")
+    __slots__ = ("factors",)
 
     def __init__(self, module: nn.Linear) -> None:
         """module: whose bias is added."""
-        self.module = module
-        self.weight: StoredWeight | None = None
-        self.stored: Stored | None = None
+        super().__init__(module)
         self.factors = NO_FACTORS
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.stored is None:
-            raise RuntimeError("a streamed linear layer was called while its block is away")
-        return perturbed_product(x, self.weight.decode(self.stored, x.dtype), self.factors, self.module.bias)
+        return perturbed_product(x, self.numbers(x.dtype), self.factors, self.module.bias)
 
 
 def perturbed_product(

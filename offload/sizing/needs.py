@@ -5,7 +5,9 @@ The names of pools are those by which the engine carves them out of the plan.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 
 from memory.needs import Item, Lasts, Needs, Pool, Step, Tier, Worth, ascent
 from memory.units import MIB
@@ -22,6 +24,7 @@ STATE = "optimizer state"
 UPDATE = "update"
 VARIANTS = "variants of blocks"
 HEAD_VARIANTS = "variants of the head"
+DECODED = "decoded weights"  # begins the names of such pools
 
 EDGES = "embeddings, norms, other resident weights"
 VISIT = "one block visit and the loss"
@@ -30,6 +33,7 @@ STEP = "inputs and hidden states of a step"
 STAGING_BYTES = 8 * MIB
 ACTIVATION_SLOTS = 4
 MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
+DECODED_WEIGHTS = 16  # of a block, at most: experts of many modules are not worth a pool each
 STATE_SLOTS = 12  # keep a disk busy in both directions
 MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 
@@ -108,6 +112,20 @@ def stream_needs(
         steps.append(Step(Worth.NEXT_CHUNK, {HOST_HEAD: 2, DEVICE_HEAD: 2}))
         steps += [Step(Worth.WHOLE_HEAD, {name: chunks}) for name in (HOST_HEAD, DEVICE_HEAD)]
     return Needs.of(*pools, *steps)
+
+
+def decoded_needs(weight_bytes: Iterable[Collection[int]]) -> Needs:
+    """Rooms in which weights of a block stay decoded while it is visited: one for the largest of any block, one for the second
+    largest of any, and so on.
+
+    weight_bytes: of each block, those of its weights that are decoded when they are multiplied by, decoded, the largest first.
+    """
+    by_rank = islice(zip_longest(*weight_bytes, fillvalue=0), DECODED_WEIGHTS)
+    pools = [
+        Pool(f"{DECODED} {rank}", "weights that stay decoded for a visit", Tier.COMPUTE, max(sizes), ring=0)
+        for rank, sizes in enumerate(by_rank)
+    ]
+    return Needs.of(*pools, *(Step(Worth.DECODED_WEIGHTS, {pool.name: 1}) for pool in pools))
 
 
 def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Needs:

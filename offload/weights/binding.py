@@ -2,9 +2,10 @@
 
 [Note: stored and compute dtype]
 Weights stay in slots as they are stored. Where that is not the dtype that the model computes in (packed weights, and fp32 on a
-CPU that multiplies bf16 slowly), a linear layer decodes its weight at each use: one at a time exists decoded. Other parameters
-(norms, biases, stacked experts) are decoded when they are bound. bf16 and fp16 to fp32 is exact: the result is that of a model
-loaded in fp32.
+CPU that multiplies bf16 slowly), a linear layer decodes its weight when it multiplies by it. Where the plan has room for its
+numbers they stay until the block is let go, and all products of the visit (other lanes, recomputation, backward) are with them.
+Where it has none, the weight is decoded at each product, and one at a time exists decoded. Other parameters (norms, biases,
+stacked experts) are decoded when they are bound. bf16 and fp16 to fp32 is exact: the result is that of a model loaded in fp32.
 
 A weight is decoded whole, not in strips that would stay in cache: MKL and oneDNN choose kernels and cut sums by the sizes of a
 product and the number of threads, so the product of a strip has other bits than that part of the whole product.
@@ -12,9 +13,8 @@ product and the number of threads, so the product of a strip has other bits than
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +28,42 @@ from offload.weights.formats.plain import dense_bytes
 LAZY_MIN_BYTES = 65536  # smaller weights are decoded once, at bind
 
 
-def _product(
-    rows: torch.Tensor, weight: StoredWeight, stored: Stored, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return functional.linear(rows, weight.decode(stored, rows.dtype), bias)
+class LinearInSlot:
+    """Of an nn.Linear whose weight stays in the slot as it is stored: that weight, and its numbers while it is bound. What
+    takes the layer's forward over is derived from it."""
+
+    __slots__ = ("_made", "_room", "module", "stored", "weight")
+
+    def __init__(self, module: nn.Linear) -> None:
+        """module: whose bias is added."""
+        self.module = module
+        self.weight: StoredWeight | None = None
+        self.stored: Stored | None = None
+        self._room: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
+
+    def put(self, stored: Stored | None, room: torch.Tensor | None = None) -> None:
+        """stored: what lies in the slot of `weight` now; None: nothing. The same tensors once more hold what they have held.
+        room: where the numbers stay until something else is put; None: nowhere."""
+        if stored is None or self.stored is None or not _are_same(stored, self.stored):
+            self._made = None
+        self.stored, self._room = stored, room
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns]"""
+        if self.stored is None:
+            raise RuntimeError("a streamed linear layer was called while its block is away")
+        if self._room is None or self._room.dtype != dtype:
+            return self.weight.decode(self.stored, dtype)
+        if self._made is None:
+            self._made = self.weight.decode(self.stored, dtype, self._room)
+        return self._made
+
+
+def _are_same(first: Stored, second: Stored) -> bool:
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return first is second
+    return first.keys() == second.keys() and all(first[part] is second[part] for part in first)
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -41,19 +73,32 @@ class _StoredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: _LazyForward, bias: torch.Tensor | None) -> torch.Tensor:
-        weight, stored = ctx.weight, ctx.stored = layer.weight, layer.stored
+    def forward(ctx, x: torch.Tensor, layer: LinearInSlot, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.layer = layer
         rows = values(x).reshape(-1, x.shape[-1])
-        product = partial(_product, rows, weight, stored, bias)
         deferring = DeferProducts.entered
-        y = deferring.defer((rows.shape[0], weight.shape[0]), product, [rows]) if deferring else product()
+        product = partial(_product, rows, layer, bias)
+        y = deferring.defer((rows.shape[0], layer.weight.shape[0]), product, [rows]) if deferring else product()
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         rows = grad.reshape(-1, grad.shape[-1])
-        dx = rows @ ctx.weight.decode(ctx.stored, rows.dtype)
+        dx = rows @ ctx.layer.numbers(rows.dtype)
         return dx.view(*grad.shape[:-1], -1), None, None
+
+
+def _product(rows: torch.Tensor, layer: LinearInSlot, bias: torch.Tensor | None) -> torch.Tensor:
+    return functional.linear(rows, layer.numbers(rows.dtype), bias)
+
+
+class _LazyForward(LinearInSlot):
+    """The layer's own forward."""
+
+    __slots__ = ()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return _StoredLinear.apply(x, self, self.module.bias)
 
 
 class Binding:
@@ -70,7 +115,7 @@ class Binding:
         """Local name of the weight of every linear layer, and the layer."""
         self._weights = dict(weights)
         self._targets: list[tuple[str, nn.Module, str, torch.dtype]] = []
-        self._lazy: dict[str, Any] = {}  # forwards whose `stored` is the weight
+        self._lazy: dict[str, LinearInSlot] = {}
         self._empty: list[tuple[dict, str, torch.Tensor | None]] = []
         for name, weight in weights.items():
             owner_name, _, attribute = name.rpartition(".")
@@ -79,11 +124,15 @@ class Binding:
             if is_linear:
                 self.linear_weights[name] = owner
             if is_linear and not weight.is_stored_as(dtypes[name]) and weight.num_bytes >= LAZY_MIN_BYTES:
-                self._lazy[name] = owner.forward = _LazyForward(owner, weight)
+                self._lazy[name] = owner.forward = _LazyForward(owner)
+                owner.forward.weight = weight
             else:
                 self._targets.append((name, owner, attribute, dtypes[name]))
                 home = owner._parameters if attribute in owner._parameters else owner._buffers
                 self._empty.append((home, attribute, home[attribute]))
+        sizes = {name: dense_bytes(weights[name].shape, dtypes[name]) for name in self._lazy}
+        self.lazy_bytes: dict[str, int] = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+        """Of the weights that are decoded when they are multiplied by, once decoded: the largest first, by local name."""
 
     @property
     def decoded_bytes(self) -> int:
@@ -92,7 +141,7 @@ class Binding:
             return dense_bytes(self._weights[name].shape, self.dtypes[name])
 
         bound = (dense(name) for name, _, _, dtype in self._targets if not self._weights[name].is_stored_as(dtype))
-        return sum(bound) + max(map(dense, self._lazy), default=0)
+        return sum(bound) + max(self.lazy_bytes.values(), default=0)
 
     def read_as(self, weights: Mapping[str, StoredWeight]) -> None:
         """From now on slots have these weights, under the same names, which may be in other formats."""
@@ -100,9 +149,15 @@ class Binding:
         for name, forward in self._lazy.items():
             forward.weight = weights[name]
 
-    def bind(self, views: Mapping[str, torch.Tensor], trained: Collection[str] = ()) -> None:
+    def bind(
+        self,
+        views: Mapping[str, torch.Tensor],
+        trained: Collection[str] = (),
+        rooms: Sequence[torch.Tensor | None] = (),
+    ) -> None:
         """views: the slot's stored tensors, by the names of its layout. trained: weights whose gradients are wanted; they must
-        not be decoded lazily, see `convert_at_bind`."""
+        not be decoded lazily, see `convert_at_bind`. rooms: uint8, where the weights of `lazy_bytes`, in that order, may stay
+        decoded; None, or none left: of that weight nothing stays."""
         for name, owner, attribute, dtype in self._targets:
             weight = self._weights[name]
             # Slots are views of one slab and would share its version counter: without `data`, code that touches one
@@ -112,8 +167,12 @@ class Binding:
                 owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=name in trained)
             else:
                 owner._buffers[attribute] = tensor
+        found = dict(zip(self.lazy_bytes, rooms, strict=False))
         for name, forward in self._lazy.items():
-            forward.stored = self._weights[name].take(views, name)
+            room = found.get(name)
+            if room is not None:
+                room = room[: self.lazy_bytes[name]].view(self.dtypes[name]).view(self._weights[name].shape)
+            forward.put(self._weights[name].take(views, name), room)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the trained tensors that have one, by local name."""
@@ -124,11 +183,10 @@ class Binding:
         for home, attribute, placeholder in self._empty:
             home[attribute] = placeholder
         for forward in self._lazy.values():
-            forward.stored = None
+            forward.put(None)
 
-    def multiply_by(self, forwards: Mapping[str, Any]) -> None:
-        """From now on the linear layers with these weights (local names) run these forwards, whose `stored` is what lies in the
-        slot of their `weight`."""
+    def multiply_by(self, forwards: Mapping[str, LinearInSlot]) -> None:
+        """From now on the linear layers with these weights (local names) run these forwards."""
         kept = [i for i, (name, *_) in enumerate(self._targets) if name not in forwards]
         self._targets = [self._targets[i] for i in kept]
         self._empty = [self._empty[i] for i in kept]
@@ -145,7 +203,7 @@ class Binding:
             owner.__dict__.pop("forward", None)
             self._targets.append((name, owner, "weight", owner.weight.dtype))
             self._empty.append((owner._parameters, "weight", owner.weight))
-        self._lazy = {}
+        self._lazy, self.lazy_bytes = {}, {}
 
 
 _WITHOUT_NUMBERS = {
@@ -164,19 +222,3 @@ class _InItsSlot(torch.Tensor):
                 "the model multiplies by a linear layer's weight itself, not through the layer: use zo.perturb weights"
             )
         return super().__torch_function__(function, types, args, kwargs or {})
-
-
-class _LazyForward:
-    """The forward of an nn.Linear whose weight stays in the slot as it is stored."""
-
-    __slots__ = ("_module", "weight", "stored")
-
-    def __init__(self, module: nn.Linear, weight: StoredWeight) -> None:
-        self._module = module
-        self.weight = weight
-        self.stored: Stored | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.stored is None:
-            raise RuntimeError("a streamed linear layer was called while its block is away")
-        return _StoredLinear.apply(x, self, self._module.bias)

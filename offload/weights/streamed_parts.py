@@ -17,7 +17,7 @@ from memory.slots import Slab
 from offload.devices import Device
 from offload.residency.io import IOEngine
 from offload.residency.tiers import DeviceTier, HostTier, Tier
-from offload.sizing.needs import DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
+from offload.sizing.needs import DECODED, DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
 from offload.step.weights import Block, HeadRows, Key
 from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
@@ -53,6 +53,7 @@ class StreamedParts:
         self._parts = room.parts
         self.blocks = _open_tier(room, (HOST_BLOCKS, DEVICE_BLOCKS), blocks, make_tier)
         self.head = _open_tier(room, (HOST_HEAD, DEVICE_HEAD), chunks, make_tier) if chunks else None
+        self._rooms = open_rooms(room)
         self.num_chunks = 0 if room.parts.head is None else len(room.parts.head.layouts)
         self.head_rows: HeadRows | None = None
         """Of the chunk of the head that is bound."""
@@ -76,7 +77,7 @@ class StreamedParts:
         """trained: as in `Binding.bind`. One chunk of several is not bound to the head's module, only decoded."""
         binding, head = self._binding(key), self._parts.head
         if binding is not None:
-            binding.bind(views, trained)
+            binding.bind(views, trained, self._rooms if type(key) is Block else ())
         if type(key) is Block:
             return
         if binding is not None:
@@ -145,6 +146,12 @@ def read_tensor(io: IOEngine, files: dict[Path, int], stored: PlainTensor) -> to
     if reads:
         io.wait(io.submit_reads(reads))
     return tensor
+
+
+def open_rooms(room: Room) -> list[torch.Tensor | None]:
+    """Where weights of a block may stay decoded, as `Binding.bind` takes it: None where the plan has no room."""
+    pools = (slots for name, slots in room.plan.slots.items() if name.startswith(DECODED))
+    return [slots.carve_from(room.computing).lease().buffer if slots.count else None for slots in pools]
 
 
 def _open_tier(

@@ -18,6 +18,7 @@ import offload.weights.binding
 import offload.weights.parts
 from finetune.export import export
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from offload.weights.formats.bitsandbytes import Packed4Bit
 
 pytestmark = pytest.mark.every(4)
 
@@ -49,6 +50,28 @@ def test_products(case, checkpoint, tokens, tmp_path, monkeypatch):
         losses.append(zo_run(config))
     assert losses[0] == losses[1]
     assert journal(tmp_path / "out-packed") == journal(tmp_path / "out-decoded")
+
+
+def test_variants_share_what_stays_decoded(checkpoint, tokens, tmp_path, monkeypatch):
+    """Noise in products leaves the weight as it is: it is decoded once for all of them. Losses are those over plain weights."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    decoded: list[int] = []
+    decode_into = Packed4Bit.decode_into
+
+    def counted(self, stored, numbers):
+        if numbers.device.type != "meta":
+            decoded.append(numbers.numel())
+        decode_into(self, stored, numbers)
+
+    monkeypatch.setattr(Packed4Bit, "decode_into", counted)
+    packed, plain = write_packed(checkpoint("llama"), tmp_path, "nf4")
+    runs = [
+        zo_run(zo_config(model, tokens, tmp_path / f"out-{model.name}", PRODUCTS, training={"max_steps": 3}))
+        for model in (plain, packed)
+    ]
+    assert runs[0] == runs[1]
+    steps, blocks, weights = 3, 5, 7
+    assert len(decoded) == steps * blocks * weights
 
 
 FORMATS = {

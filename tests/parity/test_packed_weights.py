@@ -7,9 +7,11 @@ import torch
 from packed_checkpoints import write_packed
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
 
+import offload.sizing.needs
 import offload.weights.binding
 from finetune.trainer import Trainer
 from memory.errors import UserError
+from offload.weights.formats.bitsandbytes import Packed4Bit
 
 CASES = {
     "nf4 nested": ("llama", "nf4", True, {}),
@@ -31,6 +33,34 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
         output, engine = tmp_path / device, {"resident_blocks": 1}
         found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
         assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_weights_that_stay_decoded_for_a_visit(device, checkpoint, tokens, tmp_path, monkeypatch):
+    """All of them, the two largest of a block, or none: the same bits, in fewer decodings."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    decoded: list[torch.dtype] = []
+    decode_into = Packed4Bit.decode_into
+
+    def counted(self, stored, numbers):
+        if numbers.device.type != "meta":
+            decoded.append(numbers.dtype)
+        decode_into(self, stored, numbers)
+
+    monkeypatch.setattr(Packed4Bit, "decode_into", counted)
+    packed, plain = write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True)
+    expected = reference_run(make_config(plain, tokens, tmp_path / "plain"))
+    counts = []
+    for rooms in (16, 2, 0):
+        monkeypatch.setattr(offload.sizing.needs, "DECODED_WEIGHTS", rooms)
+        decoded.clear()
+        assert_same_bits(streamed_run(make_config(packed, tokens, tmp_path / f"{rooms}", device=device)), expected)
+        counts.append(len(decoded))
+    steps, blocks, weights, micro_batches = 4, 5, 7, 3
+    assert counts[0] == 2 * steps * blocks * weights  # forward and backward
+    # Forward, and backward for the gradient. Backward alone also recomputes, less what it can do without.
+    least = 2 * steps * blocks * weights * micro_batches
+    assert least < counts[2] < 1.5 * least and counts[0] < counts[1] < counts[2]
 
 
 def test_a_packed_head_in_chunks(checkpoint, tokens, tmp_path):

@@ -163,8 +163,8 @@ class StoredWeight(ABC):
         return False
 
     def decode(self, stored: Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta. out: such a tensor, contiguous, that
-        is filled unless `stored` is already them; None: a new one."""
+        """The numbers, dense: [*shape] in `dtype`, on the device of `stored`; also on meta. out: such a tensor, contiguous,
+        that is filled unless `stored` is already them; None: a new one."""
         if out is None:
             device = next(iter(stored.values())).device
             out = torch.empty(self.shape, dtype=dtype, device=device)
