@@ -182,6 +182,8 @@ class _Quantization:
             f"({plan.bits_per_weight:.2f} bits a weight) in {self._cache}{seconds}; {format_bytes(_free(self._cache))} are "
             "free there"
         )
+        if plan.stacked_bytes:
+            words += f"; {format_bytes(plan.stacked_bytes)} of experts lie stacked in the files and stay as they are"
         if there.num_bytes:
             words += f"; {format_bytes(plan.num_bytes - left)} are there from an earlier process"
         return words, left, rates

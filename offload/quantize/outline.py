@@ -1,8 +1,10 @@
 """What a quantised checkpoint will be, from the headers of the original: which weights are packed, in which files, how large.
 
 [Note: which weights are packed]
-Those that Transformers would pack with bitsandbytes: of linear layers, but for the head and what is tied to it. A weight that
-lies in the files otherwise than in the model (experts that are put together, transposed ones) stays as it is.
+Those that Transformers would pack with bitsandbytes: of linear layers, but for the head and what is tied to it. Experts that
+the files have one by one are linear layers too, as Transformers 4 has them, and are packed as such models are published: each
+matrix under its own name, the router in 16 bits. What lies in the files otherwise (stacked experts, transposed weights) stays
+as it is.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from torch import nn
 
 from memory.units import round_up
 from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from offload.quantize.experts import WORDS, find_experts, is_within
 from offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
 from offload.weights.formats.bitsandbytes_files import CODES
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.parts import ModelParts
 
 KINDS = ("nf4", "int8")
-_WORDS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 _LONGEST_OFFSET = -1.2345678901234567e-38
 
@@ -121,6 +123,8 @@ class Outline:
     """What config.json is to hold."""
     unlike: tuple[str, ...] = field(default=())
     """Tensors that differ from those they would be tied to."""
+    stacked_bytes: int = 0
+    """Of experts that lie stacked in the files, and stay as they are."""
 
     @property
     def num_bytes(self) -> int:
@@ -155,6 +159,9 @@ def outline(parts: ModelParts, packing: Packing) -> Outline:
             "or name the original model"
         )
     entries, left = _linear_weights(parts)
+    experts, routers, stacked_bytes = find_experts(parts, _kept_modules(parts.model))
+    entries |= experts
+    left += routers
     if packing.kind == "int8":
         left += [name for name, entry in entries.items() if not entry.name.endswith(".weight")]
     packed = {entry.name: _stored(entry, packing) for name, entry in entries.items() if name not in left}
@@ -169,7 +176,7 @@ def outline(parts: ModelParts, packing: Packing) -> Outline:
         name = "model.safetensors" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}.safetensors"
         files.append(NewFile(name, inside, {entry.name: packed[entry.name] for entry in inside if entry.name in packed}))
     config["quantization_config"] = _section(packing, packed, parts, left)
-    return Outline(checkpoint, packing, tuple(files), config, _unlike(parts))
+    return Outline(checkpoint, packing, tuple(files), config, _unlike(parts), stacked_bytes)
 
 
 def is_state(tensor: NewTensor) -> bool:
@@ -180,7 +187,7 @@ def is_state(tensor: NewTensor) -> bool:
 def state(entry: TensorEntry, packing: Packing, offset: float) -> bytes:
     """What bitsandbytes keeps of a weight in 4 bits beside its tensors. offset: of nested absmax."""
     values: dict[str, Any] = {
-        "quant_type": packing.kind, "blocksize": BLOCK, "dtype": _WORDS[entry.dtype], "shape": list(entry.shape),
+        "quant_type": packing.kind, "blocksize": BLOCK, "dtype": WORDS[entry.dtype], "shape": list(entry.shape),
     }  # fmt: skip
     if packing.nested:
         values |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
@@ -193,12 +200,12 @@ def _linear_weights(parts: ModelParts) -> tuple[dict[str, TensorEntry], list[str
     from transformers.pytorch_utils import Conv1D
 
     model, sources = parts.model, parts.sources
-    kept = (*_skipped_modules(model), *(model._keep_in_fp32_modules or ()))
+    kept = _kept_modules(model)
     by_place = {(entry.path, entry.offset): entry for entry in parts.checkpoint.tensors.values()}
     uses = Counter(extent for weight in sources.values() for extent in getattr(weight, "extents", ()))
     found, left = {}, []
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or any(_is_within(name, one) for one in kept):
+        if type(module) not in (nn.Linear, Conv1D) or is_within(name, kept):
             continue
         weight = sources.get(f"{name}.weight")
         entry = None
@@ -206,11 +213,15 @@ def _linear_weights(parts: ModelParts) -> tuple[dict[str, TensorEntry], list[str
             extent = weight.extents[0]
             entry = by_place.get((extent.path, extent.file_offset))
         is_whole = entry is not None and entry.shape == weight.shape and entry.num_bytes == weight.num_bytes > 0
-        if is_whole and type(module) is nn.Linear and entry.dtype in _WORDS:
+        if is_whole and type(module) is nn.Linear and entry.dtype in WORDS:
             found[name] = entry
         else:
             left.append(name)
     return found, left
+
+
+def _kept_modules(model: nn.Module) -> tuple[str, ...]:
+    return (*_skipped_modules(model), *(model._keep_in_fp32_modules or ()))
 
 
 def _skipped_modules(model: nn.Module) -> list[str]:
@@ -221,10 +232,6 @@ def _skipped_modules(model: nn.Module) -> list[str]:
     heads = {name for name, module in model.named_modules() if module is head and head is not None}
     last = [name for name, _ in model.named_parameters()][-1:]
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), *heads, *last)})
-
-
-def _is_within(name: str, module: str) -> bool:
-    return name.endswith(module) or name.startswith(f"{module}.")
 
 
 def _stored(entry: TensorEntry, packing: Packing) -> tuple[NewTensor, ...]:
@@ -266,7 +273,7 @@ def _section(packing: Packing, packed: Iterable[str], parts: ModelParts, left: S
     return {
         "_load_in_4bit": is_4bit,
         "_load_in_8bit": not is_4bit,
-        "bnb_4bit_compute_dtype": _WORDS[entry.dtype],
+        "bnb_4bit_compute_dtype": WORDS[entry.dtype],
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": is_4bit and packing.nested,
