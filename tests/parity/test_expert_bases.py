@@ -42,7 +42,7 @@ ATTENTION = {"target_modules": ["o_proj"]}
 EXPERTS = {
     "dropout": 0.0,
     "target_modules": ["o_proj"],
-    "extra": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
 CASES = [
     *(("qwen3-moe", kind, EXPERTS if kind in ("nf4", "int4") else ATTENTION) for kind in KINDS),
