@@ -2,8 +2,11 @@
 
 import gc
 import os
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,28 @@ def small_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def quick_data(monkeypatch) -> None:
+    """Tokens are made in this process."""
+    from data_tools import prepare_in_this_process
+
+    prepare_in_this_process(monkeypatch)
+
+
+@pytest.fixture
+def compiled() -> Callable[[str], str]:
+    """Runs code that compiles Triton kernels, which this process may only interpret; gives what it prints."""
+
+    def run(code: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        root = Path(__file__).parent.parent
+        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout
+
+    return run
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is not slow is chosen

@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_tools import prepare_in_this_process
 from extents import read_source
 from packed_checkpoints import edit, pack_compressed, pack_fp8, set_config, write_twice
 from safetensors.torch import save_file
-from text_models import make_config, write_model, write_rows
+from text_models import assert_same_answers, make_config, write_model, write_rows
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from finetune import Trainer
-from finetune.evaluate import evaluate
-from finetune.generate import generate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_header
 from offload.weights.formats import StoredWeight, find_weights
@@ -314,19 +311,8 @@ def models(plain_llama, tmp_path) -> tuple[Path, Path]:
     return write_twice(plain_llama, tmp_path, pack, section("mixed-precision", {}) | {"config_groups": groups})
 
 
-@pytest.fixture
-def quick_data(monkeypatch) -> None:
-    prepare_in_this_process(monkeypatch)
-
-
 def test_eval_and_generate(models, tmp_path, quick_data):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 3)
-    results = []
-    for model in models:
-        config = make_config(model, tmp_path / f"out-{model.name}", data=rows)
-        losses = evaluate(config)
-        results.append((losses["loss"], "".join(generate(config, None, ["the cat", "hello"], max_new_tokens=5))))
-    assert results[0] == results[1]
+    assert_same_answers(models, tmp_path)
 
 
 def test_the_user_is_told_once_that_inputs_are_not_quantised(models, tmp_path, quick_data, capsys):

@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_tools import prepare_in_this_process
 from extents import read_source
 from packed_checkpoints import Packed, e4m3_values, edit, pack_fp8, set_config, write_twice
 from safetensors.torch import save_file
-from test_resume import StopAfter
-from text_models import make_config, write_model, write_rows
+from text_models import assert_resumes, assert_same_answers, write_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
-from finetune import Trainer
-from finetune.evaluate import evaluate
-from finetune.generate import generate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_header
 from offload.weights.formats import StoredWeight, find_weights
@@ -162,11 +157,6 @@ def models(plain_llama, tmp_path) -> tuple[Path, Path]:
     return write_twice(plain_llama, tmp_path, pack, section)
 
 
-@pytest.fixture
-def quick_data(monkeypatch) -> None:
-    prepare_in_this_process(monkeypatch)
-
-
 def test_what_is_left_in_16_bits_stays_so(models):
     sources = cut(models[0]).sources
     kinds = {name: type(sources[f"model.layers.{name}.self_attn.k_proj.weight"]) for name in (0, 1)}
@@ -200,30 +190,13 @@ def test_names_of_scales_that_nobody_knows_are_refused(models):
 
 
 def test_eval_and_generate(models, tmp_path, quick_data, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 3)
-    results = []
-    for model in models:
-        config = make_config(model, tmp_path / f"out-{model.name}", data=rows)
-        losses = evaluate(config)
-        results.append((losses["loss"], "".join(generate(config, None, ["the cat", "hello"], max_new_tokens=5))))
-    assert results[0] == results[1]
+    assert_same_answers(models, tmp_path)
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(models, tmp_path, quick_data, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat sat on {i} mats and hello"} for i in range(7)])
-    training = {"max_steps": 4, "batch_size": 2, "learning_rate": 5e-3}
-
-    def config(name: str, **more):
-        return make_config(models[0], tmp_path / name, data=rows, training=training, lora={"r": 3}, **more)
-
-    Trainer(config("whole")).train()
-    assert capsys.readouterr().err.count("losses are those of the dequantised weights") == 1
-    Trainer(config("parts"), callbacks=[StopAfter(2)]).train()
-    Trainer(config("parts", resume=True)).train()
-    found, expected = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("parts", "whole")
-    )
-    assert found == expected
+    assert_resumes(models[0], tmp_path)
+    # Each of the three runs says it once.
+    assert capsys.readouterr().err.count("losses are those of the dequantised weights") == 3
 
 
 def test_a_damaged_model_is_refused_by_its_file_and_tensor(models):

@@ -10,17 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_tools import prepare_in_this_process
 from extents import read_source
 from grouped_checkpoints import Gptq, write_grouped
 from packed_checkpoints import edit, set_config
 from safetensors.torch import load_file, save_file
-from test_resume import StopAfter
-from text_models import make_config, write_model, write_rows
+from text_models import assert_resumes, assert_same_answers, write_model
 
-from finetune import Trainer
-from finetune.evaluate import evaluate
-from finetune.generate import generate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_header
 from offload.sizing.dry_run import _LiveBytes
@@ -289,33 +284,12 @@ def test_layers_that_are_stored_transposed_are_refused(tmp_path):
 # What a user does.
 
 
-@pytest.fixture
-def quick_data(monkeypatch) -> None:
-    prepare_in_this_process(monkeypatch)
-
-
 def test_eval_and_generate(plain_llama, tmp_path, quick_data):
     """Without the libraries that Transformers and PEFT ask for where they load such a model themselves."""
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 3)
-    results = []
-    for model in write_grouped(plain_llama, tmp_path, Gptq(act_order=True)):
-        config = make_config(model, tmp_path / f"out-{model.name}", data=rows)
-        losses = evaluate(config)
-        results.append((losses["loss"], "".join(generate(config, None, ["the cat", "hello"], max_new_tokens=5))))
-    assert results[0] == results[1]
+    assert_same_answers(write_grouped(plain_llama, tmp_path, Gptq(act_order=True)), tmp_path)
     assert not {"gptqmodel", "optimum", "awq"} & sys.modules.keys()
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(plain_llama, tmp_path, quick_data):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat sat on {i} mats and hello"} for i in range(7)])
     model, _ = write_grouped(plain_llama, tmp_path, Gptq(act_order=True))
-    training = {"max_steps": 4, "batch_size": 2, "learning_rate": 5e-3}
-
-    def config(name: str, **more):
-        return make_config(model, tmp_path / name, data=rows, training=training, lora={"r": 3}, **more)
-
-    Trainer(config("whole")).train()
-    Trainer(config("parts"), callbacks=[StopAfter(2)]).train()
-    Trainer(config("parts", resume=True)).train()
-    found, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("parts", "whole"))
-    assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
+    assert_resumes(model, tmp_path)

@@ -23,10 +23,10 @@ import torch
 import transformers as tf
 from data_tools import write_tokenizer
 from safetensors.torch import load_file
-from test_resume import WORDS, StopAfter
+from test_resume import WORDS
 from test_resume import data_prepared_here as prepared_here
 from test_zeroth_order import weights
-from text_models import VOCAB, make_config, write_rows
+from text_models import VOCAB, StopAfter, make_config, write_rows
 
 import finetune.trainer
 import offload.update.units

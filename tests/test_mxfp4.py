@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
-from data_tools import prepare_in_this_process
 from extents import read_source
 from packed_checkpoints import edit, pack_mxfp4, set_config, write_twice
-from safetensors.torch import load_file, save_file
-from test_resume import StopAfter
-from text_models import make_config, write_model, write_rows
+from safetensors.torch import save_file
+from text_models import assert_resumes, assert_same_answers, write_model
 from tiny_models import HEADS, IDS, TEXT
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from finetune import Trainer
-from finetune.evaluate import evaluate
-from finetune.generate import generate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_header
 from offload.sizing import dry_run
@@ -120,17 +116,17 @@ def models(plain_model, tmp_path) -> tuple[Path, Path]:
     return write_twice(plain_model, tmp_path, lambda _, value: pack_mxfp4(value), SECTION, ENDS)
 
 
-@pytest.fixture
-def quick_data(monkeypatch) -> None:
-    prepare_in_this_process(monkeypatch)
-
-
 def test_a_model_that_transformers_dequantises(models):
     dense = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16).state_dict()
     sources = cut(models[0]).sources
     assert dense.keys() == sources.keys()
     for name, source in sources.items():
         assert source.decode(source.load(read_source), torch.bfloat16).equal(dense[name])
+
+
+def not_on_meta(*args) -> NoReturn:
+    """As PyTorch's operators that have no meta kernel."""
+    raise NotImplementedError
 
 
 @pytest.mark.parametrize("runs_on_meta", [True, False])
@@ -143,34 +139,17 @@ def test_a_plan_counts_all_experts_decoded(dtype, runs_on_meta, models, monkeypa
     assert decoded_bytes == 5 * (64 * 192 + 96 * 64) * dtype.itemsize
     assert decoded_bytes <= parts.bindings[0].decoded_bytes
     if not runs_on_meta:
-        monkeypatch.setattr(dry_run, "_run_on_meta", lambda *args: (_ for _ in ()).throw(NotImplementedError))
+        monkeypatch.setattr(dry_run, "_run_on_meta", not_on_meta)
     inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "use_cache": False}
     assert dry_run.measure_visit(parts, parts.model, inputs, True).peak_bytes > decoded_bytes
 
 
 def test_eval_and_generate(models, tmp_path, quick_data):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 3)
-    results = []
-    for model in models:
-        config = make_config(model, tmp_path / f"out-{model.name}", data=rows)
-        losses = evaluate(config)
-        results.append((losses["loss"], "".join(generate(config, None, ["the cat", "hello"], max_new_tokens=5))))
-    assert results[0] == results[1]
+    assert_same_answers(models, tmp_path)
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(models, tmp_path, quick_data):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"the cat sat on {i} mats and hello"} for i in range(7)])
-    training = {"max_steps": 4, "batch_size": 2, "learning_rate": 5e-3}
-
-    def config(name: str, **more):
-        lora = {"r": 3, "target_modules": ["q_proj"]}
-        return make_config(models[0], tmp_path / name, data=rows, training=training, lora=lora, **more)
-
-    Trainer(config("whole")).train()
-    Trainer(config("parts"), callbacks=[StopAfter(2)]).train()
-    Trainer(config("parts", resume=True)).train()
-    found, expected = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("parts", "whole"))
-    assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)
+    assert_resumes(models[0], tmp_path, target_modules=["q_proj"])
 
 
 def test_a_damaged_model_is_refused_by_its_file_and_tensor(models):

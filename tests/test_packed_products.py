@@ -10,9 +10,9 @@ import pytest
 import torch
 from killing import kill_again_and_again
 from packed_checkpoints import write_packed
-from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import journal_bytes, weights
-from text_models import make_config
+from text_models import StopAfter, make_config
 from transformers import AutoModelForCausalLM
 
 import offload.perturb.unpacked

@@ -11,9 +11,9 @@ import pytest
 import torch
 from packed_checkpoints import edit, write_packed
 from safetensors.torch import load_file
-from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, damage, journal_bytes, weights
-from text_models import make_config
+from text_models import StopAfter, make_config
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError

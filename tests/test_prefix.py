@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as tf
 from peft import PromptTuningConfig, get_peft_model
-from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import journal_bytes, zo_config
-from text_models import CONFIGS, make_config, write_model
+from text_models import CONFIGS, StopAfter, make_config, write_model
 
 from finetune import Trainer
 from finetune.adapters import prefix

@@ -14,8 +14,7 @@ from data_tools import prepare_in_this_process
 from packed_checkpoints import edit
 from safetensors.torch import load_file
 from test_cli import invoke
-from test_resume import StopAfter
-from text_models import make_config, write_model, write_rows
+from text_models import StopAfter, make_config, write_model, write_rows
 
 from finetune import Trainer
 from finetune.config import Config, ConfigError

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from text_models import make_config, write_model, write_rows
-from transformers import AutoTokenizer, TrainerCallback
+from text_models import StopAfter, make_config, write_model, write_rows
+from transformers import AutoTokenizer
 
 from finetune import Config, Trainer
 from finetune.data import preparation, worker
@@ -46,15 +46,6 @@ def assert_same(found: Left, expected: Left) -> None:
     assert found.adapter.keys() == expected.adapter.keys()
     for name, value in expected.adapter.items():
         assert found.adapter[name].equal(value), name
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-        return control
 
 
 @pytest.fixture(scope="session")

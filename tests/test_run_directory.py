@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_resume import StopAfter, data_prepared_here  # noqa: F401
-from text_models import make_config, write_model, write_rows
+from test_resume import data_prepared_here  # noqa: F401
+from text_models import StopAfter, make_config, write_model, write_rows
 
 from finetune import Config, Trainer
 from finetune.data.tensor_rows import TensorRows

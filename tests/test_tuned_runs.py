@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
-from text_models import make_config, write_rows
+from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
+from text_models import StopAfter, make_config, write_rows
 
 import finetune.trainer
 import offload.update.units

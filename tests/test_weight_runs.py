@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from killing import kill_again_and_again
 from safetensors.torch import save_file
-from test_resume import StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
+from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
-from text_models import make_config
+from text_models import StopAfter, make_config
 from tiny_models import keep_at_most
 from transformers import TrainerCallback
 

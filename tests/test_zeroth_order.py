@@ -15,8 +15,8 @@ import pytest
 import torch
 from killing import kill_again_and_again
 from safetensors.torch import load_file
-from test_resume import ROOT, StopAfter, data, data_prepared_here, models  # noqa: F401  fixtures
-from text_models import make_config
+from test_resume import ROOT, data, data_prepared_here, models  # noqa: F401  fixtures
+from text_models import StopAfter, make_config
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError

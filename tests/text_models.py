@@ -1,9 +1,10 @@
-"""Tiny random language models with a tokenizer of their own, for tests that go from text to text."""
+"""Tiny random language models with a tokenizer of their own, and what is asserted of runs that go from text to text."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import torch
 import transformers as tf
 from data_tools import write_tokenizer
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from finetune import Trainer
 from finetune.config import Config
+from finetune.evaluate import evaluate
+from finetune.generate import generate
 
 VOCAB = 345  # the tokenizer has fewer, as is common
 _TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}
@@ -89,3 +95,38 @@ def make_config(model: Path, output: Path, **changes: Any) -> Config:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+        return control
+
+
+def assert_same_answers(models: Iterable[Path], folder: Path) -> None:
+    """`eval` and `generate` over two models of the same numbers. Runs are in `folder`."""
+    rows = write_rows(folder / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 3)
+    results = []
+    for model in models:
+        config = make_config(model, folder / f"out-{model.name}", data=rows)
+        losses = evaluate(config)
+        results.append((losses["loss"], "".join(generate(config, None, ["the cat", "hello"], max_new_tokens=5))))
+    assert results[0] == results[1]
+
+
+def assert_resumes(model: Path, folder: Path, **lora: Any) -> None:
+    """A run that is stopped goes on with the same bits. Three runs, in `folder`."""
+    rows = write_rows(folder / "rows.jsonl", [{"text": f"the cat sat on {i} mats and hello"} for i in range(7)])
+    training = {"max_steps": 4, "batch_size": 2, "learning_rate": 5e-3}
+
+    def config(name: str, **more: Any) -> Config:
+        return make_config(model, folder / name, data=rows, training=training, lora={"r": 3, **lora}, **more)
+
+    Trainer(config("whole")).train()
+    Trainer(config("parts"), callbacks=[StopAfter(2)]).train()
+    Trainer(config("parts", resume=True)).train()
+    found, expected = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in found)

@@ -259,3 +259,16 @@ def reference_run(config: Config) -> Run:
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     adapter = {name: value.detach().clone().contiguous().cpu() for name, value in state.items()}
     return Run(losses, adapter)
+
+
+def assert_same_on_both_devices(
+    packed: Path, decoded: Path, data: Any, folder: Path, lora: Mapping[str, Any], dtype: str = "float32"
+) -> Run:
+    """Runs over `packed`, on a CPU and beside a device, with one block in each memory: the bits of plain PEFT over `decoded`,
+    whose run this returns."""
+    expected = reference_run(make_config(decoded, data, folder / "plain", lora=lora, engine={"dtype": dtype}))
+    for device in ("cpu", "simulated"):
+        engine = {"resident_blocks": 1, "dtype": dtype}
+        config = make_config(packed, data, folder / device, device=device, engine=engine, lora=lora)
+        assert_same_bits(streamed_run(config), expected)
+    return expected

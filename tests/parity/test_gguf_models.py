@@ -6,7 +6,7 @@ import json
 
 import pytest
 from gguf_files import CONFIGS, MIXED, write_gguf
-from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
 import offload.weights.binding
 from finetune.trainer import Trainer
@@ -21,11 +21,7 @@ def test_adapters(kind, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
     model, dense = write_gguf(kind, tmp_path, MIXED)
     lora = {"target_modules": "all-linear"}
-    expected = reference_run(make_config(dense, tokens, tmp_path / "plain", lora=lora))
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(model, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
+    assert_same_on_both_devices(model, dense, tokens, tmp_path, lora)
 
 
 @pytest.mark.parametrize("word", ["F32", "F16", "BF16"])

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from grouped_checkpoints import Awq, Gptq, write_grouped
-from tiny_models import CONFIGS, assert_same_bits, make_config, reference_run, save_tiny, streamed_run
+from tiny_models import (
+    CONFIGS,
+    assert_same_bits,
+    assert_same_on_both_devices,
+    make_config,
+    save_tiny,
+    streamed_run,
+)
 
 import offload.weights.binding
 from finetune.trainer import Trainer
@@ -31,11 +38,7 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, how, lora = CASES[case]
     packed, decoded = write_grouped(checkpoint(name), tmp_path, how)
-    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
+    assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
 
 
 @pytest.mark.parametrize("how", [Gptq(act_order=True), Awq()])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
 
 import offload.weights.binding
 import offload.weights.compress
@@ -51,11 +51,7 @@ def test_adapters(case, twice, tokens, tmp_path):
     """On a CPU, and beside a device, with one block in each memory; against plain PEFT over the plain model."""
     name, dtype, lora = CASES[case]
     compressed, model = twice(name)
-    expected = reference_run(make_config(model, tokens, tmp_path / "plain", lora=lora, engine={"dtype": dtype}))
-    for device in ("cpu", "simulated"):
-        engine = {"resident_blocks": 1, "dtype": dtype}
-        config = make_config(compressed, tokens, tmp_path / device, device=device, engine=engine, lora=lora)
-        assert_same_bits(streamed_run(config), expected)
+    assert_same_on_both_devices(compressed, model, tokens, tmp_path, lora, dtype)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])

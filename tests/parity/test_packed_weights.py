@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from packed_checkpoints import write_packed
-from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
 
 import offload.sizing.needs
 import offload.weights.binding
@@ -28,11 +28,7 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, kind, nested, lora = CASES[case]
     packed, decoded = write_packed(checkpoint(name), tmp_path, kind, nested)
-    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
+    assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

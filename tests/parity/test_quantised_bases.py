@@ -16,8 +16,8 @@ from tiny_models import (
     TEXT,
     aligned_copies,
     assert_same_bits,
+    assert_same_on_both_devices,
     make_config,
-    reference_run,
     streamed_run,
 )
 from transformers import GptOssConfig
@@ -47,11 +47,7 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, kind, lora = CASES[case]
     packed, decoded = write(BASES[kind], checkpoint(name), tmp_path)
-    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
+    assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
 
 
 MXFP4 = Base(pack_mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4")
@@ -82,12 +78,8 @@ EXPERT_CASES = {
 def test_adapters_of_a_model_with_packed_experts(case, gpt_oss, tokens, tmp_path):
     lora = EXPERT_CASES[case]
     packed, decoded = gpt_oss()
-    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
+    expected = assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
     assert len(set(expected.losses)) == 4
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
