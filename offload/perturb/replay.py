@@ -6,8 +6,6 @@ buffers: memory does not depend on the model's size. What is no parameter, or no
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from memory.units import round_up
 from offload.files.checkpoint import Checkpoint, TensorEntry
+from offload.files.safetensors_files import file_header, write_new
 from offload.noise import noise
 from offload.perturb.folds import WrittenRange, write_checksums
 from offload.residency.io import IOEngine
@@ -26,14 +24,12 @@ from offload.residency.pieces import new_pool, pass_through
 from offload.update.kernels import checksum
 from offload.weights.checkpoint_directory import new_checkpoint
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.formats.plain import TORCH_DTYPES
+from offload.weights.formats.plain import DTYPE_NAMES, TORCH_DTYPES
 from offload.weights.parameter_map import ParameterMap, copies_of
 
 CHUNK_BYTES = 2 << 20  # of the original, per buffer
 BUFFERS = 4
 BUFFER_BYTES = BUFFERS * 3 * CHUNK_BYTES  # each has room for a chunk and for its fp32 values
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +188,7 @@ class _Writer:
         entries = sorted((e for e in self._checkpoint.tensors.values() if e.path == old), key=lambda e: e.offset)
         dtypes = {entry.name: self._new_dtype(entry) for entry in entries}
         header, offsets = _header(entries, dtypes)
-        _write_new(new, header)
+        write_new(new, header)
         self._note(new, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
         target, sources = self._io.open(new, writable=True), {old: self._io.open(old)}
         spans = deque(self._spans.get(old, ()))
@@ -253,37 +249,17 @@ def _overlaps(entry: TensorEntry, spans: Iterable[_Span]) -> bool:
     return any(span.start < entry.offset + entry.num_bytes and entry.offset < span.stop for span in spans)
 
 
-def write_header(path: Path, entries: Sequence[TensorEntry]) -> dict[str, int]:
-    """Begins a safetensors file with these tensors, of which the name, dtype, shape and size count; where each begins."""
-    header, offsets = _header(entries, {entry.name: None for entry in entries})
-    _write_new(path, header)
-    return offsets
-
-
-def _write_new(path: Path, header: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-        file.write(header)
-
-
 def _header(
     entries: Sequence[TensorEntry], new_dtypes: Mapping[str, torch.dtype | None]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file, padded to whole pages, and where each tensor begins in the file."""
-    table: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end, starts = 0, {}
+    """As `file_header`."""
+    tensors = []
     for entry in entries:
-        dtype = new_dtypes[entry.name]
-        num_bytes = entry.num_bytes if dtype is None else _scaled(entry, entry.num_bytes, dtype)
-        starts[entry.name] = end
-        table[entry.name] = {
-            "dtype": entry.dtype if dtype is None else DTYPE_NAMES[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + num_bytes],
-        }
-        end += num_bytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    size = round_up(len(text) + 8)
-    return (size - 8).to_bytes(8, "little") + text.ljust(size - 8), {k: size + v for k, v in starts.items()}
+        dtype, num_bytes = entry.dtype, entry.num_bytes
+        if (new_dtype := new_dtypes[entry.name]) is not None:
+            dtype, num_bytes = DTYPE_NAMES[new_dtype], _scaled(entry, num_bytes, new_dtype)
+        tensors.append((entry.name, dtype, entry.shape, num_bytes))
+    return file_header(tensors)
 
 
 def _chunks(

@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload.files.checkpoint import INDEX_FILE, SINGLE_FILE, TensorEntry
+from offload.files.checkpoint import INDEX_FILE
+from offload.files.safetensors_files import file_header, shard_names, write_index, write_new
 from offload.noise import noise
-from offload.perturb.replay import CHUNK_BYTES, DTYPE_NAMES, write_header
+from offload.perturb.replay import CHUNK_BYTES
 from offload.residency.io import IOEngine
 from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.formats.plain import dense_bytes
+from offload.weights.formats import PlainTensor, StoredWeight
+from offload.weights.formats.plain import DTYPE_NAMES, dense_bytes
 from offload.weights.parts import ModelParts
 from offload.weights.streamed_parts import read_tensor
 
@@ -64,11 +65,9 @@ def write_unpacked(
         sources: dict[Path, int] = {}
         for file_name, names in files.items():
             path = temporary / file_name
-            entries = [
-                TensorEntry(name, DTYPE_NAMES[dtypes[name]], tuple(weights[name].shape), path, 0, sizes[name])
-                for name in names
-            ]
-            offsets = write_header(path, entries)
+            tensors = [(name, DTYPE_NAMES[dtypes[name]], weights[name].shape, sizes[name]) for name in names]
+            header, offsets = file_header(tensors)
+            write_new(path, header)
             target = io.open(path, writable=True)
             for name in names:
                 for start, moved in _moved_chunks(io, sources, weights[name], dtypes[name], keys.get(name), kind, groups):
@@ -93,9 +92,7 @@ def _cut_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
             filled = 0
         files[-1].append(name)
         filled += num_bytes
-    if len(files) == 1:
-        return {SINGLE_FILE: files[0]}
-    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
+    return dict(zip(shard_names(len(files)), files, strict=True))
 
 
 def _moved_chunks(
@@ -121,23 +118,14 @@ def _moved_chunks(
 
 def _chunks(weight: StoredWeight) -> Iterator[_Chunk]:
     """Of a packed matrix, whole rows."""
-    count = prod(weight.shape)
     if isinstance(weight, PlainTensor):
-        step, itemsize = CHUNK_BYTES // weight.dtype.itemsize, weight.dtype.itemsize
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            extents = tuple(_shifted(weight.cut(start * itemsize, stop * itemsize), start * itemsize))
-            yield _Chunk(replace(weight, shape=(stop - start,), extents=extents), start, stop - start)
-        return
-    rows, columns = weight.shape
-    step = max(1, CHUNK_BYTES // (4 * columns))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+        weight, columns, itemsize = replace(weight, shape=(prod(weight.shape),)), 1, weight.dtype.itemsize
+    else:
+        columns, itemsize = weight.shape[1], torch.float32.itemsize
+    step = max(1, CHUNK_BYTES // (itemsize * columns))
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
         yield _Chunk(weight.rows([(start, stop)]), start * columns, (stop - start) * columns)
-
-
-def _shifted(extents: Iterator[Extent], by: int) -> Iterator[Extent]:
-    return (extent._replace(target_offset=extent.target_offset - by) for extent in extents)
 
 
 def _describe(directory: Path, files: Mapping[str, Sequence[str]], num_bytes: int) -> None:
@@ -145,9 +133,8 @@ def _describe(directory: Path, files: Mapping[str, Sequence[str]], num_bytes: in
     for path in directory.glob("*.safetensors.index.json"):  # of the original
         path.unlink()
     if len(files) > 1:
-        table = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": num_bytes}, "weight_map": table}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2))
+        homes = {name: file for file, names in files.items() for name in names}
+        write_index(directory / INDEX_FILE, homes, num_bytes)
     config = directory / "config.json"
     if config.is_file():
         values = json.loads(config.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from memory.units import round_up
-from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from offload.files.checkpoint import DTYPE_BITS, INDEX_FILE, Checkpoint, CheckpointError, TensorEntry
+from offload.files.safetensors_files import file_header, shard_names, write_index
 from offload.quantize.experts import WORDS, find_experts, is_within
 from offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
 from offload.weights.formats.bitsandbytes_files import CODES
@@ -29,7 +29,6 @@ from offload.weights.formats.plain import PlainTensor
 from offload.weights.parts import ModelParts
 
 KINDS = ("nf4", "int8")
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 _LONGEST_OFFSET = -1.2345678901234567e-38
 
 
@@ -53,7 +52,7 @@ class NewTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * _ITEM_BYTES[self.dtype] if self.content is None else len(self.content)
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8 if self.content is None else len(self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +71,14 @@ class NewFile:
 
         states: the name of each state -> its bytes; None: the longest that they can be. Nothing but states lies elsewhere then.
         """
-        table: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-        end, starts = 0, {}
+        tensors = []
         for tensor in self._in_file():
             num_bytes, shape = tensor.num_bytes, tensor.shape
             if states is not None and tensor.name in states:
                 num_bytes = len(states[tensor.name])
                 shape = (num_bytes,)
-            starts[tensor.name] = end
-            table[tensor.name] = {"dtype": tensor.dtype, "shape": list(shape), "data_offsets": [end, end + num_bytes]}
-            end += num_bytes
-        text = json.dumps(table, separators=(",", ":")).encode()
-        size = max(size, round_up(len(text) + 8))
-        return (size - 8).to_bytes(8, "little") + text.ljust(size - 8), {name: size + at for name, at in starts.items()}
+            tensors.append((tensor.name, tensor.dtype, shape, num_bytes))
+        return file_header(tensors, size)
 
     def _in_file(self) -> list[NewTensor]:
         """In order: what has whole words, as it is read; then the rest by the size of its elements, so that all are aligned;
@@ -121,7 +115,7 @@ class Outline:
     files: tuple[NewFile, ...]
     config: dict[str, Any]
     """What config.json is to hold."""
-    unlike: tuple[str, ...] = field(default=())
+    unlike: tuple[str, ...]
     """Tensors that differ from those they would be tied to."""
     stacked_bytes: int = 0
     """Of experts that lie stacked in the files, and stay as they are."""
@@ -139,14 +133,6 @@ class Outline:
         """Of packed weights, with everything that is stored of them, and of the others, together."""
         count = sum(prod(entry.shape) for file in self.files for entry in file.entries)
         return 8 * self.num_bytes / max(1, count)
-
-    def index(self) -> bytes | None:
-        """Of the shards, where there are several."""
-        if len(self.files) == 1:
-            return None
-        weight_map = {name: file.name for file in self.files for name in file.names}
-        values = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        return json.dumps(values, indent=2).encode()
 
 
 def outline(parts: ModelParts, packing: Packing) -> Outline:
@@ -171,9 +157,8 @@ def outline(parts: ModelParts, packing: Packing) -> Outline:
         )
     paths = [path for path in checkpoint.files if any(entry.path == path for entry in checkpoint.tensors.values())]
     files = []
-    for number, path in enumerate(paths, 1):
+    for name, path in zip(shard_names(len(paths)), paths, strict=True):
         inside = tuple(sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda entry: entry.offset))
-        name = "model.safetensors" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}.safetensors"
         files.append(NewFile(name, inside, {entry.name: packed[entry.name] for entry in inside if entry.name in packed}))
     config["quantization_config"] = _section(packing, packed, parts, left)
     return Outline(checkpoint, packing, tuple(files), config, _unlike(parts), stacked_bytes)
@@ -321,5 +306,6 @@ def write_side(plan: Outline, directory: Path) -> None:
     config = directory / "config.json"
     config.unlink(missing_ok=True)
     config.write_text(json.dumps(plan.config, indent=2) + "\n")
-    if (index := plan.index()) is not None:
-        (directory / "model.safetensors.index.json").write_bytes(index)
+    if len(plan.files) > 1:
+        homes = {name: file.name for file in plan.files for name in file.names}
+        write_index(directory / INDEX_FILE, homes, plan.num_bytes)

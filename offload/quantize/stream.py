@@ -120,8 +120,8 @@ class _Writer:
         self._io, self._pool = io, pool
         self._plan, self._file = plan, file
         self._progress = progress
-        self._header_bytes = len(file.header()[0])
-        self._starts = file.header()[1]
+        header, self._starts = file.header()
+        self._header_bytes = len(header)
         self._states: dict[str, bytes] = {}
         self._error, self._weights = 0.0, 0.0
         self._target = -1

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from memory.errors import UserError
+from memory.units import round_up
 from offload.files.checkpoint import CheckpointError, TensorEntry
+from offload.files.safetensors_files import file_header, write_index
 from offload.weights.checkpoint_directory import new_checkpoint
 from offload.weights.formats import PlainTensor
 from offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, OFFSETS, VERSION
 from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
+from offload.weights.formats.plain import DTYPE_NAMES
 from offload.weights.parts import ModelParts, stored_dtype
 
 LAYER_CHUNK = CHUNK  # numbers
@@ -30,8 +33,6 @@ MIN_BYTES = 1 << 17  # shorter weights gain nothing
 MOST_PIECE_NUMBERS = 1 << 23
 LEAST_BUDGET_BYTES = 5 * CHUNK
 SHARE = 0.97  # of its bytes that a weight must come below
-
-_WORDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ def compress_checkpoint(
             names = writer.write(temporary / path.name, sorted(mine, key=lambda entry: entry.offset))
             homes |= dict.fromkeys(names, path.name)
         for index in temporary.glob("*.safetensors.index.json"):
-            index.write_text(json.dumps({"metadata": {"total_size": writer.written_bytes}, "weight_map": homes}, indent=1))
-        _say_so(temporary / "config.json", _WORDS[stored_dtype(checkpoint, None)])
+            write_index(index, homes, writer.written_bytes)
+        _say_so(temporary / "config.json", DTYPE_NAMES[stored_dtype(checkpoint, None)])
     return Compressed(writer.weights, writer.plain_bytes, writer.written_bytes)
 
 
@@ -117,22 +118,21 @@ class _Writer:
 
     def write(self, path: Path, entries: list[TensorEntry]) -> list[str]:
         """One file of these tensors; returns the names of what is in it."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        tensors = []
         with open(path, "wb") as file:
-            start = _room_of_header(entries)
+            start = end = _room_of_header(entries)
             file.seek(start)
-            end = 0
             for entry in entries:
                 for name, dtype, shape in self._write_tensor(file, entry):
-                    begin, end = end, file.tell() - start
-                    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+                    begin, end = end, file.tell()
+                    tensors.append((name, dtype, shape, end - begin))
                 self.plain_bytes += entry.num_bytes
                 self._progress(self.plain_bytes, self._total_bytes)
-            self.written_bytes += end
-            text = json.dumps(header, separators=(",", ":")).encode()
+            self.written_bytes += end - start
+            header, starts = file_header(tensors, start)
             file.seek(0)
-            file.write((start - 8).to_bytes(8, "little") + text.ljust(start - 8))
-        return [name for name in header if name != "__metadata__"]
+            file.write(header)
+        return list(starts)
 
     def _write_tensor(self, file: BinaryIO, entry: TensorEntry) -> Iterator[tuple[str, str, list[int]]]:
         """Gives name, dtype and shape of each tensor once its bytes are written."""
@@ -191,6 +191,6 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _room_of_header(entries: list[TensorEntry]) -> int:
-    """Bytes in front of the data: enough for any numbers, and a multiple of 8."""
+    """Bytes in front of the data: enough for any numbers, in whole pages."""
     most = sum(3 * (2 * len(json.dumps(entry.name)) + 40 * (len(entry.shape) + 1) + 160) for entry in entries) + 200
-    return 8 + -(-most // 8) * 8
+    return round_up(8 + most)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from packed_checkpoints import write_packed
-from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
+from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
 import offload.sizing.needs
 import offload.weights.binding

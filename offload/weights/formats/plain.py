@@ -23,7 +23,7 @@ TORCH_DTYPES = {
     "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
     "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
-
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _WIDENED_NATIVELY = 1 << 20
 """Elements from which on our kernel is faster than PyTorch's `to`: fp32 is written past the caches."""
