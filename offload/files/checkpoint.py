@@ -121,8 +121,10 @@ def _find_gguf(directory: Path) -> Path | None:
 
     Raises CheckpointError where there are several models.
     """
-    names = sorted(path.name for path in directory.iterdir() if path.suffix in (".gguf", ".safetensors"))
-    names = [] if any(name.endswith(".safetensors") for name in names) else names
+    paths = list(directory.iterdir())
+    if any(path.suffix == ".safetensors" for path in paths):
+        return None
+    names = sorted(path.name for path in paths if path.suffix == ".gguf")
     parts = [GGUF_PART.fullmatch(name) for name in names]
     models = {part["stem"] if part else name for name, part in zip(names, parts, strict=True)}
     if len(models) > 1:
@@ -259,23 +261,23 @@ def read_header(path: Path) -> list[TensorEntry]:
     header = parse_json(text, f"{path}: header")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _damaged(path, "'__metadata__' to be an object of strings", f"{metadata!r:.60}")
+        damaged(path, "'__metadata__' to be an object of strings", f"{metadata!r:.60}")
 
     data_start = 8 + len(text)
     infos = sorted(((name, *_tensor_info(path, name, info)) for name, info in header.items()), key=lambda row: row[3:])
     entries, end = [], 0
     for name, dtype, shape, begin, stop in infos:
         if begin != end or stop < begin:
-            _damaged(path, f"tensor '{name}' to start at data byte {end}, where another ends", f"{begin} to {stop}")
+            damaged(path, f"tensor '{name}' to start at data byte {end}, where another ends", f"{begin} to {stop}")
         expected = _num_bytes(path, name, dtype, shape)
         if expected != stop - begin:
-            _damaged(path, f"tensor '{name}' of {dtype} {list(shape)} to have {expected} bytes", f"{stop - begin}")
+            damaged(path, f"tensor '{name}' of {dtype} {list(shape)} to have {expected} bytes", f"{stop - begin}")
         entries.append(TensorEntry(name, dtype, shape, path, data_start + begin, stop - begin))
         end = stop
     if data_start + end != file_bytes:
         last = f"tensor '{entries[-1].name}'" if entries else "the header"
         state = "truncated" if file_bytes < data_start + end else "longer than it should be"
-        _damaged(path, f"{data_start + end} bytes, the end of {last}", f"{file_bytes} bytes (the file is {state})")
+        damaged(path, f"{data_start + end} bytes, the end of {last}", f"{file_bytes} bytes (the file is {state})")
     return entries
 
 
@@ -286,30 +288,30 @@ def _header_text(path: Path) -> tuple[bytes, int]:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                _damaged(path, "8 bytes of header length", f"a file of {file_bytes} bytes")
+                damaged(path, "8 bytes of header length", f"a file of {file_bytes} bytes")
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES:
-                _damaged(path, f"a header of at most {MAX_HEADER_BYTES} bytes", f"a length of {header_bytes}")
+                damaged(path, f"a header of at most {MAX_HEADER_BYTES} bytes", f"a length of {header_bytes}")
             if 8 + header_bytes > file_bytes:
-                _damaged(path, f"a header of {header_bytes} bytes", f"a file of {file_bytes} bytes")
+                damaged(path, f"a header of {header_bytes} bytes", f"a file of {file_bytes} bytes")
             text = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     if not text.startswith(b"{"):
-        _damaged(path, "a header that starts with '{'", repr(text[:8]))
+        damaged(path, "a header that starts with '{'", repr(text[:8]))
     return text, file_bytes
 
 
 def _tensor_info(path: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(info, dict):
-        _damaged(path, f"tensor '{name}' to have dtype, shape and data_offsets", f"{info!r:.60}")
+        damaged(path, f"tensor '{name}' to have dtype, shape and data_offsets", f"{info!r:.60}")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _damaged(path, f"tensor '{name}' to have a dtype out of {', '.join(DTYPE_BITS)}", f"{dtype!r:.60}")
+        damaged(path, f"tensor '{name}' to have a dtype out of {', '.join(DTYPE_BITS)}", f"{dtype!r:.60}")
     if not _are_sizes(shape):
-        _damaged(path, f"tensor '{name}' to have a shape of non-negative integers", f"{shape!r:.60}")
+        damaged(path, f"tensor '{name}' to have a shape of non-negative integers", f"{shape!r:.60}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        _damaged(path, f"tensor '{name}' to have two data_offsets", f"{offsets!r:.60}")
+        damaged(path, f"tensor '{name}' to have two data_offsets", f"{offsets!r:.60}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -319,9 +321,9 @@ def _num_bytes(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> int
     for size in shape:
         bits *= size
         if bits >= MAX_TENSOR_BYTES:
-            _damaged(path, f"tensor '{name}' to have fewer than 2**63 bits", f"a shape of {list(shape[:8])}")
+            damaged(path, f"tensor '{name}' to have fewer than 2**63 bits", f"a shape of {list(shape[:8])}")
     if bits % 8:
-        _damaged(path, f"tensor '{name}' to end at a whole byte", f"{bits} bits")
+        damaged(path, f"tensor '{name}' to end at a whole byte", f"{bits} bits")
     return bits // 8
 
 
@@ -355,5 +357,6 @@ def parse_json(text: bytes, subject: str) -> dict[str, Any]:
     return value
 
 
-def _damaged(path: Path, expected: str, found: str) -> NoReturn:
+def damaged(path: Path, expected: str, found: str) -> NoReturn:
+    """Raises CheckpointError."""
     raise CheckpointError(f"{path}: damaged: expected {expected}, found {found}: download the file again")

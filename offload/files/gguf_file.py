@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 from offload.files.checkpoint import (
     GGUF_PART,
@@ -23,6 +23,7 @@ from offload.files.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorEntry,
+    damaged,
 )
 
 MAGIC = b"GGUF"
@@ -79,14 +80,14 @@ def read_gguf(path: Path) -> Checkpoint:
         header = read_gguf_header(part)
         for key, expected in {"split.no": number, "split.count": len(paths)}.items():
             if len(paths) > 1 and header.values.get(key) != expected:
-                _damaged(part, f"{key} to be {expected}", repr(header.values.get(key)))
+                damaged(part, f"{key} to be {expected}", repr(header.values.get(key)))
         for entry in header.tensors:
             if entry.name in tensors:
-                _damaged(part, f"tensor '{entry.name}' in one part", f"it in {tensors[entry.name].path.name} too")
+                damaged(part, f"tensor '{entry.name}' in one part", f"it in {tensors[entry.name].path.name} too")
             tensors[entry.name] = entry
         wanted = header.values.get("split.tensors.count") if len(paths) > 1 else None
     if wanted is not None and wanted != len(tensors):
-        _damaged(path, f"{wanted} tensors in its {len(paths)} parts", str(len(tensors)))
+        damaged(path, f"{wanted} tensors in its {len(paths)} parts", str(len(tensors)))
     return Checkpoint(paths[0], tuple(paths), tensors, f"GGUF, {len(paths)} file(s)")
 
 
@@ -130,7 +131,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             values, counts, spans = _metadata(reader, num_values)
             alignment = values.get("general.alignment", 32)
             if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-                _damaged(path, "general.alignment to be a power of 2 from 8 to 2**20", repr(alignment))
+                damaged(path, "general.alignment to be a power of 2 from 8 to 2**20", repr(alignment))
             infos = [_tensor_info(reader) for _ in range(num_tensors)]
             start = -(-reader.position // alignment) * alignment
             return GgufHeader(path, values, counts, spans, _entries(reader, infos, start, alignment))
@@ -151,7 +152,7 @@ class _Reader:
     def take(self, num_bytes: int) -> bytes:
         if num_bytes > self._end - self.position:
             limit = "" if self._end == self.file_bytes else f" (of which a header may have {self._end})"
-            _damaged(
+            damaged(
                 self.path, f"{num_bytes} more bytes of its header at byte {self.position}",
                 f"a file of {self.file_bytes} bytes{limit}",
             )  # fmt: skip
@@ -164,18 +165,18 @@ class _Reader:
     def text(self, what: str, most: int = MAX_HEADER_BYTES) -> str:
         (num_bytes,) = self.numbers("Q")
         if num_bytes > most:
-            _damaged(self.path, f"{what} of at most {most} bytes", str(num_bytes))
+            damaged(self.path, f"{what} of at most {most} bytes", str(num_bytes))
         try:
             return self.take(num_bytes).decode("utf-8")
         except UnicodeDecodeError:
-            _damaged(self.path, f"{what} in UTF-8", f"other bytes before byte {self.position}")
+            damaged(self.path, f"{what} in UTF-8", f"other bytes before byte {self.position}")
 
 
 def _start(reader: _Reader) -> tuple[int, int]:
     """How many tensors and metadata values follow."""
     magic = reader.take(4)
     if magic != MAGIC:
-        _damaged(reader.path, f"a file that starts with {MAGIC!r}", repr(magic))
+        damaged(reader.path, f"a file that starts with {MAGIC!r}", repr(magic))
     (version,) = reader.numbers("I")
     if version not in (2, 3):
         raise CheckpointError(
@@ -193,7 +194,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Any], dict[str, in
         start = reader.position
         key = reader.text("a metadata key", _MAX_NAME_BYTES)
         if key in spans:
-            _damaged(reader.path, f"metadata '{key}' once", "it twice")
+            damaged(reader.path, f"metadata '{key}' once", "it twice")
         (kind,) = reader.numbers("I")
         if kind == _ARRAY:
             counts[key] = _skip_array(reader, key)
@@ -202,7 +203,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Any], dict[str, in
         elif kind in _SCALARS:
             (values[key],) = reader.numbers(_SCALARS[kind])
         else:
-            _damaged(reader.path, f"metadata '{key}' of a type from 0 to 12", str(kind))
+            damaged(reader.path, f"metadata '{key}' of a type from 0 to 12", str(kind))
         spans[key] = (start, reader.position)
     return values, counts, spans
 
@@ -216,7 +217,7 @@ def _skip_array(reader: _Reader, key: str) -> int:
     elif kind in _SCALARS:
         reader.take(count * struct.calcsize(_SCALARS[kind]))
     else:
-        _damaged(reader.path, f"metadata '{key}' to be an array of numbers or strings", f"type {kind}")
+        damaged(reader.path, f"metadata '{key}' to be an array of numbers or strings", f"type {kind}")
     return count
 
 
@@ -232,7 +233,7 @@ def _tensor_info(reader: _Reader) -> _TensorInfo:
     name = reader.text("a tensor's name", _MAX_NAME_BYTES)
     (dimensions,) = reader.numbers("I")
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
-        _damaged(reader.path, f"tensor '{name}' to have 1 to {_MAX_DIMENSIONS} dimensions", str(dimensions))
+        damaged(reader.path, f"tensor '{name}' to have 1 to {_MAX_DIMENSIONS} dimensions", str(dimensions))
     shape = tuple(reversed(reader.numbers(f"{dimensions}Q")))
     kind, offset = reader.numbers("IQ")
     if kind not in BLOCK_TYPES:
@@ -243,7 +244,7 @@ def _tensor_info(reader: _Reader) -> _TensorInfo:
         )
     block = BLOCK_TYPES[kind]
     if shape[-1] % block.elements:
-        _damaged(
+        damaged(
             reader.path, f"tensor '{name}' of {block.word} to have rows in whole blocks of {block.elements}",
             f"a shape of {list(shape)}",
         )  # fmt: skip
@@ -251,7 +252,7 @@ def _tensor_info(reader: _Reader) -> _TensorInfo:
     for size in (shape[-1] // block.elements, *shape[:-1]):
         num_bytes *= size  # checked at each factor: a product of hostile sizes would otherwise grow without bound
         if not 0 < num_bytes < MAX_TENSOR_BYTES:
-            _damaged(reader.path, f"tensor '{name}' to have between 1 and 2**63 bytes", f"a shape of {list(shape)}")
+            damaged(reader.path, f"tensor '{name}' to have between 1 and 2**63 bytes", f"a shape of {list(shape)}")
     return _TensorInfo(name, block, shape, offset, num_bytes)
 
 
@@ -269,20 +270,16 @@ def _entries(reader: _Reader, infos: Sequence[_TensorInfo], start: int, alignmen
     entries, end, names = [], 0, set()
     for name, block, shape, offset, num_bytes in sorted(infos, key=lambda info: info.offset):
         if name in names:
-            _damaged(reader.path, f"tensor '{name}' once", "it twice")
+            damaged(reader.path, f"tensor '{name}' once", "it twice")
         names.add(name)
         if offset % alignment or offset < end:
             expected = f"tensor '{name}' to start at a multiple of {alignment}, not before {end}"
-            _damaged(reader.path, expected, f"it at {offset}")
+            damaged(reader.path, expected, f"it at {offset}")
         end = offset + num_bytes
         if start + end > reader.file_bytes:
-            _damaged(
+            damaged(
                 reader.path, f"{start + end} bytes, the end of tensor '{name}'",
                 f"{reader.file_bytes} bytes (the file is truncated)",
             )  # fmt: skip
         entries.append(TensorEntry(name, block.word, shape, reader.path, start + offset, num_bytes))
     return tuple(entries)
-
-
-def _damaged(path: Path, expected: str, found: str) -> NoReturn:
-    raise CheckpointError(f"{path}: damaged: expected {expected}, found {found}: download the file again")
