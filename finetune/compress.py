@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from finetune.config import Config
-from finetune.runs.exports import Progress, side_files
+from finetune.runs.disk import free_bytes
+from finetune.runs.exports import Progress, check_new, side_files
 from memory.errors import UserError
 from memory.units import format_bytes
 from offload.files.checkpoint import resolve_model
@@ -20,16 +20,14 @@ BUFFER_BYTES = 64 << 20
 def compress(config: Config, directory: Path, progress: Progress = lambda done, total: None) -> Compressed:
     """Writes `config.model`, compressed, to `directory`, with every file beside its weights. Memory does not depend on the
     model's size. Raises UserError."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
+    check_new(directory)
     source = resolve_model(config.model)
     parts = cut(source, trust_remote_code=config.trust_remote_code)
     if quantization_of(parts.model.config) is not None:
         raise UserError(f"{source}: the weights are packed (quantization_config in config.json): name the original model")
     if others := [path.name for path in parts.checkpoint.files if path.suffix != ".safetensors"]:
         raise UserError(f"{source}: expected safetensors files to compress, found {others[0]}: name the original model")
-    place = next(parent for parent in directory.absolute().parents if parent.is_dir())
-    free, needed = shutil.disk_usage(place).free, parts.checkpoint.num_bytes
+    free, needed = free_bytes(directory.absolute().parent), parts.checkpoint.num_bytes
     if needed > free:
         raise UserError(
             f"{directory}: at most {format_bytes(needed)} are to be written, {format_bytes(free)} are free: make room, or name "

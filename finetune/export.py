@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.config import Config
 from finetune.methods.results import makers
 from finetune.runs.directory import reading, recorded
-from finetune.runs.exports import Export, Progress
+from finetune.runs.exports import Export, Progress, check_new
 from memory.errors import UserError
 
 
@@ -23,8 +23,7 @@ def export(
     original, with every file beside its weights, and readable by others as the umask says. Memory does not depend on the
     model's size. Raises UserError.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
+    check_new(directory)
     run = recorded(config.output)
     with reading(config.output) as is_free:
         job = Export(config, run, is_free, directory, at_step, progress)

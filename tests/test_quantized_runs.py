@@ -156,7 +156,7 @@ def test_a_budget_that_quantising_exceeds_is_refused(model, rows, tmp_path):
 
 
 def test_a_small_disk_is_refused(model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.quantization.base._free", lambda directory: 1 << 20)
+    monkeypatch.setattr("finetune.quantization.base.free_bytes", lambda directory: 1 << 20)
     with pytest.raises(UserError, match="are to be written there, 1.0 MiB are free: make room"):
         evaluate(config(model, tmp_path / "out", rows, quantize="nf4"))
     assert not cached_models(cache_home())

@@ -18,6 +18,7 @@ import torch
 from finetune.config import Config
 from finetune.quantization.cache import FORMAT, NOTE, cache_home, open_lock, partial_path, whole
 from finetune.reporting.progress import LastingStream
+from finetune.runs.disk import free_bytes
 from finetune.runs.exports import side_files
 from memory.arena import trim_malloc
 from memory.errors import UserError
@@ -179,8 +180,8 @@ class _Quantization:
             seconds = f", in about {format_seconds(share * max(packing, moving))}"
         words = (
             f"to be quantised first, to {self._packing.kind}: {format_bytes(read)} become {format_bytes(plan.num_bytes)} "
-            f"({plan.bits_per_weight:.2f} bits a weight) in {self._cache}{seconds}; {format_bytes(_free(self._cache))} are "
-            "free there"
+            f"({plan.bits_per_weight:.2f} bits a weight) in {self._cache}{seconds}; "
+            f"{format_bytes(free_bytes(self._cache))} are free there"
         )
         if plan.stacked_bytes:
             words += f"; {format_bytes(plan.stacked_bytes)} of experts lie stacked in the files and stay as they are"
@@ -192,7 +193,7 @@ class _Quantization:
         """Quantises; returns what quantized.json says."""
         plan = outline(parts, self._packing)
         words, left, _ = self._predict(plan, parts, device)
-        free = _free(self._cache)
+        free = free_bytes(self._cache)
         if left + _SPARE_BYTES > free:
             raise UserError(
                 f"{self._cache}: {format_bytes(left)} are to be written there, {format_bytes(free)} are free: make room "
@@ -274,12 +275,6 @@ class _Ticker:
 
 def _say(words: str) -> None:
     print(words, file=LastingStream(sys.stderr), flush=True)
-
-
-def _free(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
 
 
 def _packing_rate(plan: Outline) -> float:

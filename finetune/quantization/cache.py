@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,17 +65,18 @@ def remove_cached(cache: Path, name: str) -> int:
     if not models:
         known = ", ".join(sorted({model.name for model in cached_models(cache)})) or "none"
         raise UserError(f"{cache}: expected a name of a quantised model, found {name!r}; there are: {known}")
+    descriptor = open_lock(cache, name)
     try:
-        with _open_lock(cache, name) as descriptor:
-            lock(descriptor)
-            for model in models:
-                # Out of the way first: what is half removed must not have a model's name.
-                doomed = model.path if model.path.name.startswith(".") else partial_path(cache, f"{name}.removed")
-                if doomed != model.path:
-                    model.path.rename(doomed)
-                shutil.rmtree(doomed)
+        lock(descriptor)
+        for model in models:
+            doomed = model.path
+            if not doomed.name.startswith("."):  # out of the way first: what is half removed must not have a model's name
+                doomed = doomed.rename(partial_path(cache, f"{name}.removed"))
+            shutil.rmtree(doomed)
     except BlockingIOError:
         raise UserError(f"{cache / name} is in use by another process: wait for it, or end it") from None
+    finally:
+        os.close(descriptor)
     return sum(model.num_bytes for model in models)
 
 
@@ -104,15 +103,6 @@ def _read_note(path: Path) -> dict[str, Any] | None:
         return unseal(json.loads((path / NOTE).read_bytes()))
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def _open_lock(cache: Path, name: str) -> Iterator[int]:
-    descriptor = open_lock(cache, name)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def open_lock(cache: Path, name: str) -> int:

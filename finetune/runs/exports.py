@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from memory.errors import UserError
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",
@@ -50,3 +51,9 @@ def side_files(model: Path, without: Collection[Path]) -> dict[Path, Path]:
             if path.is_file() and not path.name.endswith(_WEIGHTS):
                 found[path.relative_to(model)] = path
     return found
+
+
+def check_new(directory: Path) -> None:
+    """Raises UserError for a place where there is something already."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
