@@ -21,7 +21,7 @@ from finetune.config import Config, ConfigError
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
-from finetune.quantization.cache import cache_home, cached_models, open_lock, remove_cached
+from finetune.quantization.cache import cache_home, cached_models, open_lock, partial_path, remove_cached
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.files.lock import lock
@@ -239,6 +239,9 @@ def test_the_cache_is_listed_and_emptied(model, rows, tmp_path):
     with pytest.raises(UserError, match="in use by another process"):
         remove_cached(cache_home(), name)
     os.close(descriptor)
+    left = partial_path(cache_home(), f"{name}.removed")  # by a process that was killed while it removed
+    left.mkdir()
+    (left / "model.safetensors").touch()
     removed = invoke("cache", "remove", name)
     assert removed.exit_code == 0 and "removed" in removed.output and not cached_models(cache_home())
 

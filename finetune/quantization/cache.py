@@ -71,7 +71,9 @@ def remove_cached(cache: Path, name: str) -> int:
         for model in models:
             doomed = model.path
             if not doomed.name.startswith("."):  # out of the way first: what is half removed must not have a model's name
-                doomed = doomed.rename(partial_path(cache, f"{name}.removed"))
+                aside = partial_path(cache, f"{name}.removed")
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed here
+                doomed = doomed.rename(aside)
             shutil.rmtree(doomed)
     except BlockingIOError:
         raise UserError(f"{cache / name} is in use by another process: wait for it, or end it") from None
