@@ -94,11 +94,9 @@ class JournalWeights(Setup):
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
         # Steps none or unknown: whether there is room for folded weights, which may be wider.
         steps = 0 if self._fold is None else None
-        options = ZerothOrderOptions(rounding=self._journal.about["rounding"])
-        if _moves_scales(self._journal):
-            options = ZerothOrderOptions(parameters="scales")
-        elif is_packed(session.parts):
-            steps, options = self._journal.steps, _in_products(self._journal)
+        options = _options(self._journal, session.parts)
+        if options.perturb == "products":  # whose groups stay apart
+            steps = self._journal.steps
         perturbed = perturbed_sizes(session.parts, options, steps)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
 
@@ -107,11 +105,10 @@ class JournalWeights(Setup):
         return shape.micro_batches if is_packed(parts) else 0
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
-        journal, groups = self._journal, 0
-        if scales := _moves_scales(journal):
+        journal, scales = self._journal, _moves_scales(self._journal)
+        if scales:
             check_scales(session.parts)
-        elif is_packed(session.parts):
-            groups = most_product_groups(session.parts, _in_products(journal), journal.steps)
+        groups = most_product_groups(session.parts, _options(journal, session.parts), journal.steps)
         return partial(PerturbedWeights, noise=journal.noise, product_groups=groups, scales=scales)
 
     def opened(self, session: Session) -> None:
@@ -175,8 +172,13 @@ def _write(job: Export, journal: Journal, steps: int, model: Path) -> None:
     )  # fmt: skip
 
 
-def _in_products(journal: Journal) -> ZerothOrderOptions:
-    """How a run with this journal meets its updates beside packed weights."""
+def _options(journal: Journal, parts: ModelParts) -> ZerothOrderOptions:
+    """How the model of `parts` meets the updates of this journal: weights and scales are moved, packed weights have them in
+    their products."""
+    if _moves_scales(journal):
+        return ZerothOrderOptions(parameters="scales")
+    if not is_packed(parts):
+        return ZerothOrderOptions(rounding=journal.about["rounding"])
     noise, rank = journal.noise
     return ZerothOrderOptions(noise=noise, rank=rank, perturb="products", fold_steps=journal.about["group_steps"])
 
