@@ -25,6 +25,7 @@ from finetune.quantization.cache import cache_home, cached_models, open_lock, pa
 from memory.errors import UserError
 from memory.plan import PlanRefused
 from offload.files.lock import lock
+from offload.files.sealed import seal, unseal
 
 pytestmark = pytest.mark.every(3)
 
@@ -150,9 +151,12 @@ def test_what_cannot_run_is_refused_before_it_is_quantised(model, rows, tmp_path
     assert not cache_home().exists()
 
 
-def test_a_budget_that_quantising_exceeds_is_refused(model, rows, tmp_path):
-    with pytest.raises(UserError, match="quantising takes .* allowed: raise --host-memory"):
-        evaluate(config(model, tmp_path / "out", rows, quantize="nf4", host_memory="64MiB"))
+def test_a_budget_that_quantising_exceeds_is_refused(model, rows, tmp_path, monkeypatch):
+    """By what the process takes, or by the buffers alone."""
+    for budget in ("64MiB", "1MiB"):
+        with pytest.raises(UserError, match="quantising takes .* allowed: raise --host-memory"):
+            evaluate(config(model, tmp_path / "out", rows, quantize="nf4", host_memory=budget))
+        monkeypatch.setattr("finetune.quantization.base.host_bytes", lambda: 0)
 
 
 def test_a_small_disk_is_refused(model, rows, tmp_path, monkeypatch):
@@ -179,6 +183,16 @@ def test_a_changed_model_is_quantised_again(model, rows, tmp_path):
     assert len(cached_models(tmp_path / "kept")) == 2
 
 
+def test_one_of_a_model_that_changes_meanwhile_is_not_kept(model, rows, tmp_path, monkeypatch):
+    here = config(model, tmp_path / "out", rows, quantize="nf4")
+    with monkeypatch.context() as patch:
+        touch = (model / "tokenizer_config.json").touch
+        patch.setattr("finetune.quantization.base._Ticker.__call__", lambda self, done, total: touch())
+        with pytest.raises(UserError, match="files have changed while they were quantised: start again"):
+            evaluate(here)
+    assert not cached_models(cache_home())
+
+
 def test_scales_that_are_not_nested_are_another_model(model, rows, tmp_path):
     for nested in (True, False):
         evaluate(config(model, tmp_path / "out", rows, quantize="nf4", quantization={"nested": nested}))
@@ -191,6 +205,7 @@ DAMAGES = {
     "changed": ("model-00002-of-00003.safetensors", lambda content: content[:-20] + bytes(20)),  # a tensor's end: of the sample
     "config": ("config.json", lambda content: content.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 2')),
     "note": ("quantized.json", lambda content: content.replace(b'"kind": "int8"', b'"kind": "int9"')),
+    "format": ("quantized.json", lambda content: json.dumps(seal(unseal(json.loads(content)) | {"format": 0})).encode()),
 }
 
 
@@ -226,7 +241,9 @@ def test_an_interrupted_one_is_listed_and_goes_on(model, rows, tmp_path, monkeyp
 
 def test_the_cache_is_listed_and_emptied(model, rows, tmp_path):
     evaluate(config(model, tmp_path / "out", rows, quantize="nf4"))
-    name = only_model().name
+    made = only_model()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (made, *made.rglob("*")))
+    name = made.name
     listed = invoke("cache", "list").output
     assert name in listed and f"of {model}" in listed and str(cache_home()) in listed
     assert invoke("cache", "--cache", str(tmp_path / "none")).output.split()[0] == "0"
