@@ -321,4 +321,6 @@ def main() -> None:
         app(prog_name="finetune")
     finally:
         ignore_signals()  # one that is sent twice may come again now
-        gc.freeze()  # the interpreter looks for garbage before it ends: among all of Torch, half a second
+        # The interpreter looks for garbage before it ends: among all of Torch, half a second. Triton's module must be found,
+        # or nanobind lists on the terminal what of it is still there.
+        (gc.unfreeze if "triton._C.libtriton" in sys.modules else gc.freeze)()

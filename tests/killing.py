@@ -17,7 +17,7 @@ def kill_again_and_again(configuration: Path, mark: Callable[[], int], times: in
     tells how far the run is, has changed; until it comes to its end. Returns how often it was killed."""
     chance, kills = random.Random(4), 0
     for _ in range(times):
-        before, deadline = mark(), time.monotonic() + 60
+        before, deadline = mark(), time.monotonic() + 600
         process = subprocess.Popen(
             [sys.executable, "-m", "finetune", "run", str(configuration)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
