@@ -28,6 +28,9 @@ CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_TEXT, **_HEAD),
     "qwen2": lambda: tf.Qwen2Config(**_TEXT, tie_word_embeddings=True),
     "qwen3": lambda: tf.Qwen3Config(**_TEXT, **_HEAD),
+    "qwen3moe": lambda: tf.Qwen3MoeConfig(
+        **_TEXT, **_HEAD, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True
+    ),
     "phi3": lambda: tf.Phi3Config(**_TEXT, sliding_window=9),
     "gemma2": lambda: tf.Gemma2Config(
         **_TEXT, **_HEAD, sliding_window=6, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=12
@@ -37,6 +40,7 @@ CONFIGS = {
 MIXED = {
     "token_embd": "Q8_0", "output": "Q5_0", "attn_q": "Q4_0", "attn_k": "Q8_0", "attn_v": "Q5_1", "attn_qkv": "Q5_0",
     "attn_output": "F16", "ffn_gate": "Q4_1", "ffn_up": "IQ4_NL", "ffn_down": "Q4_K",
+    "ffn_gate_inp": "F32", "ffn_gate_exps": "Q4_0", "ffn_up_exps": "Q8_0", "ffn_down_exps": "Q4_K",
 }  # fmt: skip
 """Name of a tensor, without its block -> type."""
 
@@ -60,6 +64,14 @@ def write_gguf(kind: str, folder: Path, types: Mapping[str, str] | str = "Q8_0",
                 continue
             parameter.add_(torch.randn_like(parameter), alpha=0.06)
             module, _, end = name.rpartition(".")
+            if parameter.dim() == 3:
+                words = ("gate_proj", "up_proj") if end == "gate_up_proj" else (end,)
+                for word, part in zip(words, parameter.chunk(len(words), 1), strict=True):
+                    stored = names.get_name(f"{module}.{word}")
+                    wanted = types if isinstance(types, str) else types[stored.rpartition(".")[2]]
+                    numbers = add_tensor(writer, f"{stored}.weight", part.contiguous().numpy(), Type[wanted], rng)
+                    part.copy_(torch.from_numpy(numbers))
+                continue
             stored = names.get_name(module)
             order = _order(kind, stored, parameter.shape[0], model.config)
             shift = 1.0 if kind.startswith("gemma") and "norm" in stored else 0.0
@@ -123,6 +135,9 @@ def add_metadata(writer: gguf.GGUFWriter, kind: str, config: Any) -> None:
         "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
         "attention.head_count": heads, "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim, "attention.value_length": head_dim, "vocab_size": config.vocab_size,
+        "expert_count": getattr(config, "num_experts", None),
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
         "rope.dimension_count": head_dim, "attention.sliding_window": getattr(config, "sliding_window", None),
     }.items():  # fmt: skip
         if value is not None:

@@ -90,9 +90,9 @@ def test_matrices_and_rows(word, dtype, tmp_path):
     assert some.decode(some.load(read), dtype).equal(expected[[3, *range(30, 37)]])
 
 
-@pytest.mark.parametrize("values, message", [((4, 64), "a matrix only"), ((30, 64), "even number of rows for each of 4")])
+@pytest.mark.parametrize("values, message", [((4, 64), "for matrices only"), ((30, 64), "even number of rows for each of 4")])
 def test_tensors_that_cannot_be_weights(values, message, tmp_path):
-    shape = (2, *values) if "matrix" in message else values
+    shape = values[1:] if "matrices" in message else values
     entry = TensorEntry("blk.0.attn_q.weight", "Q8_0", shape, tmp_path / "x", 0, int(np.prod(shape)) // 32 * 34)
     with pytest.raises(CheckpointError, match=message):
         GgufTensor.make(shape, {"stored": entry}, PLAIN | {"interleaved_heads": {".attn_q.": 4}})
@@ -114,6 +114,50 @@ def test_as_transformers_loads_the_file(model):
     assert parts.sources.keys() == expected.keys()
     for name, weight in parts.sources.items():
         assert weight.decode(weight.load(read), torch.float32).equal(expected[name]), name
+
+
+def test_experts_are_those_that_transformers_loads(tmp_path, monkeypatch):
+    """Of Q4_0, Q8_0 and Q4_K; and one alone, which is read without the others."""
+    config = CONFIGS["qwen3moe"]()
+    config.moe_intermediate_size = 768  # what Transformers takes whatever the file says
+    monkeypatch.setitem(CONFIGS, "qwen3moe", lambda: config)
+    path, _ = write_gguf("qwen3moe", tmp_path, MIXED)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    sources, found = cut(path, lambda stored: torch.float32).sources, 0
+    for name, weight in sources.items():
+        assert weight.shape == tuple(loaded[name].shape)
+        assert weight.decode(weight.load(read), torch.float32).equal(loaded[name]), name
+        if len(weight.shape) == 3:
+            found += 1
+            alone = weight.rows([(3, 4)])
+            assert alone.num_bytes == weight.num_bytes // 5
+            assert alone.decode(alone.load(read), torch.float32).equal(loaded[name][3:4])
+    assert found == 6
+
+
+STACKS = {
+    "no stack": ("blk.1.ffn_up_exps.weight", (2, 64), r"ffn_up_exps.weight': expected a stack of matrices"),
+    "another number of experts": ("blk.1.ffn_up_exps.weight", (4, 256, 64), r"a stack of matrices like 'blk.1.ffn_gate_exps"),
+    "rows too few": ("blk.1.ffn_up_exps.weight", (5, 128, 64), r"experts.gate_up_proj' has shape \[5, 384, 64\]"),
+    "none": ("blk.1.ffn_up_exps.weight", None, "belong to no parameter .*ffn_gate_exps|experts.gate_up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_experts_that_do_not_fit_are_refused(case, tmp_path, monkeypatch):
+    name, shape, message = STACKS[case]
+    add = gguf.GGUFWriter.add_tensor
+
+    def other(self, tensor, data, **options):
+        if tensor != name:
+            add(self, tensor, data, **options)
+        elif shape is not None:
+            add(self, tensor, np.zeros((*shape[:-1], shape[-1] // 32 * 34), np.uint8), raw_dtype=Type.Q8_0)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", other)
+    path, _ = write_gguf("qwen3moe", tmp_path, MIXED)
+    with pytest.raises(CheckpointError, match=message):
+        cut(path)
 
 
 def test_split_files_and_directories(model, tmp_path):
@@ -231,12 +275,17 @@ def header(tmp_path: Path, changes: dict, kind: str = "llama", extra: tuple[str,
         ({"llama.sizes": [1, 2]}, "llama.sizes.*differs between layers"),
         ({"tokenizer.ggml.padding_token_id": 345}, "padding_token_id.*one of 345 tokens, found 345"),
         ({"llama.vocab_size": 400}, "has shape|vocab_size"),
+        ({"qwen3moe.expert_count": None}, "expert_count.*a positive integer, found None"),
+        ({"qwen3moe.expert_used_count": 6}, "expert_used_count.*at most 5 experts, found 6"),
+        ({"qwen3moe.expert_feed_forward_length": 1 << 30}, "expert_feed_forward_length.*a positive integer"),
+        ({"qwen3moe.expert_shared_feed_forward_length": 8}, "expert_shared_feed_forward_length.*isn't known"),
         ({"general.architecture": "rwkv6"}, "architecture 'rwkv6'.*expected one of llama"),
     ],
 )
 def test_metadata_that_is_refused(changes, message, tmp_path):
+    kind = "qwen3moe" if "qwen3moe" in next(iter(changes)) else "llama"
     with pytest.raises(UserError, match=message):
-        cut(header(tmp_path, changes))
+        cut(header(tmp_path, changes, kind))
 
 
 def test_tensors_that_no_parameter_takes_are_refused(tmp_path):

@@ -36,6 +36,11 @@ _SIZES = {
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
 }  # fmt: skip
+# And every file of a mixture of experts.
+_EXPERT_SIZES = {
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}  # fmt: skip
 _MAX_SIZE = 1 << 24
 # Says nothing of the numbers.
 _PASSED_OVER = frozenset({"context_length", "rope.scaling.finetuned"})
@@ -53,12 +58,15 @@ class _Architecture:
     """Whether queries are scaled by a number that only the number of layers tells."""
     wide_layers: int | None = None
     """How many layers the model has whose queries are scaled by hidden size / heads in place of the head's size."""
+    has_experts: bool = False
+    """Whether every block has a mixture of experts."""
 
 
 _ARCHITECTURES = {
     "llama": _Architecture(interleaved_heads=True),
     "qwen2": _Architecture(),
     "qwen3": _Architecture(),
+    "qwen3moe": _Architecture(has_experts=True),
     "phi3": _Architecture(),
     "gemma2": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=46),
     "gemma3": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=62),
@@ -83,10 +91,10 @@ def read_gguf_config(checkpoint: Checkpoint) -> PretrainedConfig:
         )
     architecture = _ARCHITECTURES[name]
     said = {key.removeprefix(f"{name}."): v for key, v in header.values.items() if key.startswith(f"{name}.")}
-    _check_sizes(header, checkpoint, said)
+    _check_sizes(header, checkpoint, said, _SIZES | (_EXPERT_SIZES if architecture.has_experts else {}))
     config = _by_transformers(header, checkpoint, name)
     _complete(config, architecture, said, checkpoint)
-    _check_said(path, name, config, said, [key for key in header.counts if key.startswith(f"{name}.")])
+    _check_said(header, name, config, said)
     heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
     config.quantization_config = {
         "quant_method": METHOD,
@@ -97,13 +105,17 @@ def read_gguf_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def _check_sizes(header: GgufHeader, checkpoint: Checkpoint, said: Mapping[str, Any]) -> None:
+def _check_sizes(
+    header: GgufHeader, checkpoint: Checkpoint, said: Mapping[str, Any], sizes: Collection[str]
+) -> None:
     """What a model is built from before the shapes of tensors are compared."""
     path = header.path
-    for key in _SIZES:
+    for key in sizes:
         value = said.get(key)
         if type(value) is not int or not 0 < value < _MAX_SIZE:
             _refuse(path, key, "a positive integer", value)
+    if "expert_count" in sizes and said["expert_used_count"] > said["expert_count"]:
+        _refuse(path, "expert_used_count", f"at most {said['expert_count']} experts", said["expert_used_count"])
     blocks = {int(found[1]) for name in checkpoint.tensors if (found := re.match(r"blk\.(\d{1,6})\.", name))}
     if blocks != set(range(said["block_count"])):
         _refuse(path, "block_count", f"the number of blocks that there are tensors of, {len(blocks)}", said["block_count"])
@@ -163,6 +175,8 @@ def _complete(
     }.items():  # fmt: skip
         if key in said and hasattr(config, field):
             setattr(config, field, said[key])
+    if architecture.has_experts:
+        config.moe_intermediate_size = said["expert_feed_forward_length"]
     if architecture.scales_queries:
         is_wide = config.num_hidden_layers == architecture.wide_layers
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_wide else config.head_dim
@@ -203,13 +217,12 @@ def _llama3_scaling(config: PretrainedConfig, checkpoint: Checkpoint) -> dict[st
     }  # fmt: skip
 
 
-def _check_said(
-    path: Path, name: str, config: PretrainedConfig, said: Mapping[str, Any], arrays: Collection[str]
-) -> None:
+def _check_said(header: GgufHeader, name: str, config: PretrainedConfig, said: Mapping[str, Any]) -> None:
     """Raises UserError for metadata of the architecture by which the model would compute otherwise than the configuration has
     it, or of which that is not known."""
-    if arrays:
-        raise UserError(f"{path}: metadata '{next(iter(arrays))}' differs between layers, which isn't supported from GGUF")
+    path = header.path
+    if array := next((key for key in header.counts if key.startswith(f"{name}.")), None):
+        raise UserError(f"{path}: metadata '{array}' differs between layers, which isn't supported from GGUF")
     rope, head_dim = _rope(config), _head_dim(config)
     expected: dict[str, Any] = {key: getattr(config, field) for key, field in _SIZES.items()} | {
         "vocab_size": config.vocab_size,
@@ -223,9 +236,7 @@ def _check_said(
         "rope.freq_base": rope["rope_theta"],
         "rope.scaling.type": "linear" if rope["rope_type"] == "linear" else "none",
         "rope.scaling.factor": rope.get("factor", 1.0),
-        "expert_count": 0,
-        "expert_used_count": 0,
-    }
+    } | {key: getattr(config, field, 0) for key, field in _EXPERT_SIZES.items()}  # fmt: skip
     if "sliding_attention" in config.rope_parameters:
         expected["rope.freq_base_swa"] = config.rope_parameters["sliding_attention"]["rope_theta"]
     needed = {"rope.freq_base": _DEFAULT_THETA, "attention.layer_norm_rms_epsilon": None}
@@ -261,8 +272,9 @@ def _refuse(path: Path, key: str, expected: str, found: Any) -> NoReturn:
     )
 
 
-def gguf_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter -> the tensor of the GGUF file that it is.
+def gguf_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Parameter -> the tensor of the GGUF file that it is; stacked experts -> the tensors whose matrices they have, one below
+    the other: Transformers has the gate's above those of the projection that it gates.
 
     Raises CheckpointError for tensors that no parameter takes: they would change what the model computes.
     """
@@ -272,14 +284,20 @@ def gguf_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]
     wanted = model.config.quantization_config["architecture"]
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == wanted)
     known = get_tensor_name_map(architecture, model.config.num_hidden_layers)
-    parameters = {}
-    for parameter in model.state_dict(keep_vars=True):
+    parameters, stacks = {}, {}
+    for parameter, value in model.state_dict(keep_vars=True).items():
         name, _, kind = parameter.rpartition(".")
-        parameters[f"{known.get_name(name)}.{kind}"] = parameter
+        if value.dim() == 3:
+            words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            stacks[parameter] = tuple(f"{known.get_name(f'{name}.{word}')}.weight" for word in words)
+        else:
+            parameters[f"{known.get_name(name)}.{kind}"] = parameter
     tensors = checkpoint.tensors.keys() - {ROPE_FACTORS}
-    if unknown := sorted(tensors - parameters.keys()):
+    stacks = {parameter: keys for parameter, keys in stacks.items() if tensors.issuperset(keys)}
+    stacked = {key for keys in stacks.values() for key in keys}
+    if unknown := sorted(tensors - parameters.keys() - stacked):
         raise CheckpointError(
             f"{checkpoint.directory}: {len(unknown)} tensors belong to no parameter of {type(model).__name__} "
             f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}): use the original model as safetensors"
         )
-    return {parameters[name]: name for name in tensors}
+    return {parameters[name]: name for name in tensors - stacked}, stacks

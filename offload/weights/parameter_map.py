@@ -33,6 +33,7 @@ from offload.weights.formats import (
 )
 from offload.weights.formats.plain import torch_dtype
 from offload.weights.formats.stacked import JoinedRows, StackedWeights
+from offload.weights.formats.stored_parts import check
 from offload.weights.gguf_model import gguf_names
 
 _COMPARED_ELEMENTS = 1 << 19
@@ -81,7 +82,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         )
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     sources = Sources(quantization)
-    direct, converters, unexpected = _assign(model, checkpoint, found, tensors, sources)
+    direct, placed, unexpected = _assign(model, checkpoint, found, tensors, sources)
     result = ParameterMap()
     result.direct = direct
     for name, key in direct.items():
@@ -92,15 +93,14 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
             _check_layer(model, name, form)
             result[name] = form.make(tuple(tensors[name].shape), parts, quantization)
             _check_shape(name, result[name].shape, tensors[name].shape, checkpoint)
-    for name, converter in converters.items():
-        for target, placement in run_converter(converter, name, model).items():
-            if target not in tensors or target in result:
-                continue
-            if sources.has_packed(placement):
-                result[target] = _assembled(model, target, placement, sources)
-                _check_shape(target, placement.shape, tensors[target].shape, checkpoint)
-            else:
-                result[target] = _plain(target, placement, tensors[target].shape, checkpoint)
+    for name, placement in placed:
+        if name not in tensors or name in result:
+            continue
+        if sources.has_packed(placement):
+            _check_shape(name, placement.shape, tensors[name].shape, checkpoint)
+            result[name] = _assembled(model, name, placement, sources)
+        else:
+            result[name] = _plain(name, placement, tensors[name].shape, checkpoint)
     _tie(model, tensors, result)
     _check_complete(model, checkpoint, tensors, result, unexpected)
     _check_not_quantised(checkpoint, tensors, result, quantization is not None)
@@ -113,11 +113,12 @@ def _assign(
     found: Mapping[str, FoundWeight],
     tensors: Mapping[str, Tensor],
     sources: Sources,
-) -> tuple[dict[str, str], dict[str, WeightConverter], dict[str, str]]:
-    """Give each weight of the checkpoint to a parameter (parameter -> the weight's name), to a converter (by its first target),
-    or to nobody (new -> old name)."""
+) -> tuple[dict[str, str], list[tuple[str, PlacementTensor]], dict[str, str]]:
+    """Give each weight of the checkpoint to a parameter (parameter -> the weight's name), to one that is put together (with
+    what it is put together from), or to nobody (new -> old name)."""
     if checkpoint.is_gguf:
-        return gguf_names(model, checkpoint), {}, {}
+        direct, stacks = gguf_names(model, checkpoint)
+        return direct, [(name, _joined(name, keys, found, sources)) for name, keys in stacks.items()], {}
     mapping = get_model_conversion_mapping(model)
     renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
@@ -140,7 +141,17 @@ def _assign(
             unexpected[key] = key
         else:
             direct[name] = key
-    return direct, collected, unexpected
+    placed = [item for name, converter in collected.items() for item in run_converter(converter, name, model).items()]
+    return direct, placed, unexpected
+
+
+def _joined(name: str, keys: Sequence[str], found: Mapping[str, FoundWeight], sources: Sources) -> PlacementTensor:
+    """Stacks of matrices in a GGUF file, whose matrices are joined one by one, along their rows."""
+    entries = [found[key].parts["stored"] for key in keys]
+    for entry in entries:
+        expected = (*entries[0].shape[:1], entry.shape[-2], entries[0].shape[-1]) if len(entry.shape) == 3 else None
+        check(entry, entry.shape == expected, f"a stack of matrices like '{keys[0]}'", f"a shape of {list(entry.shape)}")
+    return torch.cat([sources.place(name, entry.name, found[entry.name]).view(entry.shape) for entry in entries], 1)
 
 
 def _assembled(model: PreTrainedModel, name: str, placement: PlacementTensor, sources: Sources) -> StoredWeight:

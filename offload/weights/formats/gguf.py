@@ -60,17 +60,24 @@ class GgufTensor(StoredWeight):
         return {name: {"stored": entry} for name, entry in entries.items() if is_gguf(entry.path)}
 
     @classmethod
+    def matrix_shape(cls, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
+        """Of stacked experts, their matrices one below the other."""
+        *sizes, columns = parts["stored"].shape
+        return prod(sizes), columns
+
+    @classmethod
     def make(
         cls, shape: tuple[int, ...], parts: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
     ) -> GgufTensor:
         entry = parts["stored"]
+        own = entry.shape if len(entry.shape) < 3 else cls.matrix_shape(parts)
         if entry.dtype in DECODERS:
-            check(entry, len(entry.shape) == 2, f"{entry.dtype} for a matrix only", f"a shape of {list(entry.shape)}")
-            row_bytes = entry.num_bytes // entry.shape[0]
+            check(entry, len(own) == 2, f"{entry.dtype} for matrices only", f"a shape of {list(entry.shape)}")
+            row_bytes = entry.num_bytes // own[0]
             extents = (Extent(entry.path, entry.offset, entry.num_bytes, 0),)
-            stored = PlainTensor(torch.uint8, (entry.shape[0], row_bytes), extents)
+            stored = PlainTensor(torch.uint8, (own[0], row_bytes), extents)
         else:
-            stored = PlainTensor.of(entry)
+            stored = replace(PlainTensor.of(entry), shape=own)
         heads = next((count for part, count in quantization["interleaved_heads"].items() if part in entry.name), 0)
         if heads:
             is_right = entry.shape[0] % (2 * heads) == 0
@@ -78,7 +85,7 @@ class GgufTensor(StoredWeight):
         shift = quantization["norm_shift"] if "norm.weight" in entry.name else 0.0
         if shift:
             check(entry, entry.dtype not in DECODERS, "a norm that is not packed", entry.dtype)
-        return cls(stored, entry.shape, entry.dtype, heads, shift)
+        return cls(stored, own, entry.dtype, heads, shift)
 
     def rows(self, ranges: Iterable[tuple[int, int]]) -> GgufTensor:
         if self.interleaved_heads:
