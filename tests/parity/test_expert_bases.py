@@ -12,8 +12,8 @@ from tiny_models import (
     CONFIGS,
     aligned_copies,
     assert_same_bits,
+    assert_same_on_both_devices,
     make_config,
-    reference_run,
     save_tiny,
     streamed_run,
 )
@@ -54,13 +54,7 @@ CASES = [
 @pytest.mark.parametrize("name, kind, lora", CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_adapters(name, kind, lora, moe, tokens, tmp_path):
     """On a CPU and beside a device, with one block in each memory."""
-    packed, decoded = moe(name, kind)
-    expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", lora=lora))
-    assert len(set(expected.losses)) == 4
-    for device in ("cpu", "simulated"):
-        output, engine = tmp_path / device, {"resident_blocks": 1}
-        found = streamed_run(make_config(packed, tokens, output, device=device, engine=engine, lora=lora))
-        assert_same_bits(found, expected)
+    assert_same_on_both_devices(*moe(name, kind), tokens, tmp_path, lora)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
