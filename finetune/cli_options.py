@@ -36,7 +36,10 @@ KEYS = {
     "eval_data": _option(str, "--eval-data", "Data to evaluate on."),
     "method": _option(str, "--method", f"Training method: {_METHODS}. [default: lora]"),
     "quantize": _option(
-        str, "--quantize", "Train and run over the model in nf4 (4 bits) or int8, made once and kept; see `finetune cache`."
+        str,
+        "--quantize",
+        "Train and run over the model in nf4 (4 bits), int8, or a mixture of them with so many bits a weight, such as 5.5; "
+        "made once and kept, see `finetune cache`.",
     ),
     "output": _option(str, "--output", "Directory of the run: everything is written there. [default: out]"),
     "host_memory": _memory(

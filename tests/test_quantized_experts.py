@@ -137,18 +137,21 @@ def read(tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape)
 
 
-def test_a_run_an_evaluation_and_text(moe, tmp_path, monkeypatch):
-    """Over what is made for it: as over the directory that was made."""
+@pytest.mark.parametrize("quantize", [{"quantize": "nf4"}, {"quantize": 7, "quantization": {"nested": False}}], ids=str)
+def test_a_run_an_evaluation_and_text(quantize, moe, tmp_path, monkeypatch):
+    """Over what is made for it: as over the directory that was made. A budget of bits makes stacks of both kinds."""
     prepare_in_this_process(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"hello the {i} cat", "completion": " sat on"} for i in range(4)])
     options = {"data": rows, "training": {"max_steps": 2, "batch_size": 2}, "lora": {"r": 3}}
-    here = make_config(moe("qwen3-moe"), tmp_path / "here", quantize="nf4", **options)
+    here = make_config(moe("qwen3-moe"), tmp_path / "here", **quantize, **options)
     before = Trainer(here).plan()
     Trainer(here).train()
     after = Trainer(here).plan()
     assert after.plan.slots == before.plan.slots
     (made,) = cached_models(cache_home())
+    words = {w.word for w in cut(made.path).sources.values() if isinstance(w, StackedWeights)}
+    assert ("bitsandbytes 4-bit and bitsandbytes int8" in words) == ("quantization" in quantize)
     there = make_config(made.path, tmp_path / "there", **options)
     Trainer(there).train()
     found, expected = (load_file(c.output / "adapter" / "adapter_model.safetensors") for c in (here, there))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -65,7 +66,11 @@ def only_model() -> Path:
     return found.path
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+BITS = {"quantize": 6.5, "quantization": {"nested": False}}
+"""That make both kinds of matrices."""
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", 8.7])
 def test_a_run_is_that_over_the_published_checkpoint(kind, model, rows, tmp_path):
     """Trained, stopped and resumed, evaluated, asked; the adapter names the model that the user named."""
     here = config(model, tmp_path / "here", rows, quantize=kind)
@@ -89,13 +94,14 @@ def test_a_run_is_that_over_the_published_checkpoint(kind, model, rows, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == times
     with pytest.raises(UserError, match="and --quantize as then"):
         evaluate(config(model, tmp_path / "here", rows), here.output)
-    with pytest.raises(UserError, match=f"quantize: '{kind}' then, None now"):
+    with pytest.raises(UserError, match=f"quantize: {kind!r} then, None now"):
         Trainer(config(model, tmp_path / "here", rows, resume=True)).train()
 
 
-def test_zeroth_order_steps_move_an_adapter_over_it(model, rows, tmp_path):
+@pytest.mark.parametrize("quantize", [{"quantize": "nf4"}, BITS], ids=str)
+def test_zeroth_order_steps_move_an_adapter_over_it(quantize, model, rows, tmp_path):
     losses = []
-    for name, more in (("here", {"quantize": "nf4"}), ("there", {})):
+    for name, more in (("here", quantize), ("there", {})):
         base = model if more else only_model()
         zo = make_config(
             base, tmp_path / name, data=rows, method="zo", training=TRAINING, zo={"parameters": "lora"}, lora={"r": 3}, **more
@@ -105,11 +111,12 @@ def test_zeroth_order_steps_move_an_adapter_over_it(model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("parameters", ["scales", "all"])
-def test_what_is_tuned_of_it_is_exported(parameters, model, rows, tmp_path):
-    """Scales into the same format, noise in products into plain weights."""
+@pytest.mark.parametrize("kind", ["nf4", BITS["quantize"]])
+def test_what_is_tuned_of_it_is_exported(kind, parameters, model, rows, tmp_path):
+    """Scales into the same formats, noise in products into plain weights."""
     zo = {"parameters": parameters} | ({} if parameters == "scales" else {"perturb": "products", "noise": "low_rank"})
     written = []
-    quantize = {"quantize": "nf4", "quantization": {"nested": False}}
+    quantize = BITS | {"quantize": kind}
     for name, more in (("here", quantize), ("there", {})):
         base = model if more else only_model()
         training = TRAINING | {"learning_rate": 1e-3}
@@ -123,16 +130,20 @@ def test_what_is_tuned_of_it_is_exported(parameters, model, rows, tmp_path):
                 export(make_config(model, tmp_path / name, method="zo"), tmp_path / "wrong")
     assert written[0].keys() == written[1].keys() and all(written[0][key].equal(written[1][key]) for key in written[0])
     original = {key: value for file in only_model().glob("*.safetensors") for key, value in load_file(file).items()}
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert (name + ".absmax" in written[0]) == (parameters == "scales")
-    key = name + ".absmax" if parameters == "scales" else name
-    assert not written[0][key].equal(original[key])
+    scales = {key for key in original if key.endswith((".absmax", ".SCB"))}
+    assert {key.rpartition(".")[2] for key in scales} == ({"absmax"} if kind == "nf4" else {"absmax", "SCB"})
+    assert scales & written[0].keys() == (scales if parameters == "scales" else set())
+    key = "model.layers.1.mlp.up_proj.weight"
+    keys = scales if parameters == "scales" else {key}
+    assert all(not written[0][key].equal(original[key]) for key in keys)
 
 
-def test_the_plan_before_is_the_plan_after(model, rows, tmp_path):
-    here = config(model, tmp_path / "out", rows, quantize="nf4")
+@pytest.mark.parametrize("quantize", [{"quantize": "nf4"}, BITS], ids=str)
+def test_the_plan_before_is_the_plan_after(quantize, model, rows, tmp_path):
+    here = config(model, tmp_path / "out", rows, **quantize)
     before = Trainer(here).plan()
-    assert not cache_home().exists() and "to be quantised first, to nf4" in before.describe()
+    words = "to nf4" if quantize is not BITS else "to 6.5 bits: matrices with 6."
+    assert not cache_home().exists() and f"to be quantised first, {words}" in before.describe()
     assert "free there" in before.describe()
     evaluate(here)
     after = Trainer(here).plan()
@@ -141,6 +152,8 @@ def test_the_plan_before_is_the_plan_after(model, rows, tmp_path):
     parts = [{name: size for name, size in p.plan.host_parts.items() if name != process} for p in (before, after)]
     assert parts[0] == parts[1]
     assert f"kept in {only_model()}" in after.describe() and "relative RMS error" in after.describe()
+    for planned in (before, after):
+        assert (re.search(r"\(\d+ in nf4, \d+ in int8\); ", planned.describe()) is not None) == (quantize is BITS)
 
 
 def test_what_cannot_run_is_refused_before_it_is_quantised(model, rows, tmp_path):
@@ -239,6 +252,16 @@ def test_an_interrupted_one_is_listed_and_goes_on(model, rows, tmp_path, monkeyp
     assert not list(cache_home().glob(".*.partial")) and only_model().name == found.name
 
 
+def test_each_number_of_bits_is_another_model(model, rows, tmp_path):
+    for bits in ("6.5", 6.5, 7, 7.25):
+        evaluate(config(model, tmp_path / "out", rows, **(BITS | {"quantize": bits})))
+    found = cached_models(cache_home())
+    assert [one.about["bits"] for one in sorted(found, key=lambda one: one.num_bytes)] == [6.5, 7.0, 7.25]
+    assert all(one.about["matrix_bits"] <= one.about["bits"] and "bits-" in one.name for one in found)
+    with pytest.raises(UserError, match="tiny: 8.5 bits a weight are too few: its matrices take at least 8.683, with scales"):
+        Trainer(config(model, tmp_path / "out", rows, quantize=8.5)).plan()
+
+
 def test_the_cache_is_listed_and_emptied(model, rows, tmp_path):
     evaluate(config(model, tmp_path / "out", rows, quantize="nf4"))
     made = only_model()
@@ -282,8 +305,9 @@ def test_two_at_once_make_one(model, rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"quantize": "nf5"}, "quantize: expected"),
-        ({"quantize": "int8", "quantization": {"nested": False}}, "nested only with quantize nf4"),
+        ({"quantize": "nf5"}, "quantize: expected nf4, int8, or bits a weight above 4 .* and below 16 .*, found 'nf5'"),
+        *(({"quantize": value}, "quantize: expected nf4, int8, or bits") for value in (4, 16, "nan", True, -5, [5], "")),
+        ({"quantize": "int8", "quantization": {"nested": False}}, "nested only with quantize nf4 or bits"),
         ({"quantization": {"cache": "x"}}, "cache only with quantize"),
     ],
 )

@@ -30,6 +30,7 @@ from finetune.config.yaml_text import write_document
 from finetune.data.options import Data
 from finetune.methods.registry import METHODS
 from finetune.options import Amount, Conflict, Section, Switch, expand_path, show
+from finetune.quantization.quantization_options import Quantize
 from memory.device_kinds import DEVICE_WORDS
 
 
@@ -53,8 +54,9 @@ class _Keys(Section):
     """What is evaluated on; see `Data`."""
     method: Literal[*METHODS] = "lora"
     """How, and what of the model; see `finetune.methods.registry`."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """Goes over the model's linear layers in 4 or 8 bits, made once and kept in a cache; see `quantization`."""
+    quantize: Quantize = None
+    """Goes over the model's linear layers in 4 or 8 bits, made once and kept in a cache; see `quantization`. A number: bits a
+    weight on average, with scales, spread over the matrices by what each loses."""
     train: list[str] = []
     """Regular expressions: methods that train the model's own weights train only parameters whose names match one. Empty:
     all."""

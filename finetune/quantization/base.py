@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class _Quantization:
                 "original model"
             )
         self._base, self._config = base, config
-        self._packing = Packing(config.quantize, config.quantize == "nf4" and config.quantization.nested)
+        self._packing = _packing(config)
         self._cache = config.quantization.cache or cache_home()
         self._side_files = side_files(base.source, (config.output, self._cache))
         self._original = self._describe_original()
@@ -129,8 +129,8 @@ class _Quantization:
         if about is not None:
             base.directory = target
             base.words = (
-                f"quantised to {self._packing.kind}: {about['bits_per_weight']:.2f} bits a weight, relative RMS error "
-                f"{about['relative_error']:.2%}; kept in {target}"
+                f"quantised to {self._packing.word}: {_mixture(self._packing, about)}{about['bits_per_weight']:.2f} bits a "
+                f"weight of the model, relative RMS error {about['relative_error']:.2%}; kept in {target}"
             )
             return
         parts = cut_source()
@@ -155,8 +155,10 @@ class _Quantization:
         parts = [part for part in self._config.model.rstrip("/").split("/") if part]
         is_path = Path(self._config.model).expanduser().is_dir()
         words = "".join(c if c.isalnum() or c in "._-" else "-" for c in (parts[-1] if is_path else "--".join(parts)))
-        digest = json_digest([FORMAT, self._original, self._packing.kind, self._packing.nested])
-        return f"{words.lstrip('.') or 'model'}-{self._packing.kind}-{digest[:12]}"
+        packing = self._packing
+        kind = [packing.kind] if packing.bits is None else [packing.kind, packing.bits]
+        digest = json_digest([FORMAT, self._original, *kind, packing.nested])
+        return f"{words.lstrip('.') or 'model'}-{packing.word.replace(' ', '')}-{digest[:12]}"
 
     def _wait(self, shared: bool) -> None:
         try:
@@ -168,20 +170,20 @@ class _Quantization:
     def _predict(self, plan: Outline, parts: ModelParts, device: Device) -> tuple[str, int, Rates | NoRates]:
         """What quantising takes, in words; the bytes that are still to be written; this machine's rates."""
         unfinished = partial_path(self._cache, self._name)
-        there = Written.read(unfinished)
+        there = Written.read(unfinished, plan)
         left = plan.num_bytes - sum(there.num_bytes.values())
         read = sum(file.stat().st_size for file in plan.checkpoint.files)
         rates = try_rates(parts, device)
         seconds = ""
         if rates:
             share = left / plan.num_bytes
-            packing = sum(entry.num_bytes for entry in plan.packed_entries) / _packing_rate(plan)
+            packing = _packing_seconds(plan)
             moving = (read + plan.num_bytes) / rates.read_bytes_per_second
             seconds = f", in about {format_seconds(share * max(packing, moving))}"
         words = (
-            f"to be quantised first, to {self._packing.kind}: {format_bytes(read)} become {format_bytes(plan.num_bytes)} "
-            f"({plan.bits_per_weight:.2f} bits a weight) in {self._cache}{seconds}; "
-            f"{format_bytes(free_bytes(self._cache))} are free there"
+            f"to be quantised first, to {self._packing.word}: {_mixture(self._packing, _about_matrices(plan))}"
+            f"{format_bytes(read)} become {format_bytes(plan.num_bytes)} ({plan.bits_per_weight:.2f} bits a weight of the "
+            f"model) in {self._cache}{seconds}; {format_bytes(free_bytes(self._cache))} are free there"
         )
         if plan.stacked_bytes:
             words += f"; {format_bytes(plan.stacked_bytes)} of experts lie stacked in the files and stay as they are"
@@ -224,6 +226,8 @@ class _Quantization:
             "original": self._original,
             "kind": self._packing.kind,
             "nested": self._packing.nested,
+            "bits": self._packing.bits,
+            **_about_matrices(plan),
             "bits_per_weight": plan.bits_per_weight,
             "relative_error": written.relative_error,
             "digest": model_digest(read_checkpoint(unfinished)),
@@ -277,16 +281,41 @@ def _say(words: str) -> None:
     print(words, file=LastingStream(sys.stderr), flush=True)
 
 
-def _packing_rate(plan: Outline) -> float:
-    """Bytes of the original that the kernel packs in a second."""
+def _packing(config: Config) -> Packing:
+    """How `quantize` of a configuration packs weights."""
+    if isinstance(config.quantize, float):
+        return Packing(None, config.quantization.nested, config.quantize)
+    return Packing(config.quantize, config.quantize == "nf4" and config.quantization.nested)
+
+
+def _about_matrices(plan: Outline) -> dict[str, Any]:
+    """Of what is said of a model in quantized.json: how many matrices are of each kind ("": as they are), and their average."""
+    return {"matrices": plan.matrices, "matrix_bits": plan.matrix_bits}
+
+
+def _mixture(packing: Packing, about: Mapping[str, Any]) -> str:
+    """The beginning of a sentence where a budget of bits is given. about: as `_about_matrices`."""
+    if packing.bits is None:
+        return ""
+    counts = [f"{count} in {kind}" if kind else f"{count} as they are" for kind, count in about["matrices"].items()]
+    return f"matrices with {about['matrix_bits']:.2f} bits a weight ({', '.join(counts)}); "
+
+
+def _packing_seconds(plan: Outline) -> float:
+    """That the kernels take, from a probe."""
     source = torch.ones(_PROBE_WEIGHTS // 1024, 1024, dtype=torch.bfloat16)
     packed, blocks = torch.empty(source.numel(), dtype=torch.uint8), Blocks.of(source.numel())
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
-        if plan.packing.kind == "nf4":
-            pack_4bit(source, packed, blocks)
-        else:
-            pack_int8(source, packed, torch.empty(len(source)))
-        seconds.append(time.perf_counter() - started)
-    return source.nbytes / min(seconds)
+    kernels = {
+        "nf4": lambda: pack_4bit(source, packed, blocks),
+        "int8": lambda: pack_int8(source, packed, torch.empty(len(source))),
+    }
+    total = 0.0
+    for kind in set(plan.kinds.values()) & kernels.keys():
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            kernels[kind]()
+            seconds.append(time.perf_counter() - started)
+        num_bytes = sum(entry.num_bytes for entry in plan.packed_entries if plan.kinds[entry.name] == kind)
+        total += num_bytes / source.nbytes * min(seconds)
+    return total

@@ -5,15 +5,21 @@ Those that Transformers would pack with bitsandbytes: of linear layers, but for 
 the files have one by one are linear layers too, as Transformers 4 has them, and are packed as such models are published: each
 matrix under its own name, the router in 16 bits. What lies in the files otherwise (stacked experts, transposed weights) stays
 as it is.
+
+[Note: both kinds in one checkpoint]
+A budget of bits a weight makes some matrices nf4 and some int8. Every tensor then lies as bitsandbytes stores it, but
+Transformers has one kind for a model. So config.json says both, load_in_4bit and load_in_8bit, which Transformers refuses in
+one sentence: with one alone it would take packed bytes of the other kind for weights. `Packed4Bit` and `Packed8Bit` go by the
+tensors.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +28,10 @@ from torch import nn
 
 from offload.files.checkpoint import DTYPE_BITS, INDEX_FILE, Checkpoint, CheckpointError, TensorEntry
 from offload.files.safetensors_files import file_header, shard_names, write_index
+from offload.quantize.allocation import Choice, allocate, least_bits
 from offload.quantize.experts import WORDS, find_experts, is_within
 from offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
+from offload.quantize.sensitivity import relative_errors
 from offload.weights.formats.bitsandbytes_files import CODES
 from offload.weights.formats.plain import PlainTensor
 from offload.weights.parts import ModelParts
@@ -36,10 +44,17 @@ _LONGEST_OFFSET = -1.2345678901234567e-38
 class Packing:
     """How weights are packed."""
 
-    kind: str
-    """One of `KINDS`."""
+    kind: str | None
+    """One of `KINDS`; None: for each matrix one that suits `bits`, or none."""
     nested: bool = True
     """Of nf4: absmax in 8 bits."""
+    bits: float | None = None
+    """That are stored for a weight, at most: the average over all matrices that can be packed."""
+
+    @property
+    def word(self) -> str:
+        """For messages."""
+        return self.kind or f"{self.bits:.6g} bits"
 
 
 class NewTensor(NamedTuple):
@@ -115,6 +130,8 @@ class Outline:
     files: tuple[NewFile, ...]
     config: dict[str, Any]
     """What config.json is to hold."""
+    kinds: Mapping[str, str | None]
+    """Name in the original of every matrix that can be packed -> one of `KINDS`; None: it stays as it is."""
     unlike: tuple[str, ...]
     """Tensors that differ from those they would be tied to."""
     stacked_bytes: int = 0
@@ -134,9 +151,25 @@ class Outline:
         count = sum(prod(entry.shape) for file in self.files for entry in file.entries)
         return 8 * self.num_bytes / max(1, count)
 
+    @property
+    def matrices(self) -> dict[str, int]:
+        """How many there are of each kind; "": that stay as they are."""
+        return dict(sorted(Counter(kind or "" for kind in self.kinds.values()).items(), reverse=True))
+
+    @property
+    def matrix_bits(self) -> float:
+        """Stored for a weight of the matrices that can be packed, on average."""
+        stored = [tensor for file in self.files for tensors in file.packed.values() for tensor in tensors]
+        left = [entry for file in self.files for entry in file.entries if self.kinds.get(entry.name, "") is None]
+        count = sum(prod(entry.shape) for entry in (*self.packed_entries, *left))
+        return 8 * sum(one.num_bytes for one in (*stored, *left)) / count
+
 
 def outline(parts: ModelParts, packing: Packing) -> Outline:
-    """Of the checkpoint that `parts` were cut from. Raises CheckpointError when it is quantised or has nothing to pack."""
+    """Of the checkpoint that `parts` were cut from. For a budget of bits, a sample of its weights is read.
+
+    Raises CheckpointError when it is quantised or has nothing to pack, or not in so few bits.
+    """
     checkpoint, model = parts.checkpoint, parts.model
     config = json.loads((parts.directory / "config.json").read_bytes())
     if config.get("quantization_config") is not None:
@@ -148,20 +181,24 @@ def outline(parts: ModelParts, packing: Packing) -> Outline:
     experts, routers, stacked_bytes = find_experts(parts, _kept_modules(parts.model))
     entries |= experts
     left += routers
-    if packing.kind == "int8":
-        left += [name for name, entry in entries.items() if not entry.name.endswith(".weight")]
-    packed = {entry.name: _stored(entry, packing) for name, entry in entries.items() if name not in left}
-    if not packed:
+    if not entries:
         raise CheckpointError(
             f"{parts.directory}: {type(model).__name__} has no linear layer that could be quantised: leave --quantize out"
+        )
+    kinds = _kinds(parts, packing, list(entries.values()))
+    left += [name for name, entry in entries.items() if kinds[entry.name] is None]
+    packed = {entry.name: _stored(entry, kind, packing.nested) for entry in entries.values() if (kind := kinds[entry.name])}
+    if not packed:
+        raise CheckpointError(
+            f"{parts.directory}: none of its matrices would be quantised with {packing.word}: leave --quantize out"
         )
     paths = [path for path in checkpoint.files if any(entry.path == path for entry in checkpoint.tensors.values())]
     files = []
     for name, path in zip(shard_names(len(paths)), paths, strict=True):
         inside = tuple(sorted((e for e in checkpoint.tensors.values() if e.path == path), key=lambda entry: entry.offset))
         files.append(NewFile(name, inside, {entry.name: packed[entry.name] for entry in inside if entry.name in packed}))
-    config["quantization_config"] = _section(packing, packed, parts, left)
-    return Outline(checkpoint, packing, tuple(files), config, _unlike(parts), stacked_bytes)
+    config["quantization_config"] = _section(packing, {name: kinds[name] for name in packed}, parts, left)
+    return Outline(checkpoint, packing, tuple(files), config, kinds, _unlike(parts), stacked_bytes)
 
 
 def is_state(tensor: NewTensor) -> bool:
@@ -169,14 +206,40 @@ def is_state(tensor: NewTensor) -> bool:
     return ".quant_state." in tensor.name
 
 
-def state(entry: TensorEntry, packing: Packing, offset: float) -> bytes:
-    """What bitsandbytes keeps of a weight in 4 bits beside its tensors. offset: of nested absmax."""
+def state(entry: TensorEntry, offset: float | None) -> bytes:
+    """What bitsandbytes keeps of a weight in 4 bits beside its tensors. offset: of nested absmax; None: they are not."""
     values: dict[str, Any] = {
-        "quant_type": packing.kind, "blocksize": BLOCK, "dtype": WORDS[entry.dtype], "shape": list(entry.shape),
+        "quant_type": "nf4", "blocksize": BLOCK, "dtype": WORDS[entry.dtype], "shape": list(entry.shape),
     }  # fmt: skip
-    if packing.nested:
+    if offset is not None:
         values |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(values).encode()
+
+
+def _kinds(parts: ModelParts, packing: Packing, entries: list[TensorEntry]) -> dict[str, str | None]:
+    """As `Outline.kinds`."""
+    # Beside int8 stands .SCB in place of .weight.
+    usable = {entry.name: KINDS if entry.name.endswith(".weight") else ("nf4",) for entry in entries}
+    if packing.bits is None:
+        return {name: packing.kind if packing.kind in kinds else None for name, kinds in usable.items()}
+    errors = relative_errors(entries, packing.nested)
+    options: list[list[tuple[str | None, Choice]]] = []
+    for entry in entries:
+        known = {kind: errors[entry.name][kind] for kind in usable[entry.name] if kind in errors[entry.name]}
+        options.append([(None, Choice(8 * entry.num_bytes, 0.0))])
+        for kind, error in known.items():
+            num_bytes = sum(tensor.num_bytes for tensor in _stored(entry, kind, packing.nested))
+            options[-1].append((kind, Choice(8 * num_bytes, error)))
+    choices = [[choice for _, choice in some] for some in options]
+    count = sum(prod(entry.shape) for entry in entries)
+    least = least_bits(choices)
+    if packing.bits * count < least:
+        raise CheckpointError(
+            f"{parts.directory}: {packing.word} a weight are too few: its matrices take at least "
+            f"{ceil(1000 * least / count) / 1000:g}, with scales: give as many"
+        )
+    found = allocate(choices, packing.bits * count)
+    return {entry.name: some[index][0] for entry, some, index in zip(entries, options, found, strict=True)}
 
 
 def _linear_weights(parts: ModelParts) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -219,8 +282,8 @@ def _skipped_modules(model: nn.Module) -> list[str]:
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), *heads, *last)})
 
 
-def _stored(entry: TensorEntry, packing: Packing) -> tuple[NewTensor, ...]:
-    if packing.kind == "int8":
+def _stored(entry: TensorEntry, kind: str, nested: bool) -> tuple[NewTensor, ...]:
+    if kind == "int8":
         base = entry.name.removesuffix(".weight")
         return (
             NewTensor(entry.name, "I8", entry.shape),
@@ -229,9 +292,9 @@ def _stored(entry: TensorEntry, packing: Packing) -> tuple[NewTensor, ...]:
         )
     count, blocks = prod(entry.shape), -(-prod(entry.shape) // BLOCK)
     codes = np.array(CODES["nf4"], "<f4").tobytes()
-    longest = state(entry, packing, _LONGEST_OFFSET)
+    longest = state(entry, _LONGEST_OFFSET if nested else None)
     stored = [NewTensor(entry.name, "U8", (-(-count // 2), 1))]
-    if packing.nested:
+    if nested:
         numbers = nested_map().numpy().astype("<f4").tobytes()
         stored += [
             NewTensor(f"{entry.name}.absmax", "U8", (blocks,)),
@@ -249,15 +312,15 @@ def _element_bytes(tensor: NewTensor) -> int:
     return tensor.num_bytes // max(1, prod(tensor.shape))
 
 
-def _section(packing: Packing, packed: Iterable[str], parts: ModelParts, left: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config`, as Transformers writes it."""
-    entry = parts.checkpoint.tensors[next(iter(packed))]
-    is_4bit = packing.kind == "nf4"
+def _section(packing: Packing, kinds: Mapping[str, str], parts: ModelParts, left: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config`, as Transformers writes it; see [Note: both kinds in one checkpoint]. kinds: of what is packed."""
+    entry = parts.checkpoint.tensors[next(iter(kinds))]
+    is_4bit, is_8bit = (kind in kinds.values() for kind in KINDS)
     # Where it names none, Transformers leaves out what it would have left out here.
     skipped = sorted({*_skipped_modules(parts.model), *left}) if left else None
     return {
         "_load_in_4bit": is_4bit,
-        "_load_in_8bit": not is_4bit,
+        "_load_in_8bit": is_8bit,
         "bnb_4bit_compute_dtype": WORDS[entry.dtype],
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "nf4",
@@ -267,7 +330,7 @@ def _section(packing: Packing, packed: Iterable[str], parts: ModelParts, left: S
         "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": is_4bit,
-        "load_in_8bit": not is_4bit,
+        "load_in_8bit": is_8bit,
         "quant_method": "bitsandbytes",
     }
 

@@ -22,7 +22,7 @@ from memory.errors import UserError
 from memory.units import round_up
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.files.replaced import replace_file
-from offload.files.sealed import seal, unseal
+from offload.files.sealed import json_digest, seal, unseal
 from offload.quantize.kernels import BLOCK, Blocks, Sums, nest, pack_4bit, pack_int8
 from offload.quantize.outline import NewFile, Outline, is_state, state
 from offload.residency.io import IOEngine, IOFailure
@@ -59,14 +59,17 @@ class Written:
         error, weights = (sum(sums[i] for sums in self.errors.values()) for i in range(2))
         return sqrt(error / weights) if weights else 0.0
 
-    def as_json(self) -> dict[str, Any]:
-        return {"num_bytes": self.num_bytes, "errors": {name: list(sums) for name, sums in self.errors.items()}}
+    def as_json(self, plan: Outline) -> dict[str, Any]:
+        errors = {name: list(sums) for name, sums in self.errors.items()}
+        return {"num_bytes": self.num_bytes, "errors": errors, "kinds": json_digest(plan.kinds)}
 
     @classmethod
-    def read(cls, directory: Path) -> Written:
-        """Nothing, where the note is missing or damaged; files that are not as noted are left out."""
+    def read(cls, directory: Path, plan: Outline) -> Written:
+        """Nothing, where the note is missing, damaged or of matrices in other kinds; without files that are not as noted."""
         try:
             values = unseal(json.loads((directory / PROGRESS).read_bytes()))
+            if values["kinds"] != json_digest(plan.kinds):
+                return cls()
             sizes = {name: path.stat().st_size for name in values["num_bytes"] if (path := directory / name).is_file()}
             whole = {name for name, size in sizes.items() if size == values["num_bytes"][name]}
             errors = {name: (float(a), float(b)) for name, (a, b) in values["errors"].items() if name in whole}
@@ -87,7 +90,7 @@ def write_quantized(plan: Outline, directory: Path, progress: Progress = lambda 
     Raises UserError when the disk is full or cannot be read or written, CheckpointError for a weight that is not finite, or
     that fp16 cannot hold where int8 goes by way of it. What is whole by then stays.
     """
-    written = Written.read(directory)
+    written = Written.read(directory, plan)
     total, done = sum(path.stat().st_size for path in plan.checkpoint.files), 0
     try:
         with IOEngine() as io:
@@ -99,7 +102,7 @@ def write_quantized(plan: Outline, directory: Path, progress: Progress = lambda 
                     sums, size = writer.write(source, directory)
                     written.errors[file.name] = (sums.error, sums.weights)
                     written.num_bytes[file.name] = size
-                    replace_file(directory / PROGRESS, json.dumps(seal(written.as_json())).encode())
+                    replace_file(directory / PROGRESS, json.dumps(seal(written.as_json(plan))).encode())
                 done += source.stat().st_size
                 progress(done, total)
     except (OSError, IOFailure) as error:
@@ -166,15 +169,14 @@ class _Writer:
             self._progress(entry.offset + chunk.start + chunk.num_bytes)
 
     def _statistics(self, entry: TensorEntry) -> Blocks | Tensor:
-        return Blocks.of(prod(entry.shape)) if self._is_4bit else torch.empty(entry.shape[0])
+        return Blocks.of(prod(entry.shape)) if self._is_4bit(entry) else torch.empty(entry.shape[0])
 
-    @property
-    def _is_4bit(self) -> bool:
-        return self._plan.packing.kind == "nf4"
+    def _is_4bit(self, entry: TensorEntry) -> bool:
+        return self._plan.kinds[entry.name] == "nf4"
 
     def _chunks(self) -> Iterator[_Chunk]:
         for entry in self._file.entries:
-            step = _chunk_bytes(entry, self._plan.packing.kind if entry.name in self._file.packed else "")
+            step = _chunk_bytes(entry, self._plan.kinds.get(entry.name))
             for start in range(0, entry.num_bytes, step):
                 yield _Chunk(entry, start, min(step, entry.num_bytes - start))
 
@@ -183,7 +185,7 @@ class _Writer:
         entry = chunk.entry
         numbers = source.view(TORCH_DTYPES[entry.dtype])
         start = chunk.start // numbers.itemsize
-        if self._is_4bit:
+        if self._is_4bit(entry):
             result, at = room[: -(-numbers.numel() // 2)], start // 2
             some = statistics.within(start, start + numbers.numel())
             sums, absmax = pack_4bit(numbers, result, some), some.absmax
@@ -200,17 +202,18 @@ class _Writer:
     def _put_statistics(self, entry: TensorEntry, statistics: Any) -> None:
         """Everything of a packed weight but its numbers."""
         tensors = self._file.packed[entry.name]
-        nested = nest(statistics) if self._is_4bit and self._plan.packing.nested else None
+        is_4bit = self._is_4bit(entry)
+        nested = nest(statistics) if is_4bit and self._plan.packing.nested else None
         if nested is not None:
             if not isfinite(nested.offset):  # the mean of numbers at fp32's end
                 self._refuse(entry)
             self._error += nested.error
             values = {".absmax": nested.codes, ".nested_absmax": nested.absmax}
         else:
-            values = {".absmax": statistics.absmax} if self._is_4bit else {".SCB": statistics}
+            values = {".absmax": statistics.absmax} if is_4bit else {".SCB": statistics}
         for tensor in tensors[1:]:
             if is_state(tensor):
-                self._states[tensor.name] = state(entry, self._plan.packing, 0.0 if nested is None else nested.offset)
+                self._states[tensor.name] = state(entry, None if nested is None else nested.offset)
             elif tensor.content is not None:
                 self._put(torch.frombuffer(bytearray(tensor.content), dtype=torch.uint8), self._starts[tensor.name])
             else:
@@ -218,7 +221,7 @@ class _Writer:
                 self._put(values[suffix].view(torch.uint8), self._starts[tensor.name])
 
     def _refuse(self, entry: TensorEntry) -> NoReturn:
-        largest = "" if self._is_4bit else " or a number beyond 65504, which int8 cannot take (use nf4)"
+        largest = "" if self._is_4bit(entry) else " or a number beyond 65504, which int8 cannot take (use nf4)"
         raise CheckpointError(
             f"{entry.path}: tensor '{entry.name}' holds infinity or NaN{largest}: bring the file from its source again"
         )
@@ -229,7 +232,7 @@ class _Writer:
             self._io.wait(self._io.submit_writes([(self._target, offset, value.numel(), value.data_ptr())]))
 
 
-def _chunk_bytes(entry: TensorEntry, kind: str) -> int:
+def _chunk_bytes(entry: TensorEntry, kind: str | None) -> int:
     """That are read at once: whole rows for int8, whole blocks otherwise."""
     if kind != "int8":
         return CHUNK_BYTES
@@ -239,5 +242,5 @@ def _chunk_bytes(entry: TensorEntry, kind: str) -> int:
 
 def _slot_bytes(plan: Outline) -> int:
     """Of a buffer: what is read at once, and what becomes of it, which is at most as much."""
-    most = max(_chunk_bytes(entry, plan.packing.kind) for entry in plan.packed_entries)
+    most = max(_chunk_bytes(entry, plan.kinds[entry.name]) for entry in plan.packed_entries)
     return 2 * round_up(max(CHUNK_BYTES, most))
