@@ -43,7 +43,7 @@ MIXTURES: dict[str, Callable[..., tf.PreTrainedConfig]] = {
         interleave_moe_layer_step=2, no_rope_layers=[1, 1, 0], **o,
     ),
     "olmoe": lambda **o: tf.OlmoeConfig(
-        **TEXT, **IDS, num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=3, **o
+        **TEXT, **IDS, num_attention_heads=4, num_key_value_heads=2, **{"num_experts": 6, "num_experts_per_tok": 3} | o
     ),
     "granite-moe": lambda **o: tf.GraniteMoeConfig(
         **TEXT, **IDS, num_attention_heads=4, num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2,

@@ -45,6 +45,12 @@ class TrainingOptions(Section):
     """AdamW's term in the denominator."""
     max_grad_norm: NonNegative | None = 1.0
     """The norm to which all gradients together are clipped. 0 or None: they are not clipped."""
+    router_loss: Literal["config", "without", "micro_batch", "global_batch"] = "config"
+    """The loss by which a mixture of experts keeps its routers balanced, beside that of the tokens. config: if config.json has
+    `output_router_logits`; micro_batch: the model's own, over each micro-batch; global_batch: over all rows of a step together
+    (Qiu et al. 2025)."""
+    router_loss_coefficient: NonNegative | None = None
+    """What it counts. None: `router_aux_loss_coef` of config.json."""
     seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
     """Of the order of the data, dropout, adapters' first values, noise and the choice of blocks."""
     eval_steps: Count | None = None
@@ -71,7 +77,16 @@ class TrainingOptions(Section):
                     ("max_steps", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), problem
                 )
 
+        if self.router_loss == "without" and self.router_loss_coefficient is not None:
+            yield Conflict(
+                ("router_loss", "router_loss_coefficient"),
+                f"expected no router_loss_coefficient with router_loss without, found {self.router_loss_coefficient:g}",
+            )
+
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        if config.objective != "loss" and (self.router_loss != "config" or self.router_loss_coefficient is not None):
+            keys = ("training.router_loss", "training.router_loss_coefficient", "zo.objective")
+            yield Conflict(keys, "expected only with zo.objective loss, found another objective")
         schedule, arguments = self.lr_scheduler, self.lr_scheduler_kwargs
         if not any(argument_problems(schedule, arguments)):
             if problem := rate_problem(schedule, arguments, config.learning_rate):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from finetune.config import Config
 from finetune.data import TokenDataset
@@ -14,14 +15,18 @@ from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches, make_micro_batches
 from finetune.data.tensor_rows import TensorRows
 from finetune.objectives.base import Objective, scored_shape
+from finetune.objectives.router_loss import RouterLoss
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from offload.perturb.variants import Variant
+from offload.step.head import TiledHead
+from offload.step.own_loss import StepLoss
 from offload.streamed_model import StreamedModel
 
 
 class TokenLoss(Objective):
-    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it.
+    """The loss of the model's own forward: mean cross entropy of the trained tokens, and what a model adds to it (losses of
+    routers, as `training.router_loss` says).
 
     Others with a gradient differ in `lanes` or `make_loss`: their values are had in the same way.
     """
@@ -33,17 +38,27 @@ class TokenLoss(Objective):
         self._config = config
         self._data = data
         self.lengths = np.asarray(data.lengths)
+        self._routers = RouterLoss(config.training, session.parts.model)
+
+    @classmethod
+    def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:
+        shape = super().full_shape(config, session, longest)
+        return shape.keeping(RouterLoss(config.training, session.parts.model).kept_bytes(shape))
 
     def shape(self, session: Session) -> BatchShape:
         packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
         shape = scored_shape(self._config, packing or int(self.lengths.max()))
-        if not isinstance(self._data, TensorRows):
-            return shape
-        longest = self._data.longest(shape.inputs["input_ids"].shape[0])
-        return replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
+        if isinstance(self._data, TensorRows):
+            longest = self._data.longest(shape.inputs["input_ids"].shape[0])
+            shape = replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
+        return shape.keeping(self._routers.kept_bytes(shape))
 
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
-        return make_micro_batches(self._data, groups, device)
+        batches = make_micro_batches(self._data, groups, device)
+        return replace(batches, inputs=[kwargs | self._routers.inputs for kwargs in batches.inputs])
+
+    def make_loss(self, model: nn.Module, head: TiledHead | None) -> StepLoss:
+        return self._routers.make(model, head)
 
     def values(
         self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]

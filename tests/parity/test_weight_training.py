@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
 from tiny_models import (
+    CONFIGS,
     aligned_copies,
     keep_at_most,
     loss_shares,
@@ -117,7 +119,10 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
             labels = batch.pop("labels")
             torch.manual_seed(lane_seed(options.seed, step, index))
             if isinstance(config.data, TokenDataset):
-                loss = token_loss(model(**batch).logits, labels) / count
+                output = model(**batch, **({"output_router_logits": True} if options.router_loss == "micro_batch" else {}))
+                loss = token_loss(output.logits, labels) / count
+                if options.router_loss == "micro_batch":
+                    loss = loss + options.router_loss_coefficient * output.aux_loss * shares[index]
             else:
                 loss = model(**batch, labels=labels).loss * shares[index]
             loss.backward()
@@ -266,6 +271,28 @@ def test_selected_blocks(method, checkpoint, tokens, tmp_path):
     )  # fmt: skip
     expected = reference(config)
     assert_same(streamed(config, tmp_path / "model"), expected)
+
+
+@pytest.mark.parametrize("method", ["full", "lisa", "badam"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_without_tokens(dtype, method, checkpoint, tokens, tmp_path, monkeypatch):
+    """They are rows of a stack that has a gradient: theirs is 0, so moments and weight decay go on, as in the resident loop.
+    A router is trained by the loss of routers too."""
+    sizes = {"num_experts": 23, "num_experts_per_tok": 1}
+    monkeypatch.setitem(CONFIGS, "many experts", lambda: MIXTURES["olmoe"](**sizes))
+    aligned_copies(monkeypatch)
+    training = {"router_loss": "micro_batch", "router_loss_coefficient": 0.3, "max_grad_norm": None, "weight_decay": 0.1}
+    config = weights_config(
+        checkpoint("many experts", getattr(torch, dtype)), tokens, tmp_path / "out", method, engine={"dtype": dtype},
+        training=training, **({} if method == "full" else {"selection": {"interval": 2}}),
+    )  # fmt: skip
+    counts = torch.zeros(3, 23)
+    for batch in plain_batches(config)[0]:
+        batch.pop("labels")
+        routers = load_whole(config, config.model)(**batch, output_router_logits=True).router_logits
+        counts += torch.stack([x.argmax(1).bincount(minlength=23) for x in routers])
+    assert (counts == 0).any(dim=1).all() and (counts > 0).sum() > 6
+    assert_same(streamed(config, tmp_path / "model"), reference(config))
 
 
 @pytest.mark.every(5)
