@@ -143,6 +143,7 @@ def test_one_micro_batch_is_the_whole_step(mixture, tokens, tmp_path):
     assert_same_bits(*runs)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", sorted(MIXTURES.keys() - WITHOUT_ROUTER_LOSS))
 def test_the_key_is_as_good_as_the_configuration(name, mixture, tokens, tmp_path):
     """Whatever config.json says."""
