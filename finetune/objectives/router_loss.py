@@ -27,8 +27,8 @@ class RouterLoss:
         word, has_loss = options.router_loss, _has_loss(model)
         if word != "config" and not has_loss:
             raise UserError(
-                f"training.router_loss: expected config, because {type(model).__name__} adds no loss of routers to its own, "
-                f"found {word}"
+                f"training.router_loss: expected config, because {type(model).__name__} adds no loss of routers to its own (it "
+                f"has no {_COEFFICIENT}), found {word}"
             )
         if word == "global_batch" and not has_balance(model):
             raise UserError(

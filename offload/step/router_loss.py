@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memory.errors import UserError
 from offload.step.own_loss import StepLoss, StepLosses
 
 _FUNCTION = "load_balancing_loss_func"
@@ -30,9 +31,11 @@ _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 def has_balance(model: nn.Module) -> bool:
-    """Whether the model's own code calls a function that `StepBalance` can call in its place."""
+    """Whether the model's own code calls a function that `StepBalance` can call in its place: once a pass, not for encoder and
+    decoder apart."""
     function = getattr(sys.modules[type(model).__module__], _FUNCTION, None)
-    return function is not None and list(inspect.signature(function).parameters) == _ARGUMENTS
+    known = function is not None and list(inspect.signature(function).parameters) == _ARGUMENTS
+    return known and not getattr(model.config, "is_encoder_decoder", False)
 
 
 class StepBalance:
@@ -105,6 +108,11 @@ class _Calls:
     ) -> torch.Tensor:
         """gate_logits: of every router, [tokens, experts]. attention_mask: [rows, length]; a token that is padding counts for
         nothing."""
+        if self.call is not None:
+            raise UserError(
+                "training.router_loss: the model adds more than one load balance to its loss: expected micro_batch, found "
+                "global_batch"
+            )
         self.call = {
             "gate_logits": gate_logits, "num_experts": num_experts, "top_k": top_k, "attention_mask": attention_mask
         }  # fmt: skip

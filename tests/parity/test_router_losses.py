@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from mixtures import MIXTURES, WITHOUT_ROUTER_LOSS
 from peft import get_peft_model_state_dict
 from test_own_losses import KINDS, sequences
@@ -34,6 +35,7 @@ from finetune.data.tensor_rows import TensorRows
 from finetune.methods.first_order import lane_seed
 from finetune.trainer import Trainer
 from memory.errors import UserError
+from offload.step.router_loss import has_balance
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 LORA = {"dropout": 0.0, "target_modules": ["q_proj", "o_proj"], "target_parameters": [*STACKS, "mlp.gate.weight"]}
@@ -212,3 +214,11 @@ def test_a_coefficient_of_a_loss_that_is_off_is_refused(mixture, tokens, tmp_pat
     config = make_config(mixture("mixtral"), tokens, tmp_path / "out", training={"router_loss_coefficient": 0.1})
     with pytest.raises(UserError, match="set training.router_loss to micro_batch or global_batch if it has one"):
         Trainer(config).train()
+
+
+def test_of_encoder_and_decoder_apart_there_is_none():
+    """NLLB-MoE calls the usual function for each."""
+    for kind, encodes in ((tf.MixtralForCausalLM, False), (tf.NllbMoeForConditionalGeneration, True)):
+        model = object.__new__(kind)
+        object.__setattr__(model, "config", kind.config_class())
+        assert has_balance(model) is not encodes
