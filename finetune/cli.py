@@ -207,25 +207,43 @@ def generate(
     typer.echo()
 
 
-@_command("config", "model", "quantize", "output", ..., "trust_remote_code", "settings", "debug")
+@_command(
+    "config", "model", "adapter", "quantize", "output", ..., "host_memory", "trust_remote_code", "settings", "debug"
+)
 def export(
     config: Config,
+    adapter: str | None,
     to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            "--merge",
+            help="Merge an adapter into the model: plain (no weight is packed) or packed (what is packed is packed again).",
+        ),
+    ] = None,
     at_step: Annotated[
         int | None, typer.Option("--at-step", help="Export the model as it was after this step. [default: the last step]")
     ] = None,
 ) -> None:
-    """Write the model that a run has tuned as a checkpoint like the original.
+    """Write the model that a run has tuned as a checkpoint like the original, or with --merge one with an adapter in it.
 
-    This is for runs that tune the model's own weights. An adapter needs no export: it is in the output directory, in PEFT's
-    format.
+    An adapter alone needs no export: it is in the output directory, in PEFT's format.
     """
     _require(to, "a directory to write to", "--to DIRECTORY")
     from pathlib import Path
 
+    target = Path(to).expanduser()
+    if merge is not None:
+        if at_step is not None:
+            raise UserError("--at-step is for a run that has tuned the model's own weights: leave it out with --merge")
+        from finetune.merge import merge as merge_adapter
+
+        typer.echo(merge_adapter(config, target, merge, adapter).describe(target))
+        return
+    if adapter is not None:
+        raise UserError("an adapter alone needs no export: give --merge to merge it into the model")
     from finetune.export import export as export_model
 
-    target = Path(to).expanduser()
     steps = export_model(config, target, at_step)
     typer.echo(f"{target}: the model after {steps} steps")
 

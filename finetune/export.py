@@ -31,7 +31,9 @@ def export(
             if (steps := method.export(job)) is not None:
                 return steps
     adapter = config.output / "adapter"
-    found = f"found an adapter, which needs no export: it is in {adapter}" if adapter.is_dir() else "found none of these"
+    found = "found none of these"
+    if adapter.is_dir():
+        found = f"found an adapter: {adapter} needs no export; --merge merges it into the model"
     raise UserError(
         f"{config.output}: expected a run that has tuned a model's own weights (journal.zo or store/manifest.json), {found}"
     )

@@ -41,7 +41,7 @@ ROOMS = [
     {"objectives"},
     {"methods"},
     {"training"},
-    {"compress", "evaluate", "export", "generate", "trainer"},
+    {"compress", "evaluate", "export", "generate", "merge", "trainer"},
     {"cli", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""

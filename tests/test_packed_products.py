@@ -15,6 +15,7 @@ from test_zeroth_order import journal_bytes, weights
 from text_models import StopAfter, make_config
 from transformers import AutoModelForCausalLM
 
+import offload.files.safetensors_files
 import offload.perturb.unpacked
 import offload.weights.parts
 from finetune import Config, Trainer
@@ -86,7 +87,7 @@ def test_what_a_run_has_tuned_is_measured_and_speaks(bases, data, tmp_path):  # 
 
 
 def test_export_is_that_of_the_plain_weights(bases, data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(offload.perturb.unpacked, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(offload.files.safetensors_files, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(offload.perturb.unpacked, "CHUNK_BYTES", 5000)
     configs = [run_config(model, data, tmp_path / model.name, 5) for model in bases]
     for config in configs:

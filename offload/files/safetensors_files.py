@@ -10,6 +10,8 @@ from pathlib import Path
 from memory.units import round_up
 from offload.files.checkpoint import SINGLE_FILE
 
+SHARD_BYTES = 4 << 30
+
 
 def file_header(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], least_bytes: int = 0
@@ -46,3 +48,16 @@ def write_index(path: Path, homes: Mapping[str, str], num_bytes: int) -> None:
     """homes: name of a tensor -> that of its file. num_bytes: of all."""
     values = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(homes.items()))}
     path.write_text(json.dumps(values, indent=2))
+
+
+def cut_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Name of a shard -> which tensors are in it: in order, of some `SHARD_BYTES` each. sizes: bytes of every tensor."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, num_bytes in sizes.items():
+        if files[-1] and filled + num_bytes > SHARD_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += num_bytes
+    return dict(zip(shard_names(len(files)), files, strict=True))

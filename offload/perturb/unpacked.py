@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from offload.files.checkpoint import INDEX_FILE
-from offload.files.safetensors_files import file_header, shard_names, write_index, write_new
+from offload.files.safetensors_files import cut_files, file_header, write_index, write_new
 from offload.noise import noise
 from offload.perturb.replay import CHUNK_BYTES
 from offload.residency.io import IOEngine
@@ -28,8 +28,6 @@ from offload.weights.formats import PlainTensor, StoredWeight
 from offload.weights.formats.plain import DTYPE_NAMES, dense_bytes
 from offload.weights.parts import ModelParts
 from offload.weights.streamed_parts import read_tensor
-
-FILE_BYTES = 4 << 30
 
 
 class _Chunk(NamedTuple):
@@ -59,7 +57,7 @@ def write_unpacked(
     weights = {name: weight for name, weight in parts.sources.items() if name not in parts.sources.tied}
     dtypes = {name: w.dtype if isinstance(w, PlainTensor) else parts.dtype for name, w in weights.items()}
     sizes = {name: dense_bytes(weight.shape, dtypes[name]) for name, weight in weights.items()}
-    files = _cut_files(sizes)
+    files = cut_files(sizes)
     written, total = 0, sum(sizes.values())
     with new_checkpoint(directory, parts.checkpoint, side_files) as temporary, IOEngine(io_backend) as io:
         sources: dict[Path, int] = {}
@@ -80,19 +78,6 @@ def write_unpacked(
         for file in sources.values():
             io.close_file(file)
         _describe(temporary, files, total)
-
-
-def _cut_files(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Name of a file -> what is in it: in order, of some `FILE_BYTES` each."""
-    files: list[list[str]] = [[]]
-    filled = 0
-    for name, num_bytes in sizes.items():
-        if files[-1] and filled + num_bytes > FILE_BYTES:
-            files.append([])
-            filled = 0
-        files[-1].append(name)
-        filled += num_bytes
-    return dict(zip(shard_names(len(files)), files, strict=True))
 
 
 def _moved_chunks(

@@ -187,7 +187,9 @@ def outline(parts: ModelParts, packing: Packing) -> Outline:
         )
     kinds = _kinds(parts, packing, list(entries.values()))
     left += [name for name, entry in entries.items() if kinds[entry.name] is None]
-    packed = {entry.name: _stored(entry, kind, packing.nested) for entry in entries.values() if (kind := kinds[entry.name])}
+    packed = {
+        entry.name: stored_tensors(entry, kind, packing.nested) for entry in entries.values() if (kind := kinds[entry.name])
+    }
     if not packed:
         raise CheckpointError(
             f"{parts.directory}: none of its matrices would be quantised with {packing.word}: leave --quantize out"
@@ -228,7 +230,7 @@ def _kinds(parts: ModelParts, packing: Packing, entries: list[TensorEntry]) -> d
         known = {kind: errors[entry.name][kind] for kind in usable[entry.name] if kind in errors[entry.name]}
         options.append([(None, Choice(8 * entry.num_bytes, 0.0))])
         for kind, error in known.items():
-            num_bytes = sum(tensor.num_bytes for tensor in _stored(entry, kind, packing.nested))
+            num_bytes = sum(tensor.num_bytes for tensor in stored_tensors(entry, kind, packing.nested))
             options[-1].append((kind, Choice(8 * num_bytes, error)))
     choices = [[choice for _, choice in some] for some in options]
     count = sum(prod(entry.shape) for entry in entries)
@@ -282,7 +284,8 @@ def _skipped_modules(model: nn.Module) -> list[str]:
     return sorted({name.removesuffix(".weight") for name in (*ties, *ties.values(), *heads, *last)})
 
 
-def _stored(entry: TensorEntry, kind: str, nested: bool) -> tuple[NewTensor, ...]:
+def stored_tensors(entry: TensorEntry, kind: str, nested: bool) -> tuple[NewTensor, ...]:
+    """What is stored of a weight that is packed so: as in `NewFile.packed`. nested: as in `Packing`."""
     if kind == "int8":
         base = entry.name.removesuffix(".weight")
         return (

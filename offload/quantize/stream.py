@@ -11,20 +11,21 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import isfinite, isnan, prod, sqrt
+from math import prod, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memory.errors import UserError
 from memory.units import round_up
-from offload.files.checkpoint import CheckpointError, TensorEntry
+from offload.files.checkpoint import TensorEntry
 from offload.files.replaced import replace_file
 from offload.files.sealed import json_digest, seal, unseal
-from offload.quantize.kernels import BLOCK, Blocks, Sums, nest, pack_4bit, pack_int8
-from offload.quantize.outline import NewFile, Outline, is_state, state
+from offload.quantize.kernels import BLOCK, Blocks, Sums, pack_4bit, pack_int8
+from offload.quantize.matrix import check_packed, store_statistics
+from offload.quantize.outline import NewFile, Outline
 from offload.residency.io import IOEngine, IOFailure
 from offload.residency.pieces import new_pool, pass_through
 from offload.weights.formats.plain import TORCH_DTYPES
@@ -193,38 +194,18 @@ class _Writer:
             result, at, columns = room[: numbers.numel()], start, entry.shape[1]
             absmax = statistics[start // columns : (start + numbers.numel()) // columns]
             sums = pack_int8(numbers.view(-1, columns), result.view(torch.int8), absmax)
-        if isnan(sums.weights) or not bool(absmax.isfinite().all()):
-            self._refuse(entry)
+        check_packed(entry, sums, absmax, self._is_4bit(entry))
         self._error += sums.error
         self._weights += sums.weights
         return result, at
 
     def _put_statistics(self, entry: TensorEntry, statistics: Any) -> None:
         """Everything of a packed weight but its numbers."""
-        tensors = self._file.packed[entry.name]
-        is_4bit = self._is_4bit(entry)
-        nested = nest(statistics) if is_4bit and self._plan.packing.nested else None
-        if nested is not None:
-            if not isfinite(nested.offset):  # the mean of numbers at fp32's end
-                self._refuse(entry)
-            self._error += nested.error
-            values = {".absmax": nested.codes, ".nested_absmax": nested.absmax}
-        else:
-            values = {".absmax": statistics.absmax} if is_4bit else {".SCB": statistics}
-        for tensor in tensors[1:]:
-            if is_state(tensor):
-                self._states[tensor.name] = state(entry, None if nested is None else nested.offset)
-            elif tensor.content is not None:
-                self._put(torch.frombuffer(bytearray(tensor.content), dtype=torch.uint8), self._starts[tensor.name])
-            else:
-                suffix = tensor.name[tensor.name.rindex(".") :]
-                self._put(values[suffix].view(torch.uint8), self._starts[tensor.name])
-
-    def _refuse(self, entry: TensorEntry) -> NoReturn:
-        largest = "" if self._is_4bit(entry) else " or a number beyond 65504, which int8 cannot take (use nf4)"
-        raise CheckpointError(
-            f"{entry.path}: tensor '{entry.name}' holds infinity or NaN{largest}: bring the file from its source again"
-        )
+        stored = store_statistics(entry, self._file.packed[entry.name], statistics)
+        self._error += stored.error
+        self._states |= stored.states
+        for name, value in stored.tensors.items():
+            self._put(value, self._starts[name])
 
     def _put(self, value: Tensor, offset: int) -> None:
         """Writes bytes and waits, while what is read ahead comes."""

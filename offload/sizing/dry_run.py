@@ -138,6 +138,14 @@ def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any])
     _run_on_meta(parts, *_first_call(parts, model, inputs), False, frozenset())
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Of the tensors that `run` makes, on meta or not, the most that live at once."""
+    counter = _LiveBytes()
+    with counter:
+        run()
+    return counter.peak_bytes
+
+
 class MaskSize(NamedTuple):
     """Bytes of what one micro-batch holds that grows with the square of its length: attention masks. kept: while it is on
     its way through the model. made: more than that while they are made."""

@@ -146,6 +146,11 @@ class StoredWeight(ABC):
     def rows(self, ranges: Iterable[tuple[int, int]]) -> Self:
         """Of a matrix, the rows [start, stop) of all ranges, one after the other: those bytes and no others."""
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether `rows` gives some of it."""
+        return len(self.shape) > 1
+
     def row_bytes(self, count: int) -> int:
         """Of so many rows by `rows`, at most, wherever they are."""
         return count * (self.num_bytes // self.shape[0])

@@ -87,6 +87,10 @@ class GgufTensor(StoredWeight):
             check(entry, entry.dtype not in DECODERS, "a norm that is not packed", entry.dtype)
         return cls(stored, own, entry.dtype, heads, shift)
 
+    @property
+    def has_rows(self) -> bool:
+        return len(self.shape) > 1 and not self.interleaved_heads
+
     def rows(self, ranges: Iterable[tuple[int, int]]) -> GgufTensor:
         if self.interleaved_heads:
             raise ValueError("rows of a matrix in llama.cpp's order, expected another")
