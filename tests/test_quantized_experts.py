@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_quantize import quantized
 from text_models import VOCAB, make_config, write_model, write_rows
+from tiny_models import aligned_copies
 
 from finetune import Trainer
 from finetune.evaluate import evaluate
@@ -123,13 +125,15 @@ def test_numbers_are_those_of_the_installed_bitsandbytes(moe, tmp_path):
     parts, dense = cut(tmp_path / "new"), tensors(model)
     layer = "model.layers.1.block_sparse_moe.experts."
     for expert in range(5):
-        expected = []
-        for word in ("w1", "w3"):
-            value = dense[f"{layer}{expert}.{word}.weight"].clone()
-            packed = library.functional.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
-            expected.append(library.functional.dequantize_4bit(*packed))
+        expected = [rounded(library, dense[f"{layer}{expert}.{word}.weight"]) for word in ("w1", "w3")]
         weight = parts.sources["model.layers.1.mlp.experts.gate_up_proj"].rows([(expert, expert + 1)])
         assert weight.decode(weight.load(read), torch.bfloat16)[0].equal(torch.cat(expected))
+
+
+def rounded(library, weight: torch.Tensor) -> torch.Tensor:
+    """As one row: the library's AVX-512 kernel takes a wrong absmax where a block goes on in the next one."""
+    packed = library.functional.quantize_4bit(weight.reshape(1, -1).clone(), quant_type="nf4", compress_statistics=True)
+    return library.functional.dequantize_4bit(*packed).view(weight.shape)
 
 
 def read(tensor) -> torch.Tensor:
@@ -159,3 +163,27 @@ def test_a_run_an_evaluation_and_text(quantize, moe, tmp_path, monkeypatch):
     assert evaluate(here, here.output)["loss"] == evaluate(there, there.output)["loss"]
     texts = ["".join(generate(c, c.output, ["the cat"], max_new_tokens=4)) for c in (here, there)]
     assert texts[0] == texts[1]
+
+
+def test_a_run_is_that_over_the_numbers_of_bitsandbytes(moe, tmp_path, monkeypatch):
+    """Trained, evaluated and asked over a plain checkpoint of what the library makes of every matrix."""
+    library = pytest.importorskip("bitsandbytes")
+    prepare_in_this_process(monkeypatch)
+    aligned_copies(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache home"))
+    model = moe("qwen3-moe")
+    _, packed = outlined(model)
+    decoded = shutil.copytree(model, tmp_path / "decoded")
+    for shard in decoded.glob("*.safetensors"):
+        save_file({k: rounded(library, v) if k in packed else v for k, v in load_file(shard).items()}, shard)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"hello the {i} cat", "completion": " sat on"} for i in range(4)])
+    results = []
+    for base, more in ((model, {"quantize": "nf4"}), (decoded, {})):
+        training = {"max_steps": 2, "batch_size": 2}
+        config = make_config(base, tmp_path / f"out-{base.name}", data=rows, training=training, lora={"r": 3}, **more)
+        Trainer(config).train()
+        adapter = load_file(config.output / "adapter" / "adapter_model.safetensors")
+        text = "".join(generate(config, config.output, ["the cat"], max_new_tokens=4))
+        loss = evaluate(config, config.output)["loss"]
+        results.append((loss, text, {name: value.tolist() for name, value in adapter.items()}))
+    assert results[0] == results[1]
