@@ -68,7 +68,7 @@ float as_float(uint32_t bits) {
     return x;
 }
 
-float scale_at(const Scales& s, uint64_t index) {
+float plain_scale(const Scales& s, uint64_t index) {
     switch (s.format) {
         case ScaleFormat::kFloat32: return read<float>(s.data, index);
         case ScaleFormat::kBfloat16: return as_float(uint32_t{read<uint16_t>(s.data, index)} << 16);
@@ -79,7 +79,25 @@ float scale_at(const Scales& s, uint64_t index) {
         }
         case ScaleFormat::kNested: break;
     }
-    return s.map[s.data[index]] * s.outer[(index + s.into_outer) / s.outer_group] + s.offset;
+    return 0.0f;
+}
+
+// `count` of them from `index` on. A division for each nested one would take as long as decoding its numbers does.
+void read_scales(const Scales& s, uint64_t index, uint64_t count, float* to) {
+    if (s.format != ScaleFormat::kNested) {
+        for (uint64_t i = 0; i < count; ++i) to[i] = plain_scale(s, index + i);
+        return;
+    }
+    const float* const map = s.map;
+    const float offset = s.offset;
+    while (count) {
+        const uint64_t outer = (index + s.into_outer) / s.outer_group;
+        const uint64_t run = std::min(count, (outer + 1) * s.outer_group - s.into_outer - index);
+        const float top = s.outer[outer];
+        const uint8_t* const codes = s.data + index;
+        for (uint64_t i = 0; i < run; ++i) to[i] = map[codes[i]] * top + offset;
+        index += run, count -= run, to += run;
+    }
 }
 
 struct Matrix {
@@ -99,9 +117,7 @@ void decode_matrix(RunFunction function, const Pass& pass, const Matrix& m, cons
         const uint64_t before = scales.into_group + first, group = before / scales.columns;
         const uint64_t groups = (before + count - 1) / scales.columns + 1 - group;
         float of_groups[kPieceGroups + 1];
-        if (scales.data)
-            for (uint64_t i = 0; i < groups; ++i)
-                of_groups[i] = scale_at(scales, row / scales.rows * row_groups + group + i);
+        if (scales.data) read_scales(scales, row / scales.rows * row_groups + group, groups, of_groups);
         const float* zeros = scales.zeros ? scales.zeros + row / scales.rows * row_groups + group : nullptr;
         function(pass, {m.codes + number * bits / 8, m.odd, count, of_groups, zeros, scales.columns, before % scales.columns,
                         m.target + number * size});

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import re
 import sys
@@ -74,6 +75,22 @@ def test_host_bytes_live_as_long_as_a_view_of_them():
     assert view.tolist() == [3] * 5
     del view
     assert not mapped()
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"), reason="the system has no huge pages to ask for"
+)
+def test_huge_pages_are_asked_for_where_the_system_has_them():
+    slab = map_host_bytes(8 << 20)
+    with open("/proc/self/smaps") as maps:
+        lines = maps.read().splitlines()
+    flags = ""
+    for line in lines:
+        if (edges := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            low, high = (int(edge, 16) for edge in edges.groups())
+        elif line.startswith("VmFlags:") and low <= slab.data_ptr() < high:
+            flags = line
+    assert "hg" in flags.split()
 
 
 @pytest.mark.parametrize("num_bytes", [0, -1])

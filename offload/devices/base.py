@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import mmap
 from abc import ABC, abstractmethod
@@ -141,7 +142,8 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 def map_host_bytes(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], zeros, in a mapping of its own: exact size, page-aligned, unmapped with its last tensor.
 
-    PyTorch's allocator aligns to 64 bytes only; direct I/O needs a page. Raises UserError when the host refuses.
+    PyTorch's allocator aligns to 64 bytes only; direct I/O needs a page. Where the system has huge pages they are asked for: a
+    weight is thousands of small ones, which decoders and products walk through. Raises UserError when the host refuses.
     """
     check_size(num_bytes)
     try:
@@ -150,6 +152,9 @@ def map_host_bytes(num_bytes: int) -> torch.Tensor:
         raise UserError(
             f"the host did not grant {num_bytes} bytes for its slots ({error.strerror}): lower --host-memory"
         ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # advice: its failure costs speed only
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
