@@ -57,7 +57,7 @@ class Setup:
 
     def cut_options(self) -> dict[str, Any]:
         """For `offload.weights.parts.cut`."""
-        return {}
+        return {"streams_experts": True}
 
     def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
         """What is to be called in place of `parts.model`, and the parts with their bytes where they are to be read."""

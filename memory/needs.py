@@ -64,15 +64,18 @@ class Worth(IntEnum):
 
     NEXT_BLOCK = 0  # the next block is read while one computes
     STATE_BUFFERS = 1  # the state of an optimizer moves in both directions at once
-    SECOND_VARIANT = 2  # both variants of a pair are made in one pass
-    NEXT_CHUNK = 3  # the next chunk of the head is read while one computes
-    DECODED_WEIGHTS = 4  # packed weights are decoded once a visit: for every block again, and nothing hides decoding
-    BLOCK_INPUTS = 5  # what backward needs stays in memory
-    LATER_BLOCKS = 6  # more blocks are read ahead
-    WAITING_STATE = 7  # where compute takes longer than the disk, a whole block's state waits in memory
-    RESIDENT_BLOCKS = 8  # blocks stay
-    WHOLE_HEAD = 9  # the head stays: per byte, half of what a block saves
-    KEPT_STATE = 10  # pieces of an optimizer's state stay
+    NEXT_EXPERTS = 2  # more matrices of experts are read while one computes
+    SECOND_VARIANT = 3  # both variants of a pair are made in one pass
+    NEXT_CHUNK = 4  # the next chunk of the head is read while one computes
+    DECODED_WEIGHTS = 5  # packed weights are decoded once a visit: for every block again, and nothing hides decoding
+    BLOCK_INPUTS = 6  # what backward needs stays in memory
+    BLOCKS_EXPERTS = 7  # all experts of a block stay for its visit, so that all micro-batches share them
+    LATER_BLOCKS = 8  # more blocks are read ahead
+    WAITING_STATE = 9  # where compute takes longer than the disk, a whole block's state waits in memory
+    RESIDENT_BLOCKS = 10  # blocks stay
+    RESIDENT_EXPERTS = 11  # experts stay: those that are likely wanted soon
+    WHOLE_HEAD = 12  # the head stays: per byte, half of what a block saves
+    KEPT_STATE = 13  # pieces of an optimizer's state stay
 
 
 @dataclass(frozen=True, slots=True)

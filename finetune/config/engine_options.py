@@ -22,6 +22,8 @@ class EngineOptions(Section):
     """Blocks that stay in memory for the whole run."""
     lookahead: CountOrZero | None = None
     """Blocks that are read ahead of the one that computes."""
+    expert_slots: Count | None = None
+    """Matrices of experts that are in memory together, where they are fetched one by one."""
     activations: Literal["auto", "host", "disk"] = "auto"
     """Where block inputs wait for the backward pass."""
     loss_tile_tokens: Count | None = None

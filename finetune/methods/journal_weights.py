@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -103,6 +104,9 @@ class JournalWeights(Setup):
     def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
         # Weights that the run has moved otherwise are made in the dtype that computes.
         return shape.micro_batches if is_packed(parts) else 0
+
+    def cut_options(self) -> dict[str, Any]:
+        return {}
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         journal, scales = self._journal, _moves_scales(self._journal)

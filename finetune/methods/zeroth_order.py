@@ -122,6 +122,9 @@ class ZerothOrder(Method):
         self.variants = config.zo.variants
         self.journal: Journal | None = None
 
+    def cut_options(self) -> dict[str, Any]:
+        return {"streams_experts": self.kind is not None}
+
     def prepare(self, session: Session) -> None:
         _check_kernels(session.device)
         if session.adapter.needs_first_visit:

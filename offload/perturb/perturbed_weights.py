@@ -88,7 +88,7 @@ class PerturbedWeights:
     def begin(self, order: Sequence[int]) -> None:
         self._residents.begin()
         self._variant = None
-        self._streamed.blocks.begin(order)
+        self._streamed.begin(order)
 
     def enter(self, variant: int) -> None:
         if variant == self._variant:

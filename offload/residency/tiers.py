@@ -9,9 +9,11 @@ Both follow memory.fetch_policy: resident blocks keep their slots, the others sh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ class Tier:
         self.lookahead = lookahead
         self.stall_seconds = 0.0
         self._pieces = [Piece(f"block {block} in pool {pool.name!r}", mover) for block in range(num_blocks)]
+        self._held: set[int] = set()
+        """Blocks in a slot, or on their way into or out of one."""
         self._upcoming: deque[int] = deque()
 
     def begin(self, order: Sequence[int]) -> None:
@@ -84,15 +88,16 @@ class Tier:
     def close(self) -> None:
         """Waits for what is under way; nothing is written to the slots afterwards. Also after a failed step."""
         self._upcoming.clear()
-        for block, piece in enumerate(self._pieces):
-            if piece.state is State.FETCHING:
+        for block in self._held:
+            if self._pieces[block].state is State.FETCHING:
                 with contextlib.suppress(UserError):  # the failure that matters was raised before
                     self._arrive(block)
 
     def give_up(self) -> None:
         """Empties all slots, once what is under way has arrived: the blocks' bytes have moved elsewhere."""
         self._upcoming.clear()
-        for block, piece in enumerate(self._pieces):
+        for block in list(self._held):
+            piece = self._pieces[block]
             if piece.state is State.FETCHING:
                 self._arrive(block)
             if piece.state is State.READY:
@@ -104,8 +109,7 @@ class Tier:
 
     def _fetch_ahead(self) -> None:
         while True:
-            held = {block for block, piece in enumerate(self._pieces) if piece.state is not State.AWAY}
-            block = next_fetch(self._upcoming, held, self.resident, self.lookahead)
+            block = next_fetch(self._upcoming, self._held, self.resident, self.lookahead)
             if block is None or not self._can_fetch(block) or not self._make_room(block, ahead=True):
                 return
             self._fetch(block)
@@ -114,29 +118,30 @@ class Tier:
         """Frees a slot where none is free. A fetch ahead never evicts a block that is needed sooner than `block`."""
         if self.pool.free_count:
             return True
-        candidates = self._streamed(State.READY)
-        if ahead:
-            for soon in self._upcoming:
-                if soon == block:
-                    break
-                candidates.discard(soon)
-            if not candidates:
+        sooner = set(itertools.takewhile(lambda soon: soon != block, self._upcoming)) if ahead else set()
+        evicted = self._least_wanted(sooner)
+        if evicted is None:
+            if ahead:
                 return False
-        elif not candidates:
-            stale = min(self._streamed(State.FETCHING), default=None)
-            if stale is None:
+            evicted = min(self._streamed(State.FETCHING), default=None)
+            if evicted is None:
                 raise RuntimeError(f"block {block} needs a slot of pool {self.pool.name!r}, all are in use")
-            self._arrive(stale)
-            candidates = {stale}
-        self._evict(victim(self._upcoming, candidates))
+            self._arrive(evicted)
+        self._evict(evicted)
         return True
 
+    def _least_wanted(self, sooner: set[int]) -> int | None:
+        """Which block gives its slot to another; none of `sooner`. None: there is none."""
+        candidates = self._streamed(State.READY) - sooner
+        return victim(self._upcoming, candidates) if candidates else None
+
     def _streamed(self, state: State) -> set[int]:
-        return {b for b, piece in enumerate(self._pieces) if piece.state is state and b not in self.resident}
+        return {block for block in self._held if self._pieces[block].state is state and block not in self.resident}
 
     def _fetch(self, block: int) -> None:
         lease = self.pool.lease()
         self._pieces[block].fetch(lease, self._extents(block, lease))
+        self._held.add(block)
 
     def _arrive(self, block: int) -> None:
         self.stall_seconds += self._pieces[block].arrive(lambda: self._check(block))
@@ -145,6 +150,7 @@ class Tier:
         piece = self._pieces[block]
         lease = piece.lease
         piece.leave()
+        self._held.discard(block)
         self._emptied(lease)
 
     def _can_fetch(self, block: int) -> bool:
@@ -180,8 +186,12 @@ class HostTier(Tier):
         self._files: dict[Any, int] = {}
         self.move_to(layouts)
 
+    def layout(self, block: int) -> BlockLayout:
+        """How the block lies in a slot."""
+        return self.layouts[block]
+
     def views(self, block: int) -> dict[str, torch.Tensor]:
-        return bind_views(self.slot(block), self.layouts[block])
+        return bind_views(self.slot(block), self.layout(block))
 
     def settle(self, block: int) -> None:
         """Waits for a fetch of the block that is under way: it may have been fetched ahead for a tier that has it already."""
@@ -211,10 +221,12 @@ class HostTier(Tier):
 
     def read_from(self, block: int, reads: Sequence[Read]) -> None:
         """From its next fetch on, these fill the block's slot."""
-        for read in reads:
-            if read.path not in self._files:
-                self._files[read.path] = self._io.open(read.path)
-        self._reads[block] = [(self._files[r.path], r.file_offset, r.num_bytes, r.slot_offset) for r in reads]
+        self._reads[block] = [(self._file(r.path), r.file_offset, r.num_bytes, r.slot_offset) for r in reads]
+
+    def _file(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = self._io.open(path)
+        return self._files[path]
 
     def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
         address = lease.address
@@ -255,10 +267,10 @@ class DeviceTier(Tier):
         self._device = device
         self._host_held: dict[int, Event] = {}  # block -> the copy that still reads its host slot, oldest first
         self._last_use: dict[int, Event] = {}  # slot index -> the compute that still reads its old bytes
-        self._align()
+        self._alignments: dict[int, tuple[dict[str, View], tuple[Copy, ...]]] = {}
 
     def views(self, block: int) -> dict[str, torch.Tensor]:
-        return view_slot(self.slot(block), self._views[block])
+        return view_slot(self.slot(block), self._aligned(block)[0])
 
     def begin(self, order: Sequence[int]) -> None:
         # A block that stays on the device is not asked of the host again.
@@ -272,7 +284,7 @@ class DeviceTier(Tier):
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:
         self._host.move_to(layouts)
-        self._align()
+        self._alignments = {}
 
     def image(self, block: int, buffer: torch.Tensor) -> torch.Tensor:
         """The bytes of an acquired block, copied into `buffer`, in host memory, once compute has come so far; it is then on no
@@ -317,23 +329,20 @@ class DeviceTier(Tier):
         return self._between(block, lease.buffer, source, Direction.H2D, self._last_use.pop(lease.index, None))
 
     def _check(self, block: int) -> None:
-        for _, offset, num_bytes in self._spans[block]:
+        for _, offset, num_bytes in self._aligned(block)[1]:
             self._device.check_readable(self._pieces[block].lease.buffer[offset : offset + num_bytes])
 
-    def _align(self) -> None:
-        self._views: list[dict[str, View]] = []
-        self._spans: list[tuple[Copy, ...]] = []
-        for layout in self._host.layouts:
-            views, spans = align_views(layout)
-            self._views.append(views)
-            self._spans.append(spans)
+    def _aligned(self, block: int) -> tuple[dict[str, View], tuple[Copy, ...]]:
+        if block not in self._alignments:
+            self._alignments[block] = align_views(self._host.layout(block))
+        return self._alignments[block]
 
     def _between(
         self, block: int, slot: torch.Tensor, host: torch.Tensor, direction: Direction, after: Event | None
     ) -> list[tuple[torch.Tensor, torch.Tensor, Direction, Event | None]]:
         """The copies between a slot of this tier and one as the host tier has them."""
         copies = []
-        for host_offset, offset, num_bytes in self._spans[block]:
+        for host_offset, offset, num_bytes in self._aligned(block)[1]:
             there, here = slot[offset : offset + num_bytes], host[host_offset : host_offset + num_bytes]
             target, source = (there, here) if direction is Direction.H2D else (here, there)
             copies.append((target, source, direction, after))

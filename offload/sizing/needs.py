@@ -5,13 +5,15 @@ The names of pools are those by which the engine carves them out of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 
 from memory.needs import Item, Lasts, Needs, Pool, Step, Tier, Worth, ascent
-from memory.units import MIB
+from memory.units import MIB, PAGE_BYTES, round_up
 from offload.devices import Device
+from offload.weights.experts import StackedMatrices
 from offload.weights.layout import aligned_bytes
 from offload.weights.parts import ModelParts
 
@@ -39,12 +41,62 @@ MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that g
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSize:
+    """Matrices of experts that share slots."""
+
+    slot_bytes: int  # of one, wherever in its pages and on which device it lies
+    count: int  # in the model
+    block_count: int  # in one block, at most
+    per_token: float  # of a stack that a token is multiplied by, as a share of it
+    stacks: tuple[int, ...]  # numbers of the stacks that they are in
+
+    @property
+    def pools(self) -> tuple[str, str]:
+        """Of their slots, in host memory and on the device."""
+        return f"host experts of {self.slot_bytes} bytes", f"device experts of {self.slot_bytes} bytes"
+
+    def read_bytes(self, slots: int, tokens: int, lanes: int, train: bool) -> int:
+        """That a step fetches about, where tokens choose evenly. slots: of them that keep what they hold. tokens: of a lane."""
+
+        def chosen(tokens: int) -> float:
+            return self.count * (1 - (1 - self.per_token) ** tokens)
+
+        passes = 2 if train else 1
+        if slots >= self.block_count:  # what one lane has fetched is there for the others, and for gradients
+            reads = passes * max(0.0, chosen(lanes * tokens) - slots)
+        else:
+            reads = lanes * (passes + train) * chosen(tokens)
+        return int(reads * self.slot_bytes)
+
+
+def expert_sizes(experts: Sequence[StackedMatrices]) -> tuple[ExpertSize, ...]:
+    """The largest first."""
+    by_size: dict[int, list[StackedMatrices]] = {}
+    for matrices in experts:
+        tensors = matrices.stack.matrix(0).tensors.values()
+        by_size.setdefault(sum(round_up(tensor.num_bytes) + PAGE_BYTES for tensor in tensors), []).append(matrices)
+    return tuple(_expert_size(slot_bytes, by_size[slot_bytes]) for slot_bytes in sorted(by_size, reverse=True))
+
+
+def _expert_size(slot_bytes: int, experts: Sequence[StackedMatrices]) -> ExpertSize:
+    counts: dict[int, int] = {}
+    for matrices in experts:
+        stack = matrices.stack
+        counts[stack.block] = counts.get(stack.block, 0) + stack.weight.shape[0]
+    shares = [getattr(one.stack.module.config, "num_experts_per_tok", None) or math.inf for one in experts]
+    per_token = min(1.0, max(share / one.stack.weight.shape[0] for share, one in zip(shares, experts, strict=True)))
+    numbers = tuple(one.number for one in experts)
+    return ExpertSize(slot_bytes, sum(counts.values()), max(counts.values()), per_token, numbers)
+
+
+@dataclass(frozen=True, slots=True)
 class Streamed:
     """What goes through slots in every pass over the weights."""
 
     block_bytes: tuple[int, ...]  # of each block
     chunk_bytes: int  # of the largest chunk of the head, or of a table that is trained
     chunks: int  # 0: the model has no head that is streamed
+    experts: tuple[ExpertSize, ...] = ()  # of matrices of experts that are fetched by themselves
 
     @classmethod
     def of(cls, parts: ModelParts, on_device: bool) -> Streamed:
@@ -54,7 +106,9 @@ class Streamed:
             return max(layout.num_bytes, aligned_bytes(layout)) if on_device else layout.num_bytes
 
         chunks = () if parts.head is None else parts.head.layouts
-        return cls(tuple(map(size, parts.layouts)), max(map(size, chunks), default=0), len(chunks))
+        return cls(
+            tuple(map(size, parts.layouts)), max(map(size, chunks), default=0), len(chunks), expert_sizes(parts.experts)
+        )
 
     def holding(self, block_bytes: list[int], chunk_bytes: int) -> Streamed:
         """With slots that hold these too."""
@@ -75,12 +129,17 @@ def process_needs(device: Device, baseline_bytes: int, code_bytes: int) -> Needs
 
 
 def stream_needs(
-    streamed: Streamed, on_device: bool, resident_blocks: int | None = None, lookahead: int | None = None
+    streamed: Streamed,
+    on_device: bool,
+    resident_blocks: int | None = None,
+    lookahead: int | None = None,
+    expert_slots: int | None = None,
 ) -> Needs:
     """Slots for blocks and for chunks of the head. A host slot is held until its copy to a device is done: one more keeps the
     disk busy meanwhile.
 
     resident_blocks: None: as many as there is room for. lookahead: blocks read ahead; None: up to two.
+    expert_slots: for matrices of experts; None: as many as there is room for.
     """
     blocks, chunks = len(streamed.block_bytes), streamed.chunks
 
@@ -108,10 +167,36 @@ def stream_needs(
             Pool(name, "head slots ({slots} x {size})", tier, streamed.chunk_bytes, most=chunks)
             for name, tier in ((HOST_HEAD, Tier.HOST), (DEVICE_HEAD, Tier.DEVICE))
         ]
+    experts = _expert_needs(streamed.experts, on_device, expert_slots) if streamed.experts else Needs()
     if chunks > 1:
         steps.append(Step(Worth.NEXT_CHUNK, {HOST_HEAD: 2, DEVICE_HEAD: 2}))
         steps += [Step(Worth.WHOLE_HEAD, {name: chunks}) for name in (HOST_HEAD, DEVICE_HEAD)]
+    return Needs.of(*pools, *steps) + experts
+
+
+def _expert_needs(sizes: Sequence[ExpertSize], on_device: bool, slots: int | None) -> Needs:
+    """slots: for each size; None: as many as there is room for."""
+    pools, kept, rings = [], {}, {}
+    for size in sizes:
+        for name, tier in zip(size.pools, (Tier.HOST, Tier.DEVICE), strict=True):
+            held = int(on_device and tier is Tier.HOST)  # by a copy
+            label = "slots for matrices of experts ({slots} x {size})"
+            ring = min((slots or 1) + held, size.count)
+            pools.append(
+                Pool(name, label, tier, size.slot_bytes, ring, most_kept=size.count, most=size.count, busy=1 + held)
+            )
+            kept[name] = size.count
+            rings[name] = max(_EXPERTS_AHEAD[-1], size.block_count)
+    if slots is not None:
+        return Needs.of(*pools)
+    steps = [Step(Worth.NEXT_EXPERTS, dict.fromkeys(kept, ring)) for ring in _EXPERTS_AHEAD]
+    steps.append(Step(Worth.BLOCKS_EXPERTS, rings))
+    for i in reversed(range(max(kept.values()).bit_length())):
+        steps.append(Step(Worth.RESIDENT_EXPERTS, kept=dict.fromkeys(kept, 1 << i)))
     return Needs.of(*pools, *steps)
+
+
+_EXPERTS_AHEAD = (2, 4, 8, 16)
 
 
 def decoded_needs(weight_bytes: Iterable[Collection[int]]) -> Needs:

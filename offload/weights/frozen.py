@@ -29,7 +29,7 @@ class FrozenWeights:
         self._streamed.begin_head()
 
     def begin(self, order: Sequence[int]) -> None:
-        self._streamed.blocks.begin(order)
+        self._streamed.begin(order)
 
     def enter(self, variant: int) -> None:
         """Nothing to change."""

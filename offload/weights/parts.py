@@ -19,6 +19,7 @@ from offload.files.checkpoint import Checkpoint, is_gguf, read_checkpoint
 from offload.files.gguf_file import read_gguf
 from offload.step.head import default_tiles
 from offload.weights.binding import Binding
+from offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack, can_be_streamed
 from offload.weights.formats import PlainTensor, StoredWeight, find_weights, quantization_of
 from offload.weights.formats.gguf import dtype_to_compute_in
 from offload.weights.formats.plain import dense_bytes
@@ -108,6 +109,8 @@ class ModelParts:
     """Tables of which rows are read on demand: name of the module, module, weight."""
     edges: tuple[EdgeTensor, ...]
     """Everything else, which stays in memory."""
+    experts: tuple[StackedMatrices, ...] = ()
+    """Stacks whose experts are streamed one by one; blocks are without them. In the order in which they are multiplied."""
 
     @property
     def edge_bytes(self) -> int:
@@ -116,9 +119,12 @@ class ModelParts:
     def on(self, checkpoint: Checkpoint, sources: ParameterMap) -> ModelParts:
         """The same parts with their bytes in another checkpoint, in whatever formats `sources` says; the modules, which both
         have, are bound to those from now on."""
-        head = None
+        head, apart = None, {matrices.stack.name for matrices in self.experts}
+        local = {prefix: _local(sources, prefix, apart) for prefix in self.prefixes}
         for prefix, binding in zip(self.prefixes, self.bindings, strict=True):
-            binding.read_as(_local(sources, prefix))
+            binding.read_as(local[prefix])
+        for matrices in self.experts:
+            matrices.stack = replace(matrices.stack, weight=sources[matrices.stack.name])
         if self.head is not None:
             local = _local(sources, self.head.name)
             self.head.binding.read_as(local)
@@ -127,7 +133,7 @@ class ModelParts:
             self,
             checkpoint=checkpoint,
             sources=sources,
-            layouts=tuple(layout_block(_local(sources, prefix)) for prefix in self.prefixes),
+            layouts=tuple(map(layout_block, local.values())),
             head=head,
             embeddings=tuple((name, module, sources[f"{name}.weight"]) for name, module, _ in self.embeddings),
             edges=tuple(replace(edge, source=sources[edge.name]) for edge in self.edges),
@@ -159,10 +165,12 @@ def cut(
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
     trains_weights: bool = False,
+    streams_experts: bool = False,
 ) -> ModelParts:
     """directory: of a model, or its GGUF file. choose_dtype: given the dtype that most bytes of the checkpoint have, the one to
     compute in. trains_weights: whether gradients of the model's own weights are wanted: of tables only the input embedding is
-    read on demand then, for it is the one whose rows are known before a step.
+    read on demand then, for it is the one whose rows are known before a step. streams_experts: whether experts are fetched one
+    by one where that is possible; nothing may change their weights then.
 
     Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint, and for a GGUF file that
     cannot be read.
@@ -178,8 +186,10 @@ def cut(
     head_module = _head_module(model)
     set_placeholders(model, dtypes)
     dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
-    local = {prefix: _local(sources, prefix) for prefix in blocks}
-    taken = {f"{prefix}.{name}" for prefix, weights in local.items() for name in weights}
+    experts = _cut_experts(blocks, sources, dtypes) if streams_experts else ()
+    apart = {matrices.stack.name for matrices in experts}
+    local = {prefix: _local(sources, prefix, apart) for prefix in blocks}
+    taken = apart | {f"{prefix}.{name}" for prefix, weights in local.items() for name in weights}
     bindings = (Binding(blocks[prefix], _local(dtypes, prefix), weights) for prefix, weights in local.items())
     head = None
     if head_module is not None:
@@ -193,13 +203,33 @@ def cut(
     parameters = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     return ModelParts(
         directory, checkpoint, model, dtype, sources, frozenset(parameters), tuple(blocks), tuple(blocks.values()),
-        tuple(layout_block(weights) for weights in local.values()), tuple(bindings), head, embeddings, tuple(edges),
+        tuple(layout_block(weights) for weights in local.values()), tuple(bindings), head, embeddings, tuple(edges), experts,
     )  # fmt: skip
 
 
-def _local(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What is within the module `prefix`, by local name."""
-    return {name[len(prefix) + 1 :]: value for name, value in values.items() if name.startswith(f"{prefix}.")}
+def _local(values: Mapping[str, Any], prefix: str, without: Collection[str] = ()) -> dict[str, Any]:
+    """What is within the module `prefix`, by local name. without: fully qualified names."""
+    return {
+        name[len(prefix) + 1 :]: value
+        for name, value in values.items()
+        if name.startswith(f"{prefix}.") and name not in without
+    }
+
+
+def _cut_experts(
+    blocks: Mapping[str, nn.Module], sources: ParameterMap, dtypes: Mapping[str, torch.dtype]
+) -> tuple[StackedMatrices, ...]:
+    """Puts stand-ins in place of the stacked parameters of experts."""
+    found: list[StackedMatrices] = []
+    for index, (prefix, block) in enumerate(blocks.items()):
+        for local, parameter in block.named_parameters():
+            name, owner = f"{prefix}.{local}", block.get_submodule(local.rpartition(".")[0])
+            attribute = local.rpartition(".")[2]
+            if name in sources and can_be_streamed(owner, attribute, sources[name]):
+                stack = ExpertStack(index, name, owner, attribute, sources[name], dtypes[name])
+                found.append(StackedMatrices(stack, len(found)))
+                owner._parameters[attribute] = nn.Parameter(StreamedStack.of(parameter.data, found[-1]), requires_grad=False)
+    return tuple(found)
 
 
 def _edge(model: nn.Module, name: str, source: StoredWeight, dtype: torch.dtype) -> EdgeTensor:

@@ -23,6 +23,7 @@ from offload.weights.binding import Binding
 from offload.weights.embedding import RowsOnDemand
 from offload.weights.formats import PlainTensor, Stored
 from offload.weights.parts import EdgeTensor, ModelParts
+from offload.weights.streamed_experts import StreamedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,26 @@ class StreamedParts:
         self.blocks = _open_tier(room, (HOST_BLOCKS, DEVICE_BLOCKS), blocks, make_tier)
         self.head = _open_tier(room, (HOST_HEAD, DEVICE_HEAD), chunks, make_tier) if chunks else None
         self._rooms = open_rooms(room)
+        self.experts: StreamedExperts | None = None
+        if room.parts.experts:
+            self.experts = StreamedExperts(room)
+            room.closing.callback(self.experts.close)
         self.num_chunks = 0 if room.parts.head is None else len(room.parts.head.layouts)
         self.head_rows: HeadRows | None = None
         """Of the chunk of the head that is bound."""
 
     @property
     def stall_seconds(self) -> float:
-        tiers = [self.blocks] if self.head is None else [self.blocks, self.head]
+        tiers = [self.blocks] + [self.head] * (self.head is not None)
+        tiers += [] if self.experts is None else self.experts.tiers
         of_hosts = sum(tier.host_stall_seconds for tier in tiers if isinstance(tier, DeviceTier))
         return sum(tier.stall_seconds for tier in tiers) + of_hosts
+
+    def begin(self, order: Sequence[int]) -> None:
+        """The visits of blocks to come."""
+        self.blocks.begin(order)
+        if self.experts is not None:
+            self.experts.begin(order)
 
     def tier(self, key: Key) -> Tier:
         return self.blocks if type(key) is Block else self.head
@@ -71,6 +83,8 @@ class StreamedParts:
         """The stored tensors, by local name, valid until `release`."""
         tier = self.tier(key)
         tier.acquire(key.index)
+        if self.experts is not None and type(key) is Block:
+            self.experts.visit(key.index)
         return tier.views(key.index)
 
     def bind(self, key: Key, views: dict[str, torch.Tensor], trained: frozenset[str] = frozenset()) -> None:
