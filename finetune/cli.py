@@ -243,8 +243,9 @@ def export(
     if adapter is not None:
         raise UserError("an adapter alone needs no export: give --merge to merge it into the model")
     from finetune.export import export as export_model
+    from finetune.reporting.progress import Ticker
 
-    steps = export_model(config, target, at_step)
+    steps = export_model(config, target, at_step, Ticker("exporting"))
     typer.echo(f"{target}: the model after {steps} steps")
 
 
@@ -261,10 +262,11 @@ def compress(
     from pathlib import Path
 
     from finetune.compress import compress as compress_model
+    from finetune.reporting.progress import Ticker
     from memory.units import format_bytes
 
     target = Path(to).expanduser()
-    found = compress_model(config, target)
+    found = compress_model(config, target, Ticker("compressing"))
     typer.echo(
         f"{target}: {found.weights} weights compressed, {format_bytes(found.plain_bytes)} are now "
         f"{format_bytes(found.num_bytes)} ({found.num_bytes / found.plain_bytes:.1%})"

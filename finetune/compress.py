@@ -23,10 +23,10 @@ def compress(config: Config, directory: Path, progress: Progress = lambda done, 
     check_new(directory)
     source = resolve_model(config.model)
     parts = cut(source, trust_remote_code=config.trust_remote_code)
-    if quantization_of(parts.model.config) is not None:
-        raise UserError(f"{source}: the weights are packed (quantization_config in config.json): name the original model")
     if others := [path.name for path in parts.checkpoint.files if path.suffix != ".safetensors"]:
         raise UserError(f"{source}: expected safetensors files to compress, found {others[0]}: name the original model")
+    if quantization_of(parts.model.config) is not None:
+        raise UserError(f"{source}: the weights are packed (quantization_config in config.json): name the original model")
     free, needed = free_bytes(directory.absolute().parent), parts.checkpoint.num_bytes
     if needed > free:
         raise UserError(

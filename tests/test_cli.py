@@ -105,6 +105,14 @@ def test_version_and_presets() -> None:
     assert len({line.index(goals[line.split()[0]]) for line in lines}) == 1
 
 
+def test_nothing_is_said_of_triton_at_the_end() -> None:
+    """Kernels for accelerators, and bitsandbytes where PEFT finds it, bring it in."""
+    pytest.importorskip("triton")
+    code = "import sys, triton._C.libtriton; sys.argv = ['finetune', 'presets']; from finetune.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and not result.stderr
+
+
 def test_shared_options_are_keys_of_the_configuration() -> None:
     assert KEYS.keys() <= Config.model_fields.keys() | SHORTHANDS.keys()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from coded_numbers import Coded, draw
 from extents import equal_bits, read_source
+from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from text_models import make_config, write_model, write_rows
 from typer.testing import CliRunner
@@ -166,7 +168,7 @@ def test_a_copy_of_a_tied_weight_is_not_kept(plain, tmp_path):
 
 def test_a_model_without_bf16_is_refused(tmp_path):
     model = write_model("llama", tmp_path / "model", dtype=torch.float32)
-    with pytest.raises(UserError, match="expected matrices in bf16 to compress, found none"):
+    with pytest.raises(UserError, match="expected matrices in bf16 of at least .* to compress, found none"):
         compressed(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +195,18 @@ def test_the_command(plain, tmp_path):
     assert again.exit_code == 1 and "exists: name a directory that does not" in again.output
     packed = command.invoke(app, ["compress", "--model", str(target), "--to", str(tmp_path / "twice")])
     assert packed.exit_code == 1 and "the weights are packed" in packed.output
+    file, _ = write_gguf("llama", tmp_path)
+    packed = command.invoke(app, ["compress", "--model", str(file), "--to", str(tmp_path / "twice")])
+    assert packed.exit_code == 1 and "expected safetensors files to compress, found llama.gguf" in packed.output
     assert command.invoke(app, arguments[:-2]).exit_code == 1
+
+
+def test_the_command_says_how_far_it_is(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.reporting.progress._LOG_STEP_SECONDS", 0)
+    result = CliRunner().invoke(app, ["compress", "--model", str(plain("llama")), "--to", str(tmp_path / "out")])
+    shares = [int(share) for share in re.findall(r"^compressing: (\d+)%, about .* left$", result.stderr, re.MULTILINE)]
+    assert len(shares) > 1 and shares == sorted(shares) and max(shares) <= 100
+    assert "compressing" not in result.stdout
 
 
 def test_the_command_asks_for_room(plain, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_a_budget_that_quantising_exceeds_is_refused(model, rows, tmp_path, monk
 
 def test_a_small_disk_is_refused(model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.quantization.base.free_bytes", lambda directory: 1 << 20)
-    with pytest.raises(UserError, match="are to be written there, 1.0 MiB are free: make room"):
+    with pytest.raises(UserError, match="are to be written there and 64.0 MiB left free, 1.0 MiB are free: make room"):
         evaluate(config(model, tmp_path / "out", rows, quantize="nf4"))
     assert not cached_models(cache_home())
 
@@ -200,7 +200,7 @@ def test_one_of_a_model_that_changes_meanwhile_is_not_kept(model, rows, tmp_path
     here = config(model, tmp_path / "out", rows, quantize="nf4")
     with monkeypatch.context() as patch:
         touch = (model / "tokenizer_config.json").touch
-        patch.setattr("finetune.quantization.base._Ticker.__call__", lambda self, done, total: touch())
+        patch.setattr("finetune.reporting.progress.Ticker.__call__", lambda self, done, total: touch())
         with pytest.raises(UserError, match="files have changed while they were quantised: start again"):
             evaluate(here)
     assert not cached_models(cache_home())
@@ -242,7 +242,7 @@ def test_an_interrupted_one_is_listed_and_goes_on(model, rows, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.quantization.base._Ticker.__call__", stop)
+        patch.setattr("finetune.reporting.progress.Ticker.__call__", stop)
         with pytest.raises(KeyboardInterrupt):
             evaluate(here)
     (found,) = cached_models(cache_home())

@@ -22,6 +22,7 @@ from finetune.runs.directory import RunDirectory, reading
 from finetune.runs.identity import RunIdentity, model_name, settings
 from memory.errors import UserError
 from offload.files.checkpoint import read_checkpoint
+from offload.files.lock import lock
 from offload.files.new_directory import new_directory
 from offload.files.sealed import unseal
 from offload.weights.digest import model_digest
@@ -263,6 +264,20 @@ class TestWhatNoRunHasMade:
             (temporary / "replaced").write_text("new")
         assert {p.name: p.read_text() for p in (tmp_path / "a").iterdir()} == {"kept": "old", "replaced": "new"}
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_a_new_directory_takes_away_what_killed_processes_left_of_it(self, tmp_path):
+        """Not what a process still has, here or in another container, nor what is another directory's."""
+        gone = 1 << 22  # no process has such a number
+        stay = [f".a.{os.getppid()}.tmp", f".a.{gone + 1}.tmp", f".a.b.{gone}.tmp", ".a.mine.tmp"]
+        for name in (f".a.{gone}.tmp", *stay):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "x").touch()
+        descriptor = os.open(tmp_path / stay[1], os.O_RDONLY)
+        lock(descriptor)
+        with new_directory(tmp_path / "a") as temporary, new_directory(tmp_path / "b"):
+            assert temporary.is_dir()
+        os.close(descriptor)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stay, "a", "b"])
 
 
 def test_what_killed_processes_left_is_gone_after_the_next_run(model, data, copied):

@@ -126,6 +126,15 @@ def test_one_table_without_a_tie_is_refused(tied, data, tmp_path):  # noqa: F811
         Trainer(run_config(model, data, tmp_path / "out", "lora")).plan()
 
 
+@pytest.mark.parametrize("values", [{"pad_token_id": 9999}, {"hidden_size": -4}, {"num_attention_heads": 0}])
+def test_a_configuration_of_which_no_model_can_be_made_is_named(values, tied, data, tmp_path):  # noqa: F811
+    model = changed(tied, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(UserError, match=r"config\.json: Transformers cannot make|cannot read the model's configuration"):
+        Trainer(run_config(model, data, tmp_path / "out", "lora")).plan()
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", None])
 def test_fp16_weights_train_without_gradients(name, tied, data, tmp_path):  # noqa: F811
     """All of them, or one among bf16; they are exported in fp16."""

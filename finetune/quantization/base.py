@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ import torch
 
 from finetune.config import Config
 from finetune.quantization.cache import FORMAT, NOTE, cache_home, open_lock, partial_path, whole
-from finetune.reporting.progress import LastingStream
+from finetune.reporting.progress import Ticker, say
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import side_files
 from memory.arena import trim_malloc
@@ -37,7 +36,6 @@ from offload.weights.digest import model_digest
 from offload.weights.parts import ModelParts, cut
 
 _SPARE_BYTES = 64 << 20  # of the disk, left free
-_SAY_SECONDS = 10.0
 _PROBE_WEIGHTS = 1 << 22
 
 
@@ -164,7 +162,7 @@ class _Quantization:
         try:
             lock(self._base._lock, shared=shared)
         except BlockingIOError:
-            _say(f"another process is at {self.target}: waiting for it")
+            say(f"another process is at {self.target}: waiting for it")
             lock(self._base._lock, shared=shared, wait=True)
 
     def _predict(self, plan: Outline, parts: ModelParts, device: Device) -> tuple[str, int, Rates | NoRates]:
@@ -198,18 +196,19 @@ class _Quantization:
         free = free_bytes(self._cache)
         if left + _SPARE_BYTES > free:
             raise UserError(
-                f"{self._cache}: {format_bytes(left)} are to be written there, {format_bytes(free)} are free: make room "
-                "(`finetune cache` lists what is there), or name another quantization.cache"
+                f"{self._cache}: {format_bytes(left)} are to be written there and {format_bytes(_SPARE_BYTES)} left free, "
+                f"{format_bytes(free)} are free: make room (`finetune cache` lists what is there), or name another "
+                "quantization.cache"
             )
         self._check_memory(plan)
-        _say(words)
+        say(words)
         unfinished = partial_path(self._cache, self._name)
         unfinished.mkdir(mode=0o700, exist_ok=True)
         started = time.perf_counter()
-        written = write_quantized(plan, unfinished, _Ticker())
+        written = write_quantized(plan, unfinished, Ticker("quantising"))
         about = self._finish(plan, written, unfinished)
         trim_malloc()
-        _say(
+        say(
             f"quantised in {format_seconds(time.perf_counter() - started)}: {format_bytes(plan.num_bytes)}, relative RMS error "
             f"{written.relative_error:.2%}"
         )
@@ -261,24 +260,6 @@ class _Quantization:
                 f"quantising takes {format_bytes(need)} of host memory ({format_bytes(working_bytes(plan))} of them for "
                 f"buffers and the scales of the largest matrix), {format_bytes(limit)} are allowed: raise --host-memory"
             )
-
-
-class _Ticker:
-    """Says now and then how far quantising is."""
-
-    def __init__(self) -> None:
-        self._started = self._said = time.perf_counter()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self._said >= _SAY_SECONDS and 0 < done < total:
-            self._said = now
-            left = (now - self._started) * (total - done) / done
-            _say(f"quantising: {done / total:.0%}, about {format_seconds(left)} left")
-
-
-def _say(words: str) -> None:
-    print(words, file=LastingStream(sys.stderr), flush=True)
 
 
 def _packing(config: Config) -> Packing:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Literal, TextIO
 
+from memory.units import format_seconds
+
 _REDRAW_SECONDS = 0.2
 _LOG_STEP_SECONDS = 10.0
 _LOG_PHASE_SECONDS = 30.0
@@ -140,6 +142,26 @@ class Progress:
         self._stream.flush()
         self._last_shown = monotonic()
         self._shown = True
+
+
+class Ticker:
+    """Says now and then how far a long piece of work is."""
+
+    def __init__(self, work: str) -> None:
+        self._work = work
+        self._started = self._said = monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = monotonic()
+        if now - self._said >= _LOG_STEP_SECONDS and 0 < done < total:
+            self._said = now
+            left = (now - self._started) * (total - done) / done
+            say(f"{self._work}: {done / total:.0%}, about {format_seconds(left)} left")
+
+
+def say(words: str) -> None:
+    """A line for who watches, not for who reads the output."""
+    print(words, file=LastingStream(sys.stderr), flush=True)
 
 
 def _of_budget(used_bytes: int, budget_bytes: int) -> str:

@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from offload.files.lock import lock
 
 
 @contextmanager
@@ -20,12 +23,16 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
     private: for the owner alone; else files have the access with which they were made, and the directory what the umask gives.
 
     After an error, which is raised on, nothing is left of it, and what was in `directory` is as it was. What safetensors could
-    not write becomes the OSError that it was.
+    not write becomes the OSError that it was. What a killed process has left of the same directory is removed.
     """
+    _remove_left(directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    held = -1
     try:
         temporary.mkdir(mode=0o700 if private else 0o777, parents=True)
+        held = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        lock(held)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             if private and path.is_file():
@@ -45,6 +52,25 @@ def new_directory(directory: Path, *, private: bool = True) -> Iterator[Path]:
         if isinstance(error, SafetensorError) and (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
         raise
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
+def _remove_left(directory: Path) -> None:
+    """What killed processes have left of the same directory: no process has the number in its name, and none its lock."""
+    prefix = f".{directory.name}."
+    for path in directory.parent.glob(f"{escape(prefix)}*.tmp"):
+        number = path.name[len(prefix) : -len(".tmp")]
+        if not number.isdecimal() or Path("/proc", number).exists() or path.is_symlink():
+            continue
+        with suppress(OSError):  # of another user, or locked by a process that is not seen from here, as in another container
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _names(directory: Path) -> set[str]:

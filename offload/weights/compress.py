@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.errors import UserError
-from memory.units import round_up
+from memory.units import format_bytes, round_up
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.files.safetensors_files import file_header, write_index
 from offload.weights.checkpoint_directory import new_checkpoint
@@ -65,7 +65,10 @@ def compress_checkpoint(
     chunks = _chunks(parts)
     checkpoint = parts.checkpoint
     if not chunks:
-        raise UserError(f"{parts.directory}: expected matrices in bf16 to compress, found none: use the model as it is")
+        raise UserError(
+            f"{parts.directory}: expected matrices in bf16 of at least {format_bytes(MIN_BYTES)} to compress, found none: use "
+            "the model as it is"
+        )
     if budget_bytes < LEAST_BUDGET_BYTES:
         raise ValueError(f"expected a budget of at least {LEAST_BUDGET_BYTES} bytes, found {budget_bytes}")
     copies = {copy.extents[0][:2] for _, copy in parts.sources.copies if len(copy.extents) == 1}

@@ -21,6 +21,9 @@ from memory.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# What Transformers' code raises on values in config.json that it does not check.
+_WRONG_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Raises UserError for a config.json that Transformers can't read."""
@@ -29,7 +32,7 @@ def read_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except (OSError, StrictDataclassError, *_WRONG_VALUES) as error:
         raise UserError(f"cannot read the model's configuration in {directory}: {' '.join(str(error).split())}") from error
 
 
@@ -46,7 +49,7 @@ def build_on_meta(
         if model_class is not None:
             try:
                 model = model_class._from_config(config, dtype=dtype)
-            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            except _WRONG_VALUES as error:
                 raise UserError(
                     f"{directory / 'config.json'}: Transformers cannot make {architectures[0]} of it "
                     f"({type(error).__name__}: {' '.join(str(error).split())}): correct it, or download the model again"
