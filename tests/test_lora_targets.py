@@ -97,8 +97,8 @@ def test_experts_that_all_linear_does_not_reach_are_said():
 
 WRONG_PARAMETERS = {
     "none": ("gpt_oss", {"target_parameters": ["experts.w1"]}, "none ends in 'experts.w1'"),
-    "a linear layer's": ("gpt_oss", {"target_parameters": ["q_proj.weight"]}, "name that in lora.target_modules"),
-    "an embedding": ("gpt_oss", {"target_parameters": ["embed_tokens.weight"]}, "name that in lora.target_modules"),
+    "a linear layer's": ("gpt_oss", {"target_parameters": ["q_proj.weight"]}, "list those in lora.target_modules by their"),
+    "an embedding": ("gpt_oss", {"target_parameters": ["embed_tokens.weight"]}, "list those in lora.target_modules by their"),
     "a vector": ("gpt_oss", {"target_parameters": ["input_layernorm.weight"]}, "only 2d and 3d are supported"),
     "a router that returns two tensors": ("llama4", {"target_modules": ["router"]}, "router returns more than one tensor"),
     "half of what is stacked": ("qwen3_moe", {"target_modules": ["up_proj"]}, "without also targeting gate_proj"),

@@ -161,8 +161,10 @@ def check_parameters(model: nn.Module, config: Any) -> None:
     for name, _ in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if f".{name}".endswith(endings) and (type(owner) is nn.Linear or isinstance(owner, nn.Embedding)):
+            found = "lora.target_parameters" if config.target_parameters else f"lora.target_modules={config.target_modules}"
             raise UserError(
-                f"lora.target_parameters: {name} is of a linear layer or an embedding: name that in lora.target_modules"
+                f"{found}: PEFT would adapt {name} as a parameter, which is of a linear layer or an embedding: list those in "
+                "lora.target_modules by their names"
             )
 
 

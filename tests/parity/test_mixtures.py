@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures import MIXTURES, WITHOUT_ROUTER_LOSS
+from mixtures import MIXTURES, MORE, WITHOUT_ROUTER_LOSS
 from tiny_models import CONFIGS, aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
 PLACEMENTS = [
@@ -74,6 +74,25 @@ def test_adapters_of_stacked_experts(name, dtype, mixture, tokens, tmp_path):
     expected = reference_run(config("plain"))
     stacks = {name.partition(".experts.")[2] for name in expected.adapter}
     assert stacks == {f"{layer}lora_{end}.weight" for layer in ("base_layer.", "") for end in "AB"}
+    for device in ("cpu", "simulated"):
+        assert_same_bits(streamed_run(config(device, device)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_architectures(name, checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, name, MORE[name])
+    stacks = [stack.replace("gate_up", "up") for stack in STACKS] if name == "nemotron-h" else STACKS
+    modules = ["q_proj", "v_proj", "o_proj", "q_b_proj", "kv_b_proj"]
+    lora = {"dropout": 0.0, "target_modules": modules, "target_parameters": stacks}
+
+    def config(folder, device="cpu"):
+        engine = {"resident_blocks": 1}
+        return make_config(
+            checkpoint(name), tokens, tmp_path / folder, device=device, engine=engine, training={"max_steps": 2}, lora=lora
+        )
+
+    expected = reference_run(config("plain"))
     for device in ("cpu", "simulated"):
         assert_same_bits(streamed_run(config(device, device)), expected)
 
