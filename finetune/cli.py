@@ -266,7 +266,7 @@ def compress(
     from memory.units import format_bytes
 
     target = Path(to).expanduser()
-    found = compress_model(config, target, Ticker("compressing"))
+    found = compress_model(config, target, Ticker("compressing"), lambda words: typer.echo(words, err=True))
     typer.echo(
         f"{target}: {found.weights} weights compressed, {format_bytes(found.plain_bytes)} are now "
         f"{format_bytes(found.num_bytes)} ({found.num_bytes / found.plain_bytes:.1%})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from memory.needs import Needs
 from memory.plan import Plan
 from memory.simulator import StepTime, simulate_step
-from memory.units import format_bytes, format_seconds
+from memory.units import format_bytes, format_seconds, round_up
 from offload.sizing.calibration import NoRates, Rates
+from offload.sizing.compression import Compression
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import ACTIVATIONS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE, Streamed
+from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE, Streamed
 from offload.weights.parts import ModelParts, describe_blocks
 
 SHORTEST_ROW = 16  # tokens; shorter ones are advised to nobody
@@ -124,6 +125,7 @@ class PlannedRun:
     base_words: str = ""  # what is to be said of a model that is quantised here
     budget_words: str = ""  # where the host budget comes from, if not from the user
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
+    compression: Compression | None = None  # what `finetune compress` would make of the model, where a run could go over that
 
     @property
     def shape(self) -> BatchShape:
@@ -162,6 +164,8 @@ class PlannedRun:
             lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
         if self.rates is not None:
             lines.append(self._seconds_words(self.rates))
+            if self.rates and self.compression is not None:
+                lines.append(self._compression_words(self.rates, self.compression))
         return "\n".join(lines)
 
     def _seconds_words(self, rates: Rates | NoRates) -> str:
@@ -176,6 +180,30 @@ class PlannedRun:
             f"a step takes about {seconds}: a prediction from what was measured on this machine just now, which "
             f"{', '.join(speeds[:-1])} and {speeds[-1]}"
         )
+
+    def _compression_words(self, rates: Rates, found: Compression) -> str:
+        now, then = (time.seconds for time in (self.predict_step(rates), self.predict_compressed(rates, found)))
+        rate = format_bytes(int(found.decoded_bytes_per_second))
+        return (
+            f"compressed without loss (finetune compress), {format_bytes(found.model_bytes)} in place of "
+            f"{format_bytes(self.parts.checkpoint.num_bytes)}, a step would take about {format_seconds(then)}: it "
+            f"{'pays' if then < now else 'does not pay'} here, where {rate} of weights are decoded in a second"
+        )
+
+    def predict_compressed(self, rates: Rates, found: Compression) -> StepTime:
+        """As `predict_step`, with the model compressed without loss. What that leaves of the slots' memory first keeps weights
+        decoded for a visit, if that is enough, and then blocks."""
+        slots, uses = self.plan.slots[HOST_BLOCKS], self.shape.micro_batches
+        slot_bytes = round_up(max(found.block_bytes))
+        one, rooms = (max(sum(sizes[:count]) for sizes in found.weight_bytes) for count in (1, DECODED_WEIGHTS))
+        stays = slots.num_bytes >= slots.ring * slot_bytes + rooms
+        kept = (slots.num_bytes - (rooms if stays else one)) // slot_bytes - slots.ring
+        kept = min(max(0, kept), len(found.block_bytes))
+        plan = replace(self.plan, slots={**self.plan.slots, HOST_BLOCKS: replace(slots, kept=kept)})
+        run = replace(self, plan=plan, streamed=replace(self.streamed, block_bytes=found.block_bytes))
+        forward = [sum(sizes) * (1 if stays else uses) / found.decoded_bytes_per_second for sizes in found.weight_bytes]
+        # Recomputed, and for the gradient.
+        return run.predict_step(rates, forward, [seconds * (1 if stays else 2) for seconds in forward])
 
     @property
     def _read_bytes(self) -> int:
@@ -201,9 +229,14 @@ class PlannedRun:
         """In a step, of masters and state: less what stays in memory."""
         return int(self.store.read_bytes * (1 - self.plan.slots[STATE].kept / max(1, self.store.pieces)))
 
-    def predict_step(self, rates: Rates) -> StepTime:
+    def predict_step(
+        self, rates: Rates, more_forward: Sequence[float] | None = None, more_backward: Sequence[float] | None = None
+    ) -> StepTime:
         """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
-        slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it."""
+        slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it.
+
+        more_forward, more_backward: seconds that a visit of each block takes longer.
+        """
         rows, store = self.shape.micro_batches, self.store
         blocks = len(self.parts.blocks)
         forward = self.batch.visit.flops * rows / rates.flops_per_second
@@ -219,8 +252,8 @@ class PlannedRun:
             slots = self.plan.slots[pool]
             return simulate_step(
                 self.streamed.block_bytes,
-                [forward] * blocks,
-                [backward] * blocks if self.shape.train else None,
+                [forward + more for more in more_forward or [0.0] * blocks],
+                [backward + more for more in more_backward or [0.0] * blocks] if self.shape.train else None,
                 head_flops / rates.flops_per_second,
                 bytes_per_second,
                 slots.resident,

@@ -51,6 +51,7 @@ from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from offload.sizing.calibration import Rates, measure_rates, try_rates
+from offload.sizing.compression import try_compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,13 @@ class Trainer:
             else:
                 shape = make_objective(config, session, tensors).shape(session)
             planned = session.plan(shape, elsewhere=True)
-            return replace(planned, rates=session.base.rates or try_rates(session.parts, session.device))
+            # What only CPUs decode, and only adapters are trained over.
+            can_be_compressed = config.adapter is not None and config.quantize is None and session.device.kind == "cpu"
+            return replace(
+                planned,
+                rates=session.base.rates or try_rates(session.parts, session.device),
+                compression=try_compression(session.parts) if can_be_compressed else None,
+            )
         finally:
             session.close()
 

@@ -21,7 +21,7 @@ from memory.units import format_bytes, round_up
 from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.files.safetensors_files import file_header, write_index
 from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.formats import PlainTensor
+from offload.weights.formats import PlainTensor, StoredWeight
 from offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, OFFSETS, VERSION
 from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
 from offload.weights.formats.plain import DTYPE_NAMES
@@ -86,14 +86,18 @@ def compress_checkpoint(
     return Compressed(writer.weights, writer.plain_bytes, writer.written_bytes)
 
 
+def is_compressible(weight: StoredWeight) -> bool:
+    """Whether it is compressed where it is a parameter as it is stored."""
+    is_matrix = isinstance(weight, PlainTensor) and len(weight.shape) == 2 and len(weight.extents) == 1
+    return is_matrix and weight.dtype == torch.bfloat16 and weight.num_bytes >= MIN_BYTES
+
+
 def _chunks(parts: ModelParts) -> dict[str, int]:
     """The tensors of a checkpoint to compress, and numbers of a chunk."""
     found: dict[str, int] = {}
     for name, key in parts.sources.direct.items():
-        weight = parts.sources[name]
-        if isinstance(weight, PlainTensor) and weight.dtype == torch.bfloat16 and len(weight.shape) == 2:
-            if weight.num_bytes >= MIN_BYTES:
-                found[key] = LAYER_CHUNK
+        if is_compressible(parts.sources[name]):
+            found[key] = LAYER_CHUNK
     for name, home in ((name, parts.sources.tied.get(name, name)) for name in parts.sources):
         is_table = isinstance(parts.model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
         if is_table and (key := parts.sources.direct.get(home)) in found:
