@@ -237,8 +237,9 @@ def export(
         if at_step is not None:
             raise UserError("--at-step is for a run that has tuned the model's own weights: leave it out with --merge")
         from finetune.merge import merge as merge_adapter
+        from finetune.reporting.progress import Ticker
 
-        typer.echo(merge_adapter(config, target, merge, adapter).describe(target))
+        typer.echo(merge_adapter(config, target, merge, adapter, Ticker("merging")).describe(target))
         return
     if adapter is not None:
         raise UserError("an adapter alone needs no export: give --merge to merge it into the model")

@@ -126,9 +126,9 @@ class ModelParts:
         for matrices in self.experts:
             matrices.stack = replace(matrices.stack, weight=sources[matrices.stack.name])
         if self.head is not None:
-            local = _local(sources, self.head.name)
-            self.head.binding.read_as(local)
-            head = replace(self.head, layouts=_head_layouts(local, self.head.starts, self.head.tile_vocab))
+            of_head = _local(sources, self.head.name)
+            self.head.binding.read_as(of_head)
+            head = replace(self.head, layouts=_head_layouts(of_head, self.head.starts, self.head.tile_vocab))
         return replace(
             self,
             checkpoint=checkpoint,
