@@ -11,6 +11,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -247,6 +248,7 @@ def _from_index(directory: Path, index_name: str) -> Checkpoint:
     return Checkpoint(directory, tuple(directory / name for name in shards), tensors, found, lost)
 
 
+@cache  # an index names the same few files for every tensor
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
