@@ -64,12 +64,12 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     ) + block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
 
 
-def process_as_it_is(device: Device, dtype: torch.dtype, adapter_bytes: int, micro_batches: int) -> Needs:
+def process_as_it_is(device: Device, parts: ModelParts, adapter_bytes: int, micro_batches: int) -> Needs:
     """The process now, less its adapters, which move into the arena; and what it comes to hold that no batch is asked for."""
     trim_malloc()
     # fp32 products go through MKL, which compiles nothing.
-    compiles = device.traits.computes_on_host and dtype != torch.float32
-    code_bytes = shapes_to_keep(micro_batches) * BYTES_PER_SHAPE if compiles else 0
+    compiles = device.traits.computes_on_host and parts.dtype != torch.float32
+    code_bytes = shapes_to_keep(micro_batches, bool(parts.experts)) * BYTES_PER_SHAPE if compiles else 0
     return process_needs(device, max(0, host_bytes() - adapter_bytes), code_bytes)
 
 

@@ -109,7 +109,7 @@ class Planner:
         batch = measure_batch(parts, session.model, shape, session.setup.gradient_names)
         own, streamed = session.setup.needs(session, batch, Streamed.of(parts, session.on_device))
         adapter_bytes = sum(p.nbytes for p in session.trainable)
-        process = process_as_it_is(session.device, parts.dtype, adapter_bytes, shape.micro_batches)
+        process = process_as_it_is(session.device, parts, adapter_bytes, shape.micro_batches)
         slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead, engine.expert_slots)
         if session.setup.uses_of_weights(parts, shape) > 1:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)

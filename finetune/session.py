@@ -158,7 +158,7 @@ class Session:
         make_loss: what a step makes small.
         """
         plan = planned.plan
-        keep_shapes(shapes_to_keep(planned.shape.micro_batches))
+        keep_shapes(shapes_to_keep(planned.shape.micro_batches, bool(self.parts.experts)))
         if plan.arena_bytes:
             self.arena = install_arena(plan.arena_bytes) or None
             # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.

@@ -14,9 +14,10 @@ SHAPES_PER_MICRO_BATCH = 16  # products of unlike shapes that a block and the he
 MAX_SHAPES = 64
 
 
-def shapes_to_keep(micro_batches: int) -> int:
-    """Enough for the micro-batches of a step, which cross a block one after the other; at most `MAX_SHAPES`."""
-    return min(MAX_SHAPES, SHAPES_PER_MICRO_BATCH * micro_batches)
+def shapes_to_keep(micro_batches: int, experts: bool) -> int:
+    """Enough for the micro-batches of a step, which cross a block one after the other; at most `MAX_SHAPES`. experts: whether
+    each multiplies as many tokens as have chosen it, so that shapes are many."""
+    return MAX_SHAPES if experts else min(MAX_SHAPES, SHAPES_PER_MICRO_BATCH * micro_batches)
 
 
 def keep_shapes(shapes: int) -> None:

@@ -53,4 +53,5 @@ def test_memory_is_bounded():
 
 
 def test_how_many_are_kept():
-    assert [shapes_to_keep(n) for n in (1, 2, 4, 100)] == [16, 32, 64, MAX_SHAPES]
+    assert [shapes_to_keep(n, experts=False) for n in (1, 2, 4, 100)] == [16, 32, 64, MAX_SHAPES]
+    assert shapes_to_keep(1, experts=True) == MAX_SHAPES

@@ -229,11 +229,8 @@ def _from_index(directory: Path, index_name: str) -> Checkpoint:
         raise CheckpointError(f"{index_path}: can't be read: {error.strerror}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: expected an object 'weight_map', tensors to files: download it again")
-    inside: set[str] = set()
     for tensor, name in weight_map.items():
-        if isinstance(name, str) and (name in inside or _stays_inside(name)):
-            inside.add(name)
-        else:
+        if not isinstance(name, str) or not _stays_inside(name):
             raise CheckpointError(
                 f"{index_path}: tensor '{tensor}' is said to be in {name!r:.120}, expected a file of the directory"
             )
