@@ -31,7 +31,6 @@ from finetune.runs.prompts import as_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
-from offload.sizing.needs import HOST_BLOCKS, HOST_HEAD
 from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
@@ -171,12 +170,7 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
     limit = min(micro_batches, limit)
     planned = best
     while True:
-        parts, plan = planned.parts, planned.plan
-        resident = plan.slots[HOST_BLOCKS].resident
-        streamed = sum(layout.num_bytes for i, layout in enumerate(parts.layouts) if i not in resident)
-        if parts.head is not None and len(parts.head.layouts) > plan.count(HOST_HEAD):
-            streamed += sum(layout.num_bytes for layout in parts.head.layouts)
-        reading = streamed * -(-micro_batches // lanes)
+        reading = planned.read_bytes * -(-micro_batches // lanes)
         if reading < least:
             best, least = planned, reading
         if lanes >= limit or not reading:

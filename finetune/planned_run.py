@@ -142,7 +142,7 @@ class PlannedRun:
             + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
             f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; block inputs "
             + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
-            + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self._read_bytes)}",
+            + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self.read_bytes)}",
         ]
         if self.base_words:
             lines.insert(1, self.base_words)
@@ -206,8 +206,8 @@ class PlannedRun:
         return run.predict_step(rates, forward, [seconds * (1 if stays else 2) for seconds in forward])
 
     @property
-    def _read_bytes(self) -> int:
-        """Of weights, in a step, at most."""
+    def read_bytes(self) -> int:
+        """Of weights, in a step: at most, but of experts about."""
         resident, streamed = self.plan.slots[HOST_BLOCKS].resident, self.streamed
         passes = 2 if self.shape.train else 1
         read_bytes = passes * sum(size for i, size in enumerate(streamed.block_bytes) if i not in resident)
