@@ -138,8 +138,11 @@ def test_one_pass_computes_a_row_once_where_candidates_are_single_tokens(model, 
     assert 23 < sum(sequences) < 3 * 23  # the first and the third share a row, where one of them is right or not
 
 
-def test_lanes_share_a_pass_when_nothing_is_resident(tmp_path):
-    model = write_model("llama", tmp_path / "model")
+@pytest.mark.parametrize(
+    "kind, few", [("llama", {"resident_blocks": 0}), ("mixtral", {"expert_slots": 4})]
+)
+def test_lanes_share_a_pass_when_nothing_is_resident(kind, few, tmp_path):
+    model = write_model(kind, tmp_path / "model")
     blocks = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 2  # more than half is blocks
 
     def run(**engine) -> tuple[dict, int]:
@@ -155,7 +158,7 @@ def test_lanes_share_a_pass_when_nothing_is_resident(tmp_path):
         finally:
             session.close()
 
-    streaming, read = run(resident_blocks=0)
+    streaming, read = run(**few)
     resident, _ = run()
     assert streaming == resident  # also bit for bit
     assert read < 3 * blocks  # one pass for all, and what is prefetched for a next one

@@ -26,6 +26,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 CONFIGS = {
     "llama": tf.LlamaConfig(**_TEXT, **_HEADS, **_IDS, max_position_embeddings=256),
+    "mixtral": tf.MixtralConfig(**_TEXT, **_HEADS, **_IDS, num_local_experts=4, num_experts_per_tok=2),
     "gpt2": tf.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=40, n_layer=3, n_head=4, **_IDS),
     "gemma2": tf.Gemma2Config(**_TEXT, **_HEADS, **_IDS, sliding_window=6, final_logit_softcapping=3.0),
 }
