@@ -113,7 +113,7 @@ class Trainer:
                 shape = make_objective(config, session, tensors).shape(session)
             planned = session.plan(shape, elsewhere=True)
             # What only CPUs decode, and only adapters are trained over.
-            can_be_compressed = config.adapter is not None and config.quantize is None and session.device.kind == "cpu"
+            can_be_compressed = config.adapter is not None and config.quantize is None and not session.on_device
             return replace(
                 planned,
                 rates=session.base.rates or try_rates(session.parts, session.device),

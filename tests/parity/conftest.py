@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models, also where th
 
 import pytest
 import torch
-from tiny_models import image_rows, save_tiny, token_data
+from tiny_models import CONFIGS, image_rows, save_tiny, token_data
 
 import finetune.trainer
 import offload.step.activations
@@ -17,13 +17,14 @@ from finetune.data import TokenDataset
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
-    """Folder of the tiny checkpoint of a name and stored dtype, made once."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    """Folder of the tiny checkpoint of a name and stored dtype, made once for each configuration that tests give the name."""
+    made: dict[tuple[str, torch.dtype, str], Path] = {}
 
     def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = save_tiny(name, tmp_path_factory.mktemp(name), dtype)
-        return made[name, dtype]
+        key = name, dtype, CONFIGS[name]().to_json_string(use_diff=False)
+        if key not in made:
+            made[key] = save_tiny(name, tmp_path_factory.mktemp(name), dtype)
+        return made[key]
 
     return get
 
