@@ -99,9 +99,9 @@ class StreamedExperts:
             tier.close()
 
     def _guess(self, block: int) -> list[tuple[int, Iterable[int]]]:
-        """See [Note: experts ahead]."""
+        """See [Note: experts ahead]; of stacks with slots to spare."""
         known = self._use.goes_back(block)
-        stacks = self._of_block.get(block, ())
+        stacks = [stack for stack in self._of_block.get(block, ()) if self._tier_of[stack].lookahead]
         return [(stack, self._chosen[stack] if known else self._use.likely(stack)) for stack in stacks]
 
     def _fetch(self, wanted: Sequence[tuple[int, Iterable[int]]]) -> None:
