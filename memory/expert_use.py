@@ -23,18 +23,18 @@ class ExpertUse:
         self._visits = [0] * len(blocks)
         self._places: dict[int, list[int]] = {}
         self._order: Sequence[int] = ()
-        self._at = 0
+        self._at = -1
         self._met: dict[int, int] = {}
 
     def begin(self, order: Sequence[int]) -> None:
         """order: blocks as they will be visited."""
-        self._order, self._at, self._places, self._met = order, 0, {}, {}
+        self._order, self._at, self._places, self._met = order, -1, {}, {}
         for place, block in enumerate(order):
             self._places.setdefault(block, []).append(place)
 
     def visit(self, block: int) -> None:
         """The visit of a block begins."""
-        self._at = self._next(block, self._at)
+        self._at = self._next(block, self._at + 1)
         self._met[block] = self._met.get(block, 0) + 1
 
     def goes_back(self, block: int) -> bool:

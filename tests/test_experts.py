@@ -56,7 +56,9 @@ def test_only_a_backward_pass_goes_back():
     use.visit(0)
     assert use.goes_back(0) and not use.goes_back(1)
     use.visit(1)
+    assert use.next_block == 1, "the last block is the first of the backward pass"
     use.visit(1)
+    assert use.next_block == 0
     use.visit(0)
     assert not use.goes_back(0) and use.next_block == 0
 
