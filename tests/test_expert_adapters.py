@@ -14,10 +14,10 @@ import transformers as tf
 from mixtures import MIXTURES
 from peft import PeftModel
 from safetensors.torch import save_file
+from text_models import StopAfter
 from text_models import make_config as text_config
 from tiny_models import VOCAB, aligned_copies, assert_same_bits, make_config, streamed_run, token_data
 from torch.nn import functional
-from transformers import TrainerCallback
 
 import finetune.trainer
 from finetune.data import Example, TokenDataset
@@ -37,15 +37,6 @@ ADAPTERS = {
     "a router as a parameter": ("granite-moe", {"target_modules": [], "target_parameters": [*STACKS, "router.weight"]}),
     "whole routers": ("deepseek-v3", {"target_modules": ["o_proj"], "extra": {"modules_to_save": ["mlp.gate"]}}),
 }
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-        return control
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ linear layers of their own, each packed by itself. Every part is decoded as its 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,9 +67,9 @@ class _Assembled(StoredWeight):
         for index, part in enumerate(self.parts):
             yield part, part.take(stored, str(index))
 
+    @abstractmethod
     def _targets(self, numbers: Tensor) -> Iterable[Tensor]:
         """Where the numbers of each part go."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
