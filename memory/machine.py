@@ -32,10 +32,11 @@ class Drive(_Part):
     name: str = ""
     """What a person calls it: a device, or a directory on it."""
     read_bytes_per_second: Rate
-    write_bytes_per_second: Rate
-    read_while_writing_bytes_per_second: Rate
+    write_bytes_per_second: Rate | None = None
+    """None: not measured, as nothing is written there."""
+    read_while_writing_bytes_per_second: Rate | None = None
     """When as many bytes are written at the same time."""
-    write_while_reading_bytes_per_second: Rate
+    write_while_reading_bytes_per_second: Rate | None = None
     """When as many bytes are read at the same time."""
     request_seconds: Seconds = 0.0
     """From submitting one small read to having it, with nothing else under way."""
@@ -127,7 +128,7 @@ class Host(_Part):
     threads: Size
     """That computed when it was measured."""
     memory_bytes: Size
-    """Of the machine, or what its memory cgroup allows."""
+    """Of the machine, whatever a memory cgroup allows."""
     copy_bytes_per_second: Rate
     """Of bytes copied from memory to memory: each is read once and written once."""
     compute: ComputeRates
