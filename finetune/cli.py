@@ -20,6 +20,7 @@ import typer
 
 from finetune.cli_options import KEYS, OTHER, with_options
 from finetune.runs.signals import ignore_signals, take_signals
+from memory.device_kinds import DEVICE_WORDS
 from memory.errors import UserError
 
 if TYPE_CHECKING:
@@ -272,6 +273,30 @@ def compress(
         f"{target}: {found.weights} weights compressed, {format_bytes(found.plain_bytes)} are now "
         f"{format_bytes(found.num_bytes)} ({found.num_bytes / found.plain_bytes:.1%})"
     )
+
+
+@_command(..., "debug")
+def bench(
+    directory: Annotated[
+        str, typer.Option("--output", help="Directory whose drive is measured: that of runs. Nothing stays in it.")
+    ] = "out",
+    model_directory: Annotated[
+        str | None, typer.Option("--model", help="Model directory or hub id, where that is on another drive.")
+    ] = None,
+    device_kind: Annotated[str, typer.Option("--device", help=f"Device to measure: {', '.join(DEVICE_WORDS)}.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OTHER)] = False,
+) -> None:
+    """Measure what this machine does in a second: drives, products, decoders, copies. Takes less than a minute."""
+    with _no_garbage_search():
+        from finetune.bench import bench as measure
+        from finetune.bench import describe
+        from finetune.reporting.report import to_json
+
+    found = measure(directory, model_directory, device_kind, lambda words: typer.echo(f"measuring {words}", err=True))
+    if as_json:
+        typer.echo(to_json({"kept": found.path, "machine": found.profile.model_dump(mode="json")}))
+    else:
+        typer.echo(describe(found))
 
 
 @_command(..., "debug")

@@ -33,7 +33,7 @@ def imported_roots(source: str) -> set[str]:
 
 
 ROOMS = [
-    {"adapters", "config", "data", "reporting"},
+    {"adapters", "config", "data", "machines", "reporting"},
     {"runs"},
     {"quantization"},
     {"needs_of_model", "planned_run", "planner", "session", "setup"},
@@ -41,7 +41,7 @@ ROOMS = [
     {"objectives"},
     {"methods"},
     {"training"},
-    {"compress", "evaluate", "export", "generate", "merge", "trainer"},
+    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "trainer"},
     {"cli", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""

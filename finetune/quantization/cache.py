@@ -19,6 +19,7 @@ from memory.errors import UserError
 from offload.files.checkpoint import read_checkpoint
 from offload.files.lock import lock
 from offload.files.sealed import unseal
+from offload.files.user_cache import user_cache
 from offload.weights.digest import model_digest
 
 FORMAT = 1
@@ -42,8 +43,7 @@ class CachedModel:
 
 def cache_home() -> Path:
     """Where quantised models are kept unless the user names a place."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "finetune" / "quantized"
+    return user_cache() / "quantized"
 
 
 def cached_models(cache: Path) -> list[CachedModel]:
