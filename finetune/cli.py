@@ -300,6 +300,31 @@ def bench(
 
 
 @_command(..., "debug")
+def doctor(
+    directory: Annotated[str, typer.Option("--output", help="Directory of runs, to be looked at too.")] = "out",
+    model_directory: Annotated[
+        str | None, typer.Option("--model", help="Model directory, .gguf file or hub id, to be looked at too.")
+    ] = None,
+) -> None:
+    """Look for what would stop a run on this machine or slow it down, and say what to do about it.
+
+    Exit code 1 if something will not work.
+    """
+    from pathlib import Path
+
+    from finetune.doctor.diagnosis import diagnose
+    from finetune.doctor.findings import FAULT
+
+    has_faults = False
+    with _no_garbage_search():
+        for finding in diagnose(Path(directory), model_directory):
+            typer.echo(finding)
+            has_faults = has_faults or finding.level == FAULT
+    if has_faults:
+        raise typer.Exit(1)
+
+
+@_command(..., "debug")
 def cache(
     action: Annotated[str, typer.Argument(help="list or remove.")] = "list",
     names: Annotated[list[str] | None, typer.Argument(help="What is removed, as it is listed.")] = None,
