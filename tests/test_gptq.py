@@ -61,7 +61,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("bits, outputs, inputs", [(2, 48, 80), (3, 96, 160), (4, 72, 40), (8, 20, 84)])
+@pytest.mark.parametrize("bits, outputs, inputs", [(2, 48, 80), (3, 96, 160), (4, 72, 40), (4, 24, 8), (8, 20, 84)])
 def test_numbers_are_those_of_the_published_format(bits, outputs, inputs, native, tmp_path, monkeypatch):
     """Odd shapes, short last groups, groups of any size, with what says which input is in which and without."""
     if not native:

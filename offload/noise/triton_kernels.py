@@ -15,14 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from offload.devices.triton_rounding import rounded
+from offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 from offload.noise.noise import ROUNDINGS, Group, Parameter, Target
 
 TILE = 2048
 _RADEMACHER, _GAUSSIAN = 0, 1
 _EXACT, _NEAREST, _STOCHASTIC = range(len(ROUNDINGS))
 _ANGLE = tl.constexpr(float.fromhex("0x1.921fb6p-32"))  # a quarter turn in units of 2^-30
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @triton.jit
@@ -98,10 +97,7 @@ def _rounded_at_random(theta, words, SPANS: tl.constexpr):
 @triton.jit
 def _put(to, mask, theta, z, coefficient):
     """A coefficient of 0 is theta itself, also where it is a negative zero."""
-    moved = tl.where(coefficient == 0.0, theta, theta + coefficient * z)
-    if to.dtype.element_ty == tl.bfloat16:
-        moved = rounded(moved, 1)
-    tl.store(to, moved.to(to.dtype.element_ty), mask)
+    put(to, tl.where(coefficient == 0.0, theta, theta + coefficient * z), mask)
 
 
 # Kernels take pointers and numbers, no structures: hence the many arguments, which `move` and `_pending_on` put together.
@@ -186,8 +182,8 @@ def move(
         targets[0].tensor, targets[-1].tensor,
         torch.tensor([_signed(t.seed) for t in targets], dtype=torch.int64, device=device),
         torch.tensor([t.coefficient for t in targets], dtype=torch.float32, device=device),
-        KIND=_GAUSSIAN if kind == "gaussian" else _RADEMACHER, ROUNDED_TO=_DTYPES[parameter.stored_dtype], TARGETS=len(targets),
-        SAME_NOISE=targets[0].seed == targets[-1].seed, TILE=TILE, enable_fp_fusion=False,
+        KIND=_GAUSSIAN if kind == "gaussian" else _RADEMACHER, ROUNDED_TO=ROUNDED_TO[parameter.stored_dtype],
+        TARGETS=len(targets), SAME_NOISE=targets[0].seed == targets[-1].seed, TILE=TILE, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -166,14 +166,14 @@ class Packed4Bit(StoredWeight):
             done += out.numel()
 
     def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        from offload.weights.formats import triton_kernels
+        from offload.weights.formats import triton_pairs
 
         state, nested, done = self.state, None, 0
         if state.nested_offset is not None:
             nested = (stored["nested_absmax"], stored["nested_map"], state.nested_block_size, state.nested_offset)
         for span in self.spans:
             out = numbers[done : done + span.stop - span.start]
-            triton_kernels.codes_4bit(
+            triton_pairs.decode(
                 stored["packed"], _codes(state.quant_type, numbers.device), (stored["absmax"], state.block_size), nested,
                 out, span, state.dtype,
             )  # fmt: skip
@@ -272,9 +272,10 @@ class Packed8Bit(StoredWeight):
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         kernels = kernels_for(numbers)
         if kernels == "triton":
-            from offload.weights.formats import triton_kernels
+            from offload.weights.formats import triton_scaled
 
-            triton_kernels.rows_int8(stored["packed"], stored["scales"], _PER_STEP, numbers)
+            scales = triton_scaled.Scales(stored["scales"][:, None], self.shape[1])
+            triton_scaled.decode(triton_scaled.Codes(stored["packed"], "int8"), scales, numbers, factor=_PER_STEP)
         elif kernels == "native":
             codes = native_kernels.Codes("int8", stored["packed"])
             scales = native_kernels.Scales(stored["scales"], columns=self.shape[1])

@@ -26,13 +26,7 @@ from offload.weights.formats import native_kernels
 from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.compressed_tensors_config import Scheme, check_section, is_compressed_tensors, schemes_of
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import (
-    RowSpan,
-    cut_scales,
-    native_scales,
-    scale_columns,
-    scales_of_rows,
-)
+from offload.weights.formats.scaled import RowSpan, are_first, cut_scales, scale_columns, scales_here, scales_of_rows
 from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
 
 _PARTS = {
@@ -150,15 +144,45 @@ class CompressedTensor(StoredWeight):
         )
 
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        codes = self._native_codes(stored["packed"])
+        kernels = kernels_for(numbers)
+        codes = self._native_codes(stored["packed"]) if kernels == "native" else None
         if codes is not None:
-            scales = native_scales(stored["scales"], self.spans, *self.block)
-            if self.zero_points:
-                of_rows = scales_of_rows(stored["scales"], self.spans, self.block[0])
-                zeros = self._zeros(stored["zero_points"]).float().contiguous()
-                scales = native_kernels.Scales(of_rows, self.block[1], zeros=zeros)
-            native_kernels.decode(codes, scales, numbers, rounded=scales.data.dtype)
-            return
+            self._decode_natively(codes, stored, numbers)
+        elif kernels == "triton":
+            self._decode_on_accelerator(stored, numbers)
+        else:
+            self._decode_rows(stored, numbers)
+
+    def _decode_natively(self, codes: native_kernels.Codes, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        if self.zero_points:
+            of_rows = scales_of_rows(stored["scales"], self.spans, self.block[0])
+            zeros = self._zeros(stored["zero_points"]).float().contiguous()
+            scales = native_kernels.Scales(of_rows, self.block[1], zeros=zeros)
+        else:
+            of_rows, height = scales_here(stored["scales"], self.spans, self.block[0])
+            scales = native_kernels.Scales(of_rows, self.block[1], height)
+        native_kernels.decode(codes, scales, numbers, rounded=of_rows.dtype)
+
+    def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        from offload.weights.formats import triton_scaled
+
+        packed, bits, zeros, form = stored["packed"], self.scheme.num_bits, stored.get("zero_points"), "none"
+        if self.scheme.is_packed:
+            codes = triton_scaled.Codes(packed, "columns", bits, less=1 << bits - 1)
+        elif self.scheme.is_float:
+            codes = triton_scaled.Codes(packed.view(torch.uint8), "e4m3")
+        else:
+            codes = triton_scaled.Codes(packed, "int8")
+        of_rows, height = scales_here(stored["scales"], self.spans, self.block[0])
+        if zeros is not None:
+            form = "words" if _are_packed(self.scheme) and are_first(self.spans) else "plain"
+            zeros = zeros if are_first(self.spans) else self._zeros(zeros)
+            zeros = zeros if form == "words" else zeros.to(of_rows.dtype)
+        scales = triton_scaled.Scales(of_rows, self.block[1], height, zeros, form, stored.get("groups"))
+        triton_scaled.decode(codes, scales, numbers, of_rows.dtype)
+
+    def _decode_rows(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        """The same by PyTorch's operations."""
         scales = scales_of_rows(stored["scales"], self.spans, self.block[0])
         zeros = self._zeros(stored["zero_points"]).to(scales.dtype) if self.zero_points else None
         width = self.block[1]
@@ -172,7 +196,7 @@ class CompressedTensor(StoredWeight):
 
     def _native_codes(self, packed: Tensor) -> native_kernels.Codes | None:
         """What a native decoder knows: numbers of 8 bits by themselves, and 4 in whole words."""
-        if kernels_for(packed) != "native" or self.groups:
+        if self.groups:
             return None
         if not self.scheme.is_packed:
             if self.zero_points:

@@ -25,13 +25,7 @@ from offload.files.checkpoint import CheckpointError, TensorEntry
 from offload.weights.formats import native_kernels
 from offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import (
-    RowSpan,
-    cut_scales,
-    native_scales,
-    scale_columns,
-    scales_of_rows,
-)
+from offload.weights.formats.scaled import RowSpan, cut_scales, scale_columns, scales_here, scales_of_rows
 from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape
 
 _SCALES = {"scales": ".weight_scale_inv", "one scale": ".weight_scale"}
@@ -97,21 +91,29 @@ class BlockFP8(StoredWeight):
         return replace(self, packed=self.packed.rows(ranges), scales=self.scales.rows(of_scales), spans=spans)
 
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        scales = stored["scales"]
-        scales = (scales.float() - 127).exp2_() if scales.dtype == torch.uint8 else scales.float()
+        scales, (height, width) = stored["scales"], self.block
+        if scales.dtype.itemsize == 1:
+            scales = _powers(scales) if scales.dtype == torch.uint8 else scales.float()
         kernels = kernels_for(numbers)
+        if kernels is None:
+            scales = scales_of_rows(scales.float(), self.spans, height)
+            for rows in pieces(0, self.shape[0], numbers.device):
+                numbers[rows] = scale_columns(stored["packed"][rows].float(), scales[rows], width)
+            return
+        scales, height = scales_here(scales, self.spans, height)
         if kernels == "native":
-            of_blocks = native_scales(scales, self.spans, *self.block)
-            native_kernels.decode(native_kernels.Codes("float8_e4m3fn", stored["packed"]), of_blocks, numbers)
-            return
-        scales = scales_of_rows(scales, self.spans, self.block[0])
-        if kernels == "triton":
-            from offload.weights.formats import triton_kernels
+            codes = native_kernels.Codes("float8_e4m3fn", stored["packed"])
+            native_kernels.decode(codes, native_kernels.Scales(scales, width, height), numbers)
+        else:
+            from offload.weights.formats import triton_scaled
 
-            triton_kernels.rows_e4m3(stored["packed"], scales.contiguous(), self.block[1], numbers)
-            return
-        for rows in pieces(0, self.shape[0], numbers.device):
-            numbers[rows] = scale_columns(stored["packed"][rows].float(), scales[rows], self.block[1])
+            codes = triton_scaled.Codes(stored["packed"].view(torch.uint8), "e4m3")
+            triton_scaled.decode(codes, triton_scaled.Scales(scales, width, height), numbers)
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """2^(byte - 127) of every byte, fp32; of 255 it is infinite."""
+    return (exponents.int() << 23).clamp_(min=1 << 22).view(torch.float32)
 
 
 def _block(

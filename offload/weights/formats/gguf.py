@@ -109,8 +109,14 @@ class GgufTensor(StoredWeight):
             numbers.copy_(rows.float() + self.shift if self.shift else rows)
             return
         decode, columns = DECODERS[self.block_type], self.shape[1]
-        if kernels_for(numbers) == "native":
+        kernels = kernels_for(numbers)
+        if kernels == "native":
             native_kernels.decode_blocks(self.block_type, rows, numbers)
+            return
+        if kernels == "triton":
+            from offload.weights.formats import triton_gguf
+
+            triton_gguf.decode(self.block_type, rows, numbers)
             return
         blocks = columns // BLOCKS[self.block_type].elements
         for some in pieces(0, self.shape[0], numbers.device):

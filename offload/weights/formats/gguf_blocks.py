@@ -120,7 +120,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
     scale, codes = _parts(blocks, 2)
-    return _iq4_table(blocks.device)[_fields(codes.contiguous(), 4, 16).int()].mul_(_half(scale))
+    return iq4_table(blocks.device)[_fields(codes.contiguous(), 4, 16).int()].mul_(_half(scale))
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
@@ -128,11 +128,12 @@ def _iq4_xs(blocks: Tensor) -> Tensor:
     low_scales = torch.stack([low & 15, low >> 4], 2).view(-1, 8)
     high_scales = torch.stack([(high >> shift) & 3 for shift in range(0, 8, 2)], 2).view(-1, 8)
     scales = (low_scales | (high_scales << 4)).float().sub_(32).mul_(_half(scale))
-    return _scaled(_iq4_table(blocks.device)[_fields(codes.contiguous(), 4, 16).int()], scales)
+    return _scaled(iq4_table(blocks.device)[_fields(codes.contiguous(), 4, 16).int()], scales)
 
 
 @cache
-def _iq4_table(device: torch.device) -> Tensor:
+def iq4_table(device: torch.device) -> Tensor:
+    """The number of every code of the IQ4 types, fp32 [16]."""
     return torch.tensor(_IQ4_CODES, dtype=torch.float32, device="cpu").to(device)
 
 

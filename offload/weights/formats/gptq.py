@@ -40,6 +40,10 @@ class PackedGptq(GroupedWeight):
     zeros_less_one: bool
     """See [Note: GPTQ's zero points]."""
 
+    @property
+    def zeros_form(self) -> str:
+        return "less one" if self.zeros_less_one else "words"
+
     @classmethod
     def find(
         cls, entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None

@@ -38,6 +38,8 @@ class GroupedWeight(StoredWeight):
     layers = (nn.Linear,)
     has_words_of_inputs: ClassVar[bool] = False
     """Whether a word of `codes` holds neighbouring inputs of one output."""
+    zeros_form = "words"
+    """Of zero points, as accelerators' decoder has it."""
 
     codes: PlainTensor
     """int32, with an input or a word of inputs a row."""
@@ -93,8 +95,12 @@ class GroupedWeight(StoredWeight):
         )
 
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        kernels = kernels_for(numbers)
+        if kernels == "triton":
+            self._decode_on_accelerator(stored, numbers)
+            return
         is_native = self.bits < 8 and self.groups is None  # differences are int8
-        decode = self._decode_natively if is_native and kernels_for(numbers) == "native" else self._decode_rows
+        decode = self._decode_natively if is_native and kernels == "native" else self._decode_rows
         zeros, scales = self._zero_points(stored["zeros"]), stored["scales"]
         done = 0
         for first, end in self.spans:
@@ -104,11 +110,25 @@ class GroupedWeight(StoredWeight):
                 decode(stored, start, stop, *of_groups, numbers[done : done + stop - start])
                 done += stop - start
 
+    def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
+        from offload.weights.formats import triton_scaled
+
+        codes = triton_scaled.Codes(stored["codes"].t(), "columns" if self.has_words_of_inputs else "rows", self.bits)
+        scales = triton_scaled.Scales(
+            stored["scales"].t(), self.group_size, zeros=stored["zeros"].t(), zeros_form=self.zeros_form,
+            groups=stored.get("groups"),
+        )  # fmt: skip
+        done = 0
+        for start, stop in self.spans:
+            out = numbers[done : done + stop - start]
+            triton_scaled.decode(codes, scales, out, stored["scales"].dtype, first=start)
+            done += stop - start
+
     def _decode_natively(self, stored, start: int, stop: int, zeros: Tensor, scales: Tensor, numbers: Tensor) -> None:
         """Outputs [start, stop) of those that are stored here. zeros, scales: [rows, groups]."""
         of_groups = native_kernels.Scales(scales.contiguous(), self.group_size)
         if self.bits == 4 and self.has_words_of_inputs:
-            words = stored["codes"][:, start:stop].t().contiguous()
+            words = stored["codes"][:, start:stop].t().clone(memory_format=torch.contiguous_format)
             codes = native_kernels.Codes("four_bit_low", words.view(torch.uint8), tuple(range(16)))
             of_groups = of_groups._replace(zeros=zeros.float().contiguous())
         else:
@@ -187,7 +207,7 @@ def per_words(bits: int) -> int:
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Integers of `bits` bits, the lowest bits of a word first: int32 [rows, words] -> int8 (int16 of 8 bits) [rows, n].
     Those of 3 bits go on in the next word."""
-    data = words.contiguous().view(torch.uint8)
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # also of one row, whatever its strides
     if bits == 8:
         return data.to(torch.int16)
     if bits == 3:  # eight in three bytes

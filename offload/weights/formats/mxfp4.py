@@ -74,6 +74,13 @@ class MXFP4Experts(StoredWeight):
 
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         blocks, scales = stored["blocks"], stored["scales"]
+        if kernels_for(numbers) == "triton":
+            from offload.weights.formats import triton_scaled
+
+            for words, exponents, target in zip(blocks.flatten(2).view(torch.int32), scales, numbers, strict=True):
+                of_blocks = triton_scaled.Scales(exponents, _BLOCK)
+                triton_scaled.decode(triton_scaled.Codes(words, "e2m1", 4), of_blocks, target.t())
+            return
         matrix = torch.empty(self.shape[:0:-1], dtype=numbers.dtype, device=blocks.device)
         for expert, target in enumerate(numbers):
             powers = _powers(blocks.device)[scales[expert].int()]

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload.weights.formats.native_kernels import Scales
-
 
 class RowSpan(NamedTuple):
     """Rows [start, stop) of a whole matrix that are here."""
@@ -42,11 +40,14 @@ def scales_of_rows(scales: Tensor, spans: Sequence[RowSpan], height: int) -> Ten
     return scales[torch.cat(runs)]
 
 
-def native_scales(scales: Tensor, spans: Sequence[RowSpan], height: int, width: int) -> Scales:
-    """The grid as native decoders take it."""
-    if len(spans) == 1 and spans[0].start == spans[0].shift == 0:
-        return Scales(scales, width, height)
-    return Scales(scales_of_rows(scales, spans, height), width)
+def are_first(spans: Sequence[RowSpan]) -> bool:
+    """Whether the rows are the matrix's first ones, or all."""
+    return len(spans) == 1 and spans[0].start == spans[0].shift == 0
+
+
+def scales_here(scales: Tensor, spans: Sequence[RowSpan], height: int) -> tuple[Tensor, int]:
+    """A grid of the rows that are here, and how many of them have one of its rows."""
+    return (scales, height) if are_first(spans) else (scales_of_rows(scales, spans, height), 1)
 
 
 def scale_columns(
