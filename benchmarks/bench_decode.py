@@ -6,6 +6,9 @@ A matrix larger than the caches is decoded a strip of rows at a time, again and 
 allocated once, as the tensor arena does it. Each strip is timed, so that what else runs on the machine disturbs few of them: on
 one thread by the time that it had the core, on all threads by the clock. Printed: billions of weights a second, the median and
 the best. `copy` reads and writes the bytes of the target.
+
+Where there is an accelerator, it decodes whole matrices of every format there instead, by our kernels and by PyTorch's
+operations. Printed: billions of weights a second, the median, and how many bytes that reads and writes; `copy` as above.
 """
 
 from __future__ import annotations
@@ -14,12 +17,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from typing import NamedTuple
 
 import torch
 
+from memory.device_kinds import DEVICE_KINDS
+from offload.devices import Device, choose_device
+from offload.files.gguf_file import BLOCKS
+from offload.rates.decoders import SAMPLES, filled, measure_decoder
+from offload.rates.timing import seconds_of
+from offload.weights.formats import PlainTensor
 from offload.weights.formats.bitsandbytes import CODES
+from offload.weights.formats.gguf import GgufTensor
+from offload.weights.formats.gguf_blocks import DECODERS
 from offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Scales, decode
 
 FORMATS = ("NF4", "int8", "FP8 e4m3", "FP8 e5m2", "bfloat16", "float16")
@@ -82,6 +94,27 @@ def cases(rows: int, columns: int) -> Iterator[Case]:
             yield Case(f"{form} to {name}", kernel, torchs)
 
 
+def on_accelerator(device: Device, rows: int, columns: int, seconds: float) -> None:
+    traits = DEVICE_KINDS[device.kind]
+    forms = [form for form in SAMPLES if form not in (PlainTensor, GgufTensor) and not form.needs_host]
+    samples = {form.word: SAMPLES[form](rows, columns) for form in forms}
+    for word in DECODERS:
+        row_bytes = columns // BLOCKS[word].elements * BLOCKS[word].num_bytes
+        samples[f"GGUF {word}"] = filled(GgufTensor(PlainTensor(torch.uint8, (rows, row_bytes), ()), (rows, columns), word))
+    for dtype in (torch.bfloat16, torch.float32):
+        source = torch.ones(rows, columns, dtype=dtype, device=device.torch_device)
+        target = torch.empty_like(source)
+        rate = 2 * source.nbytes / seconds_of(lambda to=target, x=source: to.copy_(x), device, seconds)
+        print(f"to {dtype}; copy: {rate / 1e9:.0f} GB/s")
+        for name, (weight, stored) in samples.items():
+            ours = measure_decoder(weight, stored, device, dtype, seconds)
+            DEVICE_KINDS[device.kind] = replace(traits, kernels=None)
+            torchs = measure_decoder(weight, stored, device, dtype, seconds)
+            DEVICE_KINDS[device.kind] = traits
+            moved = weight.num_bytes / (rows * columns) + dtype.itemsize
+            print(f"{name:22} {ours / 1e9:7.1f}, {ours * moved / 1e9:5.0f} GB/s  torch {torchs / 1e9:6.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=24576)
@@ -89,6 +122,9 @@ def main() -> None:
     parser.add_argument("--strip", type=int, default=512, help=f"rows decoded at once, a multiple of {BLOCK}")
     parser.add_argument("--seconds", type=float, default=1.0, help="a case")
     arguments = parser.parse_args()
+    if not (device := choose_device("auto")).traits.computes_on_host:
+        on_accelerator(device, arguments.rows, arguments.columns, arguments.seconds)
+        return
     strips = [(start, start + arguments.strip) for start in range(0, arguments.rows, arguments.strip)]
     count = arguments.strip * arguments.columns
 

@@ -49,7 +49,7 @@ def measure_decoder(weight: StoredWeight, stored: Stored, device: Device, dtype:
     return target.numel() / seconds_of(lambda: weight.decode(moved, dtype, target), device, seconds)
 
 
-def _filled(weight: StoredWeight) -> tuple[StoredWeight, Stored]:
+def filled(weight: StoredWeight) -> tuple[StoredWeight, Stored]:
     """With bytes for its tensors."""
     return weight, weight.load(_random)
 
@@ -117,15 +117,15 @@ def _int8(rows: int, columns: int) -> Packed8Bit:
 
 
 SAMPLES: dict[type[StoredWeight], Callable[[int, int], tuple[StoredWeight, Stored]]] = {
-    GgufTensor: lambda *shape: _filled(_gguf(*shape)),
-    Packed4Bit: lambda *shape: _filled(_nf4(*shape)),
-    Packed8Bit: lambda *shape: _filled(_int8(*shape)),
-    BlockFP8: lambda *shape: _filled(_fp8(*shape)),
-    CompressedTensor: lambda *shape: _filled(_compressed(*shape)),
-    PackedGptq: lambda rows, columns: _filled(_grouped(PackedGptq, rows, columns, (columns // 8, rows), True)),
-    PackedAwq: lambda rows, columns: _filled(_grouped(PackedAwq, rows, columns, (columns, rows // 8))),
-    MXFP4Experts: lambda *shape: _filled(_mxfp4(*shape)),
+    GgufTensor: lambda *shape: filled(_gguf(*shape)),
+    Packed4Bit: lambda *shape: filled(_nf4(*shape)),
+    Packed8Bit: lambda *shape: filled(_int8(*shape)),
+    BlockFP8: lambda *shape: filled(_fp8(*shape)),
+    CompressedTensor: lambda *shape: filled(_compressed(*shape)),
+    PackedGptq: lambda rows, columns: filled(_grouped(PackedGptq, rows, columns, (columns // 8, rows), True)),
+    PackedAwq: lambda rows, columns: filled(_grouped(PackedAwq, rows, columns, (columns, rows // 8))),
+    MXFP4Experts: lambda *shape: filled(_mxfp4(*shape)),
     LosslessWeight: _lossless,
-    PlainTensor: lambda *shape: _filled(_plain(torch.bfloat16, *shape)),
+    PlainTensor: lambda *shape: filled(_plain(torch.bfloat16, *shape)),
 }
 """Of every format, a matrix of so many rows and columns that is made up, and its bytes."""
