@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,13 +145,31 @@ def run(config: Config) -> None:
 
 
 @_command(*_RUN)
-def plan(config: Config) -> None:
+def plan(
+    config: Config,
+    limits: Annotated[bool, typer.Option("--limits", help="Also the longest row, largest batch, least memory.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also what a step costs with each method.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Show whether the run fits, what is placed where, and how long a step takes. Nothing is trained."""
     with _no_garbage_search():
+        from finetune.questions import compare_methods, describe_costs, find_limits
+        from finetune.reporting.report import to_json
         from finetune.trainer import Trainer
 
         trainer = Trainer(config)
-    typer.echo(trainer.plan().describe())
+    planned = trainer.plan()
+    fits = find_limits(config, planned) if limits else None
+    costs = compare_methods(config, planned) if compare else None
+    if as_json:
+        found = planned.values | ({} if fits is None else {"limits": asdict(fits)})
+        typer.echo(to_json(found | ({} if costs is None else {"methods": [cost.values for cost in costs]}), indent=2))
+        return
+    typer.echo(planned.describe())
+    if fits is not None:
+        typer.echo(fits.describe())
+    if costs is not None:
+        typer.echo("\n" + describe_costs(costs))
 
 
 @_command(

@@ -64,13 +64,18 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     ) + block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
 
 
-def process_as_it_is(device: Device, parts: ModelParts, adapter_bytes: int, micro_batches: int) -> Needs:
-    """The process now, less its adapters, which move into the arena; and what it comes to hold that no batch is asked for."""
+def process_as_it_is(adapter_bytes: int) -> int:
+    """Bytes of the process now, less its adapters, which move into the arena."""
     trim_malloc()
+    return max(0, host_bytes() - adapter_bytes)
+
+
+def process_of_run(device: Device, parts: ModelParts, process_bytes: int, micro_batches: int) -> Needs:
+    """The process, and what it comes to hold that no batch is asked for."""
     # fp32 products go through MKL, which compiles nothing.
     compiles = device.traits.computes_on_host and parts.dtype != torch.float32
     code_bytes = shapes_to_keep(micro_batches, bool(parts.experts)) * BYTES_PER_SHAPE if compiles else 0
-    return process_needs(device, max(0, host_bytes() - adapter_bytes), code_bytes)
+    return process_needs(device, process_bytes, code_bytes)
 
 
 def adapter_needs(parameters: Sequence[nn.Parameter]) -> Needs:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
 
+from finetune.prediction import predict_compressed, predict_step
 from memory.needs import Needs
 from memory.plan import Plan
-from memory.simulator import StepTime, simulate_step
-from memory.units import format_bytes, format_seconds, round_up
+from memory.units import format_bytes, format_seconds
 from offload.sizing.calibration import NoRates, Rates
 from offload.sizing.compression import Compression
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE, Streamed
+from offload.sizing.needs import ACTIVATIONS, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
+from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
 
 SHORTEST_ROW = 16  # tokens; shorter ones are advised to nobody
+_SERVERS = {"disk": "the disk", "link": "the link to the device", "compute": "compute"}  # of the simulator
 LONE_MASK_PAIRS = 1 << 18
 """Two rows of 362 tokens, 8 of 181: longer ones need not be computed together."""
 
@@ -106,8 +107,9 @@ class StoreSize:
     read_bytes: int  # of masters and state, in a step
     write_bytes: int  # of weights too, in a step
     pieces: int  # that a step updates
+    elements: int  # that a step updates
     trained_share: float  # of the blocks, in a step
-    ends: bool  # whether embedding and head are trained
+    end_share: float  # of what is moved in a step, what belongs to embedding, head and other ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,12 @@ class PlannedRun:
     device_kind: str  # where it computes
     store: StoreSize | None  # where the model's own weights are trained
     variants: int  # of the weights, that a step computes; `shape` counts each micro-batch as often
+    adapter_elements: int  # that are trained by AdamW
     base_words: str = ""  # what is to be said of a model that is quantised here
     budget_words: str = ""  # where the host budget comes from, if not from the user
+    num_steps: int | None = None  # of the run, where it is known
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
+    timing: Timing | None = None  # of visits that were run here
     compression: Compression | None = None  # what `finetune compress` would make of the model, where a run could go over that
 
     @property
@@ -163,47 +168,98 @@ class PlannedRun:
             )
             lines += [f"  {format_bytes(size):>10}  {name}" for name, size in plan.device_parts.items()]
         if self.rates is not None:
-            lines.append(self._seconds_words(self.rates))
+            lines += self._seconds_words(self.rates)
             if self.rates and self.compression is not None:
                 lines.append(self._compression_words(self.rates, self.compression))
         return "\n".join(lines)
 
-    def _seconds_words(self, rates: Rates | NoRates) -> str:
+    @property
+    def process_bytes(self) -> int:
+        """That it counts for the process before anything is opened."""
+        return self.plan.host_parts[PROCESS]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `describe` says, by name, for JSON: sizes in bytes, times in seconds."""
+        plan, blocks = self.plan, self.plan.slots[HOST_BLOCKS]
+        found = {
+            "model": str(self.parts.directory),
+            "model_bytes": self.parts.checkpoint.num_bytes,
+            "dtype": str(self.parts.dtype).removeprefix("torch."),
+            "device": self.device_kind,
+            "micro_batches": self.shape.micro_batches // self.variants,
+            "micro_batch_shape": list(next(iter(self.shape.inputs.values())).shape),
+            "variants": self.variants,
+            "blocks": len(self.parts.blocks),
+            "resident_blocks": blocks.kept,
+            "lookahead": blocks.lookahead,
+            "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
+            "host_peak_bytes": plan.host_peak_bytes,
+            "host_budget_bytes": plan.host_budget_bytes,
+            "host_parts": dict(plan.host_parts),
+            "device_peak_bytes": plan.device_peak_bytes,
+            "device_budget_bytes": plan.device_budget_bytes,
+            "device_parts": dict(plan.device_parts),
+            "store_bytes": None if self.store is None else self.store.num_bytes,
+            "num_steps": self.num_steps,
+        }
+        if not self.rates:
+            return found
+        step = predict_step(self, self.rates, self.timing)
+        return found | {
+            "step_seconds": step.seconds,
+            "stall_seconds": step.stall_seconds,
+            "busy_seconds": step.busy_seconds,
+            "slowest": step.slowest,
+            "tokens_per_second": self.step_tokens / step.seconds,
+            "disk_read_bytes": step.read_bytes,
+            "disk_write_bytes": step.write_bytes,
+            "run_seconds": self.num_steps and self.num_steps * step.seconds,
+        }
+
+    def _seconds_words(self, rates: Rates | NoRates) -> list[str]:
         if not rates:
-            return f"no time of a step is predicted, because the model cannot be read here: {rates.reason}"
+            return [f"no time of a step is predicted, because the model cannot be read here: {rates.reason}"]
         speeds = [f"reads {format_bytes(rates.read_bytes_per_second)}/s from disk"]
         if self.plan.device_budget_bytes is not None:
             speeds.append(f"copies {format_bytes(rates.copy_bytes_per_second)}/s to the device")
-        speeds.append(f"computes {rates.flops_per_second / 1e9:.0f} GFLOP/s")
-        seconds = format_seconds(self.predict_step(rates).seconds)
-        return (
-            f"a step takes about {seconds}: a prediction from what was measured on this machine just now, which "
-            f"{', '.join(speeds[:-1])} and {speeds[-1]}"
+        if self.timing is None:
+            speeds.append(f"computes {rates.flops_per_second / 1e9:.0f} GFLOP/s")
+        else:
+            speeds.append("has run some of the model's blocks")
+        step = predict_step(self, rates, self.timing)
+        tokens = f", {self.step_tokens / step.seconds:.0f} tokens a second" if self.step_tokens else ""
+        busy = ", ".join(
+            f"{words} {step.busy_seconds[server] / step.seconds:.0%}"
+            for server, words in _SERVERS.items()
+            if step.busy_seconds[server]
         )
+        lines = [
+            f"a step takes about {format_seconds(step.seconds)}{tokens}: a prediction from what was measured on this machine "
+            f"just now, which {', '.join(speeds[:-1])} and {speeds[-1]}",
+            f"  in use: {busy}; {_SERVERS[step.slowest]} sets the pace",
+        ]
+        if self.num_steps:
+            lines.append(f"  all {self.num_steps} steps: about {format_seconds(self.num_steps * step.seconds)}")
+        if step.write_bytes:
+            day = format_bytes(int(step.write_bytes * 86400 / step.seconds))
+            lines.append(f"  writes {format_bytes(step.write_bytes)} to disk a step, {day} a day")
+        return lines
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a step with rows of full length; 0: rows are no text."""
+        return self.shape.micro_batches // self.variants * self.shape.rows if self.shape.samples is None else 0
 
     def _compression_words(self, rates: Rates, found: Compression) -> str:
-        now, then = (time.seconds for time in (self.predict_step(rates), self.predict_compressed(rates, found)))
+        now = predict_step(self, rates, self.timing).seconds
+        then = predict_compressed(self, rates, found, self.timing).seconds
         rate = format_bytes(int(found.decoded_bytes_per_second))
         return (
             f"compressed without loss (finetune compress), {format_bytes(found.model_bytes)} in place of "
             f"{format_bytes(self.parts.checkpoint.num_bytes)}, a step would take about {format_seconds(then)}: it "
             f"{'pays' if then < now else 'does not pay'} here, where {rate} of weights are decoded in a second"
         )
-
-    def predict_compressed(self, rates: Rates, found: Compression) -> StepTime:
-        """As `predict_step`, with the model compressed without loss. What that leaves of the slots' memory first keeps weights
-        decoded for a visit, if that is enough, and then blocks."""
-        slots, uses = self.plan.slots[HOST_BLOCKS], self.shape.micro_batches
-        slot_bytes = round_up(max(found.block_bytes))
-        one, rooms = (max(sum(sizes[:count]) for sizes in found.weight_bytes) for count in (1, DECODED_WEIGHTS))
-        stays = slots.num_bytes >= slots.ring * slot_bytes + rooms
-        kept = (slots.num_bytes - (rooms if stays else one)) // slot_bytes - slots.ring
-        kept = min(max(0, kept), len(found.block_bytes))
-        plan = replace(self.plan, slots={**self.plan.slots, HOST_BLOCKS: replace(slots, kept=kept)})
-        run = replace(self, plan=plan, streamed=replace(self.streamed, block_bytes=found.block_bytes))
-        forward = [sum(sizes) * (1 if stays else uses) / found.decoded_bytes_per_second for sizes in found.weight_bytes]
-        # Recomputed, and for the gradient.
-        return run.predict_step(rates, forward, [seconds * (1 if stays else 2) for seconds in forward])
 
     @property
     def read_bytes(self) -> int:
@@ -213,10 +269,10 @@ class PlannedRun:
         read_bytes = passes * sum(size for i, size in enumerate(streamed.block_bytes) if i not in resident)
         if self.plan.count(HOST_HEAD) < streamed.chunks:
             read_bytes += streamed.chunks * streamed.chunk_bytes
-        return read_bytes + self._expert_read_bytes
+        return read_bytes + self.expert_read_bytes
 
     @property
-    def _expert_read_bytes(self) -> int:
+    def expert_read_bytes(self) -> int:
         """Of experts that are fetched by themselves, in a step."""
         shape = self.shape
         return sum(
@@ -228,50 +284,6 @@ class PlannedRun:
     def _store_read_bytes(self) -> int:
         """In a step, of masters and state: less what stays in memory."""
         return int(self.store.read_bytes * (1 - self.plan.slots[STATE].kept / max(1, self.store.pieces)))
-
-    def predict_step(
-        self, rates: Rates, more_forward: Sequence[float] | None = None, more_backward: Sequence[float] | None = None
-    ) -> StepTime:
-        """Seconds of a full step at these rates; the streamer's own schedule decides what overlaps. With an accelerator the
-        slower of disk and link counts, as if the other took no time. What kernels take to launch is not in it.
-
-        more_forward, more_backward: seconds that a visit of each block takes longer.
-        """
-        rows, store = self.shape.micro_batches, self.store
-        blocks = len(self.parts.blocks)
-        forward = self.batch.visit.flops * rows / rates.flops_per_second
-        head = self.parts.head
-        # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
-        passes = 1 if not self.shape.train else 4 if store is not None and store.ends else 2
-        head_flops = 2 * passes * prod(head.module.weight.shape) * rows * self.shape.rows if head is not None else 0
-        # Recomputation without its last products, the product with the weights again, and for those that are trained their
-        # gradient.
-        backward = (1.8 + (store.trained_share if store is not None else 0)) * forward
-
-        def through(bytes_per_second: float, pool: str) -> StepTime:
-            slots = self.plan.slots[pool]
-            return simulate_step(
-                self.streamed.block_bytes,
-                [forward + more for more in more_forward or [0.0] * blocks],
-                [backward + more for more in more_backward or [0.0] * blocks] if self.shape.train else None,
-                head_flops / rates.flops_per_second,
-                bytes_per_second,
-                slots.resident,
-                slots.lookahead,
-            )
-
-        step = through(rates.read_bytes_per_second, HOST_BLOCKS)
-        if self.plan.device_budget_bytes is not None:
-            link = through(rates.copy_bytes_per_second, DEVICE_BLOCKS)
-            step = max(step, replace(link, read_bytes=step.read_bytes), key=lambda time: time.seconds)
-        if store is None and not self.streamed.experts:
-            return step
-        read_bytes, written_bytes = step.read_bytes + self._expert_read_bytes, 0
-        if store is not None:
-            read_bytes, written_bytes = read_bytes + self._store_read_bytes, store.write_bytes
-        disk_seconds = (read_bytes + written_bytes) / rates.read_bytes_per_second
-        seconds = max(step.seconds, disk_seconds)
-        return StepTime(seconds, step.stall_seconds + seconds - step.seconds, read_bytes)
 
 
 def _halves(number: int, least: int) -> Iterator[int]:

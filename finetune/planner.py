@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.packed_rows import check_positions_argument
-from finetune.needs_of_model import batch_needs, measure_batch, process_as_it_is
+from finetune.needs_of_model import batch_needs, measure_batch, process_as_it_is, process_of_run
 from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
 from memory.errors import UserError
 from memory.needs import Needs
@@ -58,9 +58,16 @@ class Planner:
             session.device.kind,
             session.setup.store,
             session.setup.variants,
+            sum(p.numel() for p in session.trainable) if session.setup.has_gradients else 0,
             session.base.words,
             "" if session.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
         )
+
+    def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
+        """Bytes of host memory, and of the device's where it has its own, below which a step is refused."""
+        enough, needs = 1 << 60, self._needs(shape, self._session.config.engine.activations if shape.train else "host")[0]
+        host = _smallest(needs, Limits(0, self._limits.device_bytes and enough))
+        return host, self._limits.device_bytes and _smallest(needs, Limits(enough, 0))
 
     def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
         # Without a backward pass nothing waits for it.
@@ -109,7 +116,8 @@ class Planner:
         batch = measure_batch(parts, session.model, shape, session.setup.gradient_names)
         own, streamed = session.setup.needs(session, batch, Streamed.of(parts, session.on_device))
         adapter_bytes = sum(p.nbytes for p in session.trainable)
-        process = process_as_it_is(session.device, parts, adapter_bytes, shape.micro_batches)
+        process_bytes = session.process_bytes or process_as_it_is(adapter_bytes)
+        process = process_of_run(session.device, parts, process_bytes, shape.micro_batches)
         slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead, engine.expert_slots)
         if session.setup.uses_of_weights(parts, shape) > 1:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
@@ -128,6 +136,14 @@ class Planner:
             if length > made_for >= self._longest_row and not shape.packed:
                 print(f"note: rows of {length} tokens are longer than the {made_for} that {kind} was made for", file=sys.stderr)
             self._longest_row = length
+
+
+def _smallest(needs: Needs, limits: Limits) -> int:
+    try:
+        make_plan(needs, limits)
+    except PlanRefused as refused:
+        return refused.smallest_bytes
+    raise RuntimeError("a run needs no memory")
 
 
 def _amount(key: str, amount: Any, total: int) -> int:

@@ -45,6 +45,7 @@ class Session:
         """
         self.config = setup.config
         self.setup = setup
+        self.process_bytes: int | None = None  # that plans count for the process; None: what it has when they are made
         self.base: Base | None = None
         try:
             self._build(only_plan)
@@ -145,6 +146,10 @@ class Session:
     def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
         """See `finetune.planner.Planner.plan`."""
         return self._planner.plan(shape, also, elsewhere)
+
+    def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
+        """See `finetune.planner.Planner.least_memory`."""
+        return self._planner.least_memory(shape)
 
     def open(
         self,

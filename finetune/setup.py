@@ -74,6 +74,10 @@ class Setup:
         """How often a visit of a block multiplies by the same weights, where they are decoded for it."""
         return shape.micro_batches * (2 if shape.train else 1)  # recomputed, and for the gradient
 
+    def weight_seconds(self, session: Session) -> float:
+        """What a step adds to compute for every weight that it updates, or of which it makes variants; measured here."""
+        return 0.0
+
     def set_mode(self, model: nn.Module, training: bool) -> None:
         """training: whether a step comes next, rather than a measurement."""
         model.eval()

@@ -35,6 +35,7 @@ from finetune.methods.base import Method, make_method
 from finetune.methods.schedule import check_schedule
 from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.planned_run import PlannedRun
+from finetune.prediction import with_prediction
 from finetune.quantization.base import is_quantized
 from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, summary_table, write_report
@@ -50,7 +51,6 @@ from finetune.training.run_report import run_report
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
-from offload.sizing.calibration import Rates, measure_rates, try_rates
 from offload.sizing.compression import try_compression
 
 
@@ -114,11 +114,8 @@ class Trainer:
             planned = session.plan(shape, elsewhere=True)
             # What only CPUs decode, and only adapters are trained over.
             can_be_compressed = config.adapter is not None and config.quantize is None and not session.on_device
-            return replace(
-                planned,
-                rates=session.base.rates or try_rates(session.parts, session.device),
-                compression=try_compression(session.parts) if can_be_compressed else None,
-            )
+            compression = try_compression(session.parts) if can_be_compressed else None
+            return with_prediction(session, replace(planned, compression=compression, num_steps=config.training.max_steps))
         finally:
             session.close()
 
@@ -214,6 +211,7 @@ class Trainer:
         method.num_steps = batches.num_steps
         notes = _notes(method)
         planned, self._held_out = plan_with_evaluation(session, config, objective.shape(session))
+        planned = with_prediction(session, replace(planned, num_steps=batches.num_steps), needs_rates=True)
 
         check_disk(config, planned.plan, directory.earlier_bytes)
         method.about = directory.begin(identity, batches.num_steps)
@@ -240,7 +238,6 @@ class Trainer:
 
         streamed = session.open(run.planned, self.config.output / "scratch", inside, run.objective.make_loss)
         run.say([*session.notes, *streamed.notes])
-        rates = measure_rates(session.parts, session.device)
         if run.planned.shape.packed:
             session.set_training(False)
             check_texts_stay_apart(streamed, run.planned.shape.rows)
@@ -248,9 +245,9 @@ class Trainer:
         run.say(method.begin(session, run.objective))
         if method.first_step:
             run.say([f"resumed after step {method.first_step}"])
-        return self._run_steps(run, rates)
+        return self._run_steps(run)
 
-    def _run_steps(self, run: _UnderWay, rates: Rates) -> TrainResult:
+    def _run_steps(self, run: _UnderWay) -> TrainResult:
         config, output, session, method = self.config, self.config.output, run.session, run.method
         loop = TrainingLoop(session, method, run.batches, run.meter, run.progress, self._stop_if_asked)
 
@@ -261,7 +258,7 @@ class Trainer:
             callbacks = Callbacks(self.callbacks, config, session, method, run.batches, metrics.rows())
             after = AfterStep(method, callbacks, metrics, None if config.eval_data is None else measure)
             loop.run(callbacks, after, metrics)
-        report = run_report(run.planned, rates, session, run.meter, loop) | {"evaluation": after.evaluation}
+        report = run_report(run.planned, session, run.meter, loop) | {"evaluation": after.evaluation}
         write_report(output / "report.json", report)
         run.progress.close()
         words = summary_table(report)

@@ -1,15 +1,82 @@
-"""Predicted time of a step: the streamer's own fetch rule on a clock instead of a disk.
+"""Predicted time of a step: the engine's own schedule, with clocks in place of disks, links and processors.
 
-Two servers run beside each other, the disk (fetches in order) and compute (visits in order). A visit starts when its
-block has arrived and the previous visit is over; a fetch starts when the disk is free and a slot can be had.
+Three servers run beside each other: the disk, the link to a device, and compute; each does one thing after the other. When a
+block is fetched, and whose slot it takes, is the rule that the engine has too (`memory.fetch_policy`). A fetch begins when its
+server is free and a slot can be had; a visit begins when its block is there and the visit before it is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import inf
 
 from memory.fetch_policy import next_fetch, victim
+
+MOST_PIECES = 4096  # that updates are simulated in
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Of what moves bytes, in bytes a second."""
+
+    read: float  # from disk
+    write: float = inf  # to disk; reads wait meanwhile
+    copy: float = inf  # to a device
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Slots of one tier for blocks: `resident` ones keep theirs, the others share `lookahead` + 1."""
+
+    resident: frozenset[int]
+    lookahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Of one unit of weights, in pieces that pass through buffers with their state."""
+
+    pieces: int
+    read_bytes: int  # of all pieces, from disk
+    write_bytes: int  # of all pieces, to disk
+    seconds: float  # of all pieces
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step does, in its order."""
+
+    block_bytes: Sequence[int]  # read from disk where no slot has the block
+    forward_seconds: Sequence[float]  # of a visit of each block, by all lanes
+    backward_seconds: Sequence[float] = ()  # the same; empty: a step of forward passes only
+    lowest: int = 0  # the block where backward ends
+    lanes: int = 1  # micro-batches, which a visit takes one after the other
+    visit_bytes: Sequence[int] = ()  # read in every visit of each block, which waits for them: experts
+    input_bytes: int = 0  # of a lane's block input, which goes to disk for backward; 0: it stays in memory
+    input_slots: int = 1  # through which those go
+    begin_seconds: float = 0.0  # before the first visit
+    chunks: int = 0  # of the head
+    chunk_bytes: int = 0  # of each, from disk
+    chunk_slots: int = 1  # as many as chunks: they stay
+    head_seconds: float = 0.0  # head and loss, by all lanes, after the last forward visit
+    end_update: Update | None = None  # of embedding, head and what else is no block, after the head
+    updates: dict[int, Update] = field(default_factory=dict)  # of blocks, after their backward visits
+    state_buffers: int = 1  # through which pieces pass
+    kept_pieces: int = 0  # that stay in memory, and are only written
+    end_seconds: float = 0.0  # after the last visit
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that a server did."""
+
+    server: str
+    name: str
+    start_seconds: float  # since the step began
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,59 +84,283 @@ class StepTime:
     """Of one step in the steady state."""
 
     seconds: float  # from one step's begin to the next one's
-    stall_seconds: float  # that compute waits for a fetch
-    read_bytes: int  # of blocks, from disk
+    stall_seconds: float  # that compute waits for bytes
+    read_bytes: int  # from disk
+    write_bytes: int = 0  # to disk
+    busy_seconds: dict[str, float] = field(default_factory=dict)  # by server: disk, link, compute
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def slowest(self) -> str:
+        """The server that is busy longest."""
+        return max(self.busy_seconds, key=self.busy_seconds.__getitem__)
 
 
-def simulate_step(
-    block_bytes: Sequence[int],
-    forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float] | None,
-    between_seconds: float,
-    read_bytes_per_second: float,
-    resident: frozenset[int],
-    lookahead: int,
-) -> StepTime:
-    """One step after a warm-up step: forward 0..n-1, `between_seconds` for the head, and backward n-1..0.
+def simulate_step(work: StepWork, speeds: Speeds, host: Ring, device: Ring | None = None) -> StepTime:
+    """One step after a warm-up step. device: of the tier above the host's; None: compute is in host memory."""
+    return _Simulation(work, speeds, host, device).run()
 
-    block_bytes, forward_seconds, backward_seconds: per block; backward None: a step of forward passes only.
-    Slots: the resident blocks' and `lookahead` + 1.
-    """
-    num_blocks = len(block_bytes)
-    forward = list(range(num_blocks))
-    step = [(block, forward_seconds[block]) for block in forward]
-    if backward_seconds is not None:
-        step += [(block, backward_seconds[block]) for block in reversed(forward)]
-    visits = step + step
-    order = [block for block, _ in visits] + forward
-    slots = len(resident) + min(lookahead + 1, num_blocks - len(resident))
-    arrival: dict[int, float] = {}  # blocks in slots -> when they are there
-    compute_free = disk_free = 0.0
-    stall = read = 0.0
-    start_of_step = 0.0
 
-    def fetch_ahead(position: int, now: float, in_use: int | None) -> None:
-        nonlocal disk_free, read
-        upcoming = order[position:]
-        while (block := next_fetch(upcoming, set(arrival), resident, lookahead)) is not None:
-            if len(arrival) >= slots:
+class _Server:
+    """What does one thing after the other."""
+
+    def __init__(self, name: str, spans: list[Span]) -> None:
+        self.name = name
+        self.free_at = 0.0
+        self.busy_seconds = 0.0
+        self._spans = spans
+
+    def serve(self, seconds: float, not_before: float, name: str) -> float:
+        """When it is done."""
+        start = max(self.free_at, not_before)
+        self.free_at = start + seconds
+        self.busy_seconds += seconds
+        if seconds:
+            self._spans.append(Span(self.name, name, start, seconds))
+        return self.free_at
+
+
+class _Disk(_Server):
+    def __init__(self, spans: list[Span], speeds: Speeds) -> None:
+        super().__init__("disk", spans)
+        self._speeds = speeds
+        self.read_bytes = self.write_bytes = 0
+        self.written_at = 0.0  # when all that was to be written so far is
+
+    def read(self, num_bytes: float, not_before: float, name: str) -> float:
+        self.read_bytes += num_bytes
+        return self.serve(num_bytes / self._speeds.read, not_before, f"read {name}")
+
+    def write(self, num_bytes: float, not_before: float, name: str) -> float:
+        self.write_bytes += num_bytes
+        self.written_at = self.serve(num_bytes / self._speeds.write, not_before, f"write {name}")
+        return self.written_at
+
+
+class _Staging:
+    """Host slots below a device's tier: each is held until the copy out of it is done."""
+
+    def __init__(self, sizes: Sequence[int], ring: Ring, disk: _Disk) -> None:
+        self._sizes, self._disk, self._resident = sizes, disk, ring.resident
+        self._free_at = [0.0] * (ring.lookahead + 1)
+        self._arrival: dict[int, float] = {}
+
+    def fetch(self, block: int) -> float:
+        """When the block is in a host slot: read ahead as early as there was one."""
+        if block in self._arrival:
+            return self._arrival[block]
+        begin = 0.0 if block in self._resident else heappop(self._free_at)
+        arrival = self._disk.read(self._sizes[block], begin, f"block {block}")
+        if block in self._resident:
+            self._arrival[block] = arrival
+        return arrival
+
+    def copied(self, block: int, when: float) -> None:
+        if block not in self._resident:
+            heappush(self._free_at, when)
+
+
+class _Blocks:
+    """The tier that compute reads."""
+
+    def __init__(self, order: list[int], sizes: Sequence[int], ring: Ring, fetch) -> None:
+        """order: of all visits. fetch: of (block, now); when it is there."""
+        self._order, self._ring, self._fetch = order, ring, fetch
+        self._slots = len(ring.resident) + min(ring.lookahead + 1, len(sizes) - len(ring.resident))
+        self._arrival: dict[int, float] = {}  # blocks in slots, and on their way
+
+    def acquire(self, position: int, now: float) -> float:
+        """When the block of that visit is there."""
+        block = self._order[position]
+        self._fetch_ahead(position, now, block)
+        return self._arrival[block]
+
+    def release(self, position: int, now: float) -> None:
+        self._fetch_ahead(position + 1, now, None)
+
+    def _fetch_ahead(self, position: int, now: float, in_use: int | None) -> None:
+        upcoming, ring = self._order[position:], self._ring
+        while (block := next_fetch(upcoming, set(self._arrival), ring.resident, ring.lookahead)) is not None:
+            if len(self._arrival) >= self._slots:
                 soon = set(upcoming[: upcoming.index(block)])
-                candidates = {b for b in arrival if b not in resident and b != in_use and b not in soon}
+                candidates = {b for b in self._arrival if b not in ring.resident and b != in_use and b not in soon}
                 if not candidates:
                     return
-                del arrival[victim(upcoming, candidates)]
-            disk_free = max(disk_free, now) + block_bytes[block] / read_bytes_per_second
-            arrival[block] = disk_free
-            read += block_bytes[block]
+                del self._arrival[victim(upcoming, candidates)]
+            self._arrival[block] = self._fetch(block, now)
 
-    for position, (block, seconds) in enumerate(visits):
-        if position == len(step):
-            start_of_step, stall, read = compute_free, 0.0, 0
-        if position and position % len(step) == num_blocks % len(step):
-            compute_free += between_seconds
-        fetch_ahead(position, compute_free, block)
-        started = max(compute_free, arrival[block])
-        stall += started - compute_free
-        compute_free = started + seconds
-        fetch_ahead(position + 1, compute_free, None)
-    return StepTime(compute_free - start_of_step, stall, int(read))
+
+class _Buffered:
+    """Things that are read in a known order through a few buffers, as far ahead as there are any. What has no bytes is there
+    already, in a place of its own."""
+
+    def __init__(self, disk: _Disk, free_at: list[float], items: Iterable[tuple[str, float]]) -> None:
+        """free_at: when each buffer is free, a heap, which is changed. items: name and bytes of each."""
+        self._disk = disk
+        self._free_at = free_at
+        self._items = deque(items)
+        self._arrivals: deque[tuple[float, bool]] = deque()  # and whether a buffer has it
+        self._buffered = False
+
+    def ahead(self, now: float) -> None:
+        while self._items and (not self._items[0][1] or (self._free_at and self._free_at[0] <= now)):
+            self._read(now)
+
+    def take(self, now: float) -> float:
+        """When the next one is there."""
+        self.ahead(now)
+        if not self._arrivals:
+            self._read(now)
+        arrival, self._buffered = self._arrivals.popleft()
+        return arrival
+
+    def give_back(self, when: float) -> None:
+        """What was taken last is needed until then."""
+        if self._buffered:
+            heappush(self._free_at, when)
+
+    def _read(self, now: float) -> None:
+        name, num_bytes = self._items.popleft()
+        arrival = self._disk.read(num_bytes, max(now, heappop(self._free_at)), name) if num_bytes else 0.0
+        self._arrivals.append((arrival, bool(num_bytes)))
+
+
+class _Simulation:
+    def __init__(self, work: StepWork, speeds: Speeds, host: Ring, device: Ring | None) -> None:
+        self._work = work
+        self._spans: list[Span] = []
+        self._disk, self._link = _Disk(self._spans, speeds), _Server("link", self._spans)
+        self._compute = _Server("compute", self._spans)
+        self._stall_seconds = 0.0
+        self._state_free_at = [0.0] * max(1, work.state_buffers)
+        sizes, blocks = work.block_bytes, len(work.block_bytes)
+        self._order = list(range(blocks))
+        if work.backward_seconds:
+            self._order += range(blocks - 1, work.lowest - 1, -1)
+        order = 2 * self._order + list(range(blocks))
+        if device is None:
+            self._blocks = _Blocks(order, sizes, host, lambda b, now: self._disk.read(sizes[b], now, f"block {b}"))
+            return
+        staging = _Staging(sizes, host, self._disk)
+
+        def fetch(block: int, now: float) -> float:
+            copied = self._link.serve(sizes[block] / speeds.copy, max(now, staging.fetch(block)), f"block {block}")
+            staging.copied(block, copied)
+            return copied
+
+        self._blocks = _Blocks(order, sizes, device, fetch)
+
+    def run(self) -> StepTime:
+        self._step(0)
+        start, stall, servers = self._compute.free_at, self._stall_seconds, (self._disk, self._link, self._compute)
+        before = {server.name: server.busy_seconds for server in servers}
+        read_bytes, write_bytes, spans = self._disk.read_bytes, self._disk.write_bytes, len(self._spans)
+        self._step(1)
+        return StepTime(
+            self._compute.free_at - start,
+            self._stall_seconds - stall,
+            int(self._disk.read_bytes - read_bytes),
+            int(self._disk.write_bytes - write_bytes),
+            {server.name: server.busy_seconds - before[server.name] for server in servers},
+            tuple(Span(s.server, s.name, s.start_seconds - start, s.seconds) for s in self._spans[spans:]),
+        )
+
+    def _step(self, number: int) -> None:
+        work, first = self._work, number * len(self._order)
+        chunks_stay = number > 0 and work.chunk_slots >= work.chunks
+        chunk_bytes = 0 if chunks_stay else work.chunk_bytes
+        names = (f"head {chunk}" for chunk in range(work.chunks))
+        head = _Buffered(self._disk, [0.0] * work.chunk_slots, ((name, chunk_bytes) for name in names))
+        head.ahead(self._now)
+        state = self._open_state(number)
+        state.ahead(self._now)
+        self._run("begin", work.begin_seconds)
+        slots = [0.0] * work.input_slots
+        for position in range(len(work.block_bytes)):
+            self._visit_forward(first + position, slots)
+        for chunk in range(work.chunks):
+            self._wait(head.take(self._now))
+            self._run(f"head {chunk}", work.head_seconds / work.chunks)
+            head.give_back(self._now)
+        if not work.chunks:
+            self._run("head", work.head_seconds)
+        if work.end_update is not None:
+            self._update("ends", work.end_update, state)
+        backward = self._order[len(work.block_bytes) :]
+        names = (f"input of block {block}" for block in backward for _ in range(work.lanes))
+        inputs = _Buffered(self._disk, [0.0] * work.input_slots, ((name, work.input_bytes) for name in names))
+        for position in range(len(work.block_bytes), len(self._order)):
+            self._visit_backward(first + position, inputs, state)
+        if self._disk.write_bytes and (work.updates or work.end_update):
+            self._wait(self._disk.written_at)  # before the step is committed
+        self._run("end", work.end_seconds)
+
+    def _visit_forward(self, position: int, slots: list[float]) -> None:
+        work = self._work
+        block = self._arrive(position)
+        for lane in range(work.lanes):
+            if work.input_bytes and work.backward_seconds:
+                self._wait(heappop(slots))
+                heappush(slots, self._disk.write(work.input_bytes, self._now, f"input of block {block}"))
+            self._run(f"block {block}, lane {lane}", work.forward_seconds[block] / work.lanes)
+        self._blocks.release(position, self._now)
+
+    def _visit_backward(self, position: int, inputs: _Buffered, state: _Buffered) -> None:
+        work = self._work
+        if work.input_bytes:
+            inputs.ahead(self._now)
+        block = self._arrive(position)
+        for lane in range(work.lanes):
+            if work.input_bytes:
+                self._wait(inputs.take(self._now))
+            self._run(f"block {block} backward, lane {lane}", work.backward_seconds[block] / work.lanes)
+            if work.input_bytes:
+                inputs.give_back(self._now)
+        if block in work.updates:
+            self._update(f"block {block}", work.updates[block], state)
+        self._blocks.release(position, self._now)
+
+    def _arrive(self, position: int) -> int:
+        """The block that is visited, once it is there, and what else its visit reads."""
+        block = self._order[position % len(self._order)]
+        self._wait(self._blocks.acquire(position, self._now))
+        if self._work.visit_bytes and (num_bytes := self._work.visit_bytes[block]):
+            self._wait(self._disk.read(num_bytes, self._now, f"experts of block {block}"))
+        return block
+
+    def _open_state(self, number: int) -> _Buffered:
+        work = self._work
+        coming = [work.end_update] if work.end_update is not None else []
+        coming += [work.updates[block] for block in self._order[len(work.block_bytes) :] if block in work.updates]
+        items, kept = [], work.kept_pieces if number else 0
+        for update in coming:
+            pieces = self._pieces(update)
+            for piece in range(pieces):
+                items.append((f"state, piece {piece}", 0.0 if kept > 0 else update.read_bytes / pieces))
+                kept -= update.pieces / pieces
+        return _Buffered(self._disk, self._state_free_at, items)
+
+    def _pieces(self, update: Update) -> int:
+        """That it is simulated in."""
+        total = sum(u.pieces for u in self._work.updates.values()) + 1
+        return max(1, min(update.pieces, update.pieces * MOST_PIECES // total))
+
+    def _update(self, name: str, update: Update, state: _Buffered) -> None:
+        pieces = self._pieces(update)
+        for piece in range(pieces):
+            self._wait(state.take(self._now))
+            self._run(f"update {name}", update.seconds / pieces)
+            state.give_back(self._disk.write(update.write_bytes / pieces, self._now, f"{name}, piece {piece}"))
+            state.ahead(self._now)
+
+    @property
+    def _now(self) -> float:
+        return self._compute.free_at
+
+    def _run(self, name: str, seconds: float) -> None:
+        self._compute.serve(seconds, 0.0, name)
+
+    def _wait(self, until: float) -> None:
+        if until > self._now:
+            self._stall_seconds += until - self._now
+            self._compute.free_at = until

@@ -79,7 +79,11 @@ def format_bytes(num_bytes: int | float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3.14159` -> "3.1 s": two digits, and all before the point."""
+    """`3.14159` -> "3.1 s", `5000` -> "83 min", `20000` -> "5.6 h", `400000` -> "4.6 days": two digits, and all before the
+    point."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 100 else f"{max(seconds, 0.001):.2g} s"
 
 

@@ -14,6 +14,7 @@ from text_models import VOCAB, make_config, write_model
 
 from finetune import Trainer
 from finetune.planned_run import PlannedRun
+from finetune.prediction import predict_compressed, predict_step
 from offload.sizing import compression
 from offload.sizing.calibration import Rates
 from offload.sizing.compression import Compression, try_compression
@@ -59,11 +60,11 @@ def test_it_pays_where_the_disk_is_slow_and_not_where_nothing_is_read(model, tmp
     assert planned.compression is not None and "compressed without loss" in planned.describe()
     slow, fast = Rates(1e6, 1e12), Rates(1e15, 1e12)
     found = replace(planned.compression, decoded_bytes_per_second=1e12)
-    assert planned.predict_compressed(slow, found).seconds < planned.predict_step(slow).seconds
+    assert predict_compressed(planned, slow, found).seconds < predict_step(planned, slow).seconds
     assert "it pays here" in replace(planned, rates=slow, compression=found).describe()
     planned = plan(model, tmp_path / "out", engine={"resident_blocks": 3, "lookahead": 0})
     found = replace(found, decoded_bytes_per_second=1e8)
-    now, then = planned.predict_step(fast), planned.predict_compressed(fast, found)
+    now, then = predict_step(planned, fast), predict_compressed(planned, fast, found)
     # Every block is visited twice, and what it takes to decode is not hidden by anything.
     stays = 2 * sum(map(sum, found.weight_bytes)) / 1e8
     assert then.seconds - now.seconds == pytest.approx(stays, rel=1e-6)
@@ -75,7 +76,7 @@ def test_blocks_are_decoded_at_each_use_where_no_room_is_for_them(model, tmp_pat
     slots = planned.plan.slots[HOST_BLOCKS]
     found = replace(planned.compression, decoded_bytes_per_second=1e8, weight_bytes=((slots.num_bytes,) * 2,) * 3)
     fast, uses = Rates(1e15, 1e12), planned.shape.micro_batches
-    more = planned.predict_compressed(fast, found).seconds - planned.predict_step(fast).seconds
+    more = predict_compressed(planned, fast, found).seconds - predict_step(planned, fast).seconds
     assert more == pytest.approx((uses + 2 * uses) * 3 * 2 * slots.num_bytes / 1e8, rel=1e-6)
 
 
@@ -85,7 +86,7 @@ def test_what_it_frees_keeps_blocks(model, tmp_path):
     slow = Rates(1e6, 1e12)
     sizes = planned.streamed.block_bytes
     found = Compression(0.5, 1e12, 1, tuple(size // 2 for size in sizes), ((1,),) * 3)
-    assert planned.predict_step(slow).read_bytes and not planned.predict_compressed(slow, found).read_bytes
+    assert predict_step(planned, slow).read_bytes and not predict_compressed(planned, slow, found).read_bytes
 
 
 @pytest.mark.parametrize("more", [{"method": "full"}, {"quantize": "nf4"}, {"device": "simulated"}], ids=str)

@@ -36,12 +36,12 @@ ROOMS = [
     {"adapters", "config", "data", "machines", "reporting"},
     {"runs"},
     {"quantization"},
-    {"needs_of_model", "planned_run", "planner", "session", "setup"},
+    {"needs_of_model", "planned_run", "planner", "prediction", "session", "setup"},
     {"decoding"},
     {"objectives"},
     {"methods"},
     {"training"},
-    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "trainer"},
+    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions", "trainer"},
     {"cli", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""

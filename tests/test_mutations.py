@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def cheap() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         prepared_here.__wrapped__(patch)
         patch.setattr(offload.update.units, "PIECE_BYTES", 4096)
-        patch.setattr(finetune.trainer, "measure_rates", lambda *_: Rates(1e9, 1e9))
+        patch.setattr(finetune.trainer, "with_prediction", lambda _, planned, **__: replace(planned, rates=Rates(1e9, 1e9)))
         gc.collect()
         gc.freeze()
         yield

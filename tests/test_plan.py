@@ -12,7 +12,7 @@ import pytest
 
 from memory.needs import Item, Lasts, Needs, Tier
 from memory.plan import Limits, Plan, PlanRefused, make_plan
-from memory.simulator import simulate_step
+from memory.simulator import Ring, Speeds, StepWork, simulate_step
 from memory.units import PAGE_BYTES
 from offload.sizing.needs import (
     ACTIVATIONS,
@@ -99,9 +99,8 @@ def test_the_smallest_budget_is_named_and_is_the_smallest(tier, wishes):
 
 def disk_bytes(plan: Plan, sizes: Sizes) -> int:
     n, slots = len(sizes.block_bytes), plan.slots[HOST_BLOCKS]
-    return simulate_step(
-        sizes.block_bytes, [1.0] * n, [2.0] * n, 0.0, 1e9, slots.resident, slots.lookahead
-    ).read_bytes
+    work = StepWork(sizes.block_bytes, [1.0] * n, [2.0] * n)
+    return simulate_step(work, Speeds(1e9), Ring(slots.resident, slots.lookahead)).read_bytes
 
 
 def random_sizes(generator: random.Random) -> Sizes:

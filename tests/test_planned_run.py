@@ -9,6 +9,7 @@ from tiny_models import make_config, save_tiny
 import offload.sizing.calibration
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
+from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.setup import Setup
 from finetune.trainer import Trainer
@@ -31,18 +32,24 @@ def test_the_slower_of_disk_and_compute_sets_the_time(model, tmp_path, train):
     layouts = planned.parts.layouts
     blocks = len(layouts)
     block_bytes = sum(layout.num_bytes for layout in layouts) / blocks
-    reads = planned.predict_step(Rates(1e3, 1e18)).seconds * 1e3 / block_bytes
+    reads = predict_step(planned, Rates(1e3, 1e18)).seconds * 1e3 / block_bytes
     # Blocks that are in slots where a pass turns, and where the next step begins, are not read again.
     assert (2 * blocks - 5 if train else blocks) - 0.01 <= reads <= (2 if train else 1) * blocks + 0.01
     weights = sum(view.shape[0] * view.shape[1] for x in layouts for view in x.views.values() if len(view.shape) == 2)
-    products = planned.predict_step(Rates(1e18, 1e6)).seconds * 1e6 / (2 * weights * 3 * 2 * 300)
+    products = predict_step(planned, Rates(1e18, 1e6)).seconds * 1e6 / (2 * weights * 3 * 2 * 300)
     # Forward; recomputation and the gradient of the input. Scores of attention and the head are more.
     assert (2.5 if train else 1) <= products <= 2 * (3 if train else 1)
 
 
 def test_a_plan_says_how_long_a_step_takes(model, tmp_path):
-    last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
-    assert last.startswith("a step takes about 0.") and "measured on this machine" in last
+    planned = Trainer(make_config(model, None, tmp_path, training={"max_steps": 7, "batch_size": 3})).plan()
+    at, pace, run = planned.describe().splitlines()[-3:]
+    assert at.startswith("a step takes about 0.") and "measured on this machine" in at and "tokens a second" in at
+    assert pace.endswith(f"{'compute' if planned.values['slowest'] == 'compute' else 'the disk'} sets the pace")
+    assert run.startswith("  all 7 steps: about ")
+    values = planned.values
+    assert values["run_seconds"] == pytest.approx(7 * values["step_seconds"])
+    assert values["tokens_per_second"] * values["step_seconds"] == pytest.approx(3 * 32)
 
 
 def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):

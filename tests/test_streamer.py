@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memory.fetch_policy import next_fetch, spread_evenly, victim
-from memory.simulator import simulate_step
+from memory.simulator import Ring, Speeds, StepWork, simulate_step
 from memory.slots import Slab, SlotPool
 from offload.devices import Direction
 from offload.devices.base import map_host_bytes
@@ -98,7 +98,7 @@ def test_the_simulator_reads_what_the_streamer_reads(resident, lookahead, blocks
     layouts, contents = blocks
     held = spread_evenly(NUM_BLOCKS, resident) if resident else frozenset()
     sizes = [sum(r.num_bytes for r in layout.reads) for layout in layouts]
-    predicted = simulate_step(sizes, [1.0] * 6, [1.0] * 6, 0.0, 1e6, held, lookahead)
+    predicted = simulate_step(StepWork(sizes, [1.0] * 6, [1.0] * 6), Speeds(1e6), Ring(held, lookahead))
     with IOEngine("threads") as io:
         counting = CountingIO(io)
         count = len(held) + min(lookahead + 1, NUM_BLOCKS - len(held))
@@ -228,7 +228,8 @@ def test_simulated_time_is_bounded_by_disk_and_compute():
     sizes, forward, backward = [100] * 5, [1.0] * 5, [2.0] * 5
     for resident, lookahead, speed in itertools.product([0, 2, 5], [0, 1, 3], [20.0, 100.0, 1e9]):
         held = spread_evenly(5, resident) if resident else frozenset()
-        found = simulate_step(sizes, forward, backward, 3.0, speed, held, lookahead)
+        work = StepWork(sizes, forward, backward, head_seconds=3.0)
+        found = simulate_step(work, Speeds(speed), Ring(held, lookahead))
         compute, disk = 18.0, found.read_bytes / speed
         assert max(compute, disk) - 1e-6 <= found.seconds + 2 * 100 / speed * (lookahead + 1)
         assert found.seconds <= compute + disk + 1e-6 + 100 / speed * (lookahead + 1)

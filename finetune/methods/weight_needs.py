@@ -154,7 +154,12 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     if config.optimizer.versions == 2:
         total += weights + masters + state
     read = (masters + state) * of_ends.passes
-    return StoreSize(total, read, weights + masters + state, pieces, len(active) / max(1, len(blocks)), bool(ends))
+    of_blocks = sorted((_elements(unit) for unit in trained.blocks if unit.fqns), reverse=True)
+    elements = sum(of_blocks[: len(of_blocks) if selection.sign_scale is not None else len(active)])
+    elements += sum(_elements(unit) for unit in trained.units[len(trained.blocks) :] if selection.ends)
+    share = len(active) / max(1, len(blocks))
+    end_share = sum(map(sum, ends)) / max(1, sum(map(sum, moving)))
+    return StoreSize(total, read, weights + masters + state, pieces, elements, share, end_share)
 
 
 def _elements(unit: UpdateUnit) -> int:

@@ -39,6 +39,7 @@ from finetune.session import Session
 from memory.errors import UserError
 from memory.needs import Needs
 from offload.residency.io import IOFailure
+from offload.sizing.kernel_timing import update_seconds
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
@@ -78,6 +79,12 @@ class WeightTraining(Method):
         streamed = streamed_with_tables(streamed, self.trained)
         needs = trained_weight_needs(self.config, session.parts, self.trained, batch, streamed, session.on_device)
         return needs, streamed
+
+    def weight_seconds(self, session: Session) -> float:
+        unit = next(unit for unit in self.trained.units if unit.fqns)
+        stored = unit.layout.views[next(iter(unit.fqns))].dtype
+        rule = make_rule(self.config, of_blocks=True)
+        return update_seconds(rule, make_keeping(self.config), stored, session.parts.dtype)
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         config = self.config

@@ -55,13 +55,14 @@ from finetune.session import Session
 from memory.errors import UserError
 from memory.needs import Needs
 from offload.devices import Device
-from offload.noise.noise import Noise, Update
+from offload.noise.noise import Group, Noise, Update
 from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
 from offload.perturb.perturbed_weights import PerturbedWeights
 from offload.perturb.products import product_weights
 from offload.perturb.scales import check_scales
 from offload.perturb.variants import Variant
+from offload.sizing.kernel_timing import variant_seconds
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
@@ -154,6 +155,20 @@ class ZerothOrder(Method):
             return shape.micro_batches // self.variants  # each has its own
         # Products share a matrix among all variants; others are made in the dtype that computes.
         return shape.micro_batches if self.kind is not None or zo.product_groups else 0
+
+    def weight_seconds(self, session: Session) -> float:
+        """With as many updates pending as there are on average."""
+        zo = self.config.zo
+        if self.kind is not None or zo.product_groups or zo.parameters == "scales":
+            return 0.0
+        steps = min(zo.steps_between_folds, self.num_steps or zo.steps_between_folds) // 2
+        updates = tuple(Update(seed, 1e-3) for seed in range(steps * zo.perturbations))
+        seeds = range(self.variants if zo.estimator == "fzoo" else zo.perturbations)
+        stored = next(iter(session.parts.layouts[0].views.values())).dtype
+        return variant_seconds(
+            Noise(zo.noise, zo.noise_rank), [Group(1.0, updates)] if updates else [], seeds, self.variants // len(seeds),
+            stored, session.parts.dtype,
+        )  # fmt: skip
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         zo = self.config.zo

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from finetune.planned_run import PlannedRun
+from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.training.loop import TrainingLoop
 from memory.meter import MemoryMeter
-from offload.sizing.calibration import Rates
 from offload.sizing.needs import ACTIVATIONS, HOST_BLOCKS
 
 
 def run_report(
-    planned: PlannedRun, rates: Rates, session: Session, meter: MemoryMeter, loop: TrainingLoop
+    planned: PlannedRun, session: Session, meter: MemoryMeter, loop: TrainingLoop
 ) -> dict[str, Any]:
     """JSON values, losses that are not finite among them; sizes in bytes. Stops the meter."""
-    predicted = planned.predict_step(rates)
+    predicted = predict_step(planned, planned.rates, planned.timing)
     plan, blocks = planned.plan, planned.plan.slots[HOST_BLOCKS]
     return {
         "model": str(session.config.model),

@@ -12,12 +12,15 @@ from torch.nn import functional
 
 from memory.errors import UserError
 from offload.devices import Device, Direction
+from offload.rates.disk import measure_drive, nearest_directory
 from offload.residency.io import IOEngine
 from offload.weights.parts import ModelParts
 
 PROBE_BYTES = 64 << 20
 FIRST_PROBE_BYTES = 16 << 20  # enough where the disk is slow
 READ_SECONDS = 0.25
+WRITE_SECONDS = 0.15
+ELEMENTS = 1 << 22
 COPY_PROBE_BYTES = 4 << 20
 
 
@@ -26,6 +29,8 @@ class Rates:
     read_bytes_per_second: float  # from the model's disk, with direct I/O
     flops_per_second: float  # of a product in the dtype that computes
     copy_bytes_per_second: float = float("inf")  # to the device
+    write_bytes_per_second: float = float("inf")  # to the run's disk
+    elementwise_bytes_per_second: float = float("inf")  # read and written by operations on large tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +46,26 @@ class NoRates:
 def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
     """Reads up to 64 MiB of blocks with direct I/O, multiplies two matrices of the model's width, and copies 36 MiB to an
     accelerator; about 0.2 s. Raises UserError when the model's files cannot be read."""
-    return Rates(_read_rate(parts), _flop_rate(parts, device, rows), _copy_rate(device))
+    return Rates(
+        _read_rate(parts),
+        _flop_rate(parts, device, rows),
+        _copy_rate(device),
+        elementwise_bytes_per_second=_elementwise_rate(device),
+    )
 
 
-def try_rates(parts: ModelParts, device: Device) -> Rates | NoRates:
+def write_rate(directory: Path) -> float:
+    """Bytes per second that are written under `directory`, or where it will be, while as many are read: what a written byte
+    takes longer than one that is read alone. Writes up to 64 MiB to a file without a name. Raises UserError."""
+    drive = measure_drive(nearest_directory(directory), WRITE_SECONDS, PROBE_BYTES)
+    both = drive.read_while_writing_bytes_per_second or drive.write_bytes_per_second
+    return 1 / max(1 / both - 1 / drive.read_bytes_per_second, 0.2 / drive.write_bytes_per_second)
+
+
+def try_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates | NoRates:
+    """As `measure_rates`."""
     try:
-        return measure_rates(parts, device)
+        return measure_rates(parts, device, rows)
     except UserError as error:
         return NoRates(str(error))
 
@@ -94,6 +113,17 @@ def _flop_rate(parts: ModelParts, device: Device, rows: int) -> float:
         y = functional.linear(x, w)
     y.sum().item()
     return repeats * 2 * rows * width * width / (time.perf_counter() - started)
+
+
+def _elementwise_rate(device: Device) -> float:
+    x = torch.ones(ELEMENTS, device=device.torch_device)
+    repeats = 4 if device.traits.computes_on_host else 50
+    x.mul_(x).sum().item()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        x.mul_(x)
+    x.sum().item()
+    return repeats * 2 * x.nbytes / (time.perf_counter() - started)
 
 
 def _copy_rate(device: Device) -> float:

@@ -52,7 +52,7 @@ def measure_visit(
     The model runs up to its first block on placeholders, which gives the block's real arguments; the largest block of that
     kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
     """
-    first, args, kwargs = _first_call(parts, model, inputs)
+    first, args, kwargs = first_call(parts, model, inputs)
     return _measure_call(parts, first, args, kwargs, train, trained)[0]
 
 
@@ -135,7 +135,7 @@ def walk(
 
 def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
     """The way of `measure_visit`, without measuring. Raises what the model raises."""
-    _run_on_meta(parts, *_first_call(parts, model, inputs), False, frozenset())
+    _run_on_meta(parts, *first_call(parts, model, inputs), False, frozenset())
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -177,7 +177,7 @@ def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, p
             inputs["attention_mask"][0, -1] = 0
         counter = _LiveBytes()
         with counter:
-            _first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
+            first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
     for key, window in windows.items():
         setattr(config, key, window)
     kept, peak = (max(0, c - 2 * b + a) * length**2 // (2 * unit**2) for a, b, c in zip(*sizes, strict=True))
@@ -196,7 +196,7 @@ class _Outline:
     dtype: torch.dtype  # as computed
 
 
-def _first_call(
+def first_call(
     parts: ModelParts, model: nn.Module, inputs: dict[str, Any], there: Callable[[], None] = lambda: None
 ) -> tuple[int, tuple, dict[str, Any]]:
     """The first block that is called, and with what. there: called at that moment."""

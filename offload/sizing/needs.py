@@ -28,6 +28,7 @@ VARIANTS = "variants of blocks"
 HEAD_VARIANTS = "variants of the head"
 DECODED = "decoded weights"  # begins the names of such pools
 
+PROCESS = "process (interpreter, libraries, model skeleton)"
 EDGES = "embeddings, norms, other resident weights"
 VISIT = "one block visit and the loss"
 STEP = "inputs and hidden states of a step"
@@ -119,7 +120,7 @@ class Streamed:
 def process_needs(device: Device, baseline_bytes: int, code_bytes: int) -> Needs:
     """baseline_bytes: the process before anything is opened. code_bytes: what matrix products compile for themselves."""
     return Needs.of(
-        Item("process (interpreter, libraries, model skeleton)", baseline_bytes, Tier.HOST),
+        Item(PROCESS, baseline_bytes, Tier.HOST),
         Item("disk staging", STAGING_BYTES, Tier.HOST),
         Item("generated code of matrix products", code_bytes, Tier.HOST, Lasts.STEP),
         Item("kernels of the accelerator", device.traits.host_libraries_bytes, Tier.HOST),

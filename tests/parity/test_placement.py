@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
 
@@ -103,7 +105,7 @@ def test_disk_bytes_do_not_depend_on_the_number_of_micro_batches(resident, check
     monkeypatch.setattr(
         IOEngine, "submit_reads", lambda io, extents: (wanted.extend(e[2] for e in extents), submit(io, extents))[1]
     )
-    monkeypatch.setattr(finetune.trainer, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    monkeypatch.setattr(finetune.trainer, "with_prediction", lambda _, planned, **__: replace(planned, rates=Rates(1e9, 1e9)))
     totals = []
     for size in (1, 2, 5):
         wanted.clear()

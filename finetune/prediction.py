@@ -1,0 +1,184 @@
+"""How long a planned step takes: what it does, in which order, at this machine's rates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from memory.arena import trim_malloc
+from memory.errors import UserError
+from memory.simulator import Ring, Speeds, StepTime, StepWork, Update, simulate_step
+from memory.units import round_up
+from offload.sizing.calibration import Rates, measure_rates, try_rates, write_rate
+from offload.sizing.compression import Compression
+from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE
+from offload.sizing.timing import Timing, time_visits
+
+if TYPE_CHECKING:
+    from finetune.planned_run import PlannedRun, StoreSize
+    from finetune.session import Session
+
+MOST_SECONDS = 5.0  # that visits are run for a prediction
+ADAPTER_UPDATE_BYTES = 120
+"""That PyTorch's AdamW moves for a number in fp32: ten operations on gradient, moments and value."""
+
+
+def predict_step(
+    planned: PlannedRun,
+    rates: Rates,
+    timing: Timing | None = None,
+    more_forward: Sequence[float] = (),
+    more_backward: Sequence[float] = (),
+) -> StepTime:
+    """Of a full step. timing: of visits that were run here; None: products at `rates` are all that counts.
+
+    more_forward, more_backward: seconds that a visit of each block takes longer.
+    """
+    work = _step_work(planned, rates, timing)
+    if more_forward:
+        work = replace(work, forward_seconds=_sums(work.forward_seconds, more_forward))
+    if more_backward and work.backward_seconds:
+        work = replace(work, backward_seconds=_sums(work.backward_seconds, more_backward))
+    host, device = (_ring(planned, pool) for pool in (HOST_BLOCKS, DEVICE_BLOCKS))
+    speeds = Speeds(rates.read_bytes_per_second, rates.write_bytes_per_second, rates.copy_bytes_per_second)
+    return simulate_step(work, speeds, host, device)
+
+
+def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = False) -> PlannedRun:
+    """With this machine's rates, and with visits timed where those take a moment. The model is not open yet.
+
+    needs_rates: raises UserError when the model's files cannot be read, which else is why there is no prediction.
+    """
+    rates = session.base.rates
+    if rates is None:
+        rows = max(16, min(2048, planned.shape.rows))
+        measure = measure_rates if needs_rates else try_rates
+        rates = measure(session.parts, session.device, rows)
+    if rates and (planned.store is not None or planned.plan.count(ACTIVATIONS)):
+        with contextlib.suppress(UserError):
+            rates = replace(rates, write_bytes_per_second=write_rate(session.config.output))
+    planned = replace(planned, rates=rates)
+    if not rates or not _takes_a_moment(planned, rates):
+        return planned
+    setup, shape = session.setup, planned.shape
+    with contextlib.suppress(UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError):
+        timing = time_visits(
+            session.parts, session.model, session.device, planned.plan, shape.inputs, shape.train, setup.gradient_names,
+            shape.micro_batches,
+        )  # fmt: skip
+        planned = replace(planned, timing=replace(timing, weight_seconds=setup.weight_seconds(session)))
+    trim_malloc()
+    return planned
+
+
+def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
+    """Whether visits can be timed."""
+    if planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
+        return False
+    visits = 2 * (4 if planned.shape.train else 1)
+    return planned.batch.visit.flops * visits / rates.flops_per_second < MOST_SECONDS
+
+
+def predict_compressed(planned: PlannedRun, rates: Rates, found: Compression, timing: Timing | None = None) -> StepTime:
+    """As `predict_step`, with the model compressed without loss. What that leaves of the slots' memory first keeps weights
+    decoded for a visit, if that is enough, and then blocks."""
+    slots, uses = planned.plan.slots[HOST_BLOCKS], planned.shape.micro_batches
+    slot_bytes = round_up(max(found.block_bytes))
+    one, rooms = (max(sum(sizes[:count]) for sizes in found.weight_bytes) for count in (1, DECODED_WEIGHTS))
+    stays = slots.num_bytes >= slots.ring * slot_bytes + rooms
+    kept = (slots.num_bytes - (rooms if stays else one)) // slot_bytes - slots.ring
+    kept = min(max(0, kept), len(found.block_bytes))
+    plan = replace(planned.plan, slots={**planned.plan.slots, HOST_BLOCKS: replace(slots, kept=kept)})
+    run = replace(planned, plan=plan, streamed=replace(planned.streamed, block_bytes=found.block_bytes))
+    forward = [sum(sizes) * (1 if stays else uses) / found.decoded_bytes_per_second for sizes in found.weight_bytes]
+    # Recomputed, and for the gradient.
+    return predict_step(run, rates, timing, forward, [seconds * (1 if stays else 2) for seconds in forward])
+
+
+def _sums(seconds: Sequence[float], more: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(seconds, more, strict=True)]
+
+
+def _ring(planned: PlannedRun, pool: str) -> Ring | None:
+    slots = planned.plan.slots.get(pool)
+    return None if slots is None else Ring(slots.resident, slots.lookahead)
+
+
+def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> StepWork:
+    plan, shape, streamed, store = planned.plan, planned.shape, planned.streamed, planned.store
+    lanes, blocks = shape.micro_batches, len(streamed.block_bytes)
+    forward, backward = _visit_seconds(planned, rates, timing)
+    trained = _trained_blocks(blocks, store)
+    passes = 2 if shape.train else 1
+    return StepWork(
+        streamed.block_bytes,
+        forward,
+        backward if shape.train else (),
+        lowest=min(trained, default=0),
+        lanes=lanes,
+        visit_bytes=[planned.expert_read_bytes / passes / blocks] * blocks if streamed.experts else (),
+        input_bytes=planned.batch.visit.boundary_bytes if plan.count(ACTIVATIONS) else 0,
+        input_slots=max(1, plan.count(ACTIVATIONS)),
+        chunks=streamed.chunks,
+        chunk_bytes=streamed.chunk_bytes,
+        chunk_slots=max(1, plan.count(HOST_HEAD)),
+        head_seconds=_head_seconds(planned, rates, timing),
+        end_update=None if store is None or not store.end_share else _update(store, store.end_share, timing),
+        updates={block: _update(store, (1 - store.end_share) / len(trained), timing) for block in trained},
+        state_buffers=plan.slots[STATE].ring if store is not None else 1,
+        kept_pieces=plan.slots[STATE].kept if store is not None else 0,
+        end_seconds=planned.adapter_elements * ADAPTER_UPDATE_BYTES / rates.elementwise_bytes_per_second,
+    )
+
+
+def _visit_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> tuple[list[float], list[float]]:
+    """Of each block, by all lanes: forward and backward."""
+    lanes, store = planned.shape.micro_batches, planned.store
+    if timing is not None:
+        forward = [block.forward.of(lanes) for block in timing.blocks]
+        if planned.variants > 1 and timing.weight_seconds:  # variants are made in the dtype that computes
+            elements = (sum(prod(view.shape) for view in layout.views.values()) for layout in planned.parts.layouts)
+            visits = zip(timing.blocks, elements, strict=True)
+            forward = [lanes * block.forward.other + count * timing.weight_seconds for block, count in visits]
+        return forward, [block.backward_of(lanes, False) for block in timing.blocks]
+    seconds = planned.batch.visit.flops * lanes / rates.flops_per_second
+    # Recomputation without its last products, the product with the weights again, and for those that are trained their
+    # gradient.
+    again = 1.8 + (store.trained_share if store is not None else 0)
+    blocks = len(planned.streamed.block_bytes)
+    return [seconds] * blocks, [again * seconds] * blocks
+
+
+def _head_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> float:
+    head, shape, store = planned.parts.head, planned.shape, planned.store
+    if head is None:
+        return 0.0
+    rows = shape.micro_batches * shape.rows
+    trained = shape.train and store is not None and store.end_share > 0
+    if timing is not None:
+        variants = prod(head.module.weight.shape) * timing.weight_seconds if planned.variants > 1 else 0.0
+        return timing.head_row * rows * (2 if trained else 1) + variants
+    # A forward, and the gradient of the hidden states; of a trained head once more and that of its own.
+    passes = 1 if not shape.train else 4 if trained else 2
+    return 2 * passes * prod(head.module.weight.shape) * rows / rates.flops_per_second
+
+
+def _trained_blocks(blocks: int, store: StoreSize | None) -> list[int]:
+    """Those whose own weights a step trains. Where they are drawn at random: where draws lie on average."""
+    if store is None:
+        return []
+    count = max(1, round(store.trained_share * blocks))
+    return sorted({min(blocks - 1, (i + 1) * (blocks + 1) // (count + 1) - 1) for i in range(count)})
+
+
+def _update(store: StoreSize, share: float, timing: Timing | None) -> Update:
+    """Of a unit that has so much of what a step updates."""
+    return Update(
+        max(1, round(store.pieces * share)),
+        int(store.read_bytes * share),
+        int(store.write_bytes * share),
+        store.elements * share * (0.0 if timing is None else timing.weight_seconds),
+    )

@@ -1,0 +1,280 @@
+"""How long visits take here: blocks are read, bound and run, forward and backward, as in a step, on numbers without meaning.
+
+A prediction from rates of products alone misses half of a visit on a CPU: decoding, norms, attention, adapters, Python. A few
+blocks that really run have all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from memory.plan import Plan, Slots
+from memory.slots import Slab
+from offload.devices import Device
+from offload.residency.io import IOEngine
+from offload.sizing.dry_run import first_call
+from offload.sizing.needs import DECODED, HEAD_VARIANTS, VARIANTS
+from offload.step.deferred_logits import DeferredLogits
+from offload.step.deferred_products import Needless
+from offload.step.lanes import run_capturing
+from offload.step.tiled_loss import TiledCrossEntropy
+from offload.step.weights import Block, HeadChunk
+from offload.weights.layout import BlockLayout
+from offload.weights.parts import ModelParts
+from offload.weights.skeleton import is_placeholder
+from offload.weights.streamed_parts import Room, StreamedParts
+
+REPEATS = 3
+ENOUGH_SECONDS = 1.0  # of one kind of block, or of the head: no more repeats then
+MOST_KINDS = 4  # of blocks that are run; others are as one of these
+
+
+@dataclass(frozen=True, slots=True)
+class PassSeconds:
+    """Of one block's visit in one pass: what its first lane takes, for which weights are decoded, and what each other takes."""
+
+    first: float
+    other: float
+
+    def of(self, lanes: int) -> float:
+        return self.first + (lanes - 1) * self.other
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSeconds:
+    """Of visits of one block."""
+
+    forward: PassSeconds
+    recomputed: PassSeconds  # with a graph, without the products that backward never uses; 0: there is no backward
+    backward: PassSeconds  # from the graph on
+
+    def backward_of(self, lanes: int, kept_graph: bool) -> float:
+        """Of a visit in backward. kept_graph: whether nothing is recomputed."""
+        again = self.recomputed
+        decoding = max(0.0, again.first - again.other)
+        return self.backward.of(lanes) + (decoding if kept_graph else again.of(lanes))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was measured."""
+
+    blocks: tuple[BlockSeconds, ...]  # of each block
+    head_row: float  # seconds of a row of hidden states: logits, loss and, where there is a backward, gradient
+    weight_seconds: float = 0.0  # of one weight that is updated, or of which variants are made
+
+
+def time_visits(
+    parts: ModelParts,
+    model: nn.Module,
+    device: Device,
+    plan: Plan,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+    lanes: int = 1,
+) -> Timing:
+    """Runs a block of each kind a few times, and a tile of the loss; before the model is opened. Adapters and the random state
+    are left as they were. Takes the memory of the fewest slots and of one visit.
+
+    plan: of the run. inputs: the model's keyword arguments, of one micro-batch. trained: per block, local names of its own
+    weights that get gradients. lanes: micro-batches of a step.
+
+    Raises UserError when the model's files cannot be read. What the model's own code raises for such inputs is raised.
+    """
+    with ExitStack() as closing, torch.random.fork_rng(devices=[]):
+        streamed = _open(parts, model, device, plan, closing)
+        index, args, kwargs = first_call(parts, model, inputs)
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: _like(t, device.torch_device), (args, kwargs))
+        keys = [_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
+        wanted = [keys[index], *(key for key in dict.fromkeys(keys) if key != keys[index])][:MOST_KINDS]
+        kinds: dict[Any, BlockSeconds] = {}
+        for key in wanted:
+            block = keys.index(key)
+            visits = _Visits(parts.blocks[block], block, streamed, device, trained[block] if trained else frozenset())
+            kinds[key] = visits.time(args, kwargs, train, min(lanes, 2))
+        hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        rows = hidden.numel() // hidden.shape[-1]
+        head = 0.0 if parts.head is None else _time_head(parts, model, streamed, device, hidden.dtype, rows, train)
+        return Timing(tuple(kinds.get(key, kinds[wanted[0]]) for key in keys), head)
+
+
+def _open(parts: ModelParts, model: nn.Module, device: Device, plan: Plan, closing: ExitStack) -> StreamedParts:
+    """With as few slots as there can be, but where weights stay decoded as `plan` has it."""
+    small = replace(plan, slots={name: _fewest(name, slots) for name, slots in plan.slots.items()})
+    after_io = closing.enter_context(ExitStack())
+    io = IOEngine()
+    closing.callback(io.close)
+    host = computing = Slab(device.allocate_host_slab(small.host_slab_bytes))
+    if not device.shares_host_memory:
+        computing = Slab(device.allocate_slab(small.device_slab_bytes))
+    room = Room(parts, model, small, device, io, host, computing, Path(), (), closing, after_io)
+    return StreamedParts(room, parts.layouts, () if parts.head is None else parts.head.layouts[:1])
+
+
+def _fewest(name: str, slots: Slots) -> Slots:
+    if name.startswith(DECODED) or name in (VARIANTS, HEAD_VARIANTS):
+        return slots
+    return replace(slots, ring=min(slots.ring, slots.pool.busy), kept=0)
+
+
+class _Visits:
+    """Visits of one block, which is read anew for each."""
+
+    def __init__(
+        self, block: nn.Module, index: int, streamed: StreamedParts, device: Device, trained: frozenset[str]
+    ) -> None:
+        self._block, self._key, self._streamed, self._device = block, Block(index), streamed, device
+        self._trained = trained
+        self._needless = Needless(block)
+
+    def time(self, args: tuple, kwargs: dict[str, Any], train: bool, lanes: int) -> BlockSeconds:
+        """The median of some visits, after a first one that teaches what need not be recomputed. lanes: 1 or 2."""
+        started = time.perf_counter()
+        found = [self._visit(args, kwargs, train, lanes)]
+        if time.perf_counter() - started < 2 * ENOUGH_SECONDS:
+            found = []
+            while len(found) < REPEATS and (not found or time.perf_counter() - started < ENOUGH_SECONDS):
+                found.append(self._visit(args, kwargs, train, lanes))
+        columns = [sorted(column)[len(column) // 2] for column in zip(*found, strict=True)]
+        passes = [columns[i : i + lanes] for i in range(0, len(columns), lanes)]
+        none = PassSeconds(0.0, 0.0)
+        return BlockSeconds(*(PassSeconds(one[0], one[-1]) for one in passes), *(() if train else (none, none)))
+
+    def _visit(self, args: tuple, kwargs: dict[str, Any], train: bool, lanes: int) -> list[float]:
+        """Seconds of every lane: forward and, where there is a backward, recomputed, then backward."""
+        run = partial(run_capturing, self._block, args, kwargs, ())
+        with self._bound(), torch.no_grad():
+            seconds = [self._timed(run) for _ in range(lanes)]
+        if not train:
+            return seconds
+        hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        hidden.requires_grad_()
+        recomputed, backward = [], []
+        with self._bound():
+            for _ in range(lanes):
+                graph: list[Any] = []
+                recomputed.append(self._timed(partial(self._recompute, run, graph)))
+                backward.append(self._timed(partial(_run_backward, graph)))
+        seconds += recomputed + backward
+        hidden.grad = None
+        hidden.requires_grad_(False)
+        return seconds
+
+    def _recompute(self, run: Callable[[], tuple[Any, Any]], graph: list[Any]) -> None:
+        """graph: gets the outputs' edges, each with a gradient."""
+        with torch.enable_grad():
+            flat = self._needless.recompute(lambda: tree_flatten(run()[0])[0])
+        for value in flat:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                grad = torch.ones(value.shape, dtype=value.dtype, device=value.device)
+                graph.append((torch.autograd.graph.get_gradient_edge(value), grad))
+
+    def _timed(self, run: Callable[[], Any]) -> float:
+        """Without what it waits for experts."""
+        waited = self._streamed.stall_seconds
+        seconds = _timed(run, self._device)
+        return max(0.0, seconds - (self._streamed.stall_seconds - waited))
+
+    @contextlib.contextmanager
+    def _bound(self) -> Iterator[None]:
+        streamed, key = self._streamed, self._key
+        with _on_device(self._block, self._device):
+            streamed.begin([key.index])
+            streamed.bind(key, streamed.acquire(key), self._trained)
+            try:
+                yield
+            finally:
+                streamed.unbind(key)
+                streamed.release(key)
+                streamed.blocks.give_up()
+
+
+def _timed(run: Callable[[], Any], device: Device) -> float:
+    device.synchronize(device.record())
+    started = time.perf_counter()
+    run()
+    device.synchronize(device.record())
+    return time.perf_counter() - started
+
+
+def _run_backward(graph: list[tuple[torch.autograd.graph.GradientEdge, torch.Tensor]]) -> None:
+    if graph:
+        edges, grads = map(list, zip(*graph, strict=True))
+        graph.clear()
+        torch.autograd.backward(edges, grads)
+
+
+def _time_head(
+    parts: ModelParts, model: nn.Module, streamed: StreamedParts, device: Device, dtype: torch.dtype, rows: int, train: bool
+) -> float:
+    """Seconds of one row of hidden states."""
+    head, module, key, there = parts.head, model.get_output_embeddings(), HeadChunk(0), device.torch_device
+    tile = min(rows, head.tile_tokens)
+    states = torch.randn(tile, head.module.weight.shape[1], device=there).to(dtype).requires_grad_(train)
+    labels = torch.zeros(tile, dtype=torch.int64, device=there)
+
+    def run() -> None:
+        loss = TiledCrossEntropy(DeferredLogits(states, head.module.weight.shape[0]), labels, tile, backward=train)
+        if len(head.layouts) == 1:
+            loss.plain_loss(module.forward)
+        else:
+            loss.add_chunk(streamed.head_rows)
+
+    with _on_device(module, device):
+        streamed.head.begin([0])
+        streamed.bind(key, streamed.acquire(key))
+        try:
+            seconds, started = [], time.perf_counter()
+            while len(seconds) <= REPEATS and time.perf_counter() - started < ENOUGH_SECONDS:
+                seconds.append(_timed(run, device))
+        finally:
+            streamed.unbind(key)
+            streamed.release(key)
+    seconds = sorted(seconds[1:] or seconds)
+    return seconds[len(seconds) // 2] * len(head.layouts) / tile
+
+
+@contextlib.contextmanager
+def _on_device(module: nn.Module, device: Device) -> Iterator[None]:
+    """Inside, what stays in the module, adapters and buffers, are copies on the device, which take the gradients."""
+    def wanted(tensor: torch.Tensor) -> bool:
+        return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+
+    held = []
+    for part in module.modules():
+        for place in (part._parameters, part._buffers):
+            for name, tensor in place.items():
+                if tensor is not None and not is_placeholder(tensor) and wanted(tensor):
+                    held.append((place, name, tensor))
+    for place, name, tensor in held:
+        copy = tensor.detach().to(device.torch_device, copy=True)
+        place[name] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
+    try:
+        yield
+    finally:
+        for place, name, tensor in held:
+            place[name] = tensor
+
+
+def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the block is called with; hidden states are random: routers choose by them."""
+    if tensor.is_floating_point() and tensor.dim() >= 2 and not tensor.any():
+        return torch.randn(tensor.shape, dtype=torch.float32).to(device, tensor.dtype)
+    return tensor.detach().to(device)
+
+
+def _kind(block: nn.Module, layout: BlockLayout) -> Any:
+    """Blocks of one kind take the same time."""
+    return type(block), tuple((name, view.dtype, view.shape) for name, view in layout.views.items())
