@@ -242,7 +242,32 @@ def _forwards(parts: ModelParts, forwards: Sequence[Callable[..., Any] | None]) 
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
 ) -> tuple[VisitSize, Any]:
-    block, binding = parts.blocks[index], parts.bindings[index]
+    block, counter = parts.blocks[index], _LiveBytes()
+    with block_on_meta(parts, index, args, kwargs) as (args, kwargs, views, adapters):
+        for tensor in tree_leaves((args, kwargs, views, adapters)):
+            counter.ignore(tensor)
+        with counter, MetaAttention():
+            parts.bindings[index].bind(views, trained)
+            with torch.no_grad():
+                outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
+            flops = counter.flops
+            if train:
+                run_backward(block, args, kwargs)
+    return VisitSize(counter.peak_bytes, flops), outline
+
+
+class MetaCall(NamedTuple):
+    """How a block is called on meta."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    views: dict[str, torch.Tensor]  # stored tensors, for the block's binding
+    adapters: list[nn.Parameter]
+
+
+@contextlib.contextmanager
+def block_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any]) -> Iterator[MetaCall]:
+    """Inside, a block's adapters and buffers are on meta, and so is what is yielded; what is bound is unbound in the end."""
     views = {
         name: torch.empty(view.shape, dtype=view.dtype, device="meta")
         for name, view in parts.layouts[index].views.items()
@@ -250,21 +275,11 @@ def _run_on_meta(
     args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
     for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
         _empty_cache_layer(layer)
-    counter = _LiveBytes()
-    with _on_meta(block) as adapters:
-        for tensor in tree_leaves((args, kwargs, views, adapters)):
-            counter.ignore(tensor)
+    with _on_meta(parts.blocks[index]) as adapters:
         try:
-            with counter, _MetaAttention():
-                binding.bind(views, trained)
-                with torch.no_grad():
-                    outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
-                flops = counter.flops
-                if train:
-                    _run_backward(block, args, kwargs)
+            yield MetaCall(args, kwargs, views, adapters)
         finally:
-            binding.unbind()
-    return VisitSize(counter.peak_bytes, flops), outline
+            parts.bindings[index].unbind()
 
 
 @contextlib.contextmanager
@@ -286,7 +301,8 @@ def _on_meta(block: nn.Module) -> Iterator[list[nn.Parameter]]:
             place[name] = tensor
 
 
-def _run_backward(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def run_backward(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Recomputes a block with a graph and runs that backward, on meta."""
     next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
     output = block(*args, **kwargs)
     tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -318,6 +334,13 @@ _PRODUCTS = {
 }
 
 
+def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operation of PyTorch on meta tensors."""
+    if function is torch.ops.aten.slice_backward.default:
+        return args[0].new_empty(args[1])  # its own shape function would load sympy, 30 MiB that stay
+    return function(*args, **kwargs)
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages between their first appearance in a result and their end."""
 
@@ -331,10 +354,7 @@ class _LiveBytes(TorchDispatchMode):
             self._known[tensor.untyped_storage()._cdata] = tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.slice_backward.default:
-            result = args[0].new_empty(args[1])  # its own shape function would load sympy, 30 MiB that stay
-        else:
-            result = function(*args, **(kwargs or {}))
+        result = run_operation(function, args, kwargs or {})
         if function in _PRODUCTS:
             a, b = args[-2:]
             self.flops += 2 * a.numel() * b.shape[-1]
@@ -372,7 +392,7 @@ class _FlashShapes(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-class _MetaAttention(TorchFunctionMode):
+class MetaAttention(TorchFunctionMode):
     """The meta device has no flash attention and would count the quadratic scores of the fallback."""
 
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
