@@ -144,7 +144,7 @@ def run(config: Config) -> None:
     Trainer(config).train()
 
 
-@_command(*_RUN)
+@_command(*_RUN[: _RUN.index("max_steps")], "machine", *_RUN[_RUN.index("max_steps") :])
 def plan(
     config: Config,
     limits: Annotated[bool, typer.Option("--limits", help="Also the longest row, largest batch, least memory.")] = False,

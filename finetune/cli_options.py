@@ -49,6 +49,7 @@ KEYS = {
     "device_memory": _memory("--device-memory", "Memory limit on the accelerator."),
     "disk": _memory("--disk", "Limit of what is written to disk."),
     "device": _memory("--device", f"Where to compute: {', '.join(DEVICE_WORDS)}. [default: auto]"),
+    "machine": _memory("--machine", "Machine to plan for: a profile's YAML file, or a name. [default: this one]"),
     "max_steps": _training(int, "--max-steps", "Optimizer steps. [default: as many as --epochs have]"),
     "epochs": _training(float, "--epochs", "Passes over the data. [default: 1]"),
     "batch_size": _training(int, "--batch-size", "Rows per optimizer step. [default: 8]"),

@@ -207,6 +207,7 @@ class PlannedRun:
             return found
         step = predict_step(self, self.rates, self.timing)
         return found | {
+            "machine": self.rates.machine or None,
             "step_seconds": step.seconds,
             "stall_seconds": step.stall_seconds,
             "busy_seconds": step.busy_seconds,
@@ -223,10 +224,11 @@ class PlannedRun:
         speeds = [f"reads {format_bytes(rates.read_bytes_per_second)}/s from disk"]
         if self.plan.device_budget_bytes is not None:
             speeds.append(f"copies {format_bytes(rates.copy_bytes_per_second)}/s to the device")
-        if self.timing is None:
+        if self.timing is None or self.timing.counted:
             speeds.append(f"computes {rates.flops_per_second / 1e9:.0f} GFLOP/s")
         else:
             speeds.append("has run some of the model's blocks")
+        known = f"what is written of {rates.machine}" if rates.machine else "what was measured on this machine just now"
         step = predict_step(self, rates, self.timing)
         tokens = f", {self.step_tokens / step.seconds:.0f} tokens a second" if self.step_tokens else ""
         busy = ", ".join(
@@ -235,8 +237,8 @@ class PlannedRun:
             if step.busy_seconds[server]
         )
         lines = [
-            f"a step takes about {format_seconds(step.seconds)}{tokens}: a prediction from what was measured on this machine "
-            f"just now, which {', '.join(speeds[:-1])} and {speeds[-1]}",
+            f"a step takes about {format_seconds(step.seconds)}{tokens}: a prediction from {known}, which "
+            f"{', '.join(speeds[:-1])} and {speeds[-1]}",
             f"  in use: {busy}; {_SERVERS[step.slowest]} sets the pace",
         ]
         if self.num_steps:
@@ -254,11 +256,11 @@ class PlannedRun:
     def _compression_words(self, rates: Rates, found: Compression) -> str:
         now = predict_step(self, rates, self.timing).seconds
         then = predict_compressed(self, rates, found, self.timing).seconds
-        rate = format_bytes(int(found.decoded_bytes_per_second))
+        rate, where = format_bytes(int(found.decoded_bytes_per_second)), "there" if rates.machine else "here"
         return (
             f"compressed without loss (finetune compress), {format_bytes(found.model_bytes)} in place of "
             f"{format_bytes(self.parts.checkpoint.num_bytes)}, a step would take about {format_seconds(then)}: it "
-            f"{'pays' if then < now else 'does not pay'} here, where {rate} of weights are decoded in a second"
+            f"{'pays' if then < now else 'does not pay'} {where}, where {rate} of weights are decoded in a second"
         )
 
     @property

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finetune.session import Session
 
 HOST_RESERVE_SHARE = 0.05  # of what is available, left to others when no --host-memory is given
+SYSTEM_SHARE = 0.1  # of another machine's memory, that its system and other programs are taken to use
 
 
 class Planner:
@@ -60,7 +61,7 @@ class Planner:
             session.setup.variants,
             sum(p.numel() for p in session.trainable) if session.setup.has_gradients else 0,
             session.base.words,
-            "" if session.config.host_memory is not None else f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available",
+            self._budget_words,
         )
 
     def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
@@ -68,6 +69,14 @@ class Planner:
         enough, needs = 1 << 60, self._needs(shape, self._session.config.engine.activations if shape.train else "host")[0]
         host = _smallest(needs, Limits(0, self._limits.device_bytes and enough))
         return host, self._limits.device_bytes and _smallest(needs, Limits(enough, 0))
+
+    @property
+    def _budget_words(self) -> str:
+        if self._session.config.host_memory is not None:
+            return ""
+        if self._session.machine is not None:
+            return f", which is {1 - SYSTEM_SHARE:.0%} of the machine's memory"
+        return f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available"
 
     def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
         # Without a backward pass nothing waits for it.
@@ -91,11 +100,14 @@ class Planner:
     @cached_property
     def _limits(self) -> Limits:
         """Once, so that all plans of a session have the same."""
-        config, device = self._session.config, self._session.device
-        if config.host_memory is None:
-            host = int(available_host_bytes() * (1 - HOST_RESERVE_SHARE))
+        config, device, machine = self._session.config, self._session.device, self._session.machine
+        if config.host_memory is not None:
+            total = total_host_bytes() if machine is None else machine.host.memory_bytes
+            host = _amount("host_memory", config.host_memory, total)
+        elif machine is not None:
+            host = int(machine.host.memory_bytes * (1 - SYSTEM_SHARE))
         else:
-            host = _amount("host_memory", config.host_memory, total_host_bytes())
+            host = int(available_host_bytes() * (1 - HOST_RESERVE_SHARE))
         on_device = None
         if not device.shares_host_memory:
             if config.device_memory is None:

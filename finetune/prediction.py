@@ -8,12 +8,15 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from finetune.machines.kept import current_profile, kept_drive
 from memory.arena import trim_malloc
 from memory.errors import UserError
 from memory.simulator import Ring, Speeds, StepTime, StepWork, Update, simulate_step
 from memory.units import round_up
-from offload.sizing.calibration import Rates, measure_rates, try_rates, write_rate
+from offload.devices import DescribedDevice
+from offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
 from offload.sizing.compression import Compression
+from offload.sizing.counted_visits import count_visits, profile_rates
 from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE
 from offload.sizing.timing import Timing, time_visits
 
@@ -48,25 +51,26 @@ def predict_step(
 
 
 def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = False) -> PlannedRun:
-    """With this machine's rates, and with visits timed where those take a moment. The model is not open yet.
+    """With this machine's rates, and with visits timed where those take a moment, else counted where `finetune bench` has kept
+    a profile; for another machine with the rates of its profile, and with visits counted. The model is not open yet.
 
     needs_rates: raises UserError when the model's files cannot be read, which else is why there is no prediction.
     """
-    rates = session.base.rates
-    if rates is None:
-        rows = max(16, min(2048, planned.shape.rows))
-        measure = measure_rates if needs_rates else try_rates
-        rates = measure(session.parts, session.device, rows)
-    if rates and (planned.store is not None or planned.plan.count(ACTIVATIONS)):
-        with contextlib.suppress(UserError):
-            rates = replace(rates, write_bytes_per_second=write_rate(session.config.output))
+    rates = _rates(session, planned, needs_rates)
     planned = replace(planned, rates=rates)
-    if not rates or not _takes_a_moment(planned, rates):
+    if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
         return planned
+    device, look = session.device, time_visits
+    if not isinstance(device, DescribedDevice) and not _takes_a_moment(planned, rates):
+        if (kept := current_profile(device)) is None:
+            return planned
+        device = DescribedDevice(device.kind, kept)
+    if isinstance(device, DescribedDevice):
+        look = count_visits
     setup, shape = session.setup, planned.shape
     with contextlib.suppress(UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError):
-        timing = time_visits(
-            session.parts, session.model, session.device, planned.plan, shape.inputs, shape.train, setup.gradient_names,
+        timing = look(
+            session.parts, session.model, device, planned.plan, shape.inputs, shape.train, setup.gradient_names,
             shape.micro_batches,
         )  # fmt: skip
         planned = replace(planned, timing=replace(timing, weight_seconds=setup.weight_seconds(session)))
@@ -74,10 +78,23 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     return planned
 
 
+def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRates:
+    rows = max(16, min(2048, planned.shape.rows))
+    if isinstance(session.device, DescribedDevice):
+        return profile_rates(session.parts, session.device, rows)
+    rates = session.base.rates
+    if rates is None:
+        rates = (measure_rates if needed else try_rates)(session.parts, session.device, rows)
+    if rates and (planned.store is not None or planned.plan.count(ACTIVATIONS)):
+        output = session.config.output
+        with contextlib.suppress(UserError):
+            drive = kept_drive(session.device, output)
+            rates = replace(rates, write_bytes_per_second=write_rate(output) if drive is None else write_rate_of(drive))
+    return rates
+
+
 def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
     """Whether visits can be timed."""
-    if planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
-        return False
     visits = 2 * (4 if planned.shape.train else 1)
     return planned.batch.visit.flops * visits / rates.flops_per_second < MOST_SECONDS
 

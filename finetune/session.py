@@ -14,7 +14,9 @@ import torch
 from finetune.adapters.base import adapter_of
 from finetune.adapters.peft_files import reads_whole
 from finetune.adapters.placement import copy_to
+from finetune.config import Config
 from finetune.data.tokenizer_files import split_note
+from finetune.machines.profiles import find_machine
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.planner import Planner
 from finetune.quantization.base import Base, open_base
@@ -22,14 +24,27 @@ from finetune.runs.identity import model_name
 from finetune.setup import Setup
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.errors import UserError
+from memory.machine import MachineProfile
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
-from offload.devices import choose_device
+from offload.devices import DescribedDevice, Device, choose_device
 from offload.files.checkpoint import resolve_model
 from offload.step.own_loss import MakeLoss, models_own_loss
 from offload.streamed_model import Options, StreamedModel
 from offload.weights.finite import first_not_finite
 from offload.weights.parts import ModelParts, cut
 from offload.weights.skeleton import is_placeholder
+
+
+def _choose_device(config: Config, machine: MachineProfile | None) -> Device:
+    """machine: another than this one. Raises UserError for a device that is not there."""
+    if machine is None:
+        return choose_device(
+            config.device,
+            simulated_bytes_per_second=(config.engine.simulated_copy_gbps or float("inf")) * 1e9,
+            simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
+        )
+    there = "cpu" if machine.accelerator is None else machine.accelerator.kind
+    return DescribedDevice(there if config.device == "auto" else config.device, machine)
 
 
 class Session:
@@ -57,11 +72,10 @@ class Session:
         config, setup = self.config, self.setup
         if config.engine.num_threads:
             torch.set_num_threads(config.engine.num_threads)
-        self.device = choose_device(
-            config.device,
-            simulated_bytes_per_second=(config.engine.simulated_copy_gbps or float("inf")) * 1e9,
-            simulated_delay_seconds=config.engine.simulated_delay_ms / 1e3,
-        )
+        if config.machine is not None and not only_plan:
+            raise UserError("machine: only plans are made for another machine: leave it out of what runs on this one")
+        self.machine = None if config.machine is None else find_machine(config.machine)
+        self.device = _choose_device(config, self.machine)
         if self.device.shares_host_memory and config.device_memory is not None:
             print(f"note: --device-memory changes nothing, because this run computes on {self.device.kind}", file=sys.stderr)
         source = resolve_model(config.model)

@@ -51,6 +51,7 @@ from finetune.training.run_report import run_report
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
+from offload.devices import DescribedDevice
 from offload.sizing.compression import try_compression
 
 
@@ -115,6 +116,8 @@ class Trainer:
             # What only CPUs decode, and only adapters are trained over.
             can_be_compressed = config.adapter is not None and config.quantize is None and not session.on_device
             compression = try_compression(session.parts) if can_be_compressed else None
+            if compression is not None and isinstance(session.device, DescribedDevice):
+                compression = compression.decoded_at(session.device.rates)
             return with_prediction(session, replace(planned, compression=compression, num_steps=config.training.max_steps))
         finally:
             session.close()

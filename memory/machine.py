@@ -97,7 +97,8 @@ class ComputeRates(_Part):
         tables = [table for table in self.products if table.dtype == dtype]
         if not tables:
             raise UserError(
-                f"expected rates of products in {dtype}, found {self._dtypes()}: measure them with finetune bench"
+                f"a machine profile: expected rates of products in {dtype}, found {self._dtypes()}: add them to it, or compute "
+                "in another dtype (engine.dtype)"
             )
         size = log(out_features * in_features)
         table = min(tables, key=lambda table: abs(log(table.out_features * table.in_features) - size))

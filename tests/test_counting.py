@@ -36,9 +36,7 @@ def counted(tmp_path, kind: str = "llama", method: str = "lora", train: bool = T
     session = Session(make_method(config), only_plan=True)
     try:
         inputs = BatchShape.of_text(3, ROWS // 3, 1, train).inputs
-        first, args, kwargs = getattr(dry_run, "first_call", None or dry_run._first_call)(
-            session.parts, session.model, inputs
-        )
+        first, args, kwargs = dry_run.first_call(session.parts, session.model, inputs)
         trained = session.setup.gradient_names
         return count_block(session.parts, first, args, kwargs, train, trained[first] if trained else ())
     finally:
@@ -57,7 +55,8 @@ def test_a_forward_pass_has_the_products_of_its_layers(tmp_path):
 
 
 def test_a_backward_pass_has_gradients_and_recomputes_what_they_need(tmp_path):
-    work = counted(tmp_path, lora={"r": RANK, "target_modules": ["q_proj"]}).backward
+    found = counted(tmp_path, lora={"r": RANK, "target_modules": ["q_proj"]})
+    work = Work(found.recomputed.products + found.backward.products)
     kinds: dict[str, list[CountedProduct]] = {}
     for product in work.products.elements():
         kinds.setdefault(product.kind, []).append(product)
@@ -69,7 +68,9 @@ def test_a_backward_pass_has_gradients_and_recomputes_what_they_need(tmp_path):
     again = [(p.out_features, p.in_features) for p in kinds["forward"]]
     needless = {"o_proj", "down_proj"}  # whose results nothing but the block's output is made of
     assert sorted(again) == sorted([*(shape for name, shape in LAYERS.items() if name not in needless), *adapter])
-    assert {found.backward for found in work.attention} == {False, True}
+    assert {product.kind for product in found.recomputed.products} == {"forward"}
+    assert [one.backward for one in found.recomputed.attention] == [False]
+    assert [one.backward for one in found.backward.attention] == [True]
 
 
 def test_weights_that_are_trained_have_gradients(tmp_path):
@@ -79,7 +80,8 @@ def test_weights_that_are_trained_have_gradients(tmp_path):
 
 
 def test_without_gradients_there_is_no_backward_pass(tmp_path):
-    assert counted(tmp_path, train=False).backward is None
+    found = counted(tmp_path, train=False)
+    assert found.recomputed == found.backward == Work()
 
 
 def test_what_is_decoded_is_no_work_of_the_block(tmp_path, monkeypatch):

@@ -117,16 +117,6 @@ def test_a_profile_is_kept_for_its_user_alone(cache):
     assert [found.name for found in path.parent.iterdir()] == ["machine.yaml"]
 
 
-def test_drives_that_were_measured_before_stay_in_the_profile():
-    keep_profile(LAPTOP)
-    other = LAPTOP.drives[0].model_copy(update={"name": "another", "read_bytes_per_second": 1.0})
-    keep_profile(LAPTOP.model_copy(update={"drives": (other,)}))
-    assert kept_profile().drives == (other, *LAPTOP.drives)
-    again = other.model_copy(update={"read_bytes_per_second": 2.0})
-    keep_profile(LAPTOP.model_copy(update={"drives": (again,)}))
-    assert kept_profile().drives == (again, *LAPTOP.drives)
-
-
 def test_what_is_kept_and_is_no_profile_is_not_used():
     path = keep_profile(LAPTOP)
     path.write_text(path.read_text().replace("processor", "prozessor"))

@@ -70,6 +70,8 @@ class _Keys(Section):
     """Limit of everything that is written under `output`."""
     device: Literal[DEVICE_WORDS] = "auto"
     """Where blocks compute. auto: the accelerator if there is one."""
+    machine: ModelName | None = None
+    """For which machine a plan is made: a profile's file, or the name of one of the package. None: for this one."""
     resume: Switch = False
     """Continue from the state in `output`."""
     trust_remote_code: Switch = False

@@ -100,8 +100,9 @@ def _nearest(location: Sequence[str], sections: Collection[str], keys: Sequence[
         if section == ".".join(folders):
             inside[name] = key
     key = OTHER_NAMES.get(leaf) or everywhere.get(leaf)
-    for names in (inside, everywhere):
-        near = difflib.get_close_matches(leaf, names, n=1)
-        if key is None and near:
-            key = names[near[0]]
+    if key is None:
+        near = [(names, one) for names in (inside, everywhere) for one in difflib.get_close_matches(leaf, names, n=1)]
+        if near:
+            names, one = max(near, key=lambda found: difflib.SequenceMatcher(None, found[1], leaf).ratio())
+            key = names[one]
     return f"; nearest: {key}" if key else ""

@@ -9,9 +9,12 @@ from pathlib import Path
 from finetune.config.errors import ConfigError
 from finetune.machines.profiles import machine_text, read_machine
 from memory.errors import UserError
-from memory.machine import MachineProfile
+from memory.machine import Drive, MachineProfile
+from offload.devices import Device
 from offload.files.new_directory import flush
 from offload.files.user_cache import user_cache
+from offload.rates.disk import drive_name
+from offload.rates.machine import is_current
 
 
 def profile_path() -> Path:
@@ -19,16 +22,8 @@ def profile_path() -> Path:
 
 
 def keep_profile(profile: MachineProfile) -> Path:
-    """Writes it for its user alone, in place of the one that was kept. Drives of that one that were not measured again stay.
-
-    Raises UserError when it cannot be written.
-    """
+    """Writes it for its user alone, in place of the one that was kept. Raises UserError when it cannot be written."""
     path = profile_path()
-    earlier = kept_profile()
-    if earlier is not None:
-        measured = {drive.name for drive in profile.drives}
-        others = tuple(drive for drive in earlier.drives if drive.name not in measured)
-        profile = profile.model_copy(update={"drives": profile.drives + others})
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=".machine.", dir=path.parent)
@@ -55,3 +50,16 @@ def kept_profile() -> MachineProfile | None:
         return read_machine(path) if path.is_file() else None
     except ConfigError:
         return None
+
+
+def current_profile(device: Device) -> MachineProfile | None:
+    """Of this machine as it is now. None: none is kept, or it was measured before something changed."""
+    profile = kept_profile()
+    return profile if profile is not None and is_current(profile, device) else None
+
+
+def kept_drive(device: Device, path: Path) -> Drive | None:
+    """The drive that a path lies on, if it was measured, writes too, on this machine as it is now."""
+    profile, name = current_profile(device), drive_name(path)
+    drives = () if profile is None else profile.drives
+    return next((drive for drive in drives if drive.name == name and drive.write_bytes_per_second), None)

@@ -81,6 +81,10 @@ class WeightTraining(Method):
         return needs, streamed
 
     def weight_seconds(self, session: Session) -> float:
+        if session.machine is not None:
+            rates = session.machine.host.updated_elements_per_second
+            rate = rates.get(self.config.optimizer.name, rates.get("adamw"))
+            return 1 / rate if rate else 0.0
         unit = next(unit for unit in self.trained.units if unit.fqns)
         stored = unit.layout.views[next(iter(unit.fqns))].dtype
         rule = make_rule(self.config, of_blocks=True)

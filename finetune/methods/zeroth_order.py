@@ -54,7 +54,7 @@ from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
 from memory.needs import Needs
-from offload.devices import Device
+from offload.devices import DescribedDevice, Device
 from offload.noise.noise import Group, Noise, Update
 from offload.perturb.folds import folds, newest_fold
 from offload.perturb.journal import Journal, Record
@@ -164,6 +164,9 @@ class ZerothOrder(Method):
         steps = min(zo.steps_between_folds, self.num_steps or zo.steps_between_folds) // 2
         updates = tuple(Update(seed, 1e-3) for seed in range(steps * zo.perturbations))
         seeds = range(self.variants if zo.estimator == "fzoo" else zo.perturbations)
+        if isinstance(session.device, DescribedDevice):
+            rate = session.device.rates.noise_elements_per_second.get(zo.noise)
+            return (len(updates) + 1) * len(seeds) / rate if rate else 0.0
         stored = next(iter(session.parts.layouts[0].views.values())).dtype
         return variant_seconds(
             Noise(zo.noise, zo.noise_rank), [Group(1.0, updates)] if updates else [], seeds, self.variants // len(seeds),

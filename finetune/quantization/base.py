@@ -23,7 +23,7 @@ from memory.arena import trim_malloc
 from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.units import format_bytes, format_seconds, parse_bytes, total_host_bytes
-from offload.devices import Device
+from offload.devices import DescribedDevice, Device
 from offload.files.checkpoint import CheckpointError, is_gguf, read_checkpoint, resolve_model
 from offload.files.lock import lock
 from offload.files.new_directory import flush
@@ -165,13 +165,14 @@ class _Quantization:
             say(f"another process is at {self.target}: waiting for it")
             lock(self._base._lock, shared=shared, wait=True)
 
-    def _predict(self, plan: Outline, parts: ModelParts, device: Device) -> tuple[str, int, Rates | NoRates]:
-        """What quantising takes, in words; the bytes that are still to be written; this machine's rates."""
+    def _predict(self, plan: Outline, parts: ModelParts, device: Device) -> tuple[str, int, Rates | NoRates | None]:
+        """What quantising takes, in words; the bytes that are still to be written; this machine's rates. None: it is done on
+        another one."""
         unfinished = partial_path(self._cache, self._name)
         there = Written.read(unfinished, plan)
         left = plan.num_bytes - sum(there.num_bytes.values())
         read = sum(file.stat().st_size for file in plan.checkpoint.files)
-        rates = try_rates(parts, device)
+        rates = None if isinstance(device, DescribedDevice) else try_rates(parts, device)
         seconds = ""
         if rates:
             share = left / plan.num_bytes

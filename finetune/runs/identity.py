@@ -27,7 +27,7 @@ from offload.weights.parts import ModelParts
 # Keys that change no number of a step. A resumed run may be given more steps; the model and the data have digests. Threads and
 # devices do change the last bits of products, but a run may go on on another machine.
 _CHANGES_NOTHING = frozenset(
-    "model data eval_data quantization.cache output host_memory device_memory disk device resume trust_remote_code "
+    "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trust_remote_code "
     "training.max_steps training.epochs training.eval_steps training.save_steps training.report_to optimizer.versions "
     "engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth engine.num_threads "
     "engine.expert_slots engine.simulated_copy_gbps engine.simulated_delay_ms".split()

@@ -9,9 +9,10 @@ from memory.errors import UserError
 from offload.devices.accelerator import AcceleratorDevice
 from offload.devices.base import COMPLETED, Device, Direction, Event, RaceError
 from offload.devices.cpu import CpuDevice
+from offload.devices.described import DescribedDevice
 from offload.devices.simulated import SimulatedDevice
 
-__all__ = ["COMPLETED", "Device", "Direction", "Event", "RaceError", "choose_device"]
+__all__ = ["COMPLETED", "DescribedDevice", "Device", "Direction", "Event", "RaceError", "choose_device"]
 
 
 def choose_device(

@@ -55,6 +55,11 @@ class Device(ABC):
     def shares_host_memory(self) -> bool:
         return self.traits.shares_host_memory
 
+    @property
+    def assumed_host_bytes(self) -> int:
+        """Of host memory that a process there holds more than this one does: of a device that is not here."""
+        return 0
+
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether it has hardware for products of matrices of `dtype`."""
         return not self.traits.computes_on_host or cpu_multiplies(dtype)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from memory.errors import UserError
+from memory.machine import Drive
 from offload.devices import Device, Direction
 from offload.rates.disk import measure_drive, nearest_directory
 from offload.residency.io import IOEngine
@@ -31,6 +32,7 @@ class Rates:
     copy_bytes_per_second: float = float("inf")  # to the device
     write_bytes_per_second: float = float("inf")  # to the run's disk
     elementwise_bytes_per_second: float = float("inf")  # read and written by operations on large tensors
+    machine: str = ""  # another one than this, from whose profile they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,16 @@ def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
 
 
 def write_rate(directory: Path) -> float:
-    """Bytes per second that are written under `directory`, or where it will be, while as many are read: what a written byte
-    takes longer than one that is read alone. Writes up to 64 MiB to a file without a name. Raises UserError."""
-    drive = measure_drive(nearest_directory(directory), WRITE_SECONDS, PROBE_BYTES)
+    """Bytes per second that are written under `directory`, or where it will be, see `write_rate_of`. Writes up to 64 MiB to a
+    file without a name. Raises UserError."""
+    return write_rate_of(measure_drive(nearest_directory(directory), WRITE_SECONDS, PROBE_BYTES))
+
+
+def write_rate_of(drive: Drive) -> float:
+    """Bytes per second that are written to it while as many are read: what a written byte takes longer than one that is read
+    alone. inf: its writes are not known."""
+    if drive.write_bytes_per_second is None:
+        return float("inf")
     both = drive.read_while_writing_bytes_per_second or drive.write_bytes_per_second
     return 1 / max(1 / both - 1 / drive.read_bytes_per_second, 0.2 / drive.write_bytes_per_second)
 

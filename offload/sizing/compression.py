@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from memory.errors import UserError
+from memory.machine import ComputeRates
 from offload.weights.compress import is_compressible
 from offload.weights.formats import PlainTensor, quantization_of
+from offload.weights.formats.lossless import LosslessWeight
 from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, decode, encode, room_bytes
 from offload.weights.parts import ModelParts
 
@@ -34,6 +36,11 @@ class Compression:
     """Of each block, compressed."""
     weight_bytes: tuple[tuple[int, ...], ...]
     """Of each block's compressed matrices, decoded, the largest first."""
+
+    def decoded_at(self, rates: ComputeRates) -> Compression | None:
+        """On a machine that is not here. None: it has no rate of decoding them."""
+        rate = rates.decoded_weights_per_second.get(LosslessWeight.word)
+        return None if rate is None else replace(self, decoded_bytes_per_second=rate * torch.bfloat16.itemsize)
 
 
 def try_compression(parts: ModelParts) -> Compression | None:

@@ -73,7 +73,8 @@ def _product_seconds(product: CountedProduct, rates: ComputeRates) -> float:
 @dataclass(frozen=True, slots=True)
 class BlockWork:
     forward: Work
-    backward: Work | None  # recomputation and gradients
+    recomputed: Work  # with a graph, without the products that backward never uses; empty: there is no backward
+    backward: Work  # from the graph on
     decoded: tuple[StoredWeight, ...]  # weights that are decoded for a product or, where they can stay, once a visit
     bound: tuple[StoredWeight, ...]  # that are decoded whenever the block is bound
 
@@ -86,7 +87,8 @@ def count_block(
     Raises what the model's code raises where it cannot run on meta: NotImplementedError, RuntimeError or TypeError.
     """
     block, binding, weights = parts.blocks[index], parts.bindings[index], parts.layouts[index].weights
-    forward, backward = Work(), None
+    forward = Work()
+    recomputed, backward = Work(), Work()
     with block_on_meta(parts, index, args, kwargs) as (args, kwargs, views, _):
         rooms = [torch.empty(size, dtype=torch.uint8, device="meta") for size in binding.lazy_bytes.values()]
         binding.bind(views, trained, rooms)
@@ -95,31 +97,33 @@ def count_block(
         with torch.no_grad(), _Operations(forward), _Attention(forward):
             block(*args, **kwargs)
         if train:
-            backward = _count_backward(block, args, kwargs)
+            recomputed, backward = _count_backward(block, args, kwargs)
     bound = (name for name in weights if name not in binding.lazy_bytes)
     return BlockWork(
         forward,
+        recomputed,
         backward,
         tuple(weights[name] for name in binding.lazy_bytes),
         tuple(weights[name] for name in bound if not weights[name].is_stored_as(binding.dtypes[name])),
     )
 
 
-def _count_backward(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Work:
-    """Of a visit after the first one, which teaches which products need not be recomputed."""
+def _count_backward(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Work, Work]:
+    """Of a visit after the first one, which teaches which products need not be recomputed: recomputation and gradients."""
     needless = Needless(block)
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
     for _ in range(2):
-        work = Work()
+        recomputed, backward = Work(), Work()
         for tensor in (hidden, *block.parameters()):
             tensor.grad = None
-        with _Operations(work), _Attention(work):
+        with _Operations(recomputed), _Attention(recomputed, backward):
             outputs = needless.recompute(lambda: tree_leaves(block(*args, **kwargs)))
-            outputs = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
-            gradients = [torch.empty(output.shape, dtype=output.dtype, device="meta") for output in outputs]
+        outputs = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
+        gradients = [torch.empty(output.shape, dtype=output.dtype, device="meta") for output in outputs]
+        with _Operations(backward):
             torch.autograd.backward(edges, gradients)
-    return work
+    return recomputed, backward
 
 
 def decode_seconds(weight: StoredWeight, dtype: torch.dtype, rates: ComputeRates) -> float:
@@ -173,18 +177,19 @@ class _Operations(TorchDispatchMode):
 
 
 class _Attention(TorchFunctionMode):
-    """Adds attention to `work`, and its gradient where there is a graph."""
+    """Adds attention to `work`, and its gradient, where there will be one, to that of the gradients."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, gradients: Work | None = None) -> None:
         super().__init__()
-        self._work, self._on_meta = work, MetaAttention()
+        self._work, self._gradients, self._on_meta = work, gradients, MetaAttention()
 
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
         if function is functional.scaled_dot_product_attention and len(args) >= 3:
             query, key = args[:2]
             sequences, length = prod(query.shape[:-3]), max(query.shape[-2], key.shape[-2])
             dtype, width = str(query.dtype).removeprefix("torch."), query.shape[-3] * query.shape[-1]
-            for backward in (False, True) if torch.is_grad_enabled() and query.requires_grad else (False,):
-                self._work.attention[CountedAttention(dtype, sequences, length, width, backward)] += 1
-                self._work.operations += 1
+            for work, backward in ((self._work, False), (self._gradients, True)):
+                if work is not None:
+                    work.attention[CountedAttention(dtype, sequences, length, width, backward)] += 1
+                    work.operations += 1
         return self._on_meta.__torch_function__(function, types, args, kwargs)

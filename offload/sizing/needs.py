@@ -123,6 +123,7 @@ def process_needs(device: Device, baseline_bytes: int, code_bytes: int) -> Needs
         Item(PROCESS, baseline_bytes, Tier.HOST),
         Item("disk staging", STAGING_BYTES, Tier.HOST),
         Item("generated code of matrix products", code_bytes, Tier.HOST, Lasts.STEP),
+        Item("libraries and context of the accelerator, assumed", device.assumed_host_bytes, Tier.HOST),
         Item("kernels of the accelerator", device.traits.host_libraries_bytes, Tier.HOST),
         Item("margin", MARGIN_BYTES, Tier.HOST),
         Item("workspaces of kernels", device.traits.libraries_bytes, Tier.DEVICE),

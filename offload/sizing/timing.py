@@ -68,11 +68,12 @@ class BlockSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was measured."""
+    """What was found."""
 
     blocks: tuple[BlockSeconds, ...]  # of each block
     head_row: float  # seconds of a row of hidden states: logits, loss and, where there is a backward, gradient
     weight_seconds: float = 0.0  # of one weight that is updated, or of which variants are made
+    counted: bool = False  # from what visits compute and a machine's rates, rather than measured
 
 
 def time_visits(
@@ -97,7 +98,7 @@ def time_visits(
         streamed = _open(parts, model, device, plan, closing)
         index, args, kwargs = first_call(parts, model, inputs)
         args, kwargs = tree_map_only(torch.Tensor, lambda t: _like(t, device.torch_device), (args, kwargs))
-        keys = [_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
+        keys = [block_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
         wanted = [keys[index], *(key for key in dict.fromkeys(keys) if key != keys[index])][:MOST_KINDS]
         kinds: dict[Any, BlockSeconds] = {}
         for key in wanted:
@@ -275,6 +276,6 @@ def _like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.detach().to(device)
 
 
-def _kind(block: nn.Module, layout: BlockLayout) -> Any:
+def block_kind(block: nn.Module, layout: BlockLayout) -> Any:
     """Blocks of one kind take the same time."""
     return type(block), tuple((name, view.dtype, view.shape) for name, view in layout.views.items())

@@ -1,0 +1,104 @@
+"""Rates and visits of a machine that is not here, from its profile: what `calibration` and `timing` measure on this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from memory.machine import ComputeRates
+from memory.plan import Plan
+from offload.devices import DescribedDevice
+from offload.sizing.calibration import Rates, write_rate_of
+from offload.sizing.counting import BlockWork, Work, count_block, decode_seconds
+from offload.sizing.dry_run import first_call
+from offload.sizing.needs import DECODED
+from offload.sizing.timing import BlockSeconds, PassSeconds, Timing, block_kind
+from offload.weights.parts import HeadPart, ModelParts
+
+
+def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rates:
+    """Of products with so many rows and weights of the model's width. Raises UserError where the profile has none in the dtype
+    that computes."""
+    machine = device.machine
+    width = max(p.shape[-1] for p in parts.blocks[0].parameters())
+    seconds = device.rates.product_seconds("forward", _name(parts.dtype), rows, width, width)
+    link = machine.accelerator.host_to_device_bytes_per_second if not device.shares_host_memory else None
+    return Rates(
+        machine.drives[0].read_bytes_per_second,
+        2 * rows * width * width / seconds,
+        link or float("inf"),
+        write_rate_of(machine.drives[-1]),
+        device.rates.elementwise_bytes_per_second,
+        machine.name,
+    )
+
+
+def count_visits(
+    parts: ModelParts,
+    model: nn.Module,
+    device: DescribedDevice,
+    plan: Plan,
+    inputs: dict[str, Any],
+    train: bool,
+    trained: Sequence[frozenset[str]] | None = None,
+    lanes: int = 1,
+) -> Timing:
+    """As `time_visits`, whose arguments these are, but nothing is read or computed.
+
+    Raises UserError where the profile lacks a dtype, and what the model's code raises where it cannot run on meta.
+    """
+    index, args, kwargs = first_call(parts, model, inputs)
+    keys = [block_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
+    rooms = sum(1 for name, slots in plan.slots.items() if name.startswith(DECODED) and slots.count)
+    kinds: dict[Any, BlockSeconds] = {}
+    for block in (index, *range(len(keys))):
+        if keys[block] not in kinds:
+            work = count_block(parts, block, args, kwargs, train, trained[block] if trained else ())
+            kinds[keys[block]] = _block_seconds(work, parts.dtype, device, rooms)
+    hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    rows = hidden.numel() // hidden.shape[-1]
+    head = 0.0 if parts.head is None else _head_row(parts.head, parts.dtype, device.rates, rows, train)
+    return Timing(tuple(kinds[key] for key in keys), head, counted=True)
+
+
+def _block_seconds(work: BlockWork, dtype: torch.dtype, device: DescribedDevice, rooms: int) -> BlockSeconds:
+    """rooms: how many of the weights that are decoded stay so for a visit."""
+
+    def decoding(weights) -> float:
+        return sum(decode_seconds(weight, dtype, device.rates) for weight in weights)
+
+    def seconds(of: Work) -> float:
+        return of.seconds(device.rates, queued=not device.traits.computes_on_host)
+
+    once = decoding(work.bound) + decoding(work.decoded[:rooms])
+    again = decoding(work.decoded[rooms:])
+    forward = again + seconds(work.forward)
+    if not work.backward.operations:
+        return BlockSeconds(PassSeconds(once + forward, forward), PassSeconds(0.0, 0.0), PassSeconds(0.0, 0.0))
+    recomputed, backward = again + seconds(work.recomputed), again + seconds(work.backward)
+    return BlockSeconds(
+        PassSeconds(once + forward, forward),
+        PassSeconds(once + recomputed, recomputed),
+        PassSeconds(backward, backward),
+    )
+
+
+def _head_row(head: HeadPart, dtype: torch.dtype, rates: ComputeRates, rows: int, train: bool) -> float:
+    """Seconds of one row of hidden states: logits in tiles, their softmax in fp32, and the gradient of the row."""
+    tile, seconds = min(rows, head.tile_tokens), 0.0
+    for layout in head.layouts:
+        vocabulary, width = layout.weights["weight"].shape
+        for kind in ("forward", "input_gradient") if train else ("forward",):
+            seconds += rates.product_seconds(kind, _name(dtype), tile, vocabulary, width)
+        # Each logit is converted to fp32 and read for the sum; with gradients the softmax is made of it, changed and converted.
+        moved = tile * vocabulary * (dtype.itemsize + 8 + (16 + dtype.itemsize if train else 0))
+        seconds += moved / rates.elementwise_bytes_per_second
+    return seconds / tile
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
