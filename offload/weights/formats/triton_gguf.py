@@ -35,9 +35,11 @@ class Layout(NamedTuple):
     high: tuple[int, int, int] = (-1, 1, 1)
     less: int = 0
     """What is taken from codes; of 8 bits, which are signed, they are shifted by it before."""
-    scales: tuple[str, int] = ("none", 0)
-    """How the parts' scales are packed, and where they begin."""
+    scales: str = "none"
+    """How those of the parts are packed."""
+    scales_at: int = 0
     has_table: bool = False
+    """Whether codes are those of IQ4."""
 
 
 LAYOUTS = {
@@ -46,13 +48,13 @@ LAYOUTS = {
     "Q5_0": Layout(32, 0, -1, (6, 4, 16), (2, 1, 1), less=16),
     "Q5_1": Layout(32, 0, 2, (8, 4, 16), (4, 1, 1)),
     "Q8_0": Layout(32, 0, -1, (2, 8, 32), less=128),
-    "Q2_K": Layout(16, 80, 82, (16, 2, 32), scales=("4 and 4 bits", 0)),
-    "Q3_K": Layout(16, 108, -1, (32, 2, 32), (0, 1, 32), less=4, scales=("4 + 2 bits", 96)),
-    "Q4_K": Layout(32, 0, 2, (16, 4, 32), scales=("6 and 6 bits", 4)),
-    "Q5_K": Layout(32, 0, 2, (48, 4, 32), (16, 1, 32), scales=("6 and 6 bits", 4)),
-    "Q6_K": Layout(16, 208, -1, (0, 4, 64), (128, 2, 32), less=32, scales=("8 bits", 192)),
+    "Q2_K": Layout(16, 80, 82, (16, 2, 32), scales="4 and 4 bits", scales_at=0),
+    "Q3_K": Layout(16, 108, -1, (32, 2, 32), (0, 1, 32), less=4, scales="4 + 2 bits", scales_at=96),
+    "Q4_K": Layout(32, 0, 2, (16, 4, 32), scales="6 and 6 bits", scales_at=4),
+    "Q5_K": Layout(32, 0, 2, (48, 4, 32), (16, 1, 32), scales="6 and 6 bits", scales_at=4),
+    "Q6_K": Layout(16, 208, -1, (0, 4, 64), (128, 2, 32), less=32, scales="8 bits", scales_at=192),
     "IQ4_NL": Layout(32, 0, -1, (2, 4, 16), has_table=True),
-    "IQ4_XS": Layout(32, 0, -1, (8, 4, 16), scales=("4 + 2 bits in order", 2), has_table=True),
+    "IQ4_XS": Layout(32, 0, -1, (8, 4, 16), scales="4 + 2 bits in order", scales_at=2, has_table=True),
 }
 """See [Note: GGUF blocks] in `gguf_blocks.py`."""
 
@@ -110,7 +112,7 @@ def _scales(start, part, mask, SCALES: tl.constexpr):
 def _decode(
     blocks, halves, table, out, count, TILE: tl.constexpr, PARTS: tl.constexpr, BYTES: tl.constexpr,
     PART: tl.constexpr, SCALE: tl.constexpr, MINIMUM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    LESS: tl.constexpr, SCALES: tl.constexpr, HAS_TABLE: tl.constexpr,
+    LESS: tl.constexpr, SCALES: tl.constexpr, SCALES_AT: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """PARTS, BYTES: of a block. The rest is a `Layout`."""
     number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -124,13 +126,13 @@ def _decode(
     if LOW[1] == 8:
         code ^= 128
     value = tl.load(table + code) if HAS_TABLE else (code - LESS).to(tl.float32)
-    if SCALES[0] != "none":
-        of_part, least = _scales(block + SCALES[1], part, mask, SCALES[0])
+    if SCALES != "none":
+        of_part, least = _scales(block + SCALES_AT, part, mask, SCALES)
         scale = scale * of_part.to(tl.float32)
     value = value * scale[:, None]
     if MINIMUM >= 0:
         minimum = tl.load(half + MINIMUM // 2, mask, other=0).to(tl.float32)
-        if SCALES[0] == "none":
+        if SCALES == "none":
             value = value + minimum[:, None]
         else:
             value = value - (minimum * least.to(tl.float32))[:, None]

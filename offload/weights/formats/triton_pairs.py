@@ -13,7 +13,9 @@ from torch import Tensor
 
 from offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 
-TILE = 1024
+TILE = 2048
+RUN = 32
+"""Numbers whose scale is read once: they divide every size of blocks."""
 
 
 # Kernels take pointers and numbers, no structures: hence the many arguments, which `decode` puts together.
@@ -21,25 +23,32 @@ TILE = 1024
 def _decode(
     packed, table, absmax, nested_absmax, nested_map, nested_offset,
     out, start: tl.int64, stop: tl.int64, byte_shift: tl.int64, block_shift: tl.int64, nested_shift: tl.int64,
-    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUNDED_TO: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUNDED_TO: tl.constexpr,
+    RUN: tl.constexpr, ARE_WHOLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """NESTED_BLOCK: blocks under one nested absmax, 0 where absmax is not nested."""
-    first = start // 2 * 2 + tl.program_id(0).to(tl.int64) * TILE
-    low, high = (start - first).to(tl.int32), tl.minimum(stop - first, TILE).to(tl.int32)
-    byte = tl.arange(0, TILE // 2)
-    pair = tl.load(packed + (first // 2 + byte_shift) + byte, byte * 2 < high, other=0).to(tl.int32)
-    codes = tl.reshape(tl.join(pair >> 4, pair & 15), [TILE])
-    place = tl.arange(0, TILE)
-    mask = (place >= low) & (place < high)
+    """NESTED_BLOCK: blocks under one nested absmax, 0 where absmax is not nested. ARE_WHOLE: whether all of every run is here:
+    its bytes are then read together."""
+    first = start // RUN * RUN + tl.program_id(0).to(tl.int64) * TILE
+    low, high = start - first, stop - first  # of what is here
+    run = tl.arange(0, TILE // RUN) * RUN
+    mask = (run + RUN > low) & (run < high)
+    place = run[:, None] + tl.arange(0, RUN)[None, :]
+    byte = run[:, None] // 2 + tl.arange(0, RUN // 2)[None, :]
+    if ARE_WHOLE:
+        each, of_byte = mask[:, None], mask[:, None]
+    else:
+        each, of_byte = (place >= low) & (place < high), (byte * 2 + 1 >= low) & (byte * 2 < high)
+    pair = tl.load(packed + (first // 2 + byte_shift) + byte, of_byte, other=0).to(tl.int32)
+    codes = tl.reshape(tl.join(pair >> 4, pair & 15), [TILE // RUN, RUN])
     first_block = first // BLOCK
-    block = ((first % BLOCK).to(tl.int32) + place) // BLOCK
+    block = ((first % BLOCK).to(tl.int32) + run) // BLOCK
     scale = tl.load(absmax + (first_block + block_shift) + block, mask, other=0)
     if NESTED_BLOCK:
         nested_block = ((first_block % NESTED_BLOCK).to(tl.int32) + block) // NESTED_BLOCK
         of_nested = tl.load(nested_absmax + (first_block // NESTED_BLOCK + nested_shift) + nested_block, mask, other=0.0)
         scale = tl.load(nested_map + scale.to(tl.int32), mask, other=0.0) * of_nested + nested_offset
-    numbers = rounded(tl.load(table + codes) * scale, ROUNDED_TO)
-    put(out + (first - start) + place, numbers, mask)
+    numbers = rounded(tl.load(table + codes) * scale[:, None], ROUNDED_TO)
+    put(out + (first - start) + place, numbers, each)
 
 
 def decode(
@@ -61,7 +70,8 @@ def decode(
         return
     scales, block = absmax
     nested_absmax, nested_map, nested_block, offset = nested or (scales, scales, 0, 0.0)
-    _decode[(triton.cdiv(stop - start // 2 * 2, TILE),)](
+    _decode[(triton.cdiv(stop - start // RUN * RUN, TILE),)](
         packed, table, scales, nested_absmax, nested_map, offset, out, start, stop, *shifts,
-        BLOCK=block, NESTED_BLOCK=nested_block, ROUNDED_TO=ROUNDED_TO[rounded_to], TILE=TILE, enable_fp_fusion=False,
+        BLOCK=block, NESTED_BLOCK=nested_block, ROUNDED_TO=ROUNDED_TO[rounded_to], RUN=RUN,
+        ARE_WHOLE=start % RUN == 0 and stop % RUN == 0, TILE=TILE, enable_fp_fusion=False,
     )  # fmt: skip

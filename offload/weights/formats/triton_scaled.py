@@ -59,12 +59,10 @@ class Scales(NamedTuple):
 def _value(code, FORM: tl.constexpr, LESS: tl.constexpr):
     """Of int32 codes, fp32. The bits of small floats, moved to where fp32 has them, are their values by a power of two."""
     if FORM == "e4m3":
-        value = ((code & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        value = tl.where((code & 127) == 127, float("nan"), value)
-        return tl.where((code & 128) != 0, -value, value)
-    elif FORM == "e2m1":
-        value = ((code & 7) << 22).to(tl.float32, bitcast=True) * 1.7014118346046923e38  # 2^127: twice its value
-        return tl.where((code & 8) != 0, -value, value)
+        bits = (code & 127) << 20 | (code & 128) << 24
+        return tl.where((code & 127) == 127, float("nan"), bits.to(tl.float32, bitcast=True) * 1.329227995784916e36)  # 2^120
+    elif FORM == "e2m1":  # twice their values: by 2^127
+        return ((code & 7) << 22 | (code & 8) << 28).to(tl.float32, bitcast=True) * 1.7014118346046923e38
     else:
         return (code - LESS).to(tl.float32)
 
