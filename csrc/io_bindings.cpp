@@ -136,6 +136,15 @@ class Engine {
     const std::string& reason() const { return reason_; }
     std::vector<std::string> notes() { return queue_.notes(); }
     Counters counters() { return queue_.counters(); }
+    void keep_log(bool keep) { queue_.keep_log(keep); }
+
+    // (write, bytes, submitted, started, finished) of every ticket that has finished since the last call.
+    std::vector<std::tuple<bool, uint64_t, double, double, double>> take_log() {
+        std::vector<std::tuple<bool, uint64_t, double, double, double>> found;
+        for (const Transfer& transfer : queue_.take_log())
+            found.emplace_back(transfer.write, transfer.bytes, transfer.submitted, transfer.started, transfer.finished);
+        return found;
+    }
 
   private:
     Backend& backend() {
@@ -216,6 +225,8 @@ void register_io(nb::module_& m) {
         .def("submit", &Engine::submit, "write"_a, "extents"_a)
         .def("done", &Engine::done, "ticket"_a)
         .def("wait", &Engine::wait, "ticket"_a)
+        .def("keep_log", &Engine::keep_log, "keep"_a)
+        .def("take_log", &Engine::take_log)
         .def("failure", &Engine::failure, "ticket"_a)
         .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <thread>
+#include <utility>
 
 namespace io {
 
@@ -56,7 +57,11 @@ int64_t Queue::submit(bool write, std::vector<Extent> extents) {
     ticket->id = id;
     ticket->write = write;
     ticket->extents = std::move(extents);
-    for (const Extent& extent : ticket->extents) ++extent.file->pending;
+    ticket->submitted = std::chrono::steady_clock::now();
+    for (const Extent& extent : ticket->extents) {
+        ++extent.file->pending;
+        ticket->bytes += extent.bytes;
+    }
     Ticket& added = *ticket;
     tickets_.emplace(id, std::move(ticket));
     if (closed_) {
@@ -121,6 +126,17 @@ void Queue::while_idle(const std::function<void()>& action) {
     --pauses_;
     lock.unlock();
     work_.notify_all();
+}
+
+void Queue::keep_log(bool keep) {
+    std::lock_guard lock(mutex_);
+    logs_ = keep;
+    log_.clear();
+}
+
+std::vector<Transfer> Queue::take_log() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(log_, {});
 }
 
 Counters Queue::counters() {
@@ -209,6 +225,7 @@ bool Queue::cut(Ticket& ticket, Request& request) {
     const uint64_t begin = extent.offset + ticket.next_byte;
     const uint64_t left = extent.bytes - ticket.next_byte;
     char* const memory = extent.memory + ticket.next_byte;
+    if (logs_ && ticket.next_extent == 0 && ticket.next_byte == 0) ticket.started = std::chrono::steady_clock::now();
 
     request = Request{};
     request.ticket = &ticket;
@@ -368,6 +385,13 @@ void Queue::finish_if_done(Ticket& ticket) {
     for (const Extent& extent : ticket.extents) --extent.file->pending;
     ticket.extents.clear();
     ticket.next_extent = 0;
+    if (logs_) {
+        const auto seconds = [](std::chrono::steady_clock::time_point time) {
+            return std::chrono::duration<double>(time.time_since_epoch()).count();
+        };
+        log_.push_back({ticket.write, ticket.bytes, seconds(ticket.submitted), seconds(std::max(ticket.started, ticket.submitted)),
+                        seconds(std::chrono::steady_clock::now())});
+    }
     if (!ticket.failure) tickets_.erase(ticket.id);
     progress_.notify_all();
 }

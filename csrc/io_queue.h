@@ -45,6 +45,8 @@ struct Ticket {
     uint64_t next_byte = 0;       // within extents[next_extent]
     uint64_t requests = 0;        // made and not yet finished
     std::optional<Failure> failure;
+    uint64_t bytes = 0;           // of all extents
+    std::chrono::steady_clock::time_point submitted, started;  // started: the first request of it went to the kernel
 
     bool cut() const { return next_extent == extents.size(); }
 };
@@ -92,6 +94,15 @@ struct Counters {
     double busy_seconds = 0;   // at least one request was in flight
 };
 
+// A finished ticket. Times are those of the steady clock, in seconds.
+struct Transfer {
+    bool write;
+    uint64_t bytes;
+    double submitted;
+    double started;
+    double finished;
+};
+
 class Queue {
   public:
     Queue(uint32_t queue_depth, uint64_t request_bytes, uint64_t staging_bytes, FaultPlan faults);
@@ -110,6 +121,8 @@ class Queue {
     Counters counters();
     std::vector<std::string> notes();
     void note(const std::string& text);
+    void keep_log(bool keep);              // of tickets that finish from now on; what is logged is dropped
+    std::vector<Transfer> take_log();      // in the order in which they finished
 
     // For a backend.
     uint32_t queue_depth() const { return queue_depth_; }
@@ -151,6 +164,8 @@ class Queue {
     std::vector<Request*> free_requests_;
     std::vector<int> free_large_, free_small_;
     std::vector<std::string> notes_;
+    std::vector<Transfer> log_;
+    bool logs_ = false;
     int64_t next_ticket_ = 1;
     uint32_t in_flight_ = 0;  // taken by a backend
     uint32_t pauses_ = 0;     // while_idle() calls that wait: nothing new is handed out

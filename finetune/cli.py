@@ -41,7 +41,7 @@ _PLACES = ("quantize", "output", "host_memory", "device_memory", "disk", "device
 _LAST = ("trust_remote_code", "settings", ..., "debug")
 _RUN = (
     "config", "model", "data", "eval_data", "method", *_PLACES, "max_steps", "epochs", "batch_size", "micro_batch_size",
-    "sequence_length", "learning_rate", "seed", "resume", *_LAST,
+    "sequence_length", "learning_rate", "seed", "resume", "trace", *_LAST,
 )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ KEYS = {
     "learning_rate": _training(float, "--learning-rate", "Peak learning rate. [default: depends on the method]"),
     "seed": _training(int, "--seed", "Seed of the data order, dropout and noise. [default: 42]"),
     "resume": _training(bool, "--resume/--no-resume", "Continue from the state in the output directory."),
+    "trace": _option(str, "--trace", "File that gets what a step did when, for Perfetto.", OTHER),
     "trust_remote_code": _option(
         bool, "--trust-remote-code/--no-trust-remote-code", "Run Python code that comes with the model.", OTHER
     ),

@@ -26,6 +26,7 @@ from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.errors import UserError
 from memory.machine import MachineProfile
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
+from memory.trace import Trace
 from offload.devices import DescribedDevice, Device, choose_device
 from offload.files.checkpoint import resolve_model
 from offload.step.own_loss import MakeLoss, models_own_loss
@@ -171,10 +172,11 @@ class Session:
         scratch: Path,
         progress: Callable[[str, int, int], None] = lambda *_: None,
         make_loss: MakeLoss = models_own_loss,
+        trace: Trace | None = None,
     ) -> StreamedModel:
         """Allocates what the plan names and opens the model; adapters move into the arena or onto the device.
 
-        make_loss: what a step makes small.
+        make_loss: what a step makes small. trace: gets what steps do.
         """
         plan = planned.plan
         keep_shapes(shapes_to_keep(planned.shape.micro_batches, bool(self.parts.experts)))
@@ -195,7 +197,7 @@ class Session:
         trim_malloc()
         engine = self.config.engine
         self.streamed = StreamedModel(
-            self.parts, plan, self.device, Options(scratch, engine.io_backend, engine.queue_depth, progress),
+            self.parts, plan, self.device, Options(scratch, engine.io_backend, engine.queue_depth, progress, trace),
             model=self.model, open_weights=self.setup.open_weights(self), make_loss=make_loss,
         )  # fmt: skip
         self.setup.opened(self)

@@ -48,9 +48,11 @@ from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
 from finetune.training.loop import TrainingLoop
 from finetune.training.run_report import run_report
+from finetune.training.traces import write_traces
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
+from memory.trace import Trace
 from offload.devices import DescribedDevice
 from offload.sizing.compression import try_compression
 
@@ -75,6 +77,7 @@ class _UnderWay:
     batches: BatchPlan  # which rows each step has
     meter: MemoryMeter  # peaks since the model was opened
     progress: Progress  # the live line
+    trace: Trace | None = None  # where one is asked for
 
     def say(self, notes: Iterable[str]) -> None:
         for note in notes:
@@ -118,7 +121,11 @@ class Trainer:
             compression = try_compression(session.parts) if can_be_compressed else None
             if compression is not None and isinstance(session.device, DescribedDevice):
                 compression = compression.decoded_at(session.device.rates)
-            return with_prediction(session, replace(planned, compression=compression, num_steps=config.training.max_steps))
+            planned = replace(planned, compression=compression, num_steps=config.training.max_steps)
+            planned = with_prediction(session, planned)
+            if config.trace is not None:
+                write_traces(config.trace, planned)
+            return planned
         finally:
             session.close()
 
@@ -131,6 +138,8 @@ class Trainer:
         cache.
         """
         config = self.config
+        if config.trace is not None and not config.trace.absolute().parent.is_dir():
+            raise UserError(f"trace: expected a file in a directory that is there, found {config.trace}: make its directory")
         if config.data is None:
             raise UserError("no training data: give --data (a path, a hub id, or rows)")
         if "tensorboard" in config.training.report_to and find_spec("tensorboard") is None:
@@ -220,8 +229,9 @@ class Trainer:
         method.about = directory.begin(identity, batches.num_steps)
         budgets = {name: getattr(planned.plan, name) for name in ("host_budget_bytes", "device_budget_bytes")}
         run = _UnderWay(
-            session, method, planned, objective, batches, MemoryMeter().start(), Progress(batches.num_steps, **budgets)
-        )
+            session, method, planned, objective, batches, MemoryMeter().start(), Progress(batches.num_steps, **budgets),
+            None if config.trace is None else Trace(),
+        )  # fmt: skip
         run.say([planned.describe(), *directory.notes, *notes])
         try:
             with stop_requests(self._ask_to_stop):
@@ -239,7 +249,9 @@ class Trainer:
                 self._stop_if_asked()
             run.progress.inside(phase, done, total)
 
-        streamed = session.open(run.planned, self.config.output / "scratch", inside, run.objective.make_loss)
+        streamed = session.open(
+            run.planned, self.config.output / "scratch", inside, run.objective.make_loss, run.trace
+        )  # fmt: skip
         run.say([*session.notes, *streamed.notes])
         if run.planned.shape.packed:
             session.set_training(False)
@@ -263,6 +275,8 @@ class Trainer:
             loop.run(callbacks, after, metrics)
         report = run_report(run.planned, session, run.meter, loop) | {"evaluation": after.evaluation}
         write_report(output / "report.json", report)
+        if run.trace is not None:
+            write_traces(config.trace, run.planned, run.trace)
         run.progress.close()
         words = summary_table(report)
         if method.adapter_directory is None:

@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from math import inf
 
 from memory.fetch_policy import next_fetch, victim
+from memory.trace import Span
 
 MOST_PIECES = 4096  # that updates are simulated in
 
@@ -67,16 +68,6 @@ class StepWork:
     state_buffers: int = 1  # through which pieces pass
     kept_pieces: int = 0  # that stay in memory, and are only written
     end_seconds: float = 0.0  # after the last visit
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Something that a server did."""
-
-    server: str
-    name: str
-    start_seconds: float  # since the step began
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ parameters and belong to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch import nn
 
 from memory.plan import Plan
 from memory.slots import Slab
+from memory.trace import Trace
+from memory.units import format_bytes
 from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
 from offload.sizing.needs import ACTIVATIONS, STAGING_BYTES
@@ -25,6 +27,7 @@ from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import Engine
 from offload.step.head import TiledHead
 from offload.step.own_loss import MakeLoss, StepLosses, models_own_loss
+from offload.step.traced_weights import TracedWeights
 from offload.step.weights import Block, HeadChunk, Weights
 from offload.weights.embedding import RowsOnDemand
 from offload.weights.frozen import FrozenWeights
@@ -44,12 +47,13 @@ class Traffic:
 
 class Options(NamedTuple):
     """What changes no result. scratch: directory for spilled activations. queue_depth: None: the I/O engine's own. progress:
-    progress(phase, done, total) after every block visit."""
+    progress(phase, done, total) after every block visit. trace: gets what steps do; None: nobody wants to know."""
 
     scratch: Path
     io_backend: str = "auto"  # auto, io_uring or threads
     queue_depth: int | None = None
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    trace: Trace | None = None
 
 
 class StreamedModel:
@@ -89,14 +93,18 @@ class StreamedModel:
                     closing, after_io,
                 )  # fmt: skip
             )
+            weights, self._trace = self.weights, options.trace
+            if options.trace is not None:
+                weights = TracedWeights(weights, options.trace)
+                self.io.keep_log(True)
             self.activations = self._open_activations(plan, host, options.scratch)
             closing.callback(self.activations.close)
             self.head: TiledHead | None = None
             if parts.head is not None:
                 module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
-                self.head = TiledHead(module, self.weights, len(parts.head.layouts), parts.head.tile_tokens)
+                self.head = TiledHead(module, weights, len(parts.head.layouts), parts.head.tile_tokens)
             self._loss = make_loss(parts.model, self.head)
-            self.engine = Engine(self.model, parts.blocks, self.weights, self.activations, options.progress)
+            self.engine = Engine(self.model, parts.blocks, weights, self.activations, options.progress)
             closing.callback(self.engine.close)
             self._closing = closing.pop_all()
 
@@ -157,6 +165,21 @@ class StreamedModel:
         stall = self.weights.stall_seconds + self.activations.stall_seconds
         stall += sum(embedding.stall_seconds for embedding in self.embeddings)
         return Traffic(self.io.read_bytes, self.io.write_bytes, stall)
+
+    @contextmanager
+    def step_traced(self) -> Iterator[None]:
+        """What happens inside is a step, for the trace, where there is one."""
+        trace = self._trace
+        if trace is None:
+            yield
+            return
+        self.io.take_log()
+        trace.begin_step()
+        yield
+        for transfer in self.io.take_log():
+            words = f"{'write' if transfer.is_write else 'read'} {format_bytes(transfer.num_bytes)}"
+            trace.add("disk", words, transfer.started, transfer.finished)
+        trace.end_step()
 
     def visit_modules(self, visit: Callable[[Iterable[nn.Module]], None]) -> None:
         """Calls `visit(modules)` with all modules, a part of them at a time, while their weights are bound: what is resident,

@@ -74,6 +74,8 @@ class _Keys(Section):
     """For which machine a plan is made: a profile's file, or the name of one of the package. None: for this one."""
     resume: Switch = False
     """Continue from the state in `output`."""
+    trace: Path | None = None
+    """File that gets what the last step did when, and what was predicted of it, for Perfetto (ui.perfetto.dev)."""
     trust_remote_code: Switch = False
     """Whether code that comes with the model may run."""
 

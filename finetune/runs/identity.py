@@ -27,10 +27,10 @@ from offload.weights.parts import ModelParts
 # Keys that change no number of a step. A resumed run may be given more steps; the model and the data have digests. Threads and
 # devices do change the last bits of products, but a run may go on on another machine.
 _CHANGES_NOTHING = frozenset(
-    "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trust_remote_code "
-    "training.max_steps training.epochs training.eval_steps training.save_steps training.report_to optimizer.versions "
-    "engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth engine.num_threads "
-    "engine.expert_slots engine.simulated_copy_gbps engine.simulated_delay_ms".split()
+    "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trace "
+    "trust_remote_code training.max_steps training.epochs training.eval_steps training.save_steps training.report_to "
+    "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
+    "engine.num_threads engine.expert_slots engine.simulated_copy_gbps engine.simulated_delay_ms".split()
 )
 # Keys that act through the tokens alone: named when these differ, of no matter when they are the same.
 _ACTS_THROUGH_TOKENS = ("form", "completion_only", "append_eos", "chat_template", "sequence_length")

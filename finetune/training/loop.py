@@ -91,7 +91,8 @@ class TrainingLoop:
     def _do_step(self, batch: int) -> dict[str, Any]:
         """The row of metrics of the next step. batch: of the plan of batches, further than the step where epochs were cut."""
         started = time.perf_counter()
-        result: StepResult = self._method.step(self.step, self._batches.step(batch))
+        with self._session.streamed.step_traced():
+            result: StepResult = self._method.step(self.step, self._batches.step(batch))
         self.step += 1
         seconds = time.perf_counter() - started
         before, self._traffic = self._traffic, self._session.streamed.traffic()

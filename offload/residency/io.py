@@ -6,6 +6,7 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from finetune_native import io as _native
 
@@ -18,6 +19,16 @@ REQUEST_BYTES = 4 * MIB  # of one request at most
 
 Extent = tuple[int, int, int, int]
 """(file_id, file_offset, num_bytes, address): one contiguous range of a file and its place in memory, all in bytes."""
+
+
+class Transfer(NamedTuple):
+    """A ticket that has finished. Times are those of `time.perf_counter`."""
+
+    is_write: bool
+    num_bytes: int
+    submitted: float
+    started: float  # its first request went to the kernel
+    finished: float
 
 
 class IOFailure(UserError):
@@ -152,6 +163,14 @@ class IOEngine:
         if failure is not None:
             raise IOFailure(*failure)
         return seconds
+
+    def keep_log(self, keep: bool) -> None:
+        """Whether tickets are logged from now on. What is logged is dropped."""
+        self._native.keep_log(keep)
+
+    def take_log(self) -> list[Transfer]:
+        """The tickets that have finished since the last call."""
+        return [Transfer(*transfer) for transfer in self._native.take_log()]
 
     def close(self) -> None:
         """Stop: what is in flight drains, what has not started fails with ECANCELED, files are closed. Idempotent."""
