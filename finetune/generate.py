@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -60,16 +61,38 @@ def generate(
         planned = _plan(session, ids, max_new_tokens)
         streamed = session.open(planned, config.output / "scratch")
         ends = end_tokens(session.parts.directory, tokenizer.eos_token_id)
-        together = planned.shape.micro_batches
+        together, counted = planned.shape.micro_batches, _Counted()
         for first in range(0, len(ids), together):
             group = ids[first : first + together]
             choosers = [chooser(how.temperature, how.top_p, how.seed + first + i) for i in range(len(group))]
             passes = decode(streamed, group, choosers, ends, max_new_tokens)
             if first:
                 yield "\n\n"
-            yield from _texts(passes, [TextPieces(tokenizer, one) for one in group], ends)
+            yield from _texts(counted(passes), [TextPieces(tokenizer, one) for one in group], ends)
+        if streamed.guesses.chosen:
+            print(f"note: {counted.words}; {streamed.guesses.words}", file=sys.stderr)
     finally:
         session.close()
+
+
+class _Counted:
+    """How many tokens came, and in which time."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+
+    def __call__(self, passes: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        """The same passes, as `decode` yields them."""
+        started = time.perf_counter()
+        for tokens in passes:
+            self.seconds += time.perf_counter() - started
+            self.tokens += len(tokens)
+            yield tokens
+            started = time.perf_counter()
+
+    @property
+    def words(self) -> str:
+        return f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.2f} a second"
 
 
 def _texts(passes: Iterable[list[tuple[int, int]]], texts: list[TextPieces], ends: frozenset[int]) -> Iterator[str]:

@@ -19,11 +19,13 @@ class ExpertUse:
 
     def __init__(self, blocks: Sequence[int]) -> None:
         self._blocks = blocks
+        self._with_experts = frozenset(blocks)
         self._counts: list[dict[int, int]] = [{} for _ in blocks]
         self._visits = [0] * len(blocks)
         self._places: dict[int, list[int]] = {}
         self._order: Sequence[int] = ()
         self._at = -1
+        self._is_over = False
         self._met: dict[int, int] = {}
 
     def begin(self, order: Sequence[int]) -> None:
@@ -34,8 +36,16 @@ class ExpertUse:
 
     def visit(self, block: int) -> None:
         """The visit of a block begins."""
-        self._at = self._next(block, self._at + 1)
+        self._at, self._is_over = self._next(block, self._at + 1), False
         self._met[block] = self._met.get(block, 0) + 1
+
+    def end(self) -> None:
+        """What the visit under way still wants of experts is announced. Others of its block wait for the next visit."""
+        self._is_over = True
+
+    def is_backward(self, block: int) -> bool:
+        """Whether the last visit of the block was that of a backward pass."""
+        return self._met.get(block) == 2 and len(self._places.get(block, ())) > 2
 
     def goes_back(self, block: int) -> bool:
         """Whether the next visit of the block is that of the backward pass, which wants the experts of the forward one. A step
@@ -44,8 +54,9 @@ class ExpertUse:
 
     @property
     def next_block(self) -> int | None:
-        """That is visited after this one."""
-        return self._order[self._at + 1] if self._at + 1 < len(self._order) else None
+        """That is visited after this one and has experts."""
+        coming = (self._order[at] for at in range(self._at + 1, len(self._order)))
+        return next((block for block in coming if block in self._with_experts), None)
 
     def used(self, stack: int, experts: Iterable[int], is_new: bool) -> None:
         """A visit has wanted these, and not before. is_new: whether it is another visit than that of the last call."""
@@ -65,7 +76,7 @@ class ExpertUse:
 
     def wait(self, stack: int, expert: int) -> float:
         """Visits of blocks until it is wanted next, as expected: 0 for those of the block under way that are always wanted."""
-        until = self._next(self._blocks[stack], self._at) - self._at
+        until = self._next(self._blocks[stack], self._at + self._is_over) - self._at
         often = (self._counts[stack].get(expert, 0) + 1) / (self._visits[stack] + 1)
         return until + len(self._places) * (1 / often - 1)
 

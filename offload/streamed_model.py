@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from memory.expert_guesses import ExpertGuesses
 from memory.plan import Plan
 from memory.slots import Slab
 from memory.trace import Trace
@@ -75,6 +76,8 @@ class StreamedModel:
         self.parts = parts
         self.model = parts.model if model is None else model
         self.device = device
+        self.guesses = ExpertGuesses()
+        """Of experts, for passes of few tokens, where experts are streamed."""
         with ExitStack() as closing:
             after_io = closing.enter_context(ExitStack())
             self.io = IOEngine(options.io_backend, options.queue_depth or QUEUE_DEPTH, REQUEST_BYTES, STAGING_BYTES)
@@ -90,7 +93,7 @@ class StreamedModel:
             self.weights = open_weights(
                 Room(
                     parts, self.model, plan, device, self.io, host, computing, options.scratch, self.embeddings,
-                    closing, after_io,
+                    closing, after_io, self.guesses,
                 )  # fmt: skip
             )
             weights, self._trace = self.weights, options.trace

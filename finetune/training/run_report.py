@@ -10,6 +10,7 @@ from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.training.loop import TrainingLoop
+from memory.expert_guesses import ExpertGuesses
 from memory.meter import MemoryMeter
 from offload.sizing.needs import ACTIVATIONS, HOST_BLOCKS
 
@@ -50,8 +51,16 @@ def run_report(
             "host_parts": dict(plan.host_parts),
             "device_parts": dict(plan.device_parts),
         },
+        "experts": None if not (guesses := session.streamed.guesses).chosen else _expert_report(guesses),
         "arena": None if session.arena is None else _arena_report(session),
     }
+
+
+def _expert_report(guesses: ExpertGuesses) -> dict[str, float]:
+    """Of passes of few tokens: experts that were chosen, that were fetched because a router was asked ahead, and of these the
+    ones that were used."""
+    counts = {"chosen": guesses.chosen, "guessed": guesses.guessed, "used": guesses.used}
+    return {**counts, "share_right": guesses.share_right}
 
 
 def _arena_report(session: Session) -> dict[str, int]:

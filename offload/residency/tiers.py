@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,26 @@ class Tier:
                 self._arrive(block)
             if piece.state is State.READY:
                 self._evict(block)
+
+    @contextlib.contextmanager
+    def borrow(self, block: int) -> Iterator[dict[str, torch.Tensor] | None]:
+        """The tensors of a block that is not in use, by local name, if it is there; None: it is not, and nothing is fetched."""
+        if not self.ready(block):
+            yield None
+            return
+        piece = self._pieces[block]
+        if piece.state is State.FETCHING:
+            self._arrive(block)
+        piece.acquire()
+        try:
+            yield self.views(block)
+        finally:
+            piece.release()
+
+    def distance(self, block: int) -> int:
+        """The smaller, the sooner it can be used: 0 for a block that is there."""
+        state = self._pieces[block].state
+        return 2 if state is State.AWAY else int(state is State.FETCHING)
 
     def ready(self, block: int) -> bool:
         """Whether `acquire` would not wait."""
@@ -301,6 +321,10 @@ class DeviceTier(Tier):
         self._device.wait(event)
         self._device.synchronize(event)  # `image` is written again soon
         self._host.replace(block, image)
+
+    def distance(self, block: int) -> int:
+        near = super().distance(block)
+        return near if near < 2 else near + self._host.distance(block)
 
     @property
     def host_stall_seconds(self) -> float:

@@ -13,8 +13,9 @@ product and the number of threads, so the product of a strip has other bits than
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -154,11 +155,14 @@ class Binding:
         views: Mapping[str, torch.Tensor],
         trained: Collection[str] = (),
         rooms: Sequence[torch.Tensor | None] = (),
+        only: Collection[str] | None = None,
     ) -> None:
         """views: the slot's stored tensors, by the names of its layout. trained: weights whose gradients are wanted; they must
         not be decoded lazily, see `convert_at_bind`. rooms: uint8, where the weights of `lazy_bytes`, in that order, may stay
-        decoded; None, or none left: of that weight nothing stays."""
+        decoded; None, or none left: of that weight nothing stays. only: the names that are bound; None: all."""
         for name, owner, attribute, dtype in self._targets:
+            if only is not None and name not in only:
+                continue
             weight = self._weights[name]
             # Slots are views of one slab and would share its version counter: without `data`, code that touches one
             # parameter (PEFT parametrises experts) spoils what autograd has saved of the others.
@@ -169,10 +173,18 @@ class Binding:
                 owner._buffers[attribute] = tensor
         found = dict(zip(self.lazy_bytes, rooms, strict=False))
         for name, forward in self._lazy.items():
+            if only is not None and name not in only:
+                continue
             room = found.get(name)
             if room is not None:
                 room = room[: self.lazy_bytes[name]].view(self.dtypes[name]).view(self._weights[name].shape)
             forward.put(self._weights[name].take(views, name), room)
+
+    def names(self, is_meant: Callable[[nn.Module, str], bool]) -> frozenset[str]:
+        """Of those streamed tensors that are meant, given the module that has it and its name there."""
+        lazy = ((name, self.linear_weights[name], "weight") for name in self._lazy)
+        bound = ((name, owner, attribute) for name, owner, attribute, _ in self._targets)
+        return frozenset(name for name, owner, attribute in chain(bound, lazy) if is_meant(owner, attribute))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the trained tensors that have one, by local name."""

@@ -52,8 +52,9 @@ class ExpertStack:
 class NearExperts(Protocol):
     """Brings matrices near."""
 
-    def expect(self, stack: int, experts: Sequence[int], backward: bool) -> None:
-        """These matrices of stack number `stack` are multiplied next, in this order. backward: for gradients."""
+    def expect(self, stack: int, experts: Sequence[int], backward: bool) -> Sequence[int]:
+        """These matrices of stack number `stack` are multiplied next. Returns the order in which they are best taken. backward:
+        for gradients."""
 
     def acquire(self, stack: int, expert: int) -> dict[str, Tensor]:
         """The stored tensors of `ExpertStack.matrix`, by the names of a layout in which it is called ""."""
@@ -232,15 +233,15 @@ def _groups(x: Tensor, offsets: Tensor) -> list[Group]:
 def _near(
     matrices: StackedMatrices, groups: Sequence[Group], x: Tensor, backward: bool
 ) -> Iterator[tuple[int, int, int, Any]]:
-    """Every group with what lends its matrix."""
+    """Every group with what lends its matrix, in any order: each has rows of its own."""
     if x.is_meta:
         yield from ((*group, matrices.on_meta(group[0])) for group in groups)
         return
     if matrices.near is None:
         raise RuntimeError(f"{matrices.stack.name} is multiplied while no experts are near")
-    matrices.near.expect(matrices.number, [expert for expert, _, _ in groups], backward)
-    for expert, start, stop in groups:
-        yield expert, start, stop, matrices.matrix(expert)
+    of_expert = {group[0]: group for group in groups}
+    for expert in matrices.near.expect(matrices.number, list(of_expert), backward):
+        yield *of_expert[expert], matrices.matrix(expert)
 
 
 def _updated(weight: Tensor, left: Tensor | None, right: Tensor | None, factor: float, expert: int) -> Tensor:

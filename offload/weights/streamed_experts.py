@@ -1,8 +1,15 @@
 """Experts of an open model: tiers of their matrices, and what is fetched ahead.
 
 [Note: experts ahead]
-Before the router of a block has spoken, experts are fetched that nearly every visit has wanted; in a step's backward pass those
-that its forward pass has wanted. A wrong guess costs time only.
+Before the router of a block has spoken, experts are fetched: in a step's backward pass those that its forward pass has wanted;
+where few tokens choose few experts those that the router names when it is asked ahead (`offload.weights.routers`), as far as it
+was right so far (`memory.expert_guesses`); else those that nearly every visit has wanted. A wrong guess costs time only. What a
+lane wants for sure is fetched before what is guessed, and as long as other lanes of the visit are to come, whose experts may be
+evicted by guesses, these need slots for two blocks' experts.
+
+[Note: order of experts]
+Products of experts do not depend on one another. Those that are near come first: with fewer slots than experts that are chosen,
+what a lane has left behind is used by the next one before it is evicted.
 """
 
 from __future__ import annotations
@@ -16,12 +23,17 @@ from torch import Tensor
 from memory.expert_use import ExpertUse
 from memory.plan import Slots
 from offload.residency.expert_tiers import DeviceExperts, ExpertUnits, HostExperts
+from offload.residency.tiers import Tier
 from offload.sizing.needs import ExpertSize, expert_sizes
 from offload.weights.experts import ExpertStack
 from offload.weights.layout import BlockLayout, layout_block
+from offload.weights.routers import Routers
 
 if TYPE_CHECKING:
     from offload.weights.streamed_parts import Room
+
+Experts = tuple[int, Iterable[int]]
+"""A stack, and some of its experts."""
 
 MOST_AHEAD = 24
 """Experts that are on their way at once: enough for any disk."""
@@ -30,7 +42,8 @@ MOST_AHEAD = 24
 class StreamedExperts:
     """Brings the matrices of all stacks near, as `offload.weights.experts.NearExperts`."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, trunks: Tier) -> None:
+        """trunks: the slots of blocks, which are without their experts."""
         self._experts = experts = room.parts.experts
         self._use = ExpertUse([matrices.stack.block for matrices in experts])
         self._of_block: dict[int, list[int]] = {}
@@ -41,8 +54,24 @@ class StreamedExperts:
         """By all lanes of the last visit, in the order in which they were wanted."""
         self._visited: set[int] = set()
         """Stacks that the visit under way has asked for."""
-        self.tiers = [self._open_tier(room, size) for size in expert_sizes(experts)]
+        self._block = -1
+        """That is visited, or was last."""
+        self._lanes = self._lanes_before = 0
+        """That have come to the experts in the visit under way, and in the last one."""
+        self._is_few = False
+        """Whether few tokens choose in the visit under way."""
+        self._guesses = room.guesses
+        sizes = expert_sizes(experts)
+        self.tiers = [self._open_tier(room, size) for size in sizes]
         self._tier_of = {stack: tier for tier in self.tiers for stack in tier.units.first}
+        first = {block: experts[numbers[0]].stack for block, numbers in self._of_block.items()}
+        has_spare = any(tier.lookahead for tier in self.tiers)
+        self._routers = Routers(room.parts.blocks, room.parts.bindings, first if has_spare else {}, trunks)
+        self._is_roomy = {
+            stack: tier.pool.count >= 2 * size.block_count
+            for tier, size in zip(self.tiers, sizes, strict=True)
+            for stack in size.stacks
+        }
 
     def _open_tier(self, room: Room, size: ExpertSize) -> HostExperts | DeviceExperts:
         stacks = {number: self._experts[number].stack for number in size.stacks}
@@ -56,17 +85,28 @@ class StreamedExperts:
 
     def begin(self, order: Sequence[int]) -> None:
         """The visits of blocks to come."""
+        self._end_visit()
+        self._guesses.begin()
         self._use.begin(order)
 
     def visit(self, block: int) -> None:
         """The visit of a block begins."""
-        wanted = self._guess(block)
+        self._end_visit()
+        self._block = block
+        guessed = self._guess(block)
         self._use.visit(block)
         self._visited.clear()
-        if wanted:
-            self._fetch(wanted)
+        if guessed:
+            self._fetch(guessed)
 
-    def expect(self, stack: int, experts: Sequence[int], backward: bool) -> None:
+    def _end_visit(self) -> None:
+        if self._is_few:
+            self._guesses.compare(self._block, self._chosen[self._of_block[self._block][0]])
+        if self._lanes:
+            self._lanes_before = self._lanes
+        self._lanes, self._is_few = 0, False
+
+    def expect(self, stack: int, experts: Sequence[int], backward: bool) -> Sequence[int]:
         chosen, is_new = self._chosen[stack], stack not in self._visited
         if is_new:
             self._visited.add(stack)
@@ -77,10 +117,20 @@ class StreamedExperts:
         siblings = self._of_block[self._experts[stack].stack.block]
         place = siblings.index(stack)
         following = siblings[:place][::-1] if backward else siblings[place + 1 :]
-        wanted = [(one, experts) for one in (stack, *following)]
-        if (block := self._use.next_block) is not None:
-            wanted += self._guess(block)
+        wanted = [(one, self._nearest_first(one, experts)) for one in (stack, *following)]
+        is_first = stack == siblings[0] and not backward
+        self._lanes += is_first
+        more_lanes = self._lanes < self._lanes_before
+        if not more_lanes and not self._use.is_backward(self._block):
+            self._use.end()
         self._fetch(wanted)
+        if is_first:
+            self._ask_ahead()
+        if (block := self._use.next_block) is not None:
+            guessed = [pair for pair in self._guess(block) if self._is_roomy[pair[0]] or not more_lanes]
+            if guessed:
+                self._fetch(wanted + guessed)
+        return wanted[0][1]
 
     def acquire(self, stack: int, expert: int) -> dict[str, Tensor]:
         tier = self._tier_of[stack]
@@ -93,19 +143,35 @@ class StreamedExperts:
         tier.release(tier.units.unit(stack, expert))
 
     def close(self) -> None:
+        self._routers.close()
         for matrices in self._experts:
             matrices.near = None
         for tier in self.tiers:
             tier.close()
 
-    def _guess(self, block: int) -> list[tuple[int, Iterable[int]]]:
+    def _guess(self, block: int) -> list[Experts]:
         """See [Note: experts ahead]; of stacks with slots to spare."""
-        known = self._use.goes_back(block)
         stacks = [stack for stack in self._of_block.get(block, ()) if self._tier_of[stack].lookahead]
-        return [(stack, self._chosen[stack] if known else self._use.likely(stack)) for stack in stacks]
+        if self._use.goes_back(block):
+            return [(stack, self._chosen[stack]) for stack in stacks]
+        named = self._guesses.worthwhile(block)
+        found = ((stack, named or self._use.likely(stack)) for stack in stacks)
+        return [(stack, experts) for stack, experts in found if experts]
 
-    def _fetch(self, wanted: Sequence[tuple[int, Iterable[int]]]) -> None:
-        """wanted: stacks, and which of their experts, in the order in which they will be."""
+    def _ask_ahead(self) -> None:
+        block, following = self._block, self._use.next_block
+        inputs = self._routers.take_input(block)
+        self._is_few = inputs is not None
+        if inputs is not None and following is not None and following > block:
+            self._guesses.add(following, self._routers.ask(block, inputs, following))
+
+    def _nearest_first(self, stack: int, experts: Sequence[int]) -> list[int]:
+        """See [Note: order of experts]."""
+        tier = self._tier_of[stack]
+        return sorted(experts, key=lambda expert: tier.distance(tier.units.unit(stack, expert)))
+
+    def _fetch(self, wanted: Sequence[Experts]) -> None:
+        """wanted: in the order in which they will be."""
         for tier in self.tiers:
             mine = (pair for pair in wanted if self._tier_of[pair[0]] is tier)
             tier.begin(list(dict.fromkeys(tier.units.unit(stack, expert) for stack, experts in mine for expert in experts)))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memory.expert_guesses import ExpertGuesses
 from memory.plan import Plan, Slots
 from memory.slots import Slab
 from offload.devices import Device
@@ -41,6 +42,7 @@ class Room:
     embeddings: Sequence[RowsOnDemand]  # in the order of `parts.embeddings`
     closing: ExitStack  # closed with the model
     after_io: ExitStack  # closed once no I/O is under way
+    guesses: ExpertGuesses  # of experts, where these are streamed
 
 
 class StreamedParts:
@@ -57,7 +59,7 @@ class StreamedParts:
         self._rooms = open_rooms(room)
         self.experts: StreamedExperts | None = None
         if room.parts.experts:
-            self.experts = StreamedExperts(room)
+            self.experts = StreamedExperts(room, self.blocks)
             room.closing.callback(self.experts.close)
         self.num_chunks = 0 if room.parts.head is None else len(room.parts.head.layouts)
         self.head_rows: HeadRows | None = None
