@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Room:
     embeddings: Sequence[RowsOnDemand]  # in the order of `parts.embeddings`
     closing: ExitStack  # closed with the model
     after_io: ExitStack  # closed once no I/O is under way
-    guesses: ExpertGuesses  # of experts, where these are streamed
+    guesses: ExpertGuesses = field(default_factory=ExpertGuesses)  # of experts, where these are streamed
 
 
 class StreamedParts:
