@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from memory.device_kinds import DEVICE_KINDS
 from memory.errors import UserError
 
 Rate = Annotated[float, Field(gt=0)]
@@ -162,7 +163,7 @@ class MachineProfile(_Part):
 
     def compute_of(self, device_kind: str) -> ComputeRates:
         """Of where blocks compute. Raises UserError when the machine has no such device."""
-        if device_kind == "cpu":
+        if DEVICE_KINDS[device_kind].shares_host_memory:
             return self.host.compute
         if self.accelerator is None or self.accelerator.kind != device_kind:
             found = self.accelerator.kind if self.accelerator else "no accelerator"

@@ -42,6 +42,10 @@ class AcceleratorDevice(Device):
         self._peak_sampled_bytes = 0
         self._is_limited = False
 
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device) if self.kind == "cuda" else self.kind
+
     def warm_up(self, dtype: torch.dtype) -> None:
         """Runs a product, attention, and their gradients once: libraries and their kernels are loaded when first used."""
         for kind in {torch.float32, dtype}:

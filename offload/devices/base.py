@@ -52,6 +52,11 @@ class Device(ABC):
         return DEVICE_KINDS[self.kind]
 
     @property
+    def name(self) -> str:
+        """What its maker calls it, where that is known."""
+        return self.kind
+
+    @property
     def shares_host_memory(self) -> bool:
         return self.traits.shares_host_memory
 

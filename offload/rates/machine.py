@@ -95,7 +95,7 @@ def measure_accelerator(device: Device, copy_bytes: int, seconds: float, rates: 
     to_device, to_host = compute.measure_copies(device, copy_bytes, seconds)
     return Accelerator(
         kind=device.kind,
-        name=accelerator_name(device),
+        name=device.name,
         memory_bytes=device.total_bytes(),
         host_to_device_bytes_per_second=to_device,
         device_to_host_bytes_per_second=to_host,
@@ -113,7 +113,7 @@ def is_current(profile: MachineProfile, device: Device) -> bool:
         return True
     return accelerator is not None and (accelerator.kind, accelerator.name, accelerator.memory_bytes) == (
         device.kind,
-        accelerator_name(device),
+        device.name,
         device.total_bytes(),
     )
 
@@ -130,10 +130,6 @@ def processor_name() -> str:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def accelerator_name(device: Device) -> str:
-    return torch.cuda.get_device_name(device.torch_device) if device.kind == "cuda" else device.kind
 
 
 def _dtypes(device: Device) -> list[torch.dtype]:
