@@ -17,7 +17,8 @@ from torch import nn
 
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
-from offload.step.lanes import BlockCall, Lane, Record, recompute_and_backward, release, requires_grad, run_capturing
+from offload.step.kept_graphs import BoundTensors
+from offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
 from offload.step.weights import Block, Weights
 
 
@@ -27,12 +28,14 @@ class Visit:
 
     index: int  # of the block
     records: list[Record]  # what backward needs of each lane
+    bound: BoundTensors | None = None  # of the block, where graphs are kept
 
 
 class Engine:
     """Runs steps of one model.
 
     blocks: the modules to be streamed, in module order. Their `forward` is taken over for the engine's life.
+    kept_graphs: of so many blocks, the last ones, the graph stays from forward to backward.
     progress: called as progress(phase, done, total) after every visit.
     """
 
@@ -43,6 +46,7 @@ class Engine:
         weights: Weights,
         activations: Activations,
         progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+        kept_graphs: int = 0,
     ) -> None:
         self.model = model
         self.weights = weights
@@ -50,6 +54,7 @@ class Engine:
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
         self._needless = [Needless(block) for block in blocks]
+        self._bound = [BoundTensors(block) if i >= len(blocks) - kept_graphs else None for i, block in enumerate(blocks)]
         self._keys = [Block(index) for index in range(len(blocks))]
         self._has_trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
         """Per block, whether parameters that stay in it, such as adapters, want gradients."""
@@ -123,13 +128,17 @@ class Engine:
             lane.resume()
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
-            visit = Visit(index, [])
+            visit = Visit(index, [], self._bound[index] if visits is not None else None)
             self.weights.acquire(self._keys[index])
+            if visit.bound is not None:
+                visit.bound.begin_forward()
             for lane in waiting:
                 if lane.call.index == index:
                     self.weights.enter(lane.variant)
                     lane.resume(self._forward_visit(lane, visit, visits is not None))
             self.weights.release(self._keys[index])
+            if visit.bound is not None:
+                visit.bound.end_forward()
             order.append(index)
             if visit.records and visits is not None:
                 visits.append(visit)
@@ -143,8 +152,12 @@ class Engine:
         if recording and call.grad_enabled and self._wants_gradients(call):
             record = lane.record(call, self.activations)
             visit.records.append(record)
-        with torch.no_grad():
-            output = run_capturing(self._forwards[call.index], call.args, call.kwargs, call.captured)
+        forward = partial(run_capturing, self._forwards[call.index], keys=call.captured)
+        if record is not None and visit.bound is not None:
+            output, record.graph = visit.bound.run(forward, call.args, call.kwargs)
+        else:
+            with torch.no_grad():
+                output = forward(call.args, call.kwargs)
         lane.leave_random_state()
         return output if record is None else lane.anchored(output, record)
 
@@ -167,7 +180,9 @@ class Engine:
                 self.weights.acquire(self._keys[visit.index])
                 for record in visit.records:
                     if record.output_grads:
-                        recompute_and_backward(record, self._forwards[visit.index], self._needless[visit.index])
+                        run_backward(record, self._forwards[visit.index], self._needless[visit.index])
+                if visit.bound is not None:
+                    visit.bound.end_backward()
                 self.weights.release(self._keys[visit.index])
             for record in visit.records:
                 release(record)

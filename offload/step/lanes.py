@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
+from offload.step.kept_graphs import KeptGraph
 from offload.step.random_state import RandomState, get_random_state, set_random_state
 
 
@@ -59,6 +60,7 @@ class Record:
     random_state: RandomState  # when the block began
     captured: tuple[str, ...] = ()  # what hooks collect, as in `BlockCall`
     output_grads: dict[int, torch.Tensor] = field(default_factory=dict)  # number of the output -> its gradient
+    graph: KeptGraph | None = None  # None: backward recomputes it
 
 
 class Anchor(torch.autograd.Function):
@@ -175,26 +177,19 @@ class Lane:
         return tree_unflatten(flat, spec)
 
 
-def recompute_and_backward(record: Record, forward: Callable[..., Any], needless: Needless) -> None:
-    """Runs the recorded visit again with a graph, then its backward, and sends the input gradients on.
+def run_backward(record: Record, forward: Callable[..., Any], needless: Needless) -> None:
+    """Runs the recorded visit again with a graph, unless that was kept, then its backward, and sends the input gradients on.
 
     Parameter gradients accumulate in `.grad`; input gradients go through the outer graph to the anchors of earlier
     visits. The record's inputs are released.
     """
-    inputs: list[Any] = []
-    for leaf, edge in zip(record.leaves, record.gradient_edges, strict=True):
-        if isinstance(leaf, SavedTensor):
-            leaf = leaf.restore().detach().requires_grad_(edge is not None)
-        inputs.append(leaf)
-    args, kwargs = tree_unflatten(inputs, record.spec)
-    with torch.enable_grad():
-        flat = needless.recompute(partial(_run, record, forward, args, kwargs))
-    # Edges, not outputs: nothing but their gradients is wanted of these any more.
-    pairs = [
-        (get_gradient_edge(flat[i]), grad) for i, grad in sorted(record.output_grads.items()) if flat[i].requires_grad
-    ]
+    graph, record.graph = record.graph, None
+    if graph is None:
+        graph = _recompute(record, forward, needless)
+    pairs = [(graph.outputs[i], grad) for i, grad in sorted(record.output_grads.items()) if i in graph.outputs]
     record.output_grads.clear()
-    del flat, args, kwargs
+    inputs = graph.inputs
+    del graph
     if pairs:
         edges, grads = map(list, zip(*pairs, strict=True))
         del pairs
@@ -211,6 +206,20 @@ def recompute_and_backward(record: Record, forward: Callable[..., Any], needless
         # Parts of the outer graph may be shared by several blocks (rotary tables, vision features): keep it; it dies
         # with the records that refer to it.
         torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
+
+
+def _recompute(record: Record, forward: Callable[..., Any], needless: Needless) -> KeptGraph:
+    inputs: list[Any] = []
+    for leaf, edge in zip(record.leaves, record.gradient_edges, strict=True):
+        if isinstance(leaf, SavedTensor):
+            leaf = leaf.restore().detach().requires_grad_(edge is not None)
+        inputs.append(leaf)
+    args, kwargs = tree_unflatten(inputs, record.spec)
+    with torch.enable_grad():
+        flat = needless.recompute(partial(_run, record, forward, args, kwargs))
+    # Edges, not outputs: nothing but their gradients is wanted of these any more.
+    wanted = (i for i in record.output_grads if flat[i].requires_grad)
+    return KeptGraph(inputs, {i: get_gradient_edge(flat[i]) for i in wanted})
 
 
 def _run(record: Record, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
@@ -243,7 +252,8 @@ def _collector() -> Any:
 
 
 def release(record: Record) -> None:
-    """Gives up the record's inputs; the last user of a saved tensor frees it."""
+    """Gives up the record's graph and inputs; the last user of a saved tensor frees it."""
+    record.graph = None
     for leaf in record.leaves:
         if isinstance(leaf, SavedTensor):
             leaf.release()
