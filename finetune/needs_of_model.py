@@ -17,7 +17,7 @@ from memory.needs import Item, Lasts, Needs, Tier
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
 from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit, walk
-from offload.sizing.needs import EDGES, STEP, VISIT, block_input_needs, process_needs
+from offload.sizing.needs import EDGES, GRAPHS, STEP, VISIT, block_input_needs, process_needs
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
@@ -55,10 +55,10 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     step_bytes += lanes * (masks.kept_bytes + lane_bytes)
     boundaries = lanes * (len(parts.blocks) if shape.train else 1)
     return Needs.of(
-        *(
-            Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT)
-            for num_bytes in (visit.peak_bytes, batch.loss_bytes, masks.made_bytes)
-        ),
+        *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in (batch.loss_bytes, masks.made_bytes)),
+        # One recomputed graph at a time is a part of the visit. Kept ones are all gone when the first one is recomputed.
+        Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=GRAPHS),
+        Item(VISIT, visit.peak_bytes - visit.graph_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=GRAPHS),
         Item(STEP, step_bytes, Tier.COMPUTE, Lasts.STEP),
         Item(EDGES, parts.edge_bytes, Tier.COMPUTE),
     ) + block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)

@@ -15,7 +15,7 @@ from memory.units import format_bytes, format_seconds
 from offload.sizing.calibration import NoRates, Rates
 from offload.sizing.compression import Compression
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import ACTIVATIONS, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
 from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
 
@@ -145,7 +145,9 @@ class PlannedRun:
             f"a step: {self.shape.micro_batches // self.variants} micro-batches of at most "
             + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape))
             + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
-            f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; block inputs "
+            f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; "
+            + (f"{len(parts.blocks) - plan.count(GRAPHS)} recomputed in backward, " if self.shape.train else "")
+            + "block inputs "
             + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
             + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self.read_bytes)}",
         ]

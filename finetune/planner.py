@@ -14,7 +14,7 @@ from memory.errors import UserError
 from memory.needs import Needs
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
-from offload.sizing.needs import Streamed, decoded_needs, stream_needs
+from offload.sizing.needs import Streamed, decoded_needs, graph_needs, stream_needs
 from offload.sizing.positions import longest_row
 
 if TYPE_CHECKING:
@@ -133,7 +133,18 @@ class Planner:
         slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead, engine.expert_slots)
         if session.setup.uses_of_weights(parts, shape) > 1:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
-        return process + slots + batch_needs(parts, session.model, batch, block_inputs) + own, streamed, batch
+        needs = process + slots + batch_needs(parts, session.model, batch, block_inputs) + own
+        return needs + self._graph_needs(batch, streamed), streamed, batch
+
+    def _graph_needs(self, batch: MeasuredBatch, streamed: Streamed) -> Needs:
+        """Memory goes to graphs before it goes to resident blocks where a block computes longer than it is read."""
+        visit, lanes = batch.visit, batch.shape.micro_batches
+        if not visit.graph_blocks:
+            return Needs()
+        ratio = self._session.device.traits.operations_per_read_byte
+        comes_first = visit.flops * lanes > ratio * streamed.visit_bytes
+        kept = self._session.config.engine.kept_graphs
+        return graph_needs(visit.graph_bytes, lanes, visit.graph_blocks, comes_first, visit.boundary_bytes, kept)
 
     def _check_positions(self, shape: BatchShape) -> None:
         parts = self._session.parts

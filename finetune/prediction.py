@@ -17,7 +17,7 @@ from offload.devices import DescribedDevice
 from offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
 from offload.sizing.compression import Compression
 from offload.sizing.counted_visits import count_visits, profile_rates
-from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, HOST_BLOCKS, HOST_HEAD, STATE
+from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, GRAPHS, HOST_BLOCKS, HOST_HEAD, STATE
 from offload.sizing.timing import Timing, time_visits
 
 if TYPE_CHECKING:
@@ -153,20 +153,20 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
 
 def _visit_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> tuple[list[float], list[float]]:
     """Of each block, by all lanes: forward and backward."""
-    lanes, store = planned.shape.micro_batches, planned.store
+    lanes, store, blocks = planned.shape.micro_batches, planned.store, len(planned.streamed.block_bytes)
+    recomputed = blocks - planned.plan.count(GRAPHS)
     if timing is not None:
         forward = [block.forward.of(lanes) for block in timing.blocks]
         if planned.variants > 1 and timing.weight_seconds:  # variants are made in the dtype that computes
             elements = (sum(prod(view.shape) for view in layout.views.values()) for layout in planned.parts.layouts)
             visits = zip(timing.blocks, elements, strict=True)
             forward = [lanes * block.forward.other + count * timing.weight_seconds for block, count in visits]
-        return forward, [block.backward_of(lanes, False) for block in timing.blocks]
+        return forward, [block.backward_of(lanes, index >= recomputed) for index, block in enumerate(timing.blocks)]
     seconds = planned.batch.visit.flops * lanes / rates.flops_per_second
-    # Recomputation without its last products, the product with the weights again, and for those that are trained their
-    # gradient.
-    again = 1.8 + (store.trained_share if store is not None else 0)
-    blocks = len(planned.streamed.block_bytes)
-    return [seconds] * blocks, [again * seconds] * blocks
+    # The product with the weights again, and for those that are trained their gradient; before that, recomputation without its
+    # last products.
+    again = 1.0 + (store.trained_share if store is not None else 0)
+    return [seconds] * blocks, [(again + 0.8 * (index < recomputed)) * seconds for index in range(blocks)]
 
 
 def _head_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> float:

@@ -30,6 +30,8 @@ class DeviceTraits:
     """Device memory that kernels' libraries keep for themselves, at most."""
     host_libraries_bytes: int = 0
     """Host memory that they take after `Device.warm_up`, at most."""
+    operations_per_read_byte: int = 4000
+    """Of matrix products, that it does in about the time in which a byte of weights comes to it."""
 
 
 # CUDA: a workspace of cuBLAS and one of cuBLASLt, 32 MiB each on Hopper, for each of the two threads that launch products
@@ -37,14 +39,16 @@ class DeviceTraits:
 # H200 with cuBLAS of CUDA 13: 0.45 GiB.
 # Metal: see [Note: one queue on MPS] in `offload/devices/accelerator.py`.
 DEVICE_KINDS = {
-    "cpu": DeviceTraits(computes_on_host=True, shares_host_memory=True, kernels="native"),
+    "cpu": DeviceTraits(computes_on_host=True, shares_host_memory=True, kernels="native", operations_per_read_byte=200),
     "cuda": DeviceTraits(
         has_copy_streams=True, pinning="registered", limits_allocator=True, keeps_peak=True, kernels="triton",
         libraries_bytes=160 * _MIB, host_libraries_bytes=512 * _MIB,
     ),
     "xpu": DeviceTraits(has_copy_streams=True, pinning="allocated", keeps_peak=True, kernels="triton"),
     "mps": DeviceTraits(),
-    "simulated": DeviceTraits(computes_on_host=True, has_copy_streams=True, kernels="native"),
+    "simulated": DeviceTraits(
+        computes_on_host=True, has_copy_streams=True, kernels="native", operations_per_read_byte=200
+    ),
 }  # fmt: skip
 
 DEVICE_WORDS = ("auto", *DEVICE_KINDS)

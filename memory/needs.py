@@ -6,7 +6,7 @@ and nothing of what it is for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 
@@ -57,6 +57,7 @@ class Pool:
     busy: int = 1  # slots of the ring that are in use, so that nothing is read ahead into them
     pinned: bool = True  # whether host memory must be such as an accelerator copies from
     optional: bool = False  # no slots from the beginning where the items that they stand for take little more
+    carved: bool = True  # whether slots are pieces of a slab; else a slot is what tensors of torch's own take together
 
 
 class Worth(IntEnum):
@@ -72,10 +73,12 @@ class Worth(IntEnum):
     BLOCKS_EXPERTS = 7  # all experts of a block stay for its visit, so that all micro-batches share them
     LATER_BLOCKS = 8  # more blocks are read ahead
     WAITING_STATE = 9  # where compute takes longer than the disk, a whole block's state waits in memory
-    RESIDENT_BLOCKS = 10  # blocks stay
-    RESIDENT_EXPERTS = 11  # experts stay: those that are likely wanted soon
-    WHOLE_HEAD = 12  # the head stays: per byte, half of what a block saves
-    KEPT_STATE = 13  # pieces of an optimizer's state stay
+    GRAPHS_OF_COMPUTE = 10  # where a block computes longer than it is read: nothing is recomputed
+    RESIDENT_BLOCKS = 11  # blocks stay
+    RESIDENT_EXPERTS = 12  # experts stay: those that are likely wanted soon
+    WHOLE_HEAD = 13  # the head stays: per byte, half of what a block saves
+    KEPT_STATE = 14  # pieces of an optimizer's state stay
+    OTHER_GRAPHS = 15  # where reading takes longer than computing: what nothing is read for, nothing is recomputed for either
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,12 @@ class Step:
     worth: Worth  # its place in the order
     rings: Mapping[str, int] = field(default_factory=dict)  # pool -> its ring from now on
     kept: Mapping[str, int] = field(default_factory=dict)  # pool -> so many more units kept, as far as there are any
+    without_pool: str = ""  # only where the plan gives this pool no slots
 
 
-def ascent(worth: Worth, pool: str, units: int) -> list[Step]:
+def ascent(worth: Worth, pool: str, units: int, without_pool: str = "") -> list[Step]:
     """Keeps as many of `units` as there is room for: whether 2^i more fit, the largest first."""
-    return [Step(worth, kept={pool: 1 << i}) for i in reversed(range(units.bit_length()))]
+    return [Step(worth, kept={pool: 1 << i}, without_pool=without_pool) for i in reversed(range(units.bit_length()))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +118,12 @@ class Needs:
     def merged(self) -> Needs:
         """With one item in place of those with the same name, tier and conditions. Bytes that are always there beside those of
         a moment are a part of it."""
-        groups: dict[tuple, list[Item]] = {}
-        for item in self.items:
-            groups.setdefault(_key(item), []).append(item)
-        return replace(self, items=tuple(map(_merge, groups.values())))
+        return replace(self, items=merge(self.items, _key))
+
+    def there(self, pools: Collection[str]) -> tuple[Item, ...]:
+        """The items of a plan that gives slots to these pools, one with each name in a tier."""
+        found = (item for item in self.items if item.without_pool not in pools and item.with_pool in ("", *pools))
+        return merge(found, lambda item: (item.name, item.tier))
 
     def covering(self, other: Needs) -> Needs:
         """Of the same run, for batches of either size: what depends on them is as large as the larger."""
@@ -133,6 +139,14 @@ class Needs:
             ),
             pools=tuple(replace(pool, slot_bytes=max(pool.slot_bytes, sizes.get(pool.name, 0))) for pool in ours.pools),
         )
+
+
+def merge(items: Iterable[Item], key: Callable[[Item], tuple]) -> tuple[Item, ...]:
+    """One item in place of those with the same key."""
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return tuple(map(_merge, groups.values()))
 
 
 def _key(item: Item) -> tuple:

@@ -126,16 +126,18 @@ class Plan:
 
     def _slots_in(self, tier: Tier) -> list[Slots]:
         computing = Tier.HOST if self.device_budget_bytes is None else Tier.DEVICE
-        return [s for s in self.slots.values() if (computing if s.pool.tier is Tier.COMPUTE else s.pool.tier) is tier]
+        carved = (slots for slots in self.slots.values() if slots.pool.carved)
+        return [s for s in carved if (computing if s.pool.tier is Tier.COMPUTE else s.pool.tier) is tier]
 
 
 def make_plan(needs: Needs, limits: Limits) -> Plan:
     """The best plan within `limits`. Raises PlanRefused, which says what needs how much and what would work."""
-    needs = needs.merged()
-    plan = _plan_with([_least(pool, needs.items) for pool in needs.pools], needs.items, limits)
-    _refuse_what_does_not_fit(plan, needs.items, limits)
+    plan = _plan_with([_least(pool, needs.items) for pool in needs.pools], needs, limits)
+    _refuse_what_does_not_fit(plan, needs.merged().items, limits)
     for step in sorted(needs.steps, key=lambda step: step.worth):
-        candidate = _plan_with([slots.after(step) for slots in plan.slots.values()], needs.items, limits)
+        if plan.count(step.without_pool):
+            continue
+        candidate = _plan_with([slots.after(step) for slots in plan.slots.values()], needs, limits)
         if _fits(candidate, limits):
             plan = candidate
     return plan
@@ -147,19 +149,22 @@ def _least(pool: Pool, items: Iterable[Item]) -> Slots:
     return Slots(pool, 0 if needless else pool.ring, pool.kept)
 
 
-def _plan_with(all_slots: list[Slots], items: Iterable[Item], limits: Limits) -> Plan:
+def _plan_with(all_slots: list[Slots], needs: Needs, limits: Limits) -> Plan:
     """Fills in the sums; everything that the arena holds counts where compute happens."""
     on_device = limits.device_bytes is not None
     named = {slots.pool.name: slots for slots in all_slots if on_device or slots.pool.tier is not Tier.DEVICE}
     there = {name for name, slots in named.items() if slots.count}
     parts: dict[Tier, dict[str, int]] = {tier: {} for tier in Tier}
-    for item in items:
-        if item.without_pool not in there and (not item.with_pool or item.with_pool in there):
-            factor = MOMENTS_FACTOR if item.lasts is Lasts.MOMENT else 1
-            _add(parts[item.tier], item.name, int(item.num_bytes * factor))
+    for item in needs.there(there):
+        factor = MOMENTS_FACTOR if item.lasts is Lasts.MOMENT else 1
+        _add(parts[item.tier], item.name, int(item.num_bytes * factor))
+    for slots in named.values():
+        if not slots.pool.carved:
+            _add(parts[slots.pool.tier], slots.label, slots.num_bytes)
     arena_bytes = 0 if on_device else round_up(sum(parts[Tier.COMPUTE].values()), 2 * MIB)
     for slots in named.values():
-        _add(parts[slots.pool.tier], slots.label, slots.num_bytes)
+        if slots.pool.carved:
+            _add(parts[slots.pool.tier], slots.label, slots.num_bytes)
     computing = parts[Tier.COMPUTE]
     return Plan(
         slots=named,

@@ -23,7 +23,7 @@ from memory.trace import Trace
 from memory.units import format_bytes
 from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
-from offload.sizing.needs import ACTIVATIONS, STAGING_BYTES
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, STAGING_BYTES
 from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import Engine
 from offload.step.head import TiledHead
@@ -107,7 +107,9 @@ class StreamedModel:
                 module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
                 self.head = TiledHead(module, weights, len(parts.head.layouts), parts.head.tile_tokens)
             self._loss = make_loss(parts.model, self.head)
-            self.engine = Engine(self.model, parts.blocks, weights, self.activations, options.progress)
+            self.engine = Engine(
+                self.model, parts.blocks, weights, self.activations, options.progress, plan.count(GRAPHS)
+            )
             closing.callback(self.engine.close)
             self._closing = closing.pop_all()
 

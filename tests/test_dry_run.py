@@ -6,7 +6,9 @@ import weakref
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from tiny_models import CONFIGS, make_config, save_tiny
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -75,11 +77,45 @@ def test_peak_of_a_training_visit(name, rows, length, tmp_path, monkeypatch):
     with PeakOfStorages() as measured:
         with torch.no_grad():
             block(hidden, **kwargs)
+        before = measured.live
         output = block(hidden, **kwargs)
         output = output if isinstance(output, torch.Tensor) else output[0]
-        output.backward(torch.ones_like(output))
+        shape, edge = output.shape, get_gradient_edge(output)
+        del output
+        graph_bytes = measured.live - before
+        torch.autograd.backward([edge], [torch.ones(shape)])
     # What the planner adds to the estimate is 15 %.
     assert measured.peak / 1.15 <= size.peak_bytes <= 1.6 * measured.peak
+    assert graph_bytes <= size.graph_bytes <= 1.02 * graph_bytes
+    assert size.graph_blocks == len(parts.blocks)
+
+
+def test_blocks_of_which_no_graphs_are_kept(tmp_path):
+    """Those below the first adapter; those below a block of another class than the one that was measured."""
+    parts = cut(save_tiny("llama", tmp_path))
+    lora.attach(parts.model, {"r": 3, "target_modules": ["q_proj"], "layers_to_transform": [1, 4]}, seed=0)
+    inputs = {"input_ids": torch.zeros(1, 9, dtype=torch.int64), "use_cache": False}
+    assert measure_visit(parts, parts.model, inputs, train=True).graph_blocks == 4
+    parts.blocks[2].__class__ = type("OtherLayer", (type(parts.blocks[2]),), {})
+    assert measure_visit(parts, parts.model, inputs, train=True).graph_blocks == 2
+    assert measure_visit(parts, parts.model, inputs, train=False).graph_blocks == 0
+
+
+def test_blocks_of_one_class_that_are_unlike_are_all_measured(tmp_path, monkeypatch):
+    """Linear attention and the usual one: the block with most weights is not the one that keeps most."""
+    kinds = ["linear_attention", "full_attention"]
+    sizes = []
+    for layer_types in ([kinds[0]] * 3, [kinds[1]] * 3, [*kinds, kinds[0]]):
+        config = MIXTURES["qwen3-next"]()
+        config.layer_types = layer_types
+        monkeypatch.setitem(CONFIGS, "hybrid", lambda config=config: config)
+        parts = cut(save_tiny("hybrid", tmp_path / str(len(sizes))), streams_experts=True)
+        lora.attach(parts.model, {"r": 3, "target_modules": ["q_proj", "in_proj_qkvz"]}, seed=0)
+        inputs = {"input_ids": torch.zeros(1, 9, dtype=torch.int64), "use_cache": False}
+        sizes.append(measure_visit(parts, parts.model, inputs, train=True))
+    alone, both = sizes[:2], sizes[2]
+    assert both.graph_bytes == max(size.graph_bytes for size in alone) > min(size.graph_bytes for size in alone)
+    assert both.peak_bytes == max(size.peak_bytes for size in alone)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memory.needs import Item, Lasts, Needs, Tier
+from memory.needs import Item, Lasts, Needs, Pool, Tier
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.simulator import Ring, Speeds, StepWork, simulate_step
 from memory.units import PAGE_BYTES
@@ -20,6 +20,7 @@ from offload.sizing.needs import (
     DEVICE_BLOCKS,
     DEVICE_HEAD,
     EDGES,
+    GRAPHS,
     HOST_BLOCKS,
     HOST_HEAD,
     MARGIN_BYTES,
@@ -31,6 +32,7 @@ from offload.sizing.needs import (
     Streamed,
     block_input_needs,
     decoded_needs,
+    graph_needs,
     state_needs,
     stream_needs,
     update_needs,
@@ -216,10 +218,70 @@ def test_no_more_weights_stay_decoded_than_are_worth_a_pool_each():
     assert [pool.slot_bytes for pool in needs.pools] == list(range(1000, 1000 - DECODED_WEIGHTS, -1))
 
 
+GRAPH_BYTES = 7 * MIB
+
+
+def plan_with_graphs(
+    host_bytes: int, device_bytes: int | None = None, comes_first: bool = True, kept: int | None = None, **wishes
+) -> Plan:
+    """Of the blocks in `SIZES`, no head, and two lanes; a visit takes a graph and 33 MiB more."""
+    needs = needs_of(replace(SIZES, head_chunks=0), device_bytes is not None, **wishes)
+    visit = (Item(VISIT, 40 * MIB - shared, Tier.COMPUTE, Lasts.MOMENT, **when) for shared, when in (
+        (0, {"without_pool": GRAPHS}), (GRAPH_BYTES, {"with_pool": GRAPHS}),
+    ))  # fmt: skip
+    needs = replace(needs, items=tuple(item for item in needs.items if item.name != VISIT)) + Needs.of(*visit)
+    needs += graph_needs(GRAPH_BYTES, 2, 5, comes_first, SIZES.boundary_bytes, kept)
+    return make_plan(needs, Limits(host_bytes, device_bytes))
+
+
+def test_graphs_are_in_the_arena_and_not_in_a_slab():
+    """On a device they are in neither."""
+    for budgets in ((1 << 40, None), (1 << 40, 1 << 40)):
+        without, with_graphs = (plan_with_graphs(*budgets, kept=kept, activations="host") for kept in (0, 5))
+        assert with_graphs.count(GRAPHS) == 5 and without.count(GRAPHS) == 0
+        assert with_graphs.host_slab_bytes == without.host_slab_bytes
+        assert with_graphs.device_slab_bytes == without.device_slab_bytes
+        # Named, with the blocks' inputs in any case. One recomputed graph is no longer beside them.
+        more = 5 * 2 * (GRAPH_BYTES + SIZES.boundary_bytes) - int(1.15 * GRAPH_BYTES)
+        peaks = [plan.device_peak_bytes if budgets[1] else plan.host_peak_bytes for plan in (without, with_graphs)]
+        assert abs(peaks[1] - peaks[0] - more) <= 1
+        found = with_graphs.arena_bytes - without.arena_bytes
+        assert found == 0 if budgets[1] else abs(found - more) <= 2 * MIB
+
+
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_spare_memory_goes_to_graphs_or_to_resident_blocks_first(comes_first):
+    counts = []
+    for extra in range(0, 250, 2):
+        plan = plan_with_graphs((361 + extra) * MIB, comes_first=comes_first, activations="host", lookahead=1)
+        assert plan.host_peak_bytes <= (361 + extra) * MIB
+        counts.append((plan.count(GRAPHS), plan.slots[HOST_BLOCKS].kept))
+    assert counts[0] == (0, 0) and counts[-1] == (5, 5)
+    sooner, later = ([pair[not comes_first] for pair in counts], [pair[comes_first] for pair in counts])
+    assert sooner == sorted(sooner)
+    # Less is left than one more of the first kind takes.
+    assert all(b <= 1 for a, b in zip(sooner, later, strict=True) if a < 5) and 0 < sooner.index(5) < later.index(5)
+
+
+def test_graphs_are_kept_where_block_inputs_stay_in_memory():
+    for extra in range(0, 300, 5):
+        plan = plan_with_graphs((400 + extra) * MIB)
+        assert not (plan.count(GRAPHS) and plan.count(ACTIVATIONS))
+    assert plan_with_graphs(1 << 40, activations="disk").count(GRAPHS) == 0
+
+
 def test_of_what_happens_in_turn_the_largest_counts():
     moments = [Item("m", size, Tier.COMPUTE, Lasts.MOMENT) for size in (3 * MIB, 7 * MIB, 5 * MIB)]
     needs = Needs.of(*moments, Item("m", MIB, Tier.COMPUTE))
     assert make_plan(needs, Limits(100 * MIB)).host_parts == {"m": int(1.15 * 8 * MIB)}
+
+
+def test_of_what_happens_in_turn_only_what_is_there_counts():
+    pool = Pool("p", "p", Tier.HOST, MIB)
+    there, away = ({"with_pool": "p"}, {"without_pool": "p"})
+    moments = [Item("m", 3 * MIB, Tier.COMPUTE, Lasts.MOMENT)]
+    moments += [Item("m", size, Tier.COMPUTE, Lasts.MOMENT, **when) for size, when in ((5 * MIB, there), (9 * MIB, away))]
+    assert make_plan(Needs.of(pool, *moments), Limits(100 * MIB)).host_parts["m"] == int(1.15 * 5 * MIB)
 
 
 def test_covering_is_for_either_batch():

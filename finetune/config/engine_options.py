@@ -26,6 +26,8 @@ class EngineOptions(Section):
     """Matrices of experts that are in memory together, where they are fetched one by one."""
     activations: Literal["auto", "host", "disk"] = "auto"
     """Where block inputs wait for the backward pass."""
+    kept_graphs: CountOrZero | None = None
+    """Blocks, the last ones, that the backward pass does not recompute: what they computed stays in memory. 0: none."""
     loss_tile_tokens: Count | None = None
     """Rows of logits that are computed together. None: by the model's size."""
     loss_tile_vocab: Count | None = None

@@ -30,7 +30,7 @@ _CHANGES_NOTHING = frozenset(
     "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trace "
     "trust_remote_code training.max_steps training.epochs training.eval_steps training.save_steps training.report_to "
     "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
-    "engine.num_threads engine.expert_slots engine.simulated_copy_gbps engine.simulated_delay_ms".split()
+    "engine.num_threads engine.expert_slots engine.kept_graphs engine.simulated_copy_gbps engine.simulated_delay_ms".split()
 )
 # Keys that act through the tokens alone: named when these differ, of no matter when they are the same.
 _ACTS_THROUGH_TOKENS = ("form", "completion_only", "append_eos", "chat_template", "sequence_length")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,8 @@ class VisitSize:
     peak_bytes: int  # live at most: its recomputed graph, gradients and temporaries
     flops: int  # of one forward
     boundary_bytes: int = 0  # of the block's input
+    graph_bytes: int = 0  # that its graph keeps for backward beside its input
+    graph_blocks: int = 0  # for so many blocks, the last ones, `graph_bytes` is known, and there are gradients to compute
 
 
 def measure_visit(
@@ -53,7 +56,8 @@ def measure_visit(
     kind then runs on meta. Blocks whose shapes depend on numbers (routed experts) cannot: they get an upper estimate.
     """
     first, args, kwargs = first_call(parts, model, inputs)
-    return _measure_call(parts, first, args, kwargs, train, trained)[0]
+    size, _ = _measure_call(parts, first, args, kwargs, train, trained)
+    return _with_graphs(parts, model, trained, {type(parts.blocks[first])} if size.graph_bytes else set(), size)
 
 
 def _measure_call(
@@ -64,16 +68,45 @@ def _measure_call(
     train: bool,
     trained: Sequence[frozenset[str]] | None,
 ) -> tuple[VisitSize, Any]:
-    """Of the largest block of the kind of block `first`, called so; and what its output is, None where it can't run on meta."""
+    """Of the kind of block `first`, called so: the most that any block of it takes, products of the one with most weights; and
+    what its output is, None where it can't run on meta."""
     same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
-    index = max(same, key=lambda i: parts.layouts[i].num_bytes)
+    same.sort(key=lambda i: -parts.layouts[i].num_bytes)
+    names = trained or [frozenset()] * len(parts.blocks)
+    unlike = {_outline_of(parts.blocks[i], names[i]): i for i in reversed(same)}
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     output = None
     try:
-        size, output = _run_on_meta(parts, index, args, kwargs, train, trained[index] if trained else frozenset())
+        found = [_run_on_meta(parts, i, args, kwargs, train, names[i]) for i in sorted(unlike.values(), key=same.index)]
+        (size, output), sizes = found[0], [size for size, _ in found]
+        most = {name: max(getattr(size, name) for size in sizes) for name in ("peak_bytes", "graph_bytes")}
+        size = replace(size, **most)
     except (NotImplementedError, RuntimeError, TypeError):
-        size = _estimate(parts, index, hidden)
+        size = _estimate(parts, same[0], hidden)
     return replace(size, boundary_bytes=hidden.nbytes), output
+
+
+def _outline_of(block: nn.Module, trained: frozenset[str]) -> tuple:
+    """What blocks have in common of which one can be measured for all."""
+    return trained, *((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
+
+
+def _with_graphs(
+    parts: ModelParts,
+    model: nn.Module,
+    trained: Sequence[frozenset[str]] | None,
+    known: Collection[type],
+    size: VisitSize,
+) -> VisitSize:
+    """`size` with how many graphs can be kept. known: classes of blocks whose graphs it holds for."""
+    blocks = parts.blocks
+    own = [any(p.requires_grad for p in block.parameters()) or bool(trained and trained[i]) for i, block in enumerate(blocks)]
+    inside = {p for block in blocks for p in block.parameters()}
+    if any(p.requires_grad and p not in inside for p in model.parameters()):
+        own[0] = True
+    lowest = next((i for i, has_gradients in enumerate(own) if has_gradients), len(blocks))
+    above_unknown = max((i + 1 for i, block in enumerate(blocks) if type(block) not in known), default=0)
+    return replace(size, graph_blocks=len(blocks) - max(lowest, above_unknown))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +162,10 @@ def walk(
         elif head is not None:
             del head.forward
     sizes = [size for size, _ in found.values()]
-    most = {name: max(getattr(size, name) for size in sizes) for name in ("peak_bytes", "flops", "boundary_bytes")}
-    return Walk(VisitSize(**most), loss)
+    names = ("peak_bytes", "flops", "boundary_bytes", "graph_bytes")
+    most = VisitSize(**{name: max(getattr(size, name) for size in sizes) for name in names})
+    unknown = {kind for (kind, _), (size, _) in found.items() if not size.graph_bytes}
+    return Walk(_with_graphs(parts, model, trained, {kind for kind, _ in found} - unknown, most), loss)
 
 
 def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -242,18 +277,43 @@ def _forwards(parts: ModelParts, forwards: Sequence[Callable[..., Any] | None]) 
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
 ) -> tuple[VisitSize, Any]:
-    block, counter = parts.blocks[index], _LiveBytes()
+    with _counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
+        with torch.no_grad():
+            outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), parts.blocks[index](*args, **kwargs))
+        flops = counter.flops
+        if train:
+            run_backward(parts.blocks[index], args, kwargs)
+    graph_bytes = _graph_on_meta(parts, index, args, kwargs, trained) if train else 0
+    return VisitSize(counter.peak_bytes, flops, graph_bytes=graph_bytes), outline
+
+
+def _graph_on_meta(
+    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], trained: frozenset[str]
+) -> int:
+    """Bytes that the graph of a forward holds when nothing else does; its input is not counted."""
+    with _counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
+        before = counter.live_bytes
+        next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
+        outputs = [leaf for leaf in tree_leaves(parts.blocks[index](*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        edges = [get_gradient_edge(output) for output in outputs if output.requires_grad]
+        del outputs
+        num_bytes = counter.live_bytes - before
+        del edges
+    return num_bytes
+
+
+@contextlib.contextmanager
+def _counted_on_meta(
+    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], trained: frozenset[str]
+) -> Iterator[tuple[_LiveBytes, tuple, dict[str, Any]]]:
+    """Inside, block `index` has weights on meta. Gives what counts, and the arguments on meta."""
+    counter = _LiveBytes()
     with block_on_meta(parts, index, args, kwargs) as (args, kwargs, views, adapters):
         for tensor in tree_leaves((args, kwargs, views, adapters)):
             counter.ignore(tensor)
         with counter, MetaAttention():
             parts.bindings[index].bind(views, trained)
-            with torch.no_grad():
-                outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), block(*args, **kwargs))
-            flops = counter.flops
-            if train:
-                run_backward(block, args, kwargs)
-    return VisitSize(counter.peak_bytes, flops), outline
+            yield counter, args, kwargs
 
 
 class MetaCall(NamedTuple):
@@ -377,11 +437,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _FlashShapes(torch.autograd.Function):
-    """What the CPU and GPU flash kernels keep and return: the output and one log-sum-exp per row."""
+    """What the CPU and GPU flash kernels keep and return: the output, in memory with heads behind rows, and one log-sum-exp per
+    row."""
 
     @staticmethod
     def forward(ctx, query, key, value):
-        output = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="meta")
+        sizes = [*query.shape[:-1], value.shape[-1]]
+        sizes[-3:-1] = reversed(sizes[-3:-1])
+        output = torch.empty(sizes, dtype=query.dtype, device="meta").transpose(-3, -2)
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="meta")
         ctx.save_for_backward(query, key, value, output, lse)
         return output

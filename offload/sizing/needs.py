@@ -26,6 +26,7 @@ STATE = "optimizer state"
 UPDATE = "update"
 VARIANTS = "variants of blocks"
 HEAD_VARIANTS = "variants of the head"
+GRAPHS = "graphs of blocks"
 DECODED = "decoded weights"  # begins the names of such pools
 
 PROCESS = "process (interpreter, libraries, model skeleton)"
@@ -110,6 +111,11 @@ class Streamed:
         return cls(
             tuple(map(size, parts.layouts)), max(map(size, chunks), default=0), len(chunks), expert_sizes(parts.experts)
         )
+
+    @property
+    def visit_bytes(self) -> int:
+        """That a visit of a block fetches at most, with all of its experts."""
+        return max(self.block_bytes) + sum(size.block_count * size.slot_bytes for size in self.experts)
 
     def holding(self, block_bytes: list[int], chunk_bytes: int) -> Streamed:
         """With slots that hold these too."""
@@ -227,6 +233,25 @@ def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Need
         Item("block inputs", total_bytes, Tier.DISK, Lasts.STEP, with_pool=ACTIVATIONS),
     )
     return spilled + Needs.of(Step(Worth.BLOCK_INPUTS, {ACTIVATIONS: 0})) if place == "auto" else spilled
+
+
+def graph_needs(
+    lane_bytes: int, lanes: int, blocks: int, comes_first: bool, boundary_bytes: int, kept: int | None = None
+) -> Needs:
+    """Graphs of the last blocks, which are held for the shortest time, between forward and backward.
+
+    lane_bytes: of a block's graph and one micro-batch, beside the block's input of `boundary_bytes`. comes_first: whether they
+    are worth more than blocks that stay. kept: of so many blocks; None: of as many as there is room for, if block inputs stay
+    in memory.
+    """
+    # Where block inputs go to disk, a kept graph has its own in memory yet.
+    slot_bytes = lanes * (lane_bytes if kept is None else lane_bytes + boundary_bytes)
+    label = "graphs that backward needs not recompute ({slots} x {size})"
+    pool = Pool(GRAPHS, label, Tier.COMPUTE, slot_bytes, ring=0, kept=min(kept or 0, blocks), most_kept=blocks, carved=False)
+    if kept is not None:
+        return Needs.of(pool)
+    worth = Worth.GRAPHS_OF_COMPUTE if comes_first else Worth.OTHER_GRAPHS
+    return Needs.of(pool, *ascent(worth, GRAPHS, blocks, without_pool=ACTIVATIONS))
 
 
 def state_needs(slot_bytes: int, pieces: int, waiting: int) -> Needs:

@@ -2,9 +2,9 @@
 
 [Note: kept graphs]
 Where the plan has room, a block runs with a graph in forward already, and what autograd saves stays. What it must not keep is
-the block's weights: in backward they may lie in another slot, and decoded they would be as large as the model. So a saved tensor
-that lies in a parameter or buffer of the block is kept as a place (module, name, position) and is found again in what is bound
-there in backward. A weight that is trained is another tensor by then, to which the gradient is handed on.
+the block's weights: in backward they may lie in another slot, and decoded they would be as large as the model. So a saved
+tensor that lies in a parameter or buffer of the block is kept as a place (module, name, position) and is found again in what is
+bound there in backward. A weight that is trained is another tensor by then, to which the gradient is handed on.
 
 PyTorch does not notice when a tensor is overwritten that hooks have saved: that is done here, with the same consequence.
 Nor do hooks see what a `torch.autograd.Function` keeps without `save_for_backward`. If it keeps a piece of the weights so, the

@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, aligned_copies, assert_same_bits, make_config, 
 
 PLACEMENTS = [
     ("cpu", {"resident_blocks": 0, "lookahead": 1, "activations": "disk"}),
-    ("cpu", {"resident_blocks": 2}),
+    ("cpu", {"resident_blocks": 2, "kept_graphs": 1}),
     ("simulated", {"resident_blocks": 0, "lookahead": 1}),
     ("simulated", {"resident_blocks": 2, "activations": "disk"}),
 ]

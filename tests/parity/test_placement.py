@@ -25,11 +25,11 @@ CPU = [
     {"resident_blocks": 0, "lookahead": 0},
     {"resident_blocks": 0, "lookahead": 1},
     {"resident_blocks": 0, "lookahead": 3},
-    {"resident_blocks": 1, "lookahead": 0},
-    {"resident_blocks": 3, "lookahead": 1},
+    {"resident_blocks": 1, "lookahead": 0, "kept_graphs": 2},
+    {"resident_blocks": 3, "lookahead": 1, "kept_graphs": 0},
     {"resident_blocks": 5},
     {"resident_blocks": 0, "lookahead": 0, "activations": "disk"},
-    {"resident_blocks": 0, "lookahead": 1, "activations": "disk", "io_backend": "threads"},
+    {"resident_blocks": 0, "lookahead": 1, "activations": "disk", "kept_graphs": 3, "io_backend": "threads"},
     {"resident_blocks": 2, "activations": "host", "io_backend": "threads", "queue_depth": 1},
     {"loss_tile_vocab": 101, "loss_tile_tokens": 64},
 ]
@@ -37,7 +37,7 @@ SIMULATED = [
     {"resident_blocks": 0, "lookahead": 0, **SLOW_LINK},
     {"resident_blocks": 0, "lookahead": 1, **SLOW_LINK},
     {"resident_blocks": 0, "lookahead": 3, "io_backend": "threads", **SLOW_LINK},
-    {"resident_blocks": 1, "lookahead": 1, "activations": "disk", **SLOW_LINK},
+    {"resident_blocks": 1, "lookahead": 1, "activations": "disk", "kept_graphs": 3, **SLOW_LINK},
     {"resident_blocks": 3, "lookahead": 0, "simulated_delay_ms": 2.0},
     {"resident_blocks": 5, **SLOW_LINK},
 ]

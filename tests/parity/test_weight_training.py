@@ -354,7 +354,7 @@ SLOW_LINK = {"simulated_copy_gbps": 0.5, "simulated_delay_ms": 0.3}
         {"resident_blocks": 0, "lookahead": 0, **SLOW_LINK},
         {"resident_blocks": 0, "lookahead": 3, "io_backend": "threads", **SLOW_LINK},
         {"resident_blocks": 2, "lookahead": 1, "activations": "disk", **SLOW_LINK},
-        {"resident_blocks": 5, "simulated_delay_ms": 1.0},
+        {"resident_blocks": 5, "kept_graphs": 2, "simulated_delay_ms": 1.0},
         {},
     ],
     ids=str,
@@ -386,7 +386,7 @@ def test_blocks_that_only_the_device_keeps(name, clipping, checkpoint, tokens, t
 def test_selected_blocks_beside_an_accelerator(method, checkpoint, tokens, tmp_path):
     config = weights_config(
         checkpoint("llama", torch.bfloat16), tokens, tmp_path / "out", method, device="simulated",
-        engine={"dtype": "bfloat16", "resident_blocks": 1, "lookahead": 1, **SLOW_LINK},
+        engine={"dtype": "bfloat16", "resident_blocks": 1, "lookahead": 1, "kept_graphs": 2, **SLOW_LINK},
         training={"max_steps": 9, "max_grad_norm": None}, selection={"interval": 2},
     )  # fmt: skip
     assert_same(streamed(config, tmp_path / "model"), reference(config))
