@@ -5,7 +5,9 @@
 Each round runs the resident loop and then `finetune run`, each in a process of its own; the first step of each is not
 counted. `--limit-command "CMD"` is put before our command, to run it under a kernel memory limit, and
 `--resident-command "CMD"` before the resident one: what watches one should watch both. The losses of both are
-compared before any time is: they must agree to 1e-3. Printed: median seconds a step, their ratio, peaks.
+compared before any time is: they must agree to 1e-3. The resident loop recomputes its layers in backward (gradient
+checkpointing), unless `--resident-graphs` is given: then it keeps what they computed. Printed: median seconds a step,
+their ratio, peaks.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 from finetune.data import BatchPlan, collate, prepare
 from memory.meter import MemoryMeter
-model_dir, data, cache, length, batch, micro, steps, dtype, seed = json.loads(sys.argv[1])
+model_dir, data, cache, length, batch, micro, steps, dtype, seed, keeps_graphs = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
 torch.manual_seed(seed)
 model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
-model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-model.enable_input_require_grads()
+if not keeps_graphs:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
 model.train()
 rows = prepare(data, model=model_dir, cache_dir=Path(cache), sequence_length=length)
 plan = BatchPlan(len(rows), batch, micro, seed, rows.lengths, steps=steps)
@@ -59,7 +62,7 @@ for step in range(steps):
 def run_resident(arguments: argparse.Namespace, cache: str) -> list[dict]:
     job = json.dumps([
         arguments.model, arguments.data, cache, arguments.sequence_length, arguments.batch_size,
-        arguments.micro_batch_size, arguments.steps, arguments.resident_dtype, 42,
+        arguments.micro_batch_size, arguments.steps, arguments.resident_dtype, 42, arguments.resident_graphs,
     ])  # fmt: skip
     command = [*shlex.split(arguments.resident_command), sys.executable, "-c", RESIDENT, job]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--resident-dtype", default="float32", help="what the resident loop computes in")
+    parser.add_argument("--resident-graphs", action="store_true", help="the resident loop recomputes nothing")
     parser.add_argument("--limit-command", default="")
     parser.add_argument("--resident-command", default="")
     parser.add_argument("--set", action="append", default=[])
