@@ -195,6 +195,7 @@ class PlannedRun:
             "blocks": len(self.parts.blocks),
             "resident_blocks": blocks.kept,
             "lookahead": blocks.lookahead,
+            "kept_graphs": plan.count(GRAPHS),
             "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
             "host_peak_bytes": plan.host_peak_bytes,
             "host_budget_bytes": plan.host_budget_bytes,
