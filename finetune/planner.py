@@ -144,7 +144,9 @@ class Planner:
         ratio = self._session.device.traits.operations_per_read_byte
         comes_first = visit.flops * lanes > ratio * streamed.visit_bytes
         kept = self._session.config.engine.kept_graphs
-        return graph_needs(visit.graph_bytes, lanes, visit.graph_blocks, comes_first, visit.boundary_bytes, kept)
+        return graph_needs(
+            visit.graph_bytes, lanes, visit.graph_blocks, comes_first, visit.boundary_bytes, self._session.on_device, kept
+        )
 
     def _check_positions(self, shape: BatchShape) -> None:
         parts = self._session.parts

@@ -230,7 +230,7 @@ def plan_with_graphs(
         (0, {"without_pool": GRAPHS}), (GRAPH_BYTES, {"with_pool": GRAPHS}),
     ))  # fmt: skip
     needs = replace(needs, items=tuple(item for item in needs.items if item.name != VISIT)) + Needs.of(*visit)
-    needs += graph_needs(GRAPH_BYTES, 2, 5, comes_first, SIZES.boundary_bytes, kept)
+    needs += graph_needs(GRAPH_BYTES, 2, 5, comes_first, SIZES.boundary_bytes, device_bytes is not None, kept)
     return make_plan(needs, Limits(host_bytes, device_bytes))
 
 
@@ -242,9 +242,9 @@ def test_graphs_are_in_the_arena_and_not_in_a_slab():
         assert with_graphs.host_slab_bytes == without.host_slab_bytes
         assert with_graphs.device_slab_bytes == without.device_slab_bytes
         # Named, with the blocks' inputs in any case. One recomputed graph is no longer beside them.
-        more = 5 * 2 * (GRAPH_BYTES + SIZES.boundary_bytes) - int(1.15 * GRAPH_BYTES)
+        more = 5 * 2 * (GRAPH_BYTES + SIZES.boundary_bytes) * (1.1 if budgets[1] else 1) - int(1.15 * GRAPH_BYTES)
         peaks = [plan.device_peak_bytes if budgets[1] else plan.host_peak_bytes for plan in (without, with_graphs)]
-        assert abs(peaks[1] - peaks[0] - more) <= 1
+        assert abs(peaks[1] - peaks[0] - more) <= 5 * PAGE_BYTES
         found = with_graphs.arena_bytes - without.arena_bytes
         assert found == 0 if budgets[1] else abs(found - more) <= 2 * MIB
 

@@ -39,6 +39,7 @@ ACTIVATION_SLOTS = 4
 MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
 DECODED_WEIGHTS = 16  # of a block, at most: experts of many modules are not worth a pool each
 STATE_SLOTS = 12  # keep a disk busy in both directions
+ALLOCATOR_FACTOR = 1.1  # of a device: what PyTorch's allocator loses there between tensors that stay for long
 MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 
 
@@ -236,7 +237,7 @@ def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Need
 
 
 def graph_needs(
-    lane_bytes: int, lanes: int, blocks: int, comes_first: bool, boundary_bytes: int, kept: int | None = None
+    lane_bytes: int, lanes: int, blocks: int, comes_first: bool, boundary_bytes: int, on_device: bool, kept: int | None = None
 ) -> Needs:
     """Graphs of the last blocks, which are held for the shortest time, between forward and backward.
 
@@ -246,6 +247,7 @@ def graph_needs(
     """
     # Where block inputs go to disk, a kept graph has its own in memory yet.
     slot_bytes = lanes * (lane_bytes if kept is None else lane_bytes + boundary_bytes)
+    slot_bytes = int(slot_bytes * (ALLOCATOR_FACTOR if on_device else 1))
     label = "graphs that backward needs not recompute ({slots} x {size})"
     pool = Pool(GRAPHS, label, Tier.COMPUTE, slot_bytes, ring=0, kept=min(kept or 0, blocks), most_kept=blocks, carved=False)
     if kept is not None:
