@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packed_checkpoints import write_packed
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
+import finetune.trainer
 import offload.sizing.needs
 import offload.weights.binding
 from finetune.trainer import Trainer
 from memory.errors import UserError
+from offload.sizing.calibration import Rates
 from offload.weights.formats.bitsandbytes import Packed4Bit
 
 CASES = {
@@ -44,6 +48,8 @@ def test_weights_that_stay_decoded_for_a_visit(device, checkpoint, tokens, tmp_p
         decode_into(self, stored, numbers)
 
     monkeypatch.setattr(Packed4Bit, "decode_into", counted)
+    # Visits that are timed for a prediction decode too.
+    monkeypatch.setattr(finetune.trainer, "with_prediction", lambda _, planned, **__: replace(planned, rates=Rates(1e9, 1e9)))
     packed, plain = write_packed(checkpoint("llama"), tmp_path, "nf4", nested=True)
     expected = reference_run(make_config(plain, tokens, tmp_path / "plain"))
     counts = []
