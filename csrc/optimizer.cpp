@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "norm.h"
 #include "optimizer_bindings.h"
 
 namespace nb = nanobind;
@@ -129,6 +130,17 @@ uint64_t checksum(const std::string& instructions, uint64_t address, uint64_t nu
     return mix64(total ^ mix64(num_bytes));
 }
 
+void add_squares(uint64_t lanes, int width, uint64_t address, Dtype dtype, uint64_t count) {
+    if (!lanes || (count && !address)) throw std::invalid_argument("a null address");
+    nb::gil_scoped_release release;
+    norm::add_squares(reinterpret_cast<float*>(lanes), width, reinterpret_cast<const char*>(address), dtype, count);
+}
+
+float sum_of_squares(uint64_t lanes, int width, uint64_t address, Dtype dtype, uint64_t count) {
+    if (!lanes || (count && !address)) throw std::invalid_argument("a null address");
+    return norm::sum(reinterpret_cast<const float*>(lanes), width, reinterpret_cast<const char*>(address), dtype, count);
+}
+
 }  // namespace
 
 }  // namespace optimizer
@@ -155,4 +167,8 @@ void register_optimizer(nb::module_& m) {
             nb::arg("target"), nb::arg("count"));
     sub.def("checksum", &optimizer::checksum, nb::arg("instructions"), nb::arg("address"), nb::arg("num_bytes"),
             nb::arg("threads"));
+    sub.def("add_squares", &optimizer::add_squares, nb::arg("lanes"), nb::arg("width"), nb::arg("address"), nb::arg("dtype"),
+            nb::arg("count"));
+    sub.def("sum_of_squares", &optimizer::sum_of_squares, nb::arg("lanes"), nb::arg("width"), nb::arg("address"),
+            nb::arg("dtype"), nb::arg("count"));
 }

@@ -279,11 +279,13 @@ class PlannedRun:
     @property
     def expert_read_bytes(self) -> int:
         """Of experts that are fetched by themselves, in a step."""
-        shape = self.shape
-        return sum(
-            size.read_bytes(self.plan.count(size.pools[0]), shape.rows, shape.micro_batches, shape.train)
-            for size in self.streamed.experts
-        )
+        shape, read_bytes = self.shape, 0
+        for size in self.streamed.experts:
+            slots = self.plan.count(size.pools[0])
+            read_bytes += size.read_bytes(slots, shape.rows, shape.micro_batches, shape.train)
+            if self.store is not None and slots < size.block_count:  # once more, to be updated
+                read_bytes += int(self.store.trained_share * size.count) * size.slot_bytes
+        return read_bytes
 
     @property
     def _store_read_bytes(self) -> int:

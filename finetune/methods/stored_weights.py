@@ -18,7 +18,7 @@ from finetune.setup import Setup
 from memory.errors import UserError
 from offload.files.checkpoint import resolve_model
 from offload.update.export import export_store
-from offload.update.parts import TrainedParts, find_trained
+from offload.update.parts import EXPERTS_APART, TrainedParts, find_trained
 from offload.update.store import lock_store, read_manifest
 from offload.update.stored_parts import StoredPieces, stored_parts
 from offload.weights.parts import ModelParts, cut
@@ -99,6 +99,7 @@ def _cut_as_trained(config: Config, model: Path, about: dict[str, Any]) -> tuple
     """The parts of the model in `model` as the run with this `about` has cut them."""
     parts = cut(
         model, trust_remote_code=config.trust_remote_code, trains_weights=True,
+        streams_experts=about.get(EXPERTS_APART, False),
         tile_vocab=recorded_setting(about, "engine.loss_tile_vocab"),
     )  # fmt: skip
     return parts, find_trained(parts, recorded_setting(about, "train"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import chain
 from math import prod
 
 from finetune.config import Config
@@ -31,6 +33,12 @@ def _make(kind: type[Rule], config: Config, **given: float) -> Rule:
     sections = [config.selection, config.training, config.optimizer]
     found = {key: getattr(section, key) for section in sections for key in type(section).model_fields}
     return kind(**{field.name: (found | given)[field.name] for field in fields(kind)})
+
+
+def streams_experts(config: Config) -> bool:
+    """Whether experts are units of their own: not for optimizers that look at whole parameters, which have all experts."""
+    rule = make_rule(config, of_blocks=True)
+    return rule.passes == 1 and not rule.has_directions
 
 
 def make_keeping(config: Config) -> Keeping:
@@ -80,10 +88,18 @@ def trained_weight_needs(
     if not on_device:
         return needs
     # A unit's gradients, twice where rows are added to them or where they go by the disk, and what the rule makes of them.
-    unit_bytes = 2 * itemsize * max(_elements(unit) for unit in trained.units) + _direction_bytes(config, trained)
-    return needs + update_needs(
-        max(*streamed.block_bytes, streamed.chunk_bytes), unit_bytes + host_edge_bytes + batch.row_bytes
-    )
+    unit_bytes = 2 * itemsize * max(_elements(unit) for unit, _ in _ruled(config, trained)) + _direction_bytes(config, trained)
+    largest = max(*streamed.block_bytes, streamed.chunk_bytes, *(size.slot_bytes for size in streamed.experts))
+    return needs + update_needs(largest, unit_bytes + host_edge_bytes + batch.row_bytes)
+
+
+def _ruled(config: Config, trained: TrainedParts) -> Iterator[tuple[UpdateUnit, Rule]]:
+    """Units, and what updates them; of the experts of a stack one."""
+    of_blocks, of_ends = make_rule(config, of_blocks=True), make_rule(config)
+    for unit in chain(trained.blocks, (stack.largest for stack in trained.stacks)):
+        yield unit, of_blocks
+    for unit in trained.ends:
+        yield unit, of_ends
 
 
 def _largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
@@ -91,8 +107,7 @@ def _largest_piece_bytes(config: Config, trained: TrainedParts) -> int:
     keeping = make_keeping(config)
     return max(
         keeping.piece_format(unit, index, rule).num_bytes
-        for number, unit in enumerate(trained.units)
-        for rule in [make_rule(config, of_blocks=number < len(trained.blocks))]
+        for unit, rule in _ruled(config, trained)
         for index in range(FACTORS if rule.has_directions else 0, len(unit.pieces))
     )
 
@@ -103,9 +118,11 @@ def _moments(
     """What a visit, a loss tile and an update allocate where weights have gradients, and what gradients of a unit wait beside
     them."""
     visit_bytes, loss_bytes, itemsize = batch.visit.peak_bytes, batch.loss_bytes, parts.dtype.itemsize
+    lanes, of_lane = batch.shape.micro_batches, batch.visit.waiting_bytes
+    visit_bytes += (lanes - 1) * of_lane
     block = max(_elements(unit) for unit in trained.blocks) * itemsize
     largest = max((prod(weight.shape) for layout in parts.layouts for weight in layout.weights.values()), default=0) * itemsize
-    if batch.shape.micro_batches > 1:
+    if lanes > 1:
         visit_bytes += largest  # of the second micro-batch, before it is added
     chunk = max((_elements(part.unit) for part in trained.head), default=0)
     if chunk:
@@ -115,15 +132,15 @@ def _moments(
     spills = config.optimizer.clipping == "exact" and config.training.max_grad_norm
     waiting_bytes = block if spills else rows if trained.tied else 0
     update_bytes = max(2 * rows + (block if spills else 0), block) + _direction_bytes(config, trained)
+    if trained.stacks:  # of one expert: a gradient, what a lane adds to it, zeros, what is on its way to the disk
+        expert = max(_elements(stack.largest) for stack in trained.stacks) * itemsize
+        update_bytes = max(update_bytes, lanes * of_lane + 4 * expert)
     return (visit_bytes, loss_bytes, update_bytes), waiting_bytes
 
 
 def _direction_bytes(config: Config, trained: TrainedParts) -> int:
     """What rules allocate that look at a unit more than once."""
-    return max(
-        make_rule(config, of_blocks=number < len(trained.blocks)).temporary_bytes(unit)
-        for number, unit in enumerate(trained.units)
-    )
+    return max(rule.temporary_bytes(unit) for unit, rule in _ruled(config, trained))
 
 
 def store_size(config: Config, trained: TrainedParts) -> StoreSize:
@@ -137,11 +154,18 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
         if rule.has_directions:
             indices.append(FACTORS)
         formats = [keeping.piece_format(unit, index, rule) for index in indices]
-        parts = ((f.master_offset, f.master_bytes, f.state_bytes, 1) for f in formats)
-        return tuple(sum(part) for part in zip(*parts, strict=True))
+        parts = [(f.master_offset, f.master_bytes, f.state_bytes, 1) for f in formats]
+        return tuple(sum(part) for part in zip((0, 0, 0, 0), *parts, strict=True))
 
-    blocks = [size(unit, make_rule(config, of_blocks=True)) for unit in trained.blocks if unit.fqns]
-    ends = [size(u) for u in trained.units[len(trained.blocks) :] if u.fqns and selection.ends]
+    def block_size(index: int) -> tuple[int, int, int, int]:
+        rule = make_rule(config, of_blocks=True)
+        sizes = [size(trained.blocks[index], rule)]
+        for stack in trained.of_block(index):
+            sizes.append(tuple(stack.experts * part for part in size(stack.largest, rule)))
+        return tuple(sum(part) for part in zip(*sizes, strict=True))
+
+    blocks = [block_size(index) for index in range(len(trained.blocks)) if trained.trains(index)]
+    ends = [size(unit) for unit in trained.ends if unit.fqns and selection.ends]
     active = sorted(blocks, key=sum)[-selection.layers :]
     moving = (blocks if selection.sign_scale is not None else active) + ends
     stated = active + ends
@@ -154,12 +178,18 @@ def store_size(config: Config, trained: TrainedParts) -> StoreSize:
     if config.optimizer.versions == 2:
         total += weights + masters + state
     read = (masters + state) * of_ends.passes
-    of_blocks = sorted((_elements(unit) for unit in trained.blocks if unit.fqns), reverse=True)
-    elements = sum(of_blocks[: len(of_blocks) if selection.sign_scale is not None else len(active)])
-    elements += sum(_elements(unit) for unit in trained.units[len(trained.blocks) :] if selection.ends)
+    of_blocks = sorted((_block_elements(trained, index) for index in range(len(trained.blocks))), reverse=True)
+    elements = sum(of_blocks[: len(blocks) if selection.sign_scale is not None else len(active)])
+    elements += sum(_elements(unit) for unit in trained.ends if selection.ends)
     share = len(active) / max(1, len(blocks))
     end_share = sum(map(sum, ends)) / max(1, sum(map(sum, moving)))
     return StoreSize(total, read, weights + masters + state, pieces, elements, share, end_share)
+
+
+def _block_elements(trained: TrainedParts, index: int) -> int:
+    """Of what is trained in a block, with its experts."""
+    stacks = trained.of_block(index)
+    return _elements(trained.blocks[index]) + sum(stack.experts * prod(stack.shape) for stack in stacks)
 
 
 def _elements(unit: UpdateUnit) -> int:

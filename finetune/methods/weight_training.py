@@ -28,6 +28,7 @@ from finetune.methods.weight_needs import (
     make_rule,
     store_size,
     streamed_with_tables,
+    streams_experts,
     trained_weight_needs,
 )
 from finetune.objectives.base import Objective, check_gradient
@@ -43,11 +44,13 @@ from offload.sizing.kernel_timing import update_seconds
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
 from offload.streamed_model import StreamedModel
+from offload.update.expert_units import stack_of
 from offload.update.parts import TrainedParts, find_trained
 from offload.update.rules.rule import Rule
 from offload.update.rules.signs import SignSgd
+from offload.update.step import Update
 from offload.update.stream import Request
-from offload.update.trained_weights import StoreOptions, TrainedWeights, Update, clip_scale
+from offload.update.trained_weights import StoreOptions, TrainedWeights, clip_scale
 from offload.update.units import UpdateUnit
 from offload.weights.streamed_parts import Room
 
@@ -58,7 +61,7 @@ class WeightTraining(Method):
     trained: TrainedParts
 
     def cut_options(self) -> dict[str, Any]:
-        return {"trains_weights": True}
+        return {"trains_weights": True, "streams_experts": streams_experts(self.config)}
 
     def prepare(self, session: Session) -> None:
         self.trained = find_trained(session.parts, self.config.train)
@@ -66,6 +69,8 @@ class WeightTraining(Method):
             check_stochastic_rounding(session.parts, self.trained.fqns, "optimizer.master none", "float32")
         for binding in session.parts.bindings:
             binding.convert_at_bind()
+        for stack in self.trained.stacks:
+            stack.matrices.trained = True  # for what is measured; each step then says which ones it trains
 
     @property
     def gradient_names(self) -> list[frozenset[str]]:
@@ -111,7 +116,7 @@ class WeightTraining(Method):
         self._selection = make_selection(config, len(trained.blocks), self._weights.resident_blocks)
         self._selection.restore(store.notes)
         self._undecayed = undecayed(session.model, trained.fqns, config.training)
-        self._ends = [unit for unit in trained.units[len(trained.blocks) :] if unit.fqns] if self._selection.ends else []
+        self._ends = [unit for unit in trained.ends if unit.fqns] if self._selection.ends else []
         self.first_step = store.step
         # Schedules are written for optimizers: this one holds the learning rate and nothing else.
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
@@ -146,7 +151,7 @@ class WeightTraining(Method):
                             "look for a faulty weight"
                         )
                 scale = clip_scale(norm, max_norm)
-            update = Update(requests, learning_rate, step + 1, scale, max_norm)
+            update = Update(requests, learning_rate, step + 1, scale, max_norm, self._selection.observes)
             updated = self._weights.update_step(self._model, batches.inputs, batches.labels, seeds, update)
             check_finite(step, float(updated.loss), updated.grad_norm)
             for name, sums in updated.sums.items():
@@ -190,7 +195,7 @@ class WeightTraining(Method):
         chosen = set(self._selection.blocks(step))
         requests = {}
         for index, unit in enumerate(self._weights.trained.blocks):
-            if not unit.fqns:
+            if not self.trained.trains(index):
                 continue
             if index in chosen:
                 requests[unit.name] = self._request(unit, self._block_rule, self._selection.importance(index))
@@ -201,11 +206,11 @@ class WeightTraining(Method):
         return requests
 
     def _request(self, unit: UpdateUnit, rule: Rule, scale: float = 1.0) -> Request:
-        left_alone = frozenset(local for local, fqn in unit.fqns.items() if fqn in self._undecayed)
-        return Request(unit, frozenset(unit.fqns), rule, scale, left_alone)
+        return Request(unit, frozenset(unit.fqns), rule, scale, self._undecayed)
 
     def _forget_state(self, requests: dict[str, Request]) -> None:
-        store = self._weights.store
+        store, homes = self._weights.store, self.trained.homes
         for key, piece in list(store.pieces.items()):
-            if piece.state_bytes and (key[0] not in requests or not requests[key[0]].rule.keeps_state):
+            home = homes.get(stack_of(key[0]), key[0])
+            if piece.state_bytes and (home not in requests or not requests[home].rule.keeps_state):
                 store.drop_state(key)

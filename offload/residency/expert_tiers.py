@@ -10,7 +10,7 @@ from memory.slots import Lease, SlotPool
 from offload.devices import Device
 from offload.residency.pieces import State
 from offload.residency.tiers import DeviceTier, HostTier, Tier
-from offload.weights.layout import BlockLayout
+from offload.weights.layout import BlockLayout, Read
 
 
 class ExpertUnits:
@@ -110,10 +110,12 @@ class HostExperts(_LeastUseful, HostTier):
         self.layouts = layouts
 
     def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
-        layout = self.layout(block)
-        if layout.num_bytes > self.pool.slot_bytes:
-            raise RuntimeError(f"{self._pieces[block].name}: {layout.num_bytes} bytes for a slot of {self.pool.slot_bytes}")
-        return [(self._file(r.path), r.file_offset, r.num_bytes, lease.address + r.slot_offset) for r in layout.reads]
+        return self._extents_of(block, self.layout(block).reads, lease)
+
+    def _extents_of(self, block: int, reads: Sequence[Read], lease: Lease) -> Sequence[Any]:
+        if (num_bytes := self.layout(block).num_bytes) > self.pool.slot_bytes:
+            raise RuntimeError(f"{self._pieces[block].name}: {num_bytes} bytes for a slot of {self.pool.slot_bytes}")
+        return [(self._file(r.path), r.file_offset, r.num_bytes, lease.address + r.slot_offset) for r in reads]
 
     def _evict(self, block: int) -> None:
         super()._evict(block)

@@ -224,7 +224,7 @@ class HostTier(Tier):
         if piece.state is State.FETCHING:
             raise RuntimeError(f"{piece.name} is fetched while it is updated")
         if piece.state is not State.AWAY:
-            size = self.layouts[block].num_bytes
+            size = self.layout(block).num_bytes
             piece.lease.buffer[:size].copy_(image[:size])
 
     def move_to(self, layouts: Sequence[BlockLayout]) -> None:

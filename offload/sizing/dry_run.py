@@ -39,6 +39,7 @@ class VisitSize:
     boundary_bytes: int = 0  # of the block's input
     graph_bytes: int = 0  # that its graph keeps for backward beside its input
     graph_blocks: int = 0  # for so many blocks, the last ones, `graph_bytes` is known, and there are gradients to compute
+    waiting_bytes: int = 0  # of what gradients of experts are made of, when the visit's other micro-batches are done
 
 
 def measure_visit(
@@ -162,7 +163,7 @@ def walk(
         elif head is not None:
             del head.forward
     sizes = [size for size, _ in found.values()]
-    names = ("peak_bytes", "flops", "boundary_bytes", "graph_bytes")
+    names = ("peak_bytes", "flops", "boundary_bytes", "graph_bytes", "waiting_bytes")
     most = VisitSize(**{name: max(getattr(size, name) for size in sizes) for name in names})
     unknown = {kind for (kind, _), (size, _) in found.items() if not size.graph_bytes}
     return Walk(_with_graphs(parts, model, trained, {kind for kind, _ in found} - unknown, most), loss)
@@ -283,8 +284,9 @@ def _run_on_meta(
         flops = counter.flops
         if train:
             run_backward(parts.blocks[index], args, kwargs)
+        waiting_bytes = sum(lane.num_bytes for matrices in parts.experts for lane in matrices.waiting)
     graph_bytes = _graph_on_meta(parts, index, args, kwargs, trained) if train else 0
-    return VisitSize(counter.peak_bytes, flops, graph_bytes=graph_bytes), outline
+    return VisitSize(counter.peak_bytes, flops, graph_bytes=graph_bytes, waiting_bytes=waiting_bytes), outline
 
 
 def _graph_on_meta(
@@ -340,6 +342,8 @@ def block_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, 
             yield MetaCall(args, kwargs, views, adapters)
         finally:
             parts.bindings[index].unbind()
+            for matrices in parts.experts:
+                matrices.waiting.clear()
 
 
 @contextlib.contextmanager
@@ -384,7 +388,11 @@ def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
     decoded = [dense_bytes(weight.shape, parts.dtype) for weight in matrices if not weight.is_stored_as(parts.dtype)]
     decoded_bytes = max(2 * max(decoded, default=0), parts.bindings[index].decoded_bytes)
     flops = 2 * rows * sum(prod(weight.shape) for weight in matrices)
-    return VisitSize(3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + decoded_bytes, flops)
+    stacks = [one for one in parts.experts if one.stack.block == index and one.trained]
+    waiting = sum(sum(one.stack.weight.shape[1:]) * one.stack.experts_per_token for one in stacks)
+    waiting_bytes = rows * waiting * hidden.element_size()
+    peak_bytes = 3 * rows * outputs * hidden.element_size() + 8 * hidden.nbytes + decoded_bytes + waiting_bytes
+    return VisitSize(peak_bytes, flops, waiting_bytes=waiting_bytes)
 
 
 _PRODUCTS = {

@@ -5,7 +5,6 @@ The names of pools are those by which the engine carves them out of the plan.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
@@ -86,8 +85,7 @@ def _expert_size(slot_bytes: int, experts: Sequence[StackedMatrices]) -> ExpertS
     for matrices in experts:
         stack = matrices.stack
         counts[stack.block] = counts.get(stack.block, 0) + stack.weight.shape[0]
-    shares = [getattr(one.stack.module.config, "num_experts_per_tok", None) or math.inf for one in experts]
-    per_token = min(1.0, max(share / one.stack.weight.shape[0] for share, one in zip(shares, experts, strict=True)))
+    per_token = min(1.0, max(one.stack.experts_per_token / one.stack.weight.shape[0] for one in experts))
     numbers = tuple(one.number for one in experts)
     return ExpertSize(slot_bytes, sum(counts.values()), max(counts.values()), per_token, numbers)
 

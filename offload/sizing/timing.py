@@ -199,6 +199,7 @@ class _Visits:
             finally:
                 streamed.unbind(key)
                 streamed.release(key)
+                streamed.drop_gradients()
                 streamed.blocks.give_up()
 
 

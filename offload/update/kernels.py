@@ -184,6 +184,17 @@ def checksum(
     )
 
 
+def add_squares(lanes: torch.Tensor, values: torch.Tensor) -> None:
+    """Adds the squares of `values`, fp32 or bf16, to the sums in `lanes`, fp32 [4, 8 or 16]: element i of a vector to lane i,
+    as PyTorch's norms do. A vector has as many bytes as the lanes; the values fill whole ones."""
+    _native.add_squares(_address(lanes), lanes.numel(), _address(values), _DTYPES[values.dtype], values.numel())
+
+
+def sum_of_squares(lanes: torch.Tensor, rest: torch.Tensor) -> float:
+    """Of the lanes, and of values that fill no vector."""
+    return _native.sum_of_squares(_address(lanes), lanes.numel(), _address(rest), _DTYPES[rest.dtype], rest.numel())
+
+
 def masters(weights: torch.Tensor, remainder: torch.Tensor | None) -> torch.Tensor:
     """fp32 masters of stored weights; remainder: int16, the lower halves, of bf16 weights that have them."""
     if remainder is None:

@@ -15,7 +15,7 @@ from offload.update.kernels import Sums
 from offload.update.matrices import scaled
 from offload.update.rules.rule import Direction, FirstPass, Rule
 from offload.update.stream import FACTORS, Request, StatePiece, StateStream
-from offload.update.units import Segment
+from offload.update.units import Segment, UpdateUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Optimizer:
                 ratios.add(
                     segment.name, request.rule_of(segment.name), kernels.masters(weights, remainder),
                     scaled(gradient, grad_scale), {name: array[units].float() for name, array in state.items()},
-                    piece.updates + 1,
+                    request.next_update(piece),
                 )  # fmt: skip
             self._stream.put_back(piece)
             self._stream.fetch_ahead()
@@ -140,24 +140,26 @@ class Optimizer:
             together[request.rule_of(segment.name), given.ratio(segment)].append(
                 kernels.Segment(
                     piece.units_of(segment).start, segment.count, weights, weights.dtype, along, along.dtype, copy=copy,
-                    element=_first_element(request.unit.fqns[segment.name]) + segment.first_element,
+                    element=_first_element(request.unit, segment.name) + segment.first_element,
                 )
             )  # fmt: skip
-        sums = [self._run(rule, ratio, part, piece, given) for (rule, ratio), part in together.items()]
+        number = request.next_update(piece)
+        sums = [self._run(rule, ratio, part, piece, number, given) for (rule, ratio), part in together.items()]
         for weights, whole in rounded:
             weights.copy_(whole)
         place = piece.place
         if place.others or rounded or len(found) < len(place.segments):
             # Else only gaps between weights are not what is in the slot.
             piece.buffer[: place.num_bytes].copy_(image[place.start : place.start + place.num_bytes])
-        self._stream.write(piece, piece.updates + 1)
+        self._stream.write(piece, number)
         return reduce(_add, sums, Sums(0.0, 0.0))
 
     def _run(
-        self, rule: Rule, ratio: float, segments: Sequence[kernels.Segment], piece: StatePiece, given: _Given
+        self, rule: Rule, ratio: float, segments: Sequence[kernels.Segment], piece: StatePiece, number: int, given: _Given
     ) -> Sums:
+        """number: of the update, from 1."""
         step = kernels.Step(
-            piece.updates + 1,
+            number,
             given.learning_rate * ratio,
             gradient_scale=1.0 if given.directions else given.grad_scale,
             rounding="nearest" if self._keeping.masters else "stochastic",
@@ -184,6 +186,7 @@ def _weights(image: torch.Tensor, segment: Segment) -> torch.Tensor:
     return image[segment.offset : segment.end].view(segment.view.dtype)
 
 
-def _first_element(fqn: str) -> int:
+def _first_element(unit: UpdateUnit, name: str) -> int:
     """Where a parameter's elements begin in the sequence of random bits: far from those of others."""
-    return int.from_bytes(hashlib.blake2b(fqn.encode(), digest_size=3).digest(), "little") << 40
+    digest = hashlib.blake2b(unit.fqns[name].encode(), digest_size=3).digest()
+    return (int.from_bytes(digest, "little") << 40) + unit.first_element

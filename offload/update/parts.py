@@ -8,17 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from memory.errors import UserError
 from offload.files.sealed import json_digest
 from offload.step.head import HEAD_CHUNK_BYTES
+from offload.update.expert_units import TrainedStack
 from offload.update.units import UpdateUnit, make_unit
 from offload.weights.formats import Extent, PlainTensor, StoredWeight
 from offload.weights.layout import layout_block
 from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import HeadPart, ModelParts
+
+EXPERTS_APART = "experts_apart"
+"""Key of what a store says of itself: whether experts are units of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +38,13 @@ class RowUnit:
 @dataclass(frozen=True, slots=True)
 class TrainedParts:
     """blocks, head: in the order of `ModelParts`. table: the input embedding's own units. tied: head and embedding are one.
+    stacks: of experts that are fetched one by one, which the blocks are without then.
 
     fqns: of everything that is trained, in the model's order.
     """
 
     blocks: tuple[UpdateUnit, ...]
+    stacks: tuple[TrainedStack, ...]
     head: tuple[RowUnit, ...]
     table: tuple[RowUnit, ...]
     edges: UpdateUnit | None  # of what stands outside of blocks, head and table; None: nothing of it is trained
@@ -45,9 +52,27 @@ class TrainedParts:
     fqns: tuple[str, ...]
 
     @property
-    def units(self) -> tuple[UpdateUnit, ...]:
+    def ends(self) -> tuple[UpdateUnit, ...]:
+        """What is in no block."""
         rows = tuple(part.unit for part in (*self.head, *self.table))
-        return (*self.blocks, *rows, *([self.edges] if self.edges else []))
+        return (*rows, *([self.edges] if self.edges else []))
+
+    @property
+    def units(self) -> Iterator[UpdateUnit]:
+        return chain(self.blocks, *(stack.units for stack in self.stacks), self.ends)
+
+    def of_block(self, index: int) -> tuple[TrainedStack, ...]:
+        """Its stacks."""
+        return tuple(stack for stack in self.stacks if stack.block == index)
+
+    def trains(self, index: int) -> bool:
+        """Whether anything of a block is trained."""
+        return bool(self.blocks[index].fqns or self.of_block(index))
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """Name of a stack -> name of the unit that its experts are trained with: of their block."""
+        return {stack.matrices.stack.name: self.blocks[stack.block].name for stack in self.stacks}
 
     @property
     def layout_digest(self) -> str:
@@ -93,8 +118,10 @@ def find_trained(parts: ModelParts, patterns: Sequence[str] = ()) -> TrainedPart
     edge_sources = {edge.name: edge.source for edge in parts.edges if edge.name in parts.parameters}
     edges = make_unit("edges", layout_block(edge_sources), wanted.among(edge_sources)) if edge_sources else None
     names = (name for name, _ in parts.model.named_parameters())
+    stacks = {matrices: wanted.among([matrices.stack.name]) for matrices in parts.experts}
     return TrainedParts(
         blocks,
+        tuple(TrainedStack(matrices, *fqns.values()) for matrices, fqns in stacks.items() if fqns),
         () if parts.head is None else tuple(_cut_head(parts.head, wanted)),
         tuple(unit for name, source in tables for unit in _cut_table(name, source, wanted)),
         edges,

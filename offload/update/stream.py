@@ -10,7 +10,7 @@ and not read again. The first that come are kept, and stay: in an order that is 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -42,11 +42,17 @@ class Request:
     scale: float = 1.0
     """Of the learning rate."""
     undecayed: frozenset[str] = frozenset()
-    """Local names of what weight decay leaves alone."""
+    """Fully qualified names of what weight decay leaves alone, of whatever units."""
+    updates: int = 0
+    """That have been of the parameter of which the unit is a part, which had nothing to change in the unit, and so no state."""
+
+    def next_update(self, piece: StatePiece) -> int:
+        """The number, from 1, of the update of a piece."""
+        return max(piece.updates, self.updates) + 1
 
     def rule_of(self, name: str) -> Rule:
         """Of a parameter."""
-        return replace(self.rule, weight_decay=0.0) if name in self.undecayed else self.rule
+        return replace(self.rule, weight_decay=0.0) if self.unit.fqns[name] in self.undecayed else self.rule
 
     def piece_indices(self) -> list[int]:
         return [
@@ -59,6 +65,13 @@ class Request:
         """Pieces in the order in which they are wanted."""
         factors = [FACTORS] if self.rule.has_directions else []
         return factors + self.rule.passes * self.piece_indices()
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Updates that are known only when their turn has come. units: begins the names of their units."""
+
+    units: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,21 +191,29 @@ class StateStream:
         self._store = store
         self._pool = pool
         self._threads = threads
-        self._coming: deque[tuple[Request, int]] = deque()  # of the step, for which nothing is done yet
+        self._coming: deque[tuple[Request, int] | Later] = deque()  # of the step, for which nothing is done yet
         self._pieces: dict[Key, StatePiece] = {}  # whatever has a buffer; READY: kept, and not asked for
         self._ahead: deque[StatePiece] = deque()  # asked for: FETCHING, or IN_USE if it was kept
         self._writing: deque[StatePiece] = deque()  # oldest first
         self._may_keep = kept_pieces
 
-    def begin(self, requests: Sequence[Request]) -> None:
+    def begin(self, requests: Sequence[Request | Later]) -> None:
         """The updates of the step, in order; what does not come in the end is passed over."""
         self._pass_over_ahead()
-        self._coming = deque((request, index) for request in requests for index in request.fetches())
+        self._coming = deque(_fetches(requests))
         if requests:
-            coming = {(request.unit.name, index) for request, index in self._coming}
+            coming = {(one[0].unit.name, one[1]) for one in self._coming if not isinstance(one, Later)}
+            later = tuple(one.units for one in self._coming if isinstance(one, Later))
             for piece in list(self._pieces.values()):
-                if piece.state is State.READY and piece.key not in coming:
+                if piece.state is State.READY and piece.key not in coming and not piece.unit.name.startswith(later):
                     self._empty(piece)
+        self.fetch_ahead()
+
+    def now(self, later: Later, requests: Sequence[Request]) -> None:
+        """These are what `later` stands for; what comes before it is passed over."""
+        while later in self._coming and self._coming.popleft() != later:
+            pass
+        self._coming.extendleft(reversed(list(_fetches(requests))))
         self.fetch_ahead()
 
     def take(self, request: Request, index: int) -> StatePiece:
@@ -202,9 +223,8 @@ class StateStream:
         while self._ahead and self._ahead[0].key != key and any(piece.key == key for piece in self._ahead):
             self._pass_over(self._ahead.popleft())
         if not self._ahead or self._ahead[0].key != key:
-            if any((r.unit.name, i) == key for r, i in self._coming):
-                while (self._coming[0][0].unit.name, self._coming[0][1]) != key:
-                    self._coming.popleft()
+            place = next((place for place, one in enumerate(self._coming) if _is(one, key)), None)
+            for _ in range(0 if place is None else place + 1):
                 self._coming.popleft()
             self._pass_over_ahead()
             while not self._pool.free_count and not self._is_kept(key):
@@ -247,7 +267,7 @@ class StateStream:
         """Finishes what is written, and asks for what comes next."""
         for piece in [piece for piece in self._writing if piece.settled]:
             self._finish_write(piece)
-        while self._coming:
+        while self._coming and not isinstance(self._coming[0], Later):
             request, index = self._coming[0]
             key = (request.unit.name, index)
             if self._is_kept(key):
@@ -343,6 +363,18 @@ class StateStream:
 
     def _sum(self, part: torch.Tensor) -> int:
         return checksum(part, part.numel(), self._threads) if part.numel() else 0
+
+
+def _fetches(requests: Iterable[Request | Later]) -> Iterator[tuple[Request, int] | Later]:
+    for request in requests:
+        if isinstance(request, Later):
+            yield request
+        else:
+            yield from ((request, index) for index in request.fetches())
+
+
+def _is(coming: tuple[Request, int] | Later, key: Key) -> bool:
+    return not isinstance(coming, Later) and (coming[0].unit.name, coming[1]) == key
 
 
 def stored_reads(unit: UpdateUnit, store: WorkingStore) -> list[Read]:

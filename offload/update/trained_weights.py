@@ -1,7 +1,8 @@
 """Weights that are trained, out of core: gradients of a unit meet its state as soon as they are complete.
 
 [Note: when a unit is updated]
-Immediately: a block at the end of its backward visit, a chunk of an untied head at the end of the loss. At the end of the
+Immediately: a block at the end of its backward visit, and then its experts one after the other, where these are fetched one by
+one; a chunk of an untied head at the end of the loss. At the end of the
 step: the input embedding (its gradient comes last), a head that is tied to it (its gradients wait on disk), and the edges.
 With exact clipping everything is updated at the end of the step, from gradients on disk, for only then is their norm
 known. Weights are updated in their slots, so what stays in memory stays right.
@@ -14,59 +15,32 @@ forward is not fetched ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from memory.errors import UserError
-from memory.slots import Slab, SlotPool
+from memory.slots import Slab
 from offload.devices.base import map_host_bytes
-from offload.residency.io import IOEngine
-from offload.residency.tiers import HostTier
 from offload.sizing.needs import STATE, UPDATE
-from offload.step.engine import Engine
 from offload.step.weights import Block, HeadChunk, HeadRows, Key
 from offload.update.gradient_spill import GradientSpill
-from offload.update.kernels import Sums
 from offload.update.optimizer import Optimizer
-from offload.update.parts import RowUnit, TrainedParts, rows_source
+from offload.update.parts import EXPERTS_APART, RowUnit, TrainedParts, rows_source
+from offload.update.step import Step, Update, Updated
 from offload.update.store import WorkingStore
-from offload.update.stream import Keeping, Request, StateStream, check_weights, stored_reads
+from offload.update.stored_tiers import StoredExperts, StoredTier
+from offload.update.stream import Keeping, Later, Request, StateStream, check_weights, stored_reads
+from offload.update.trained_experts import TrainedExperts, check_visits
 from offload.update.units import UpdateUnit
 from offload.weights.layout import bind_views
 from offload.weights.streamed_parts import Room, StreamedParts, read_edges
 
 if TYPE_CHECKING:
     from offload.streamed_model import StreamedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """How one step changes the weights.
-
-    requests: by name of the unit; units that are not in it are frozen. grad_scale: what gradients are multiplied by; None:
-    they are clipped to `max_grad_norm` by this step's own norm, exactly. step: of the run, from 1.
-    """
-
-    requests: Mapping[str, Request]
-    learning_rate: float  # of the step
-    step: int
-    grad_scale: float | None = 1.0
-    max_grad_norm: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Updated:
-    """loss: fp32 [], before the update. grad_norm: of all gradients, before clipping. sums: by name of the unit."""
-
-    loss: torch.Tensor
-    grad_norm: float
-    sums: Mapping[str, Sums]
 
 
 class StoreOptions(NamedTuple):
@@ -78,62 +52,6 @@ class StoreOptions(NamedTuple):
     versions: int  # of every piece
 
 
-class StoredTier(HostTier):
-    """A host tier that reads units where their newest bytes are, and checks what the store's checksums cover."""
-
-    def __init__(
-        self,
-        units: Sequence[UpdateUnit],
-        io: IOEngine,
-        pool: SlotPool,
-        resident: frozenset[int],
-        lookahead: int,
-        *,
-        store: WorkingStore,
-        stream: StateStream,
-    ) -> None:
-        self._units = units
-        self._store = store
-        self._stream = stream
-        super().__init__([unit.layout for unit in units], io, pool, resident, lookahead)
-
-    def _extents(self, block: int, lease: Any) -> Sequence[Any]:
-        unit = self._units[block]
-        self._stream.settle(unit.name)
-        self.read_from(block, stored_reads(unit, self._store))
-        return super()._extents(block, lease)
-
-    def _check(self, block: int) -> None:
-        image = self._pieces[block].lease.buffer
-        check_weights(self._units[block], self._store, image, torch.get_num_threads())
-
-
-@dataclass(slots=True)
-class _Step:
-    """What is going on between the begin of a step and its end."""
-
-    update: Update  # what was asked for
-    engine: Engine  # whose order of visits is that of the last forward
-    measures_norm: bool = False  # and nothing else: gradients are dropped
-    norms: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by fqn, of each of its chunks
-    sums: dict[str, Sums] = field(default_factory=dict)  # by name of the unit
-
-    @property
-    def exact(self) -> bool:
-        """Whether gradients wait for the norm of all of them."""
-        return self.update.grad_scale is None
-
-    def request(self, unit: UpdateUnit) -> Request | None:
-        return self.update.requests.get(unit.name)
-
-    def requests(self, units: Iterable[UpdateUnit]) -> list[Request]:
-        return [self.update.requests[unit.name] for unit in units if unit.name in self.update.requests]
-
-    def count(self, unit: UpdateUnit, gradients: Mapping[str, torch.Tensor]) -> None:
-        for name, grad in gradients.items():
-            self.norms.setdefault(unit.fqns[name], []).append(torch.linalg.vector_norm(grad))
-
-
 class TrainedWeights:
     """A policy of `offload.step.weights`: binds weights with what is trained in them, takes their gradients at the end of a
     visit, and updates them. Chunks after the head's own, in the head's tier, are runs of rows of the input embedding."""
@@ -142,7 +60,7 @@ class TrainedWeights:
         """seed: of stochastic rounding."""
         self.trained = trained
         self._room = room
-        about = store.about | {"layout": trained.layout_digest}
+        about = store.about | {"layout": trained.layout_digest} | ({EXPERTS_APART: True} if room.parts.experts else {})
         self.store = WorkingStore(io=room.io, **store._replace(about=about)._asdict())
         room.after_io.callback(self.store.close)
         self._spill = GradientSpill(room.io, room.scratch)
@@ -160,9 +78,13 @@ class TrainedWeights:
         if plan.count(UPDATE):
             self._image = plan.slots[UPDATE].carve_from(room.host).lease().buffer
         self._chunks = [part.unit for part in (*trained.head, *trained.table)]
-        make_tier = partial(StoredTier, store=self.store, stream=self._stream)
-        self._streamed = StreamedParts(room, trained.blocks, self._chunks, make_tier)
-        self._step: _Step | None = None
+        stored = {"store": self.store, "stream": self._stream}
+        of_experts = partial(StoredExperts, trained={stack.matrices.number: stack for stack in trained.stacks}, **stored)
+        self._streamed = StreamedParts(room, trained.blocks, self._chunks, partial(StoredTier, **stored), of_experts)
+        self._experts = TrainedExperts(
+            trained, self._streamed.experts, self.store, self._stream, self._optimizer, self._spill, self._image
+        )
+        self._step: Step | None = None
         self._edge_image = torch.empty(0, dtype=torch.uint8)
         self._load_edges()
         self._table = next((e for e in room.embeddings if e.serves(room.model.get_input_embeddings())), None)
@@ -188,6 +110,8 @@ class TrainedWeights:
             self._streamed.head.begin(chunks + chunks[::-1] if twice else chunks)
 
     def begin(self, order: Sequence[int]) -> None:
+        if self._streamed.experts is not None:
+            self._streamed.experts.begin(order)
         if self._step is not None and not self._updates_in_slots:
             order = order[: 2 * len(self._step.engine.order)]  # the rest is the next step's forward
         self._streamed.blocks.begin(order)
@@ -203,9 +127,13 @@ class TrainedWeights:
         self._streamed.unbind(key)
         if gradients:
             self._take(key, gradients)
+        if self._step is not None and type(key) is Block:
+            self._experts.take(key.index, self._step)
         self._streamed.release(key)
 
     def trains(self, key: Key) -> bool:
+        if type(key) is Block and self._step is not None and self.trained.of_block(key.index):
+            return self._step.request(self._unit(key)) is not None
         return bool(self._trained_names(self._unit(key)))
 
     def add_gradients(self, key: HeadChunk, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -219,7 +147,7 @@ class TrainedWeights:
     ) -> Updated:  # fmt: skip
         """One step of `model`, whose weights these are: loss and gradients as its `train_step`, and the update. It counts once
         `commit` returns."""
-        with self._stepping(_Step(update, model.engine)) as step:
+        with self._stepping(Step(update, model.engine)) as step:
             self._stream.begin([] if step.exact else self._requests())
             loss = model.train_step(inputs, labels, seeds)
             rows = self._table_gradient()
@@ -239,7 +167,7 @@ class TrainedWeights:
         requests: Mapping[str, Request],
     ) -> float:  # fmt: skip
         """Of the gradients that `update_step` would have of the same step. They are dropped, nothing changes."""
-        with self._stepping(_Step(Update(requests, 0.0, 0), model.engine, measures_norm=True)):
+        with self._stepping(Step(Update(requests, 0.0, 0), model.engine, measures_norm=True)):
             model.train_step(inputs, labels, seeds)
             self._sum_up_norms_of_spilled(self._table_gradient())
             for part in self.trained.head:
@@ -259,13 +187,15 @@ class TrainedWeights:
         return self._room.device.shares_host_memory
 
     @contextmanager
-    def _stepping(self, step: _Step) -> Iterator[_Step]:
+    def _stepping(self, step: Step) -> Iterator[Step]:
         self._step = step
         try:
             self._select()
+            self._experts.begin(step)
             yield step
         finally:
             self._step = None
+            self._experts.end()
 
     def _unit(self, key: Key) -> UpdateUnit:
         return self.trained.blocks[key.index] if type(key) is Block else self._chunks[key.index]
@@ -282,11 +212,8 @@ class TrainedWeights:
     def _take(self, key: Key, gradients: dict[str, torch.Tensor]) -> None:
         """Gradients of what is acquired. Raises UserError when they are not complete, for the model uses the block again."""
         step, unit = self._step, self._unit(key)
-        if type(key) is Block and (count := step.engine.order.count(key.index)) > 1:
-            raise UserError(
-                f"the model runs {unit.name} {count} times in a pass: its own weights can't be trained out of core. Train an "
-                "adapter (--method lora)"
-            )
+        if type(key) is Block:
+            check_visits(key.index, step, unit.name)
         gradients = {name: grad.cpu() for name, grad in gradients.items()}
         is_tied = type(key) is HeadChunk and self.trained.tied
         if step.measures_norm and not is_tied:
@@ -317,9 +244,8 @@ class TrainedWeights:
         if not counted:
             step.count(unit, gradients)
         update = step.update
-        step.sums[unit.name] = self._optimizer.update(
-            step.request(unit), image, gradients, update.learning_rate, scale, update.step
-        )
+        sums = self._optimizer.update(step.request(unit), image, gradients, update.learning_rate, scale, update.step)
+        step.add_sums(unit.name, sums)
 
     def _norm(self) -> torch.Tensor:
         """As `torch.nn.utils.clip_grad_norm_` computes it: the norm of the parameters' norms, in the model's order."""
@@ -342,13 +268,16 @@ class TrainedWeights:
             if parameter is not None:
                 parameter.requires_grad_(edge.name in names)
 
-    def _requests(self) -> list[Request]:
+    def _requests(self) -> list[Request | Later]:
         """Of the step, in the order of [Note: when a unit is updated]."""
-        trained = self.trained
+        trained, step = self.trained, self._step
         head = [] if trained.tied else [part.unit for part in reversed(trained.head)]
-        blocks = [trained.blocks[index] for index in reversed(self._step.engine.order)]
+        requests: list[Request | Later] = [*step.requests(head)]
+        for index in reversed(step.engine.order):
+            if request := step.request(trained.blocks[index]):
+                requests += [request, *self._experts.later(index)]
         rows = [part.unit for part in self._rows]
-        return self._step.requests([*head, *blocks, *rows, *([trained.edges] if trained.edges else [])])
+        return requests + step.requests([*rows, *([trained.edges] if trained.edges else [])])
 
     def _table_gradient(self) -> torch.Tensor | None:
         gradient = self._table.take_gradient() if self._table is not None else None
@@ -389,6 +318,7 @@ class TrainedWeights:
         self._streamed.blocks.begin(wanted + order if self._updates_in_slots else wanted)
         for index in wanted:
             self._update_in_tier(Block(index), self._spill.take(self.trained.blocks[index].name), scale)
+            self._experts.update_spilled(index, self._step, scale)
 
     def _update_tables(self, rows: torch.Tensor | None, scale: float) -> None:
         """A tied head, or the input embedding's own units."""

@@ -1,5 +1,5 @@
-"""What an optimizer updates, cut into pieces: units of weights (a block, a chunk of the head, rows of an embedding table, the
-edges), and the runs of their bytes that are read, updated and written together.
+"""What an optimizer updates, cut into pieces: units of weights (a block, a matrix of an expert, a chunk of the head, rows of an
+embedding table, the edges), and the runs of their bytes that are read, updated and written together.
 
 [Note: images and pieces]
 A unit's weights lie in a slot as its `BlockLayout` says: its *image*. A piece is a run of whole pages of the image. Optimizer
@@ -47,17 +47,18 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class UpdateUnit:
     """name: unique, for people and manifests. fqns: local name -> fully qualified name of each parameter that can be trained.
-    itemsize: of the smallest of them."""
+    itemsize: of the smallest of them. first_element: of a parameter that is a part of another, where it begins there."""
 
     name: str
     layout: BlockLayout  # of its image
     fqns: dict[str, str]
     itemsize: int
     pieces: tuple[Piece, ...]  # from the image's first byte to its last
+    first_element: int = 0
 
 
-def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUnit:
-    """fqns: what of the layout can be trained, by local name."""
+def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str], first_element: int = 0) -> UpdateUnit:
+    """fqns: what of the layout can be trained, by local name. first_element: as in `UpdateUnit`."""
     itemsize = min((layout.views[local].dtype.itemsize for local in fqns), default=1)
     # Names of tied parameters share their bytes: one of them stands for all.
     views = {layout.views[local].slot_offset: (local, layout.views[local]) for local in reversed(fqns)}
@@ -78,7 +79,7 @@ def make_unit(name: str, layout: BlockLayout, fqns: dict[str, str]) -> UpdateUni
             and view.end > start
         }
         pieces.append(Piece(start, num_bytes, num_bytes // itemsize, tuple(segments), frozenset(others)))
-    return UpdateUnit(name, layout, fqns, itemsize, tuple(pieces))
+    return UpdateUnit(name, layout, fqns, itemsize, tuple(pieces), first_element)
 
 
 def clipped_reads(reads: Sequence[Read], start: int, stop: int) -> list[Read]:

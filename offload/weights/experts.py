@@ -8,14 +8,20 @@ after the other, and each is multiplied by its own tokens. On a CPU these are th
 the same bits. A CUDA device's own kernel cuts sums otherwise.
 
 PEFT adapts a stack by W + s B A of all experts (`baddbmm`). Of a streamed one it is made of one expert at a time, too.
+
+[Note: gradients of stacks]
+The gradient of an expert's matrix is the sum, over the lanes of a visit, of a product of what its tokens were and of their
+gradients. Of a stack that is trained, backward keeps these two instead of the products, until all lanes are done; then the
+gradient is made of one expert after the other. So no gradient waits for other lanes, those of experts without tokens do not
+exist, and what waits is as large as what a visit computes with: it grows with tokens, not with experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +50,11 @@ class ExpertStack:
     dtype: torch.dtype
     """In which it computes."""
 
+    @property
+    def experts_per_token(self) -> int:
+        """All of them, where the model does not say how many."""
+        return getattr(self.module.config, "num_experts_per_tok", None) or self.weight.shape[0]
+
     def matrix(self, expert: int) -> StoredWeight:
         """[1, rows, columns]"""
         return self.weight.rows([(expert, expert + 1)])
@@ -62,15 +73,45 @@ class NearExperts(Protocol):
     def release(self, stack: int, expert: int) -> None: ...
 
 
-class StackedMatrices:
-    """What the products of a stack know of it. near: None while nothing is open; products then run on meta only."""
+Group = tuple[int, int, int]
+"""(expert, first row, row behind the last one)"""
 
-    __slots__ = ("stack", "number", "near")
+
+class LaneGradient(NamedTuple):
+    """What the gradients of a stack are made of, of one lane. See [Note: gradients of stacks]."""
+
+    x: Tensor  # [n, k], what was multiplied by the matrices, rows of one expert after those of another
+    grad: Tensor  # [n, m], of the products
+    rows: Mapping[int, tuple[int, int]]  # of experts that have some: expert -> the first one, the one behind the last
+    turned: bool  # whether the products were with matrices [m, k], not [k, m]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.x.nbytes + self.grad.nbytes
+
+    def of(self, expert: int) -> Tensor | None:
+        """[rows, columns] as the matrix is stored; None: it had no tokens."""
+        if expert not in self.rows:
+            return None
+        rows = slice(*self.rows[expert])
+        x, grad = self.x[rows], self.grad[rows]
+        return grad.t() @ x if self.turned else x.t() @ grad
+
+
+class StackedMatrices:
+    """What the products of a stack know of it. near: None while nothing is open; products then run on meta only.
+
+    trained: whether backward leaves in `waiting`, lane by lane, what the gradients of the matrices are made of.
+    """
+
+    __slots__ = ("stack", "number", "near", "trained", "waiting")
 
     def __init__(self, stack: ExpertStack, number: int) -> None:
         self.stack = stack
         self.number = number
         self.near: NearExperts | None = None
+        self.trained = False
+        self.waiting: list[LaneGradient] = []
 
     @contextmanager
     def matrix(self, expert: int) -> Iterator[Tensor]:
@@ -161,7 +202,10 @@ def _baddbmm(stack: StreamedStack, left: Tensor, right: Tensor, *, beta: float =
 def _grouped_mm(x: Tensor, stack: StreamedStack, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
     """x [n, k] whose first offs[0] rows are the first expert's, and so on; [n, m]."""
     left, right, factor = stack.update or (None, None, 1.0)
-    return _GroupedProduct.apply(x, left, right, offs, stack.matrices, stack.turned, factor)
+    matrices = stack.matrices
+    # What is to have a gradient must be there, for backward to come by: this stands for the stack.
+    wanted = x.new_empty(0).requires_grad_() if matrices.trained and torch.is_grad_enabled() else None
+    return _GroupedProduct.apply(x, left, right, wanted, offs, _How(matrices, stack.turned, factor))
 
 
 _OPERATIONS = {
@@ -174,14 +218,23 @@ _OPERATIONS = {
 }
 
 
+class _How(NamedTuple):
+    """Of a product with a stack."""
+
+    matrices: StackedMatrices
+    turned: bool  # whether rows and columns have changed places
+    factor: float  # of the adapter's update
+
+
 class _GroupedProduct(torch.autograd.Function):
-    """[Note: streamed experts]"""
+    """[Note: streamed experts]. wanted: None where the stack has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, left, right, offsets, matrices: StackedMatrices, turned: bool, factor: float):
+    def forward(ctx, x, left, right, wanted, offsets, how: _How):
         ctx.groups = groups = _groups(x, offsets)
-        ctx.matrices, ctx.turned, ctx.factor = matrices, turned, factor
-        ctx.save_for_backward(x if left is not None else None, left, right)
+        ctx.matrices, ctx.turned, ctx.factor = matrices, turned, factor = how
+        ctx.trained = wanted is not None
+        ctx.save_for_backward(x if left is not None or ctx.trained else None, left, right)
         ctx.columns = x.shape[1]
         rows, columns = matrices.stack.weight.shape[1:]
         out = x.new_empty(x.shape[0], rows if turned else columns)
@@ -198,6 +251,8 @@ class _GroupedProduct(torch.autograd.Function):
         dx = grad.new_empty(grad.shape[0], ctx.columns) if ctx.needs_input_grad[0] else None
         moved = left is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         dleft, dright = (torch.zeros_like(left), torch.zeros_like(right)) if moved else (None, None)
+        if ctx.trained:
+            ctx.matrices.waiting.append(LaneGradient(x, grad, {e: rows for e, *rows in ctx.groups}, ctx.turned))
         for expert, start, stop, matrix in _near(ctx.matrices, ctx.groups[::-1], grad, backward=True):
             some = grad[start:stop]
             if dx is not None:
@@ -209,17 +264,13 @@ class _GroupedProduct(torch.autograd.Function):
                 mine = (some.t() @ x[start:stop] if ctx.turned else x[start:stop].t() @ some)[None]
                 dleft[expert] = _of_many(mine, right[expert : expert + 1].transpose(1, 2)) * ctx.factor
                 dright[expert] = _of_many(left[expert : expert + 1].transpose(1, 2), mine) * ctx.factor
-        return dx, dleft, dright, None, None, None, None
+        return dx, dleft, dright, None, None, None
 
 
 def _of_many(a: Tensor, b: Tensor) -> Tensor:
     """a [1, m, k] times b [1, k, n], with the bits that it has among products of other experts: MKL multiplies one matrix by a
     single column otherwise than several."""
     return (a.expand(2, -1, -1).bmm(b.expand(2, -1, -1)) if b.shape[2] == 1 else a.bmm(b))[0]
-
-
-Group = tuple[int, int, int]
-"""(expert, first row, row behind the last one)"""
 
 
 def _groups(x: Tensor, offsets: Tensor) -> list[Group]:

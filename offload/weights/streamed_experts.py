@@ -14,7 +14,7 @@ what a lane has left behind is used by the next one before it is evicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,8 +42,9 @@ MOST_AHEAD = 24
 class StreamedExperts:
     """Brings the matrices of all stacks near, as `offload.weights.experts.NearExperts`."""
 
-    def __init__(self, room: Room, trunks: Tier) -> None:
-        """trunks: the slots of blocks, which are without their experts."""
+    def __init__(self, room: Room, trunks: Tier, make_tier: Callable[..., HostExperts] = HostExperts) -> None:
+        """trunks: the slots of blocks, which are without their experts. make_tier: of the hosts' memory."""
+        self._make_tier = make_tier
         self._experts = experts = room.parts.experts
         self._use = ExpertUse([matrices.stack.block for matrices in experts])
         self._of_block: dict[int, list[int]] = {}
@@ -77,7 +78,7 @@ class StreamedExperts:
         stacks = {number: self._experts[number].stack for number in size.stacks}
         units = ExpertUnits({number: stack.weight.shape[0] for number, stack in stacks.items()})
         slots = room.plan.slots[size.pools[0]]
-        host = HostExperts(units, self._use, partial(_layout, stacks), room.io, slots.carve_from(room.host), _ahead(slots))
+        host = self._make_tier(units, self._use, partial(_layout, stacks), room.io, slots.carve_from(room.host), _ahead(slots))
         if room.device.shares_host_memory:
             return host
         slots = room.plan.slots[size.pools[1]]
@@ -97,7 +98,7 @@ class StreamedExperts:
         self._use.visit(block)
         self._visited.clear()
         if guessed:
-            self._fetch(guessed)
+            self.fetch(guessed)
 
     def _end_visit(self) -> None:
         if self._is_few:
@@ -123,13 +124,13 @@ class StreamedExperts:
         more_lanes = self._lanes < self._lanes_before
         if not more_lanes and not self._use.is_backward(self._block):
             self._use.end()
-        self._fetch(wanted)
+        self.fetch(wanted)
         if is_first:
             self._ask_ahead()
         if (block := self._use.next_block) is not None:
             guessed = [pair for pair in self._guess(block) if self._is_roomy[pair[0]] or not more_lanes]
             if guessed:
-                self._fetch(wanted + guessed)
+                self.fetch(wanted + guessed)
         return wanted[0][1]
 
     def acquire(self, stack: int, expert: int) -> dict[str, Tensor]:
@@ -141,6 +142,17 @@ class StreamedExperts:
     def release(self, stack: int, expert: int) -> None:
         tier = self._tier_of[stack]
         tier.release(tier.units.unit(stack, expert))
+
+    def place(self, stack: int, expert: int) -> tuple[HostExperts | DeviceExperts, int]:
+        """The tier that a matrix is in, and its number there."""
+        tier = self._tier_of[stack]
+        return tier, tier.units.unit(stack, expert)
+
+    def fetch(self, wanted: Sequence[tuple[int, Iterable[int]]]) -> None:
+        """wanted: stacks, and which of their experts are acquired next, in this order."""
+        for tier in self.tiers:
+            mine = (pair for pair in wanted if self._tier_of[pair[0]] is tier)
+            tier.begin(list(dict.fromkeys(tier.units.unit(stack, expert) for stack, experts in mine for expert in experts)))
 
     def close(self) -> None:
         self._routers.close()
@@ -169,12 +181,6 @@ class StreamedExperts:
         """See [Note: order of experts]."""
         tier = self._tier_of[stack]
         return sorted(experts, key=lambda expert: tier.distance(tier.units.unit(stack, expert)))
-
-    def _fetch(self, wanted: Sequence[Experts]) -> None:
-        """wanted: in the order in which they will be."""
-        for tier in self.tiers:
-            mine = (pair for pair in wanted if self._tier_of[pair[0]] is tier)
-            tier.begin(list(dict.fromkeys(tier.units.unit(stack, expert) for stack, experts in mine for expert in experts)))
 
 
 def _ahead(slots: Slots) -> int:

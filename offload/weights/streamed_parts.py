@@ -16,6 +16,7 @@ from memory.expert_guesses import ExpertGuesses
 from memory.plan import Plan, Slots
 from memory.slots import Slab
 from offload.devices import Device
+from offload.residency.expert_tiers import HostExperts
 from offload.residency.io import IOEngine
 from offload.residency.tiers import DeviceTier, HostTier, Tier
 from offload.sizing.needs import DECODED, DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
@@ -49,17 +50,18 @@ class StreamedParts:
     """Blocks and chunks of the head in their tiers, and the modules that they are bound to."""
 
     def __init__(
-        self, room: Room, blocks: Sequence[Any], chunks: Sequence[Any], make_tier: Callable[..., HostTier] = HostTier
-    ) -> None:
+        self, room: Room, blocks: Sequence[Any], chunks: Sequence[Any], make_tier: Callable[..., HostTier] = HostTier,
+        make_experts: Callable[..., HostExperts] = HostExperts,
+    ) -> None:  # fmt: skip
         """blocks, chunks: their layouts, or what `make_tier` takes in place of them. There may be more chunks than the head
-        has: these only share its slots."""
+        has: these only share its slots. make_experts: the tier of experts in host memory."""
         self._parts = room.parts
         self.blocks = _open_tier(room, (HOST_BLOCKS, DEVICE_BLOCKS), blocks, make_tier)
         self.head = _open_tier(room, (HOST_HEAD, DEVICE_HEAD), chunks, make_tier) if chunks else None
         self._rooms = open_rooms(room)
         self.experts: StreamedExperts | None = None
         if room.parts.experts:
-            self.experts = StreamedExperts(room, self.blocks)
+            self.experts = StreamedExperts(room, self.blocks, make_experts)
             room.closing.callback(self.experts.close)
         self.num_chunks = 0 if room.parts.head is None else len(room.parts.head.layouts)
         self.head_rows: HeadRows | None = None
@@ -114,6 +116,11 @@ class StreamedParts:
             binding.unbind()
         if type(key) is not Block:
             self.head_rows = None
+
+    def drop_gradients(self) -> None:
+        """What backward has left for those of experts is not wanted."""
+        for matrices in self._parts.experts:
+            matrices.waiting.clear()
 
     def release(self, key: Key) -> None:
         self.tier(key).release(key.index)

@@ -7,6 +7,7 @@ half away from zero (see `offload.update.kernels`).
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,8 +108,9 @@ def reference(config: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     stored_dtypes = {name: value.dtype for file in files for name, value in file.items()}
     for step, batches in enumerate(plain_batches(config)):
         chosen = set(selection.blocks(step))
-        active = [n for n in named if (block_of[n] in chosen if n in block_of else selection.ends)]
-        signs = [n for n in named if config.method == "frugal" and n in block_of and block_of[n] not in chosen]
+        wanted = [n for n in named if not config.train or any(re.search(pattern, n) for pattern in config.train)]
+        active = [n for n in wanted if (block_of[n] in chosen if n in block_of else selection.ends)]
+        signs = [n for n in wanted if config.method == "frugal" and n in block_of and block_of[n] not in chosen]
         for name, parameter in computing.items():
             parameter.requires_grad_(name in active or name in signs)
         if not selection.keeps_state:

@@ -24,7 +24,8 @@ class Selection:
     resident: the blocks that stay in memory, which may be preferred.
     layers: blocks that are chosen at a time. interval: steps between choices. ends: whether embedding, head and final norm are
     trained too. keeps_state: whether a block's optimizer state waits until it is chosen again. sign_scale: learning rate of
-    the signs that all other blocks take, in units of the learning rate; None: they stay as they are.
+    the signs that all other blocks take, in units of the learning rate; None: they stay as they are. observes: whether it
+    wants to know how much blocks have changed.
     Raises UserError for more layers than there are blocks.
     """
 
@@ -32,6 +33,7 @@ class Selection:
     default_ends = True
     default_keep_state = True
     sign_scale: float | None = None
+    observes = False
 
     def __init__(self, options: SelectionOptions, seed: int, num_blocks: int, resident: frozenset[int] = frozenset()) -> None:
         self.options = options

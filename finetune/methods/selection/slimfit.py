@@ -11,6 +11,8 @@ from finetune.methods.selection import Selection
 
 
 class Slimfit(Selection):
+    observes = True
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._changes = [inf] * self.num_blocks
