@@ -33,6 +33,17 @@ def test_waits_follow_the_order_of_blocks_and_the_share_of_visits():
     assert use.wait(0, 3) == pytest.approx(1), "behind what was announced"
 
 
+def test_experts_wait_for_the_next_visit_once_all_lanes_have_come():
+    use = ExpertUse(blocks=[0, 1])
+    use.begin([0, 1, 0, 1])
+    use.visit(0)
+    assert use.wait(0, 3) == pytest.approx(0), "another lane may want it"
+    use.end()
+    assert (use.wait(0, 3), use.wait(1, 3)) == (pytest.approx(2), pytest.approx(1))
+    use.visit(1)
+    assert use.wait(1, 3) == pytest.approx(0)
+
+
 def test_lanes_of_a_visit_count_once():
     use = ExpertUse(blocks=[0])
     for _ in range(4):
@@ -43,6 +54,15 @@ def test_lanes_of_a_visit_count_once():
     use.used(0, [1], is_new=True)
     use.used(0, [1], is_new=True)
     assert use.likely(0) == [1], "4 of 6 visits are not enough"
+
+
+def test_the_next_block_is_one_with_experts():
+    use = ExpertUse(blocks=[1, 3, 3])
+    use.begin([0, 1, 2, 3, 0, 1, 2, 3])
+    use.visit(1)
+    assert use.next_block == 3
+    use.visit(3)
+    assert use.next_block == 1
 
 
 def test_only_a_backward_pass_goes_back():
@@ -57,8 +77,9 @@ def test_only_a_backward_pass_goes_back():
     assert use.goes_back(0) and not use.goes_back(1)
     use.visit(1)
     assert use.next_block == 1, "the last block is the first of the backward pass"
+    assert not use.is_backward(1)
     use.visit(1)
-    assert use.next_block == 0
+    assert use.next_block == 0 and use.is_backward(1) and not use.is_backward(0)
     use.visit(0)
     assert not use.goes_back(0) and use.next_block == 0
 
