@@ -71,7 +71,7 @@ class ExpertGuesses:
         """For the user."""
         used, chosen = self.used / max(1, self.guessed), self.used / max(1, self.chosen)
         return (
-            f"routers asked a block ahead were right in {self.share_right:.0%}; {self.guessed} experts were fetched on that, "
+            f"routers asked a block ahead were right in {self.share_right:.0%}; {self.guessed} experts were expected on that, "
             f"{used:.0%} of them used, {chosen:.0%} of the {self.chosen} chosen"
         )
 

@@ -204,7 +204,7 @@ def test_guesses_that_were_right_are_fetched_and_reported(alike, tmp_path, capsy
     assert guesses.share_right == 1.0
     assert guesses.used == guesses.guessed > 30
     line = next(line for line in capsys.readouterr().err.splitlines() if "a second" in line)
-    assert f"{guesses.guessed} experts were fetched on that, 100% of them used" in line
+    assert f"{guesses.guessed} experts were expected on that, 100% of them used" in line
 
 
 def test_only_as_many_are_believed_as_may_be_wrong():
