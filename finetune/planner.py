@@ -14,7 +14,7 @@ from memory.errors import UserError
 from memory.needs import Needs
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
-from offload.sizing.needs import Streamed, decoded_needs, graph_needs, stream_needs
+from offload.sizing.needs import HOST_HEAD, Streamed, decoded_needs, graph_needs, passing_head, stream_needs
 from offload.sizing.positions import longest_row
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class Planner:
         block_inputs = self._session.config.engine.activations if shape.train else "host"
         needs, streamed, batch = self._needs(shape, block_inputs)
         if also is not None:
-            needs = needs.covering(self._needs(also, block_inputs)[0])
+            passes = not needs.ring_of(HOST_HEAD)
+            needs = needs.covering(self._needs(also, block_inputs, passes)[0])
         return make_plan(needs, self._limits), needs, streamed, batch
 
     def _smaller_batch_that_fits(self, shape: BatchShape, also: BatchShape | None) -> str | None:
@@ -116,8 +117,12 @@ class Planner:
                 on_device = _amount("device_memory", config.device_memory, device.total_bytes())
         return Limits(host, on_device)
 
-    def _needs(self, shape: BatchShape, block_inputs: str) -> tuple[Needs, Streamed, MeasuredBatch]:
-        """Raises UserError for rows that are longer than the model has positions for."""
+    def _needs(
+        self, shape: BatchShape, block_inputs: str, head_passes: bool | None = None
+    ) -> tuple[Needs, Streamed, MeasuredBatch]:
+        """head_passes: as in `stream_needs`; None: where that costs no memory.
+
+        Raises UserError for rows that are longer than the model has positions for."""
         session = self._session
         if shape.samples is None:
             session.adapter.check_length(shape.inputs["input_ids"].shape[1])
@@ -130,7 +135,14 @@ class Planner:
         adapter_bytes = sum(p.nbytes for p in session.trainable)
         process_bytes = session.process_bytes or process_as_it_is(adapter_bytes)
         process = process_of_run(session.device, parts, process_bytes, shape.micro_batches)
-        slots = stream_needs(streamed, session.on_device, engine.resident_blocks, engine.lookahead, engine.expert_slots)
+        if head_passes is None:
+            can_pass = session.setup.frozen and not session.on_device and streamed.chunks > 0
+            head_passes = can_pass and batch.loss_bytes + streamed.chunk_bytes <= batch.visit.peak_bytes
+        slots = stream_needs(
+            streamed, session.on_device, engine.resident_blocks, engine.lookahead, engine.expert_slots, head_passes
+        )
+        if head_passes:
+            slots += passing_head(batch.loss_bytes, streamed)
         if session.setup.uses_of_weights(parts, shape) > 1:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
         needs = process + slots + batch_needs(parts, session.model, batch, block_inputs) + own

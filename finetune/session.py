@@ -25,6 +25,7 @@ from finetune.setup import Setup
 from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
 from memory.errors import UserError
 from memory.machine import MachineProfile
+from memory.mapped_files import read_code_in_small_pieces
 from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
 from memory.trace import Trace
 from offload.devices import DescribedDevice, Device, choose_device
@@ -179,6 +180,7 @@ class Session:
         make_loss: what a step makes small. trace: gets what steps do.
         """
         plan = planned.plan
+        read_code_in_small_pieces()
         keep_shapes(shapes_to_keep(planned.shape.micro_batches, bool(self.parts.experts)))
         if plan.arena_bytes:
             self.arena = install_arena(plan.arena_bytes) or None

@@ -34,12 +34,13 @@ class Setup:
     A session calls `check_model`, `wrap`, `prepare`, `needs` as often as it plans, `open_weights`, `opened` and `close`, in
     this order.
     notes: what the user should know of it. has_gradients: whether steps compute them. variants: versions of the weights that a
-    step computes. gradient_names: per block, local names of the model's own weights that get gradients. store: what those take
-    of the disk.
+    step computes. frozen: whether the model's own weights stay as they are stored. gradient_names: per block, local names of
+    the model's own weights that get gradients. store: what those take of the disk.
     """
 
     has_gradients = False
     variants = 1
+    frozen = True
     gradient_names: Sequence[frozenset[str]] | None = None
     store: StoreSize | None = None
 

@@ -1,5 +1,5 @@
-"""Imports Transformers and PEFT without torch's compiler, symbolic shapes and distributed tensors, unused in a
-streamed run.
+"""Imports Transformers and PEFT without torch's compiler, symbolic shapes, distributed tensors and without bitsandbytes, unused
+in a streamed run.
 
 They cost some 75 MB of anonymous memory and half of the import time (torch 2.13, Transformers 5.23), for decorators
 that do nothing unless something is compiled, checks of sizes that are plain numbers, and a class of which there are no
@@ -7,6 +7,8 @@ instances.
 
 - `torch.distributed.is_available` answers False while the block lasts. Transformers and PEFT then take the path they
   have for builds of torch without it, and keep that answer.
+- `bitsandbytes`, which PEFT imports for layers of its own wherever it is installed (another 120 MB), is not to be found
+  while the block lasts. PEFT keeps that answer.
 - `torch._dynamo`, `torch.fx.experimental.symbolic_shapes` and `sympy` become stand-ins that answer what eager code and
   meta tensors ask of them and turn into the real modules when anything else is asked, so `torch.compile` still works
   afterwards.
@@ -28,6 +30,7 @@ from pathlib import Path
 _DYNAMO = "torch._dynamo"
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
 _SYMPY = "sympy"
+_BITSANDBYTES = "bitsandbytes"
 # Transformers' masking takes one class from here; the module itself needs nothing of the compiler.
 _INDEPENDENT_SUBMODULE = "torch._dynamo._trace_wrapped_higher_order_op"
 
@@ -36,9 +39,9 @@ _INDEPENDENT_SUBMODULE = "torch._dynamo._trace_wrapped_higher_order_op"
 def lean_imports() -> Iterator[None]:
     """Inside, `import transformers` and `import peft` cost less memory and time.
 
-    Has effect only on what was not imported before. What is imported inside is without distributed training for the
-    life of the process; `torch.compile` works, but functions that were marked for the compiler inside (`disable`,
-    `allow_in_graph`) are ordinary ones to it.
+    Has effect only on what was not imported before. What is imported inside is without distributed training and without
+    PEFT's layers over those of bitsandbytes for the life of the process; `torch.compile` works, but functions that were
+    marked for the compiler inside (`disable`, `allow_in_graph`) are ordinary ones to it.
     """
     import torch
 
@@ -49,12 +52,19 @@ def lean_imports() -> Iterator[None]:
         _import_without_package(_INDEPENDENT_SUBMODULE, Path(torch.__file__).parent.parent)
     was_available, collects = torch.distributed.is_available, gc.isenabled()
     torch.distributed.is_available = lambda: False
+    hides_bitsandbytes = _BITSANDBYTES not in sys.modules
+    if hides_bitsandbytes:
+        sys.modules[_BITSANDBYTES] = None  # what `importlib.util.find_spec` takes for not installed
     gc.disable()  # what is imported stays, and every search for garbage would look at all of it
     try:
         _import_models_in_one_scan()
         yield
     finally:
         torch.distributed.is_available = was_available
+        if hides_bitsandbytes:
+            if "peft.import_utils" in sys.modules:
+                sys.modules["peft.import_utils"].is_bnb_available()  # asks once in the life of the process
+            del sys.modules[_BITSANDBYTES]
         if collects:
             gc.enable()
 

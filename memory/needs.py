@@ -115,6 +115,10 @@ class Needs:
         """Of the items with this name, whatever their tier."""
         return sum(item.num_bytes for item in self.merged().items if item.name == name)
 
+    def ring_of(self, pool: str) -> int:
+        """Slots that the pool of this name has at least; 0 where there is none."""
+        return next((one.ring for one in self.pools if one.name == pool), 0)
+
     def merged(self) -> Needs:
         """With one item in place of those with the same name, tier and conditions. Bytes that are always there beside those of
         a moment are a part of it."""

@@ -143,3 +143,20 @@ assert len(names) > 1000 and names <= set(dir(transformers.models)), names - set
 from transformers.models import LlamaConfig, llama
 assert llama is transformers.models.llama and LlamaConfig is transformers.LlamaConfig
 """)
+
+
+def test_bitsandbytes_is_not_imported_and_can_be_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes.py").write_text("imported = True\n")
+    run(f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from memory.lean_imports import lean_imports
+with lean_imports():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from peft import LoraConfig, get_peft_model
+shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape)), LoraConfig(r=4, target_modules="all-linear"))
+assert "bitsandbytes" not in sys.modules
+import bitsandbytes
+assert bitsandbytes.imported
+""")

@@ -17,7 +17,7 @@ from offload.devices import Direction
 from offload.devices.base import map_host_bytes
 from offload.devices.simulated import SimulatedDevice
 from offload.residency.io import FaultPlan, IOEngine, IOFailure
-from offload.residency.tiers import DeviceTier, HostTier
+from offload.residency.tiers import DeviceTier, HostTier, PassingTier
 from offload.weights.formats import Extent, PlainTensor
 from offload.weights.layout import BlockLayout, layout_block
 
@@ -121,6 +121,28 @@ def test_a_visit_out_of_order_is_served(blocks):
                 tier.acquire(block)
                 assert np.array_equal(tier.views(block)["w"].numpy(), contents[block])
                 tier.release(block)
+        tier.close()
+
+
+def test_blocks_that_pass_are_read_once_a_pass_and_leave_no_buffer_behind(blocks):
+    layouts, contents = blocks
+    with IOEngine("threads") as io:
+        counting = CountingIO(io)
+        tier = PassingTier(layouts, counting, max(layout.num_bytes for layout in layouts))
+        for _ in range(2):
+            tier.begin(range(NUM_BLOCKS))
+            assert counting.bytes % sum(SIZES) == 0  # nothing is read ahead
+            for block in range(NUM_BLOCKS):
+                assert tier.pool is None if block == 0 else tier.pool.count == 1
+                tier.acquire(block)
+                assert np.array_equal(tier.views(block)["w"].numpy(), contents[block])
+                tier.release(block)
+            assert tier.pool is None
+        assert counting.bytes == 2 * sum(SIZES)
+        for block in (0, 1, 0, 5):  # a pass that failed in its middle, and the next one
+            tier.acquire(block)
+            assert np.array_equal(tier.views(block)["w"].numpy(), contents[block])
+            tier.release(block)
         tier.close()
 
 

@@ -61,6 +61,8 @@ def _moves_scales(journal: Journal) -> bool:
 class JournalWeights(Setup):
     """The model after all steps of the run in `run`. No run begins there until `close`; one under way is not hindered."""
 
+    frozen = False
+
     def __init__(self, config: Config, run: Path) -> None:
         super().__init__(config)
         self._run = run

@@ -58,6 +58,8 @@ from offload.weights.streamed_parts import Room
 class WeightTraining(Method):
     """The working store holds what it has trained. trained: what of the model that is, once a session has prepared it."""
 
+    frozen = False
+
     trained: TrainedParts
 
     def cut_options(self) -> dict[str, Any]:

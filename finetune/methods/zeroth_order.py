@@ -118,6 +118,8 @@ def _check_finite(what: str, step: int, values: np.ndarray) -> None:
 class ZerothOrder(Method):
     """The journal is what it keeps, beside folded weights or an adapter that can be made again from it."""
 
+    frozen = False
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.variants = config.zo.variants

@@ -22,7 +22,7 @@ from memory.errors import UserError
 from memory.fetch_policy import next_fetch, victim
 from memory.slots import Lease, SlotPool
 from offload.devices import COMPLETED, Device, Direction, Event
-from offload.residency.pieces import Mover, Piece, State
+from offload.residency.pieces import Mover, Piece, State, new_pool
 from offload.weights.layout import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
 
 
@@ -251,6 +251,33 @@ class HostTier(Tier):
     def _extents(self, block: int, lease: Lease) -> Sequence[Any]:
         address = lease.address
         return [(file, at, num_bytes, address + slot_offset) for file, at, num_bytes, slot_offset in self._reads[block]]
+
+
+class PassingTier(HostTier):
+    """Disk to one buffer from the allocator of tensors, for blocks that are visited in order, once a pass: it is there from the
+    first acquired one to the end of the last, and nothing is fetched ahead.
+
+    slot_bytes: of the largest block.
+    """
+
+    def __init__(self, layouts: Sequence[BlockLayout], io: Any, slot_bytes: int) -> None:
+        super().__init__(layouts, io, new_pool(slot_bytes, 1), frozenset(), 0)
+        self._slot_bytes = slot_bytes
+        self.pool: SlotPool | None = None
+
+    def begin(self, order: Sequence[int]) -> None:
+        """Nothing is on its way yet."""
+
+    def acquire(self, block: int) -> torch.Tensor:
+        if self.pool is None:
+            self.pool = new_pool(self._slot_bytes, 1)
+        return super().acquire(block)
+
+    def release(self, block: int) -> None:
+        super().release(block)
+        if block == len(self._pieces) - 1:
+            self.give_up()
+            self.pool = None
 
 
 class _Copies:

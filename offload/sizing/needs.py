@@ -141,12 +141,14 @@ def stream_needs(
     resident_blocks: int | None = None,
     lookahead: int | None = None,
     expert_slots: int | None = None,
+    head_passes: bool = False,
 ) -> Needs:
     """Slots for blocks and for chunks of the head. A host slot is held until its copy to a device is done: one more keeps the
     disk busy meanwhile.
 
     resident_blocks: None: as many as there is room for. lookahead: blocks read ahead; None: up to two.
     expert_slots: for matrices of experts; None: as many as there is room for.
+    head_passes: whether chunks of the head do without a slot where there is no room for one: see `passing_head`.
     """
     blocks, chunks = len(streamed.block_bytes), streamed.chunks
 
@@ -171,14 +173,21 @@ def stream_needs(
         )
     if chunks:
         pools += [
-            Pool(name, "head slots ({slots} x {size})", tier, streamed.chunk_bytes, most=chunks)
+            Pool(name, "head slots ({slots} x {size})", tier, streamed.chunk_bytes, 1 - head_passes, most=chunks)
             for name, tier in ((HOST_HEAD, Tier.HOST), (DEVICE_HEAD, Tier.DEVICE))
         ]
+    if head_passes:
+        steps.append(Step(Worth.NEXT_CHUNK, {HOST_HEAD: 1}))
     experts = _expert_needs(streamed.experts, on_device, expert_slots) if streamed.experts else Needs()
     if chunks > 1:
         steps.append(Step(Worth.NEXT_CHUNK, {HOST_HEAD: 2, DEVICE_HEAD: 2}))
         steps += [Step(Worth.WHOLE_HEAD, {name: chunks}) for name in (HOST_HEAD, DEVICE_HEAD)]
     return Needs.of(*pools, *steps) + experts
+
+
+def passing_head(loss_bytes: int, streamed: Streamed) -> Needs:
+    """Of the loss, where chunks of the head pass through the memory that visits of blocks leave to it."""
+    return Needs.of(Item(VISIT, loss_bytes + streamed.chunk_bytes + PAGE_BYTES, Tier.COMPUTE, Lasts.MOMENT))
 
 
 def _expert_needs(sizes: Sequence[ExpertSize], on_device: bool, slots: int | None) -> Needs:

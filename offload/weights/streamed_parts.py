@@ -18,7 +18,7 @@ from memory.slots import Slab
 from offload.devices import Device
 from offload.residency.expert_tiers import HostExperts
 from offload.residency.io import IOEngine
-from offload.residency.tiers import DeviceTier, HostTier, Tier
+from offload.residency.tiers import DeviceTier, HostTier, PassingTier, Tier
 from offload.sizing.needs import DECODED, DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
 from offload.step.weights import Block, HeadRows, Key
 from offload.weights.binding import Binding
@@ -57,7 +57,7 @@ class StreamedParts:
         has: these only share its slots. make_experts: the tier of experts in host memory."""
         self._parts = room.parts
         self.blocks = _open_tier(room, (HOST_BLOCKS, DEVICE_BLOCKS), blocks, make_tier)
-        self.head = _open_tier(room, (HOST_HEAD, DEVICE_HEAD), chunks, make_tier) if chunks else None
+        self.head = _open_head(room, chunks, make_tier) if chunks else None
         self._rooms = open_rooms(room)
         self.experts: StreamedExperts | None = None
         if room.parts.experts:
@@ -175,6 +175,15 @@ def open_rooms(room: Room) -> list[torch.Tensor | None]:
     """Where weights of a block may stay decoded, as `Binding.bind` takes it: None where the plan has no room."""
     pools = (slots for name, slots in room.plan.slots.items() if name.startswith(DECODED))
     return [slots.carve_from(room.computing).lease().buffer if slots.count else None for slots in pools]
+
+
+def _open_head(room: Room, chunks: Sequence[Any], make_tier: Callable[..., HostTier]) -> Tier:
+    slots = room.plan.slots[HOST_HEAD]
+    if slots.count:
+        return _open_tier(room, (HOST_HEAD, DEVICE_HEAD), chunks, make_tier)
+    tier = PassingTier(chunks, room.io, slots.slot_bytes)
+    room.closing.callback(tier.close)
+    return tier
 
 
 def _open_tier(

@@ -7,17 +7,20 @@ from dataclasses import replace
 import pytest
 from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
 
+import finetune.planner
 import finetune.trainer
 from finetune.config import Config
 from finetune.trainer import Trainer
 from memory.errors import UserError
+from memory.needs import Needs
 from memory.plan import PlanRefused
 from offload.devices import RaceError
 from offload.devices.simulated import SimulatedDevice
 from offload.files.checkpoint import read_checkpoint
 from offload.residency.io import IOEngine
-from offload.residency.tiers import DeviceTier
+from offload.residency.tiers import DeviceTier, PassingTier
 from offload.sizing.calibration import Rates
+from offload.sizing.needs import HOST_HEAD
 from offload.weights.parts import cut
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}
@@ -93,6 +96,23 @@ def smallest_device(config: Config) -> Config:
     with pytest.raises(PlanRefused, match="--device-memory") as refused:
         Trainer(config.model_copy(update={"device_memory": budget})).train()
     return config.model_copy(update={"device_memory": refused.value.smallest_bytes})
+
+
+@pytest.mark.parametrize("engine", [{}, {"loss_tile_vocab": 40, "loss_tile_tokens": 16}], ids=str)
+def test_a_head_without_a_slot_passes_through_what_visits_leave(engine, checkpoint, tokens, tmp_path, monkeypatch):
+    model, visits = checkpoint("llama"), []
+    expected = streamed_run(make_config(model, tokens, tmp_path / "slot", engine=engine))
+    needs_of, acquire = finetune.planner.stream_needs, PassingTier.acquire
+
+    def without_slot(*wishes) -> Needs:
+        needs = needs_of(*wishes[:5], True)
+        return replace(needs, steps=tuple(step for step in needs.steps if HOST_HEAD not in step.rings))
+
+    monkeypatch.setattr(finetune.planner, "stream_needs", without_slot)
+    monkeypatch.setattr(PassingTier, "acquire", lambda tier, chunk: (visits.append(chunk), acquire(tier, chunk))[1])
+    assert_same_bits(streamed_run(make_config(model, tokens, tmp_path / "none", engine=engine)), expected)
+    chunks = 1 + max(visits)
+    assert visits == list(range(chunks)) * (len(visits) // chunks) and (chunks > 1) == bool(engine)
 
 
 @pytest.mark.every(2)
