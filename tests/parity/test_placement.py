@@ -112,7 +112,8 @@ def test_a_head_without_a_slot_passes_through_what_visits_leave(engine, checkpoi
     monkeypatch.setattr(PassingTier, "acquire", lambda tier, chunk: (visits.append(chunk), acquire(tier, chunk))[1])
     assert_same_bits(streamed_run(make_config(model, tokens, tmp_path / "none", engine=engine)), expected)
     chunks = 1 + max(visits)
-    assert visits == list(range(chunks)) * (len(visits) // chunks) and (chunks > 1) == bool(engine)
+    # One chunk alone may have been timed before.
+    assert visits[len(visits) % chunks :] == list(range(chunks)) * (len(visits) // chunks) and (chunks > 1) == bool(engine)
 
 
 @pytest.mark.every(2)
