@@ -101,14 +101,14 @@ class JournalWeights(Setup):
         if options.perturb == "products":  # whose groups stay apart
             steps = self._journal.steps
         perturbed = perturbed_sizes(session.parts, options, steps)
-        return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+        return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes, perturbed.expert_bytes)
 
     def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
         # Weights that the run has moved otherwise are made in the dtype that computes.
         return shape.micro_batches if is_packed(parts) else 0
 
     def cut_options(self) -> dict[str, Any]:
-        return {}
+        return {"streams_experts": not _moves_scales(self._journal)}
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         journal, scales = self._journal, _moves_scales(self._journal)

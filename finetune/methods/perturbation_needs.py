@@ -9,11 +9,13 @@ import torch
 
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from memory.needs import Item, Needs, Tier
+from memory.units import PAGE_BYTES, round_up
 from offload.perturb.products import factor_bytes
 from offload.perturb.replay import BUFFER_BYTES
 from offload.perturb.scales import scale_keys, scale_tensors
 from offload.perturb.variants import find_perturbed, folded_bytes, noise_keys, variant_layout
-from offload.sizing.needs import EDGES, VISIT, variant_needs
+from offload.sizing.needs import EDGES, VISIT, expert_sizes, variant_needs
+from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
 
@@ -23,6 +25,7 @@ class PerturbedSizes:
 
     block_bytes: list[int]  # of each block as it is fetched: folded weights may be wider than the model's own
     chunk_bytes: int  # of the largest chunk of the head as it is fetched
+    expert_bytes: list[int]  # of matrices of experts as they are fetched by themselves, in the order of their sizes
     needs: Needs  # beside those of a model whose weights stay
 
 
@@ -70,8 +73,12 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
         plain = (prod(weight.shape) for weight in matrices if weight.can_be_updated)
         visits.append(sum(visit for _, visit in factors) + itemsize * max(plain, default=0))
     fetched = [layout.num_bytes for layout, _, _ in units]
+    sizes = expert_sizes(parts.experts)
+    experts = [[prod(parts.experts[number].stack.weight.shape[1:]) for number in size.stacks] for size in sizes]
+    of_experts = [0 for _ in experts]
     if _folds(parts, options, num_steps) and options.rounding == "exact":
         fetched = [folded_bytes(layout, None if scales else torch.float32) for layout, _, _ in units]
+        of_experts = [round_up(4 * max(elements)) + PAGE_BYTES for elements in experts]
     # clean values of resident weights in up to twice their size, and every variant
     edge_bytes = 0 if scales else parts.edge_bytes * (1 + options.variants)
     remedy = FEWER_FACTORS if steps_between_folds(parts, options) is None else ""
@@ -80,8 +87,9 @@ def perturbed_sizes(parts: ModelParts, options: ZerothOrderOptions, num_steps: i
         Item(FACTORS, kept, Tier.COMPUTE, remedy=remedy),
         Item(VISIT, max(visits) if groups else 0, Tier.COMPUTE),  # where linear layers meet noise in their products
     )
-    needs += variant_needs(max(1, *slots[:num_blocks]), max(slots[num_blocks:], default=0))  # a slot there must be
-    return PerturbedSizes(fetched[:num_blocks], max(fetched[num_blocks:], default=0), needs)
+    largest = max((dense_bytes(one.stack.weight.shape[1:], one.stack.dtype) for one in parts.experts), default=0)
+    needs += variant_needs(max(1, *slots[:num_blocks]), max(slots[num_blocks:], default=0), largest)  # a slot there must be
+    return PerturbedSizes(fetched[:num_blocks], max(fetched[num_blocks:], default=0), of_experts, needs)
 
 
 def fold_needs(parts: ModelParts, options: ZerothOrderOptions, num_steps: int | None) -> Needs:

@@ -126,7 +126,7 @@ class ZerothOrder(Method):
         self.journal: Journal | None = None
 
     def cut_options(self) -> dict[str, Any]:
-        return {"streams_experts": self.kind is not None}
+        return {"streams_experts": self.kind is not None or self.config.zo.parameters != "scales"}
 
     def prepare(self, session: Session) -> None:
         _check_kernels(session.device)
@@ -149,7 +149,7 @@ class ZerothOrder(Method):
             return needs, streamed
         perturbed = perturbed_sizes(parts, zo, self.num_steps)
         needs = perturbed.needs + fold_needs(parts, zo, self.num_steps)
-        return needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes)
+        return needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes, perturbed.expert_bytes)
 
     def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
         zo = self.config.zo

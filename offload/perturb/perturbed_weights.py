@@ -20,6 +20,7 @@ from torch import nn
 
 from offload.files.checkpoint import Checkpoint, read_checkpoint
 from offload.noise.noise import Noise, parameter_key
+from offload.perturb.expert_variants import ExpertVariants
 from offload.perturb.replay import Changes, moved_sources, replay
 from offload.perturb.scales import LEAST_SCALE, scale_keys, scale_tensors
 from offload.perturb.variants import (
@@ -31,6 +32,7 @@ from offload.perturb.variants import (
     Variant,
     noise_keys,
 )
+from offload.sizing.needs import EXPERT_VARIANTS
 from offload.step.weights import HeadRows, Key
 from offload.weights.formats.plain import TORCH_DTYPES
 from offload.weights.streamed_parts import Room, StreamedParts, read_edges
@@ -61,11 +63,16 @@ class PerturbedWeights:
         head = room.parts.head
         self._streamed = StreamedParts(room, room.parts.layouts, () if head is None else head.layouts)
         self._variants: StreamedVariants | None = None
+        self._of_experts: ExpertVariants | None = None
         self._rows: list[PerturbedRows] = []
         self._variant: int | None = None
         """That was entered last, and still is what everything meets."""
         if adapters is None:
             self._variants = StreamedVariants(room, self._streamed, self.perturbation, self._keys, product_groups)
+            if room.parts.experts:
+                pool = room.plan.slots[EXPERT_VARIANTS].carve_from(room.computing)
+                self._of_experts = ExpertVariants(room.parts.experts, self.perturbation, self._keys, pool)
+                room.closing.callback(self._of_experts.close)
             for embedding, (name, _, source) in zip(room.embeddings, room.parts.embeddings, strict=True):
                 if (key := self._keys.get(f"{name}.weight")) is not None:
                     self._rows.append(PerturbedRows(embedding, key, room.parts.dtype, source.dtype, self.perturbation))
@@ -97,6 +104,8 @@ class PerturbedWeights:
         self._residents.enter(variant)
         for rows in self._rows:
             rows.enter(variant)
+        if self._of_experts is not None:
+            self._of_experts.variant = variant
         if self._variants is not None:
             self._variants.enter(variant)
 

@@ -97,7 +97,7 @@ class HostExperts(_LeastUseful, HostTier):
     ) -> None:
         self._rank_by(units, use)
         self._layout_of = layout_of
-        self._layouts: dict[int, BlockLayout] = {}
+        self._layouts: dict[int, BlockLayout]
         super().__init__(range(len(units)), io, pool, frozenset(), lookahead)
 
     def layout(self, block: int) -> BlockLayout:
@@ -106,7 +106,11 @@ class HostExperts(_LeastUseful, HostTier):
         return self._layouts[block]
 
     def move_to(self, layouts: Sequence[int]) -> None:
-        """Nothing to prepare: layouts are made when they are asked for."""
+        """Layouts are made when they are asked for."""
+        for file in self._files.values():
+            self._io.close_file(file)
+        self._files = {}
+        self._layouts = {}
         self.layouts = layouts
 
     def _extents(self, block: int, lease: Lease) -> Sequence[Any]:

@@ -25,6 +25,7 @@ STATE = "optimizer state"
 UPDATE = "update"
 VARIANTS = "variants of blocks"
 HEAD_VARIANTS = "variants of the head"
+EXPERT_VARIANTS = "variants of experts"
 GRAPHS = "graphs of blocks"
 DECODED = "decoded weights"  # begins the names of such pools
 
@@ -55,7 +56,7 @@ class ExpertSize:
     @property
     def pools(self) -> tuple[str, str]:
         """Of their slots, in host memory and on the device."""
-        return f"host experts of {self.slot_bytes} bytes", f"device experts of {self.slot_bytes} bytes"
+        return f"host experts like those of stack {self.stacks[0]}", f"device experts like those of stack {self.stacks[0]}"
 
     def read_bytes(self, slots: int, tokens: int, lanes: int, train: bool) -> int:
         """That a step fetches about, where tokens choose evenly. slots: of them that keep what they hold. tokens: of a lane."""
@@ -116,10 +117,16 @@ class Streamed:
         """That a visit of a block fetches at most, with all of its experts."""
         return max(self.block_bytes) + sum(size.block_count * size.slot_bytes for size in self.experts)
 
-    def holding(self, block_bytes: list[int], chunk_bytes: int) -> Streamed:
-        """With slots that hold these too."""
+    def holding(self, block_bytes: list[int], chunk_bytes: int, expert_bytes: Sequence[int]) -> Streamed:
+        """With slots that hold these too. expert_bytes: of matrices, in the order of `experts`."""
         largest = (max(pair) for pair in zip(self.block_bytes, block_bytes, strict=True))
-        return replace(self, block_bytes=tuple(largest), chunk_bytes=max(self.chunk_bytes, chunk_bytes))
+        experts = (
+            replace(size, slot_bytes=max(size.slot_bytes, num_bytes))
+            for size, num_bytes in zip(self.experts, expert_bytes, strict=True)
+        )
+        return replace(
+            self, block_bytes=tuple(largest), chunk_bytes=max(self.chunk_bytes, chunk_bytes), experts=tuple(experts)
+        )
 
 
 def process_needs(device: Device, baseline_bytes: int, code_bytes: int) -> Needs:
@@ -285,10 +292,13 @@ def update_needs(image_bytes: int, gradient_bytes: int) -> Needs:
     return Needs.of(Pool(UPDATE, label, Tier.HOST, image_bytes), Item(label, gradient_bytes, Tier.HOST))
 
 
-def variant_needs(block_bytes: int, chunk_bytes: int) -> Needs:
-    """Slots in which perturbed weights of a block, and of a chunk of the head, are made, in the dtypes that compute."""
+def variant_needs(block_bytes: int, chunk_bytes: int, expert_bytes: int = 0) -> Needs:
+    """Slots in which perturbed weights of a block, of a chunk of the head, and of a matrix of an expert (0: there are none that
+    are fetched by themselves) are made, in the dtypes that compute."""
     label = "slots for perturbed weights ({slots})"
+    of_experts = [Pool(EXPERT_VARIANTS, label, Tier.COMPUTE, expert_bytes)] if expert_bytes else []
     return Needs.of(
+        *of_experts,
         Pool(VARIANTS, label, Tier.COMPUTE, block_bytes),
         Pool(HEAD_VARIANTS, label, Tier.COMPUTE, chunk_bytes),
         Step(Worth.SECOND_VARIANT, {VARIANTS: 2, HEAD_VARIANTS: 2}),

@@ -18,7 +18,7 @@ exist, and what waits is as large as what a visit computes with: it grows with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.errors import UserError
-from offload.weights.formats import StoredWeight
+from offload.weights.formats import Stored, StoredWeight
 
 ALIGNMENT = 16
 """Bytes: MKL rounds a lone row's product otherwise where the matrix is not aligned so, as in files it may not be."""
@@ -101,10 +101,11 @@ class LaneGradient(NamedTuple):
 class StackedMatrices:
     """What the products of a stack know of it. near: None while nothing is open; products then run on meta only.
 
-    trained: whether backward leaves in `waiting`, lane by lane, what the gradients of the matrices are made of.
+    trained: whether backward leaves in `waiting`, lane by lane, what the gradients of the matrices are made of. make: makes
+    what products meet, [1, rows, columns] in the dtype that computes, of an expert and what is stored of it; None: its numbers.
     """
 
-    __slots__ = ("stack", "number", "near", "trained", "waiting")
+    __slots__ = ("stack", "number", "near", "trained", "waiting", "make")
 
     def __init__(self, stack: ExpertStack, number: int) -> None:
         self.stack = stack
@@ -112,6 +113,7 @@ class StackedMatrices:
         self.near: NearExperts | None = None
         self.trained = False
         self.waiting: list[LaneGradient] = []
+        self.make: Callable[[int, Stored], Tensor] | None = None
 
     @contextmanager
     def matrix(self, expert: int) -> Iterator[Tensor]:
@@ -119,7 +121,8 @@ class StackedMatrices:
         weight = self.stack.matrix(expert)
         views = self.near.acquire(self.number, expert)
         try:
-            dense = weight.decode(weight.take(views, ""), self.stack.dtype)[0]
+            stored = weight.take(views, "")
+            dense = (weight.decode(stored, self.stack.dtype) if self.make is None else self.make(expert, stored))[0]
             if dense.is_cpu and dense.data_ptr() % ALIGNMENT:
                 dense = dense.clone()
             yield dense

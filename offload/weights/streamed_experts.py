@@ -25,7 +25,7 @@ from memory.plan import Slots
 from offload.residency.expert_tiers import DeviceExperts, ExpertUnits, HostExperts
 from offload.residency.tiers import Tier
 from offload.sizing.needs import ExpertSize, expert_sizes
-from offload.weights.experts import ExpertStack
+from offload.weights.experts import StackedMatrices
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.routers import Routers
 
@@ -75,8 +75,8 @@ class StreamedExperts:
         }
 
     def _open_tier(self, room: Room, size: ExpertSize) -> HostExperts | DeviceExperts:
-        stacks = {number: self._experts[number].stack for number in size.stacks}
-        units = ExpertUnits({number: stack.weight.shape[0] for number, stack in stacks.items()})
+        stacks = {number: self._experts[number] for number in size.stacks}
+        units = ExpertUnits({number: matrices.stack.weight.shape[0] for number, matrices in stacks.items()})
         slots = room.plan.slots[size.pools[0]]
         host = self._make_tier(units, self._use, partial(_layout, stacks), room.io, slots.carve_from(room.host), _ahead(slots))
         if room.device.shares_host_memory:
@@ -154,6 +154,12 @@ class StreamedExperts:
             mine = (pair for pair in wanted if self._tier_of[pair[0]] is tier)
             tier.begin(list(dict.fromkeys(tier.units.unit(stack, expert) for stack, experts in mine for expert in experts)))
 
+    def move(self) -> None:
+        """From now on matrices are read where their stacks have them."""
+        for tier in self.tiers:
+            tier.give_up()
+            tier.move_to(range(len(tier.units)))
+
     def close(self) -> None:
         self._routers.close()
         for matrices in self._experts:
@@ -187,5 +193,5 @@ def _ahead(slots: Slots) -> int:
     return min(slots.count - slots.pool.busy, MOST_AHEAD)
 
 
-def _layout(stacks: Mapping[int, ExpertStack], stack: int, expert: int) -> BlockLayout:
-    return layout_block({"": stacks[stack].matrix(expert)})
+def _layout(stacks: Mapping[int, StackedMatrices], stack: int, expert: int) -> BlockLayout:
+    return layout_block({"": stacks[stack].stack.matrix(expert)})

@@ -137,6 +137,8 @@ class StreamedParts:
         if parts.head is not None:
             self.head.give_up()
             self.head.move_to(parts.head.layouts)
+        if self.experts is not None:
+            self.experts.move()
 
     def is_bound(self, key: Key) -> bool:
         """Whether modules compute with it: one chunk of the head among several is given to the tiled loss alone."""
