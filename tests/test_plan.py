@@ -23,7 +23,6 @@ from offload.sizing.needs import (
     GRAPHS,
     HOST_BLOCKS,
     HOST_HEAD,
-    MARGIN_BYTES,
     STAGING_BYTES,
     STATE,
     STEP,
@@ -329,7 +328,7 @@ def recorded_needs(
     needs = Needs.of(
         *(Item(name, sizes[f"{name}_bytes"], Tier.HOST) for name in ("baseline", "code", "saving", "host_libraries")),
         *(Item(name, sizes[f"{name}_bytes"], Tier.COMPUTE) for name in ("state", "edge", "step", "folding")),
-        Item("staging and margin", STAGING_BYTES + MARGIN_BYTES, Tier.HOST),
+        Item("staging and margin", STAGING_BYTES + 40 * MIB, Tier.HOST),
         Item("device_libraries", sizes["device_libraries_bytes"], Tier.DEVICE),
         Item(VISIT, sizes["temporaries_bytes"], Tier.COMPUTE, Lasts.MOMENT),
     )

@@ -40,7 +40,7 @@ MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one
 DECODED_WEIGHTS = 16  # of a block, at most: experts of many modules are not worth a pool each
 STATE_SLOTS = 12  # keep a disk busy in both directions
 ALLOCATOR_FACTOR = 1.1  # of a device: what PyTorch's allocator loses there between tensors that stay for long
-MARGIN_BYTES = 40 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
+MARGIN_BYTES = 32 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 
 
 @dataclass(frozen=True, slots=True)
