@@ -24,6 +24,15 @@ def small_heap() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def quick_prediction(request, monkeypatch) -> None:
+    """Runs are predicted from products alone: timing visits and the disk takes longer than many a run here. Tests with the mark
+    `timed` see the real thing."""
+    if request.node.get_closest_marker("timed") is None:
+        monkeypatch.setattr("finetune.prediction.MOST_SECONDS", 0.0)
+        monkeypatch.setattr("finetune.prediction.write_rate", lambda directory: 1e9)
+
+
 @pytest.fixture
 def quick_data(monkeypatch) -> None:
     """Tokens are made in this process."""

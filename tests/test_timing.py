@@ -16,6 +16,8 @@ from offload.sizing.needs import DECODED
 from offload.sizing.timing import time_visits
 from offload.weights.formats import PlainTensor
 
+pytestmark = pytest.mark.timed
+
 CASES = {
     "lora": {},
     "dora": {"lora": {"use_dora": True, "dropout": 0.1}},
