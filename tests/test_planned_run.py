@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import make_config, save_tiny
 
-import offload.sizing.calibration
+import offload.rates.disk
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step
@@ -56,7 +56,7 @@ def test_a_plan_says_how_long_a_step_takes(model, tmp_path):
 
 def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
     faulty = IOEngine("threads", inject=FaultPlan(eio_at=1))
-    monkeypatch.setattr(offload.sizing.calibration, "IOEngine", lambda: faulty)
+    monkeypatch.setattr(offload.rates.disk, "IOEngine", lambda *_: faulty)
     last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
     assert (
         last.startswith("no time of a step is predicted, because the model cannot be read here: ") and "safetensors" in last

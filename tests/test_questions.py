@@ -103,14 +103,11 @@ def test_methods_that_do_not_run_say_why(model, tmp_path):
 
 
 def test_a_plan_as_json(model):
-    result = invoke(
-        "plan", "--model", str(model), "--json", "--limits", "--compare", "--sequence-length", "32",
-        "--max-steps", "3",
-    )
+    asked = ("plan", "--model", str(model), "--sequence-length", "32", "--max-steps", "3")
+    result = invoke(*asked, "--json", "--limits")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["num_steps"] == 3 and found["host_peak_bytes"] <= found["host_budget_bytes"]
     assert sum(found["host_parts"].values()) == found["host_peak_bytes"]
-    assert found["limits"]["sequence_length"] >= 32 and [cost["method"] for cost in found["methods"]] == list(METHODS)
+    assert found["limits"]["sequence_length"] >= 32 and "methods" not in found
     assert found["step_seconds"] > 0 and found["slowest"] in ("disk", "compute")
-    spoken = invoke("plan", "--model", str(model), "--limits", "--compare", "--sequence-length", "32")
-    assert "rows may have up to" in spoken.stdout and "written a step" in spoken.stdout
+    assert "written a step" in invoke(*asked, "--compare").stdout

@@ -94,7 +94,7 @@ def test_weights_that_stay_decoded_are_decoded_by_the_first_lane_alone(rooms, tm
         lazy = len(session.parts.bindings[0].lazy_bytes)
         time_visits(session.parts, session.model, session.device, plan, planned.shape.inputs, False, lanes=2)
         visits = decoded.count(True) / lazy
-        assert lazy and (visits in (2, 3, 4) if rooms else not visits)
+        assert lazy and (visits in (3, 4, 5) if rooms else not visits)
     finally:
         session.close()
 

@@ -13,13 +13,12 @@ from torch.nn import functional
 from memory.errors import UserError
 from memory.machine import Drive
 from offload.devices import Device, Direction
-from offload.rates.disk import measure_drive, nearest_directory
-from offload.residency.io import IOEngine
+from offload.rates.disk import measure_drive, nearest_directory, read_rate
 from offload.weights.parts import ModelParts
 
-PROBE_BYTES = 64 << 20
-FIRST_PROBE_BYTES = 16 << 20  # enough where the disk is slow
-READ_SECONDS = 0.25
+PROBE_BYTES = 64 << 20  # that are written
+READ_BYTES = 512 << 20
+READ_SECONDS = 0.3
 WRITE_SECONDS = 0.15
 ELEMENTS = 1 << 22
 COPY_PROBE_BYTES = 4 << 20
@@ -46,7 +45,7 @@ class NoRates:
 
 
 def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
-    """Reads up to 64 MiB of blocks with direct I/O, multiplies two matrices of the model's width, and copies 36 MiB to an
+    """Reads blocks with direct I/O for a moment, multiplies two matrices of the model's width, and copies 36 MiB to an
     accelerator; about 0.2 s. Raises UserError when the model's files cannot be read."""
     return Rates(
         _read_rate(parts),
@@ -80,35 +79,14 @@ def try_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates | NoR
 
 
 def _read_rate(parts: ModelParts) -> float:
-    with IOEngine() as io:
-        buffer = torch.empty(4 << 20, dtype=torch.uint8)
-        files: dict[Path, int] = {}
-        ranges = _ranges(parts, buffer.numel())
-        read_bytes, seconds = 0, 0.0
-        for most in (FIRST_PROBE_BYTES, PROBE_BYTES):
-            extents, wanted = [], most - read_bytes
-            while wanted > 0 and (found := next(ranges, None)) is not None:
-                path, offset, num_bytes = found
-                if path not in files:
-                    files[path] = io.open(path)
-                extents.append((files[path], offset, num_bytes, buffer.data_ptr()))  # nobody looks at the bytes
-                wanted -= num_bytes
-            started = time.perf_counter()
-            if extents:
-                io.wait(io.submit_reads(extents))
-            seconds += time.perf_counter() - started
-            read_bytes += sum(extent[2] for extent in extents)
-            if seconds > READ_SECONDS * FIRST_PROBE_BYTES / PROBE_BYTES:
-                break
-        return read_bytes / max(seconds, 1e-6)
+    return read_rate(_ranges(parts), READ_BYTES, READ_SECONDS)
 
 
-def _ranges(parts: ModelParts, most: int) -> Iterator[tuple[Path, int, int]]:
-    """(file, offset, bytes) of the blocks' weights, in pieces of at most `most`."""
+def _ranges(parts: ModelParts) -> Iterator[tuple[Path, int, int]]:
+    """(file, offset, bytes) of the blocks' weights."""
     for layout in parts.layouts:
         for read in layout.reads:
-            for start in range(0, read.num_bytes, most):
-                yield read.path, read.file_offset + start, min(most, read.num_bytes - start)
+            yield read.path, read.file_offset, read.num_bytes
 
 
 def _flop_rate(parts: ModelParts, device: Device, rows: int) -> float:
