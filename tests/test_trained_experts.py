@@ -42,10 +42,7 @@ RUNS = {
     "no master, 8 bit": {"optimizer": {"master": "none", "state": "8bit"}},
     "bf16 state, beside an accelerator": {"optimizer": {"state": "bfloat16"}, "device": "simulated"},
     "one version": {"optimizer": {"versions": 1}},
-    "lion": {"optimizer": {"name": "lion"}, "training": {"learning_rate": 1e-3}},
-    "sgd": {"optimizer": {"name": "sgd"}},
     "lisa": {"method": "lisa", "selection": {"interval": 2, "layers": 1}},
-    "badam": {"method": "badam", "selection": {"interval": 2, "layers": 1}},
     "frugal": {"method": "frugal", "selection": {"interval": 2, "layers": 1, "sign_scale": 0.1}},
     "adafactor, whose experts stay in their blocks": {"optimizer": {"name": "adafactor"}, "engine": {"expert_slots": None}},
 }
