@@ -121,6 +121,13 @@ def tune_malloc(mmap_threshold_bytes: int = 1 << 20, arenas: int = 1) -> bool:
     return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
 
 
+def keep_freed_memory() -> bool:
+    """Has glibc use what is freed again, blocks of up to 32 MiB, instead of asking the kernel for zeroed pages each time: while
+    something is timed that will have an arena. Until `tune_malloc` or `trim_malloc` say otherwise."""
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and all([mallopt(_M_MMAP_THRESHOLD, 32 << 20) == 1, mallopt(_M_TRIM_THRESHOLD, 1 << 30) == 1])
+
+
 def trim_malloc() -> bool:
     """Returns what the C library holds free to the system; for the end of start-up. False where it returned nothing or
     can't."""

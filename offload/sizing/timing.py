@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from memory.arena import keep_freed_memory
 from memory.plan import Plan, Slots
 from memory.slots import Slab
 from offload.devices import Device
@@ -94,6 +95,7 @@ def time_visits(
 
     Raises UserError when the model's files cannot be read. What the model's own code raises for such inputs is raised.
     """
+    keep_freed_memory()
     with ExitStack() as closing, torch.random.fork_rng(devices=[]):
         streamed = _open(parts, model, device, plan, closing)
         index, args, kwargs = first_call(parts, model, inputs)
