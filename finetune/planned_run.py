@@ -130,6 +130,7 @@ class PlannedRun:
     num_steps: int | None = None  # of the run, where it is known
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
     timing: Timing | None = None  # of visits that were run here
+    untimed: str = ""  # why there is none, where that was tried
     compression: Compression | None = None  # what `finetune compress` would make of the model, where a run could go over that
 
     @property
@@ -232,6 +233,8 @@ class PlannedRun:
         else:
             speeds.append("has run some of the model's blocks")
         known = f"what is written of {rates.machine}" if rates.machine else "what was measured on this machine just now"
+        if self.untimed:
+            speeds[-1] += f" (its blocks could not be run by themselves: {self.untimed})"
         step = predict_step(self, rates, self.timing)
         tokens = f", {self.step_tokens / step.seconds:.0f} tokens a second" if self.step_tokens else ""
         busy = ", ".join(

@@ -18,7 +18,7 @@ from offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates,
 from offload.sizing.compression import Compression
 from offload.sizing.counted_visits import count_visits, profile_rates
 from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, GRAPHS, HOST_BLOCKS, HOST_HEAD, STATE
-from offload.sizing.timing import Timing, time_visits
+from offload.sizing.timing import Timing, Workload, time_visits
 
 if TYPE_CHECKING:
     from finetune.planned_run import PlannedRun, StoreSize
@@ -68,14 +68,16 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     if isinstance(device, DescribedDevice):
         look = count_visits
     setup, shape = session.setup, planned.shape
-    with contextlib.suppress(UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError):
-        timing = look(
-            session.parts, session.model, device, planned.plan, shape.inputs, shape.train, setup.gradient_names,
-            shape.micro_batches,
-        )  # fmt: skip
-        planned = replace(planned, timing=replace(timing, weight_seconds=setup.weight_seconds(session)))
-    trim_malloc()
-    return planned
+    work = Workload(
+        session.parts, session.model, planned.plan, shape.inputs, shape.train, setup.gradient_names, shape.micro_batches
+    )  # fmt: skip
+    try:
+        timing = replace(look(work, device), weight_seconds=setup.weight_seconds(session))
+        return replace(planned, timing=timing)
+    except Exception as error:  # a block is run by itself, and a model's own code raises whatever it likes
+        return replace(planned, untimed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    finally:
+        trim_malloc()
 
 
 def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRates:

@@ -16,6 +16,7 @@ from finetune.adapters import lora, prefix
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
+from memory.errors import UserError
 from offload.devices.base import map_host_bytes
 from offload.residency.io import IOEngine
 from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit
@@ -158,3 +159,26 @@ def test_a_plan_counts_a_mask_for_every_lane(packed, tmp_path, monkeypatch):
     without = session.plan(shapes[1]).needs.bytes_of(STEP)
     session.close()
     assert with_masks - without == 7 * 90**2 * (1 if packed else 2)
+
+
+@pytest.mark.parametrize("layerdrop", [0.9, 1.0])
+def test_a_pass_that_leaves_out_all_blocks_is_tried_again(layerdrop, tmp_path, monkeypatch):
+    """LayerDrop of 0.9 leaves out all four in two passes of three."""
+
+    def make():
+        config = CONFIGS["opt-layerdrop"]()
+        config.layerdrop = layerdrop
+        return config
+
+    monkeypatch.setitem(CONFIGS, "dropping", make)
+    session = Session(make_method(make_config(save_tiny("dropping", tmp_path / "model"), None, tmp_path)), only_plan=True)
+    try:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            if layerdrop < 1:
+                assert session.plan(BatchShape.of_text(2, 20, 1, True)).plan.host_peak_bytes > 0
+                continue
+            with pytest.raises(UserError, match="OPTForCausalLM has run none of its blocks in 100 passes"):
+                session.plan(BatchShape.of_text(2, 20, 1, True))
+    finally:
+        session.close()

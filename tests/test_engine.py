@@ -97,7 +97,7 @@ def expected_of(model: Model, inputs, seeds):
         loss = model(**kwargs)
         loss.backward()
         total = total + loss.detach()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return total, grads
 

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from test_engine import backward, expected_of
 from torch import nn
 from torch.nn import functional
 
@@ -102,26 +103,6 @@ def inputs_of(count: int) -> list[dict]:
     return [{"x": torch.randn(1 + i, 3 + 2 * i, 2, generator=generator)} for i in range(count)]
 
 
-def backward(outputs):
-    total = torch.zeros(())
-    for loss in outputs:
-        loss.backward()
-        total = total + loss.detach()
-    return total
-
-
-def plain_step(model: Model, inputs, seeds) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    total = torch.zeros(())
-    for kwargs, seed in zip(inputs, seeds, strict=True):
-        torch.manual_seed(seed)
-        loss = model(**kwargs)
-        loss.backward()
-        total = total + loss.detach()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return total, grads
-
-
 @pytest.fixture
 def model() -> Model:
     torch.manual_seed(0)
@@ -134,7 +115,7 @@ def test_the_bits_are_those_of_plain_autograd(kept, trained, model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained or ".a." in name or ".b." in name or "first" in name)
     inputs, seeds = inputs_of(3), [5, 6, 7]
-    total, grads = plain_step(model, inputs, seeds)
+    total, grads = expected_of(model, inputs, seeds)
     weights = Moving(model, trained)
     engine = Engine(model, model.blocks, weights, Activations(), kept_graphs=kept)
     for _ in range(2):
@@ -254,7 +235,7 @@ def test_a_function_that_keeps_weights_where_no_hook_sees_them_is_recomputed():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".a." in name or ".b." in name or "first" in name)
     inputs, seeds = inputs_of(2), [5, 6]
-    total, grads = plain_step(model, inputs, seeds)
+    total, grads = expected_of(model, inputs, seeds)
     engine = Engine(model, model.blocks, Moving(model), Activations(), kept_graphs=4)
     assert engine.train_step(inputs, seeds, backward).equal(total)
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step, with_prediction
 from finetune.session import Session
 from offload.sizing.needs import DECODED
-from offload.sizing.timing import time_visits
+from offload.sizing.timing import Workload, time_visits
 from offload.weights.formats import PlainTensor
 
 pytestmark = pytest.mark.timed
@@ -92,7 +92,8 @@ def test_weights_that_stay_decoded_are_decoded_by_the_first_lane_alone(rooms, tm
         plan = replace(plan, slots={n: s for n, s in plan.slots.items() if not n.startswith(DECODED)})
     try:
         lazy = len(session.parts.bindings[0].lazy_bytes)
-        time_visits(session.parts, session.model, session.device, plan, planned.shape.inputs, False, lanes=2)
+        work = Workload(session.parts, session.model, plan, planned.shape.inputs, train=False, trained=None, lanes=2)
+        time_visits(work, session.device)
         visits = decoded.count(True) / lazy
         assert lazy and (visits in (3, 4, 5) if rooms else not visits)
     finally:
@@ -118,17 +119,22 @@ def test_a_visit_that_would_take_long_is_not_run(model, tmp_path, monkeypatch):
         monkeypatch.setattr("finetune.prediction.MOST_SECONDS", 0.0)
         found = with_prediction(session, planned)
         assert found.timing is None and found.rates and "a step takes about" in found.describe()
+        assert not found.untimed
     finally:
         session.close()
 
 
-def test_a_model_that_refuses_such_inputs_is_predicted_from_products_alone(model, tmp_path, monkeypatch):
+def test_blocks_that_cannot_be_run_by_themselves_are_named(model, tmp_path, monkeypatch):
+    """What is predicted then comes from products alone, and says so."""
     session, planned = planned_session(model, tmp_path, monkeypatch)
     try:
+
         def fail(*_, **__):
-            raise RuntimeError("no such shape")
+            raise KeyError("no such shape")
 
         monkeypatch.setattr(session.parts.blocks[0], "forward", fail)
-        assert with_prediction(session, planned).timing is None
+        found = with_prediction(session, planned)
+        assert found.timing is None and predict_step(found, found.rates).seconds > 0
+        assert "GFLOP/s (its blocks could not be run by themselves: KeyError: 'no such shape')" in found.describe()
     finally:
         session.close()

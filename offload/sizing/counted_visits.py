@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from memory.machine import ComputeRates
-from memory.plan import Plan
 from offload.devices import DescribedDevice
 from offload.sizing.calibration import Rates, write_rate_of
 from offload.sizing.counting import BlockWork, Work, count_block, decode_seconds
 from offload.sizing.dry_run import first_call
 from offload.sizing.needs import DECODED
-from offload.sizing.timing import BlockSeconds, PassSeconds, Timing, block_kind
+from offload.sizing.timing import BlockSeconds, PassSeconds, Timing, Workload, block_kind
 from offload.weights.parts import HeadPart, ModelParts
 
 
@@ -37,28 +34,20 @@ def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rate
     )
 
 
-def count_visits(
-    parts: ModelParts,
-    model: nn.Module,
-    device: DescribedDevice,
-    plan: Plan,
-    inputs: dict[str, Any],
-    train: bool,
-    trained: Sequence[frozenset[str]] | None = None,
-    lanes: int = 1,
-) -> Timing:
-    """As `time_visits`, whose arguments these are, but nothing is read or computed.
+def count_visits(work: Workload, device: DescribedDevice) -> Timing:
+    """As `time_visits`, but nothing is read or computed.
 
     Raises UserError where the profile lacks a dtype, and what the model's code raises where it cannot run on meta.
     """
-    index, args, kwargs = first_call(parts, model, inputs)
+    parts, train = work.parts, work.train
+    index, args, kwargs = first_call(parts, work.model, work.inputs)
     keys = [block_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
-    rooms = sum(1 for name, slots in plan.slots.items() if name.startswith(DECODED) and slots.count)
+    rooms = sum(1 for name, slots in work.plan.slots.items() if name.startswith(DECODED) and slots.count)
     kinds: dict[Any, BlockSeconds] = {}
     for block in (index, *range(len(keys))):
         if keys[block] not in kinds:
-            work = count_block(parts, block, args, kwargs, train, trained[block] if trained else ())
-            kinds[keys[block]] = _block_seconds(work, parts.dtype, device, rooms)
+            counted = count_block(parts, block, args, kwargs, train, work.names(block))
+            kinds[keys[block]] = _block_seconds(counted, parts.dtype, device, rooms)
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     rows = hidden.numel() // hidden.shape[-1]
     head = 0.0 if parts.head is None else _head_row(parts.head, parts.dtype, device.rates, rows, train)

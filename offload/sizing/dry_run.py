@@ -29,6 +29,9 @@ from offload.step.own_loss import loss_in
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
+MOST_PASSES = 100
+"""In which a block must have been called: in training, LayerDrop leaves them out at random, sometimes all of a pass."""
+
 
 @dataclass(frozen=True, slots=True)
 class VisitSize:
@@ -243,9 +246,12 @@ def first_call(
         there()
         raise _Captured
 
-    with _instead_of_blocks(parts, capture), torch.no_grad(), contextlib.suppress(_Captured):
-        model(**inputs)
-    return calls[0]
+    for _ in range(MOST_PASSES):
+        with _instead_of_blocks(parts, capture), torch.no_grad(), contextlib.suppress(_Captured):
+            model(**inputs)
+        if calls:
+            return calls[0]
+    raise UserError(f"{type(parts.model).__name__} has run none of its blocks in {MOST_PASSES} passes: it can't be streamed")
 
 
 def _capture(*args: Any, **kwargs: Any):

@@ -77,39 +77,45 @@ class Timing:
     counted: bool = False  # from what visits compute and a machine's rates, rather than measured
 
 
-def time_visits(
-    parts: ModelParts,
-    model: nn.Module,
-    device: Device,
-    plan: Plan,
-    inputs: dict[str, Any],
-    train: bool,
-    trained: Sequence[frozenset[str]] | None = None,
-    lanes: int = 1,
-) -> Timing:
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A step whose visits are timed, or counted."""
+
+    parts: ModelParts
+    model: nn.Module  # what is called; adapters may wrap that of `parts`
+    plan: Plan  # of the run
+    inputs: dict[str, Any]  # the model's keyword arguments, of one micro-batch
+    train: bool  # whether there is a backward pass
+    trained: Sequence[frozenset[str]] | None  # per block, local names of its own weights that get gradients
+    lanes: int  # micro-batches
+
+    def names(self, block: int) -> frozenset[str]:
+        """Of a block's own weights that get gradients."""
+        return self.trained[block] if self.trained else frozenset()
+
+
+def time_visits(work: Workload, device: Device) -> Timing:
     """Runs a block of each kind a few times, and a tile of the loss; before the model is opened. Adapters and the random state
     are left as they were. Takes the memory of the fewest slots and of one visit.
 
-    plan: of the run. inputs: the model's keyword arguments, of one micro-batch. trained: per block, local names of its own
-    weights that get gradients. lanes: micro-batches of a step.
-
     Raises UserError when the model's files cannot be read. What the model's own code raises for such inputs is raised.
     """
+    parts, model = work.parts, work.model
     keep_freed_memory()
     with ExitStack() as closing, torch.random.fork_rng(devices=[]):
-        streamed = _open(parts, model, device, plan, closing)
-        index, args, kwargs = first_call(parts, model, inputs)
+        streamed = _open(parts, model, device, work.plan, closing)
+        index, args, kwargs = first_call(parts, model, work.inputs)
         args, kwargs = tree_map_only(torch.Tensor, lambda t: _like(t, device.torch_device), (args, kwargs))
         keys = [block_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
         wanted = [keys[index], *(key for key in dict.fromkeys(keys) if key != keys[index])][:MOST_KINDS]
         kinds: dict[Any, BlockSeconds] = {}
         for key in wanted:
             block = keys.index(key)
-            visits = _Visits(parts.blocks[block], block, streamed, device, trained[block] if trained else frozenset())
-            kinds[key] = visits.time(args, kwargs, train, min(lanes, 2))
+            visits = _Visits(parts.blocks[block], block, streamed, device, work.names(block))
+            kinds[key] = visits.time(args, kwargs, work.train, min(work.lanes, 2))
         hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         rows = hidden.numel() // hidden.shape[-1]
-        head = 0.0 if parts.head is None else _time_head(parts, model, streamed, device, hidden.dtype, rows, train)
+        head = 0.0 if parts.head is None else _time_head(parts, model, streamed, device, hidden.dtype, rows, work.train)
         return Timing(tuple(kinds.get(key, kinds[wanted[0]]) for key in keys), head)
 
 
