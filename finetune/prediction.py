@@ -56,6 +56,7 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
 
     needs_rates: raises UserError when the model's files cannot be read, which else is why there is no prediction.
     """
+    session.before_products(planned.shape)
     rates = _rates(session, planned, needs_rates)
     planned = replace(planned, rates=rates)
     if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways

@@ -167,6 +167,11 @@ class Session:
         """See `finetune.planner.Planner.least_memory`."""
         return self._planner.least_memory(shape)
 
+    def before_products(self, shape: BatchShape) -> None:
+        """Bounds what a process holds for its code. Of no effect after its first product in 16 bits."""
+        read_code_in_small_pieces()
+        keep_shapes(shapes_to_keep(shape.micro_batches, bool(self.parts.experts)))
+
     def open(
         self,
         planned: PlannedRun,
@@ -180,8 +185,7 @@ class Session:
         make_loss: what a step makes small. trace: gets what steps do.
         """
         plan = planned.plan
-        read_code_in_small_pieces()
-        keep_shapes(shapes_to_keep(planned.shape.micro_batches, bool(self.parts.experts)))
+        self.before_products(planned.shape)
         if plan.arena_bytes:
             self.arena = install_arena(plan.arena_bytes) or None
             # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.

@@ -8,11 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
 from offload.devices.base import cpu_multiplies
 
 ROOT = Path(__file__).parent.parent
+RUN = """
+import json, sys
+from pathlib import Path
+from tiny_models import make_config, save_tiny, token_data
+from finetune.trainer import Trainer
+import finetune.trainer
+folder = Path(sys.argv[1])
+finetune.trainer.prepare_for = lambda config, source, *to, **options: source
+model, data = save_tiny("llama", folder / "model"), token_data(folder / "tokens", 64, 20, 400)
+training = {"max_steps": 32, "batch_size": 2, "micro_batch_size": 1}
+config = make_config(
+    model, data, folder / "out", training=training, engine={"dtype": "bfloat16"}, dataset={"sequence_length": 400}
+)
+report = Trainer(config).train().report
+print(json.dumps([report[key]["host_peak_bytes"] for key in ("predicted", "measured")]))
+"""
 GROW = """
 import json, sys, torch
 from memory.arena import tune_malloc
@@ -38,19 +55,32 @@ def sizes(kept: str) -> list[int]:
     return json.loads(done.stdout)
 
 
-def test_memory_is_bounded():
-    import torch
-
+@pytest.fixture(scope="module")
+def free() -> list[int]:
+    """Sizes of a process that keeps all."""
     if not cpu_multiplies(torch.bfloat16):
         pytest.skip("bf16 products are not compiled on this processor")
     free = sizes("unbounded")
     if free[-1] - free[9] < 20 << 20:
         pytest.skip("this build of torch keeps no code for each shape")
+    return free
+
+
+def test_memory_is_bounded(free):
     kept = 16
     bounded = sizes(str(kept))
     assert bounded[-1] - bounded[0] < kept * BYTES_PER_SHAPE
     late = bounded[len(bounded) // 2 :]
     assert max(late) - min(late) < 4 << 20  # nothing grows any more: one is as large as another is small
+
+
+def test_a_run_over_rows_of_many_lengths_is_bounded(free, tmp_path):
+    """Also by what is computed before its first step: a prediction runs blocks."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], cwd=ROOT / "tests", capture_output=True, text=True, check=True
+    )  # fmt: skip
+    predicted, measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured <= predicted
 
 
 def test_how_many_are_kept():
