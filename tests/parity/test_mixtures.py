@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,7 @@ def same_sums(monkeypatch, spill_everything) -> None:
 
 
 @pytest.mark.every(5)
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, dtype", zip(MIXTURES, cycle(["float32", "bfloat16"])))
 def test_architectures(name, dtype, checkpoint, tokens, tmp_path, monkeypatch):
     kind = f"{name}, with losses of its router"
     options = {} if name in WITHOUT_ROUTER_LOSS else {"router_aux_loss_coef": 0.3}
@@ -60,8 +60,7 @@ STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.mark.every(5)
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, dtype", zip(MIXTURES, cycle(["bfloat16", "float32"])))
 def test_adapters_of_stacked_experts(name, dtype, mixture, tokens, tmp_path):
     model, lora = mixture(name, getattr(torch, dtype)), {"dropout": 0.0, "target_modules": [], "target_parameters": STACKS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import noise_reference as reference
@@ -91,12 +92,17 @@ class PlainProducts(PlainMezo):
         return y.view(*x.shape[:-1], -1)
 
 
+ARCHITECTURES = [name for name in CONFIGS if name not in ("vit", "gpt2")]
+
+
 @pytest.mark.every(7)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "device"),
-    [(name, "cpu") for name in CONFIGS if name not in ("vit", "gpt2")] + [("llama", "simulated"), ("mixtral", "simulated")],
-)
+    "name, device, dtype",
+    [
+        *((name, "cpu", dtype) for name, dtype in zip(ARCHITECTURES, cycle(["float32", "bfloat16"]))),
+        ("llama", "simulated", "bfloat16"), ("mixtral", "simulated", "float32"),
+    ],
+)  # fmt: skip
 def test_architectures(name, device, dtype, checkpoint, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     config = zo_config(
