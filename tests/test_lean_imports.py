@@ -3,15 +3,21 @@ open."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from text_models import write_model
 
 ROOT = Path(__file__).parent.parent
 
+HEAVY = """
+print(*(name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch._inductor")
+        if type(sys.modules.get(name)).__name__ == "module"))
+"""
 TRAIN = """
 import contextlib, sys
 import torch
@@ -42,9 +48,12 @@ for step in range(4):
 with torch.device("meta"):
     skeleton = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
 print(host_bytes() - before, *(p.double().sum().item().hex() for p in trained))
-print(*(name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch._inductor")
-        if type(sys.modules.get(name)).__name__ == "module"))
-"""
+""" + HEAVY
+STREAMED = """
+import sys
+from finetune.cli import app
+app(ARGUMENTS, standalone_mode=False)
+""" + HEAVY
 
 
 def run(program: str) -> list[str]:
@@ -72,6 +81,17 @@ def test_what_is_saved() -> None:
 
 def test_heavy_modules_stay_out_of_a_whole_training_run() -> None:
     assert trained(True)[2] == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_heavy_modules_stay_out_of_a_whole_streamed_run(device, tmp_path: Path) -> None:
+    """Where products are deferred, too."""
+    model, data = write_model("llama", tmp_path / "model"), tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"the quick brown fox {n}"}) + "\n" for n in range(8)))
+    command = ["run", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--device", device]
+    command += ["--max-steps", "2", "--batch-size", "2", "--micro-batch-size", "1", "--host-memory", "2GiB"]
+    assert run(f"ARGUMENTS = {command}" + STREAMED)[-1] == ""
+    assert (tmp_path / "out" / "adapter").exists()
 
 
 @pytest.mark.slow

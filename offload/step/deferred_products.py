@@ -5,15 +5,17 @@ which is known. PyTorch's checkpointing stops recomputing there; here the recomp
 layers are called, and give tensors without values.
 
 [Note: deferred products]
-`Needless` learns at a block's first recomputation which linear layers reach the block's outputs through sums and views alone,
-and from then on defers their products. A deferred tensor is computed the moment anything but a sum, a view, a conversion or a
-multiplication by a number asks for it, so results never depend on what was learnt; a layer whose product was asked for is
-not deferred again. A block that asks after it has overwritten what the product was of runs once more, with nothing deferred.
+`Needless` learns at a block's first recomputation which linear layers reach the block's outputs through sums and views, and
+nothing else through them, and from then on defers their products. A deferred tensor is computed the moment anything but a
+sum, a view, a conversion or a multiplication by a number asks for it, so results never depend on what was learnt; a layer
+whose product was asked for is not deferred again. A block that asks after it has overwritten what the product was of runs
+once more, with nothing deferred.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ aten = torch.ops.aten
 PASSING_NODES = frozenset(
     f"{name}Backward0" for name in ("Add", "View", "UnsafeView", "ReshapeAlias", "Mul", "Alias", "ToCopy")
 )
-"""Nodes of autograd behind which a product may be needless. A guess: what is wrong in it is found out when it is asked for."""
+"""Nodes of autograd behind which a product may be needless. A guess: who asks without a graph is found out then."""
 
 
 class Overwritten(RuntimeError):
@@ -94,29 +96,35 @@ def values(tree: Any) -> Any:
 
 
 class DeferProducts(TorchDispatchMode):
-    """While it is entered, matrix products give deferred tensors. asked: called when one of them is computed after all."""
+    """Entered with the first layer whose product is deferred, and until its block has run: of what gets a deferred tensor
+    outside of a mode, PyTorch asks whether it is a distributed tensor, for which it imports 500 modules (36 MiB)."""
 
     entered: DeferProducts | None = None
-    """The one that is entered now, for products that are no operation of PyTorch."""
+    """The one that defers products now, for those that are no operation of PyTorch."""
 
-    def __init__(self, asked: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._asked = asked
+        self._asked: Callable[[], None] | None = None
 
-    def __enter__(self) -> DeferProducts:
-        DeferProducts.entered = self
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        DeferProducts.entered = None
-        super().__exit__(*exception)
+    @contextlib.contextmanager
+    def products_of(self, asked: Callable[[], None] | None) -> Iterator[None]:
+        """Inside, matrix products give deferred tensors. asked: called when one of them is computed after all; None: they are
+        computed at once."""
+        before = DeferProducts.entered, self._asked
+        DeferProducts.entered, self._asked = None if asked is None else self, asked
+        try:
+            yield
+        finally:
+            DeferProducts.entered, self._asked = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (aten.mm.default, aten.addmm.default) and not kwargs:
+        if self._asked is not None and func in (aten.mm.default, aten.addmm.default) and not kwargs:
             args = values(args)  # of a product of products autograd would keep tensors without values
             rows, columns = args[-2:]
             return self.defer((rows.shape[0], columns.shape[1]), lambda: func(*args), [rows, columns])
+        if Deferred in types:
+            return Deferred.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **kwargs)
 
     def defer(
@@ -126,7 +134,8 @@ class DeferProducts(TorchDispatchMode):
 
         def computed() -> torch.Tensor:
             asked()
-            return compute()
+            with self.products_of(None):
+                return compute()
 
         return Deferred(shape, operands[0].dtype, computed, operands)
 
@@ -144,8 +153,9 @@ class Needless:
             return self._learn(forward)
         try:
             with contextlib.ExitStack() as stack:
+                enter = functools.cache(lambda: stack.enter_context(DeferProducts()))
                 for layer in self._layers:
-                    stack.enter_context(self._deferring(layer))
+                    stack.enter_context(self._deferring(layer, enter))
                 return forward()
         except Overwritten:
             self._layers = []
@@ -164,23 +174,19 @@ class Needless:
         finally:
             for hook in hooks:
                 hook.remove()
-        found: dict[nn.Module, None] = {}
-        seen: set[Any] = set()
-        ahead = [o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None]
-        while ahead:
-            node = ahead.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in nodes:
-                found[nodes[node]] = None
-            elif node.name() in PASSING_NODES:
-                ahead += [following for following, _ in node.next_functions if following is not None]
-        self._layers = list(found)
+        ends = [output.grad_fn for output in outputs if isinstance(output, torch.Tensor)]
+
+        def passes(node: Any) -> bool:
+            return node not in nodes and node.name() in PASSING_NODES
+
+        readers = [node for node in _behind(ends, lambda _: True) if not passes(node)]
+        read = _behind([node for reader in readers for node, _ in reader.next_functions], passes)
+        found = dict.fromkeys(nodes[node] for node in _behind(ends, passes) if node in nodes)
+        self._layers = [layer for layer in found if not any(nodes[node] is layer for node in read & nodes.keys())]
         return outputs
 
     @contextlib.contextmanager
-    def _deferring(self, layer: nn.Module) -> Iterator[None]:
+    def _deferring(self, layer: nn.Module, enter: Callable[[], DeferProducts]) -> Iterator[None]:
         plain, own = layer.forward, layer.__dict__.get("forward")
 
         def asked() -> None:
@@ -188,7 +194,7 @@ class Needless:
                 self._layers.remove(layer)
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            with DeferProducts(asked):
+            with enter().products_of(asked):
                 return plain(*args, **kwargs)
 
         layer.forward = forward
@@ -199,3 +205,17 @@ class Needless:
                 del layer.forward
             else:
                 layer.forward = own
+
+
+def _behind(ends: Sequence[Any], passes: Callable[[Any], bool]) -> set[Any]:
+    """Nodes of autograd: `ends`, and what is behind those for which `passes`. None among `ends` are left out."""
+    seen: set[Any] = set()
+    ahead = list(ends)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if passes(node):
+            ahead += [following for following, _ in node.next_functions]
+    return seen
