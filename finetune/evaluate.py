@@ -24,6 +24,9 @@ from finetune.data.model_kinds import refuse_text
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.methods.results import find_result
+from finetune.objectives.base import make_objective, objective_class
+from finetune.objectives.preference_rows import PreferenceRows
+from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
@@ -68,7 +71,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
 class HeldOut:
     """Rows that are measured in the middle of a training run, and the shape of the passes that its plan has room for."""
 
-    rows: TextRows | TensorRows  # all of the evaluation data
+    rows: TextRows | PreferenceRows | TensorRows  # all of the evaluation data
     shape: BatchShape  # of a pass over them
 
 
@@ -94,7 +97,7 @@ def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) ->
         return planned, HeldOut(rows, shape)
     # As many tokens a pass as a step has; where they do not fit, one row.
     for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // rows.max_length), 1}, reverse=True):
-        longer = BatchShape.of_text(1, rows.max_length, micro_batches, train=False)
+        longer = BatchShape.of_text(1, rows.max_length, micro_batches * rows.versions, train=False)
         try:
             return session.plan(shape, longer), HeldOut(rows, longer)
         except PlanRefused as error:
@@ -125,7 +128,8 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
             raise UserError("no data to evaluate on: give --data (a path, a hub id, or rows)")
         print("note: there is no eval_data; measuring on the training data", file=sys.stderr)
     append_eos = config.dataset.append_eos
-    data = prepare_for(config, source, directory, choices=False, append_eos=append_eos)
+    judged = objective_class(config).judged
+    data = prepare_for(config, source, directory, choices=False, append_eos=append_eos, judged=judged)
     if (data.meta["different_completions"] or 0) >= 2:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
         append_eos = data.meta["eos_token_id"] is not None and append_eos is not False
@@ -135,16 +139,19 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
     return data
 
 
-def _open_rows(session: Session, config: Config) -> TextRows | TensorRows:
+def _open_rows(session: Session, config: Config) -> TextRows | PreferenceRows | TensorRows:
     source = config.data if config.eval_data is None else config.eval_data
     tensors = open_tensor_rows(source, session.parts)
     if tensors is not None:
         return tensors
     refuse_text(session.parts)
-    return TextRows(_prepare(config, session.parts.directory))
+    data = _prepare(config, session.parts.directory)
+    if find_objective(config.objective).section:
+        return PreferenceRows(config, make_objective(config, session, data), data)
+    return TextRows(data)
 
 
-def _plan(session: Session, rows: TextRows | TensorRows, micro_batch_size: int) -> PlannedRun:
+def _plan(session: Session, rows: TextRows | PreferenceRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
         longest = rows.longest(micro_batch_size)
@@ -159,14 +166,14 @@ def _plan(session: Session, rows: TextRows | TensorRows, micro_batch_size: int) 
         return _plan_text(session, rows, micro_batch_size)
 
 
-def _plan_text(session: Session, rows: TextRows, micro_batch_size: int) -> PlannedRun:
+def _plan_text(session: Session, rows: TextRows | PreferenceRows, micro_batch_size: int) -> PlannedRun:
     capacity = micro_batch_size * rows.max_length
-    shape = BatchShape.of_text(micro_batch_size, rows.max_length, 1, train=False)
+    shape = BatchShape.of_text(micro_batch_size, rows.max_length, rows.versions, train=False)
     return _least_reading(session, shape, -(-rows.tokens // capacity), PASS_TOKENS // capacity)
 
 
 def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limit: int) -> PlannedRun:
-    best, least, lanes = session.plan(shape), math.inf, 1
+    best, least, lanes = session.plan(shape), math.inf, shape.micro_batches
     limit = min(micro_batches, limit)
     planned = best
     while True:
@@ -184,12 +191,14 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
 
 def _measure(
     streamed: StreamedModel,
-    rows: TextRows | TensorRows,
+    rows: TextRows | PreferenceRows | TensorRows,
     shape: BatchShape,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     if isinstance(rows, TensorRows):
         return _measure_tensors(streamed, rows, shape, progress)
+    if isinstance(rows, PreferenceRows):
+        return _measure_pairs(streamed, rows, shape, progress)
     totals: dict[int, float] = {}
     tokens = done = 0
     micro_batches = _micro_batches(rows, shape)
@@ -204,7 +213,23 @@ def _measure(
     return rows.result(totals, tokens)
 
 
-def _micro_batches(rows: TextRows, shape: BatchShape) -> Iterator[list[Asked]]:
+def _measure_pairs(
+    streamed: StreamedModel, rows: PreferenceRows, shape: BatchShape, progress: Callable[[int, int], None]
+) -> dict[str, float]:
+    totals = np.zeros((rows.versions, rows.num_accounts))
+    micro_batches, done = _micro_batches(rows, shape), 0
+    while lanes := list(islice(micro_batches, max(1, shape.lanes // rows.versions))):
+        versions = [version for version in range(rows.versions) for _ in lanes]
+        found = score(streamed, lanes * rows.versions, rows.pad_token_id, versions)
+        for version, scores, lane in zip(versions, found, lanes * rows.versions, strict=True):
+            np.add.at(totals[version], np.concatenate([one.accounts for one in lane]), scores.losses)
+        done += sum(len(lane) for lane in lanes)
+        progress(done // 2, len(rows))
+    streamed.weights.enter(0)
+    return rows.result(totals)
+
+
+def _micro_batches(rows: TextRows | PreferenceRows, shape: BatchShape) -> Iterator[list[Asked]]:
     """Sequences together as long as, padded to the longest, they are no more tokens than `shape` has, and the mask that
     padding asks for is one that was planned."""
     batch: list[Asked] = []

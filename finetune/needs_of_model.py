@@ -35,7 +35,7 @@ def measure_batch(
     """
     measured = (parts, model, shape.inputs, shape.train, trained)
     visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
-    rows = shape.micro_batches * shape.rows
+    rows = shape.micro_batches * shape.rows  # what only goes forward reads the same
     row_bytes = sum(
         min(rows, source.shape[0]) * dense_bytes(source.shape[1:], parts.dtype) for _, _, source in parts.embeddings
     )
@@ -44,7 +44,7 @@ def measure_batch(
 
 def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str) -> Needs:
     """What a batch takes where compute happens. block_inputs: where they wait, see `block_input_needs`."""
-    shape, visit, lanes = batch.shape, batch.visit, batch.shape.micro_batches
+    shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
     masks, lane_bytes = MaskSize(0, 0), 0
     if "input_ids" in shape.inputs:
         masks, lane_bytes = _masks(parts, model, shape), adapter_of(model).lane_bytes(parts.dtype.itemsize)
@@ -53,7 +53,7 @@ def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block
     )
     step_bytes = shape.kept_bytes + _logits_bytes(parts, model, shape) + stored_rows + batch.row_bytes
     step_bytes += lanes * (masks.kept_bytes + lane_bytes)
-    boundaries = lanes * (len(parts.blocks) if shape.train else 1)
+    boundaries = shape.micro_batches * (len(parts.blocks) if shape.train else 1) + shape.forward_lanes
     return Needs.of(
         *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in (batch.loss_bytes, masks.made_bytes)),
         # One recomputed graph at a time is a part of the visit. Kept ones are all gone when the first one is recomputed.
@@ -138,7 +138,7 @@ def _loss_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
 
 def _logits_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
     """What all lanes hold between the last block and the loss."""
-    itemsize, head, rows = parts.dtype.itemsize, parts.head, shape.micro_batches * shape.rows
+    itemsize, head, rows = parts.dtype.itemsize, parts.head, shape.lanes * shape.rows
     if head is not None:  # hidden states before the head and their gradients; a head in chunks keeps sums in fp32
         return rows * (head.module.weight.shape[1] * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64)
     output = model.get_output_embeddings()

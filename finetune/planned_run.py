@@ -35,6 +35,7 @@ class BatchShape:
     kept_bytes: int = 0  # what a step holds beside, such as key-value caches
     packed: bool = False  # whether a row of text holds several
     samples: int | None = None  # rows of tensors in a micro-batch; None: text
+    forward_lanes: int = 0  # micro-batches more that only go forward, such as those of a reference
 
     @classmethod
     def of_text(
@@ -51,7 +52,11 @@ class BatchShape:
         whole = self.samples or self.inputs["input_ids"].shape[0]
         inputs = {name: x[:rows] if _has_sizes(x, whole) else x for name, x in self.inputs.items()}
         samples = None if self.samples is None else rows
-        return replace(self, inputs=inputs, micro_batches=self.micro_batches * -(-whole // rows), samples=samples)
+        times = -(-whole // rows)
+        return replace(
+            self, inputs=inputs, micro_batches=self.micro_batches * times, samples=samples,
+            forward_lanes=self.forward_lanes * times,
+        )  # fmt: skip
 
     def of_length(self, tokens: int) -> BatchShape:
         """Of text, with rows of at most so many tokens."""
@@ -68,6 +73,11 @@ class BatchShape:
             also = " and --micro-batch-size to 1" if rows > 1 else ""
             for tokens in _halves(self.inputs["input_ids"].shape[1], SHORTEST_ROW):
                 yield f"lower --sequence-length to {tokens}{also}", self.of_rows(1).of_length(tokens)
+
+    @property
+    def lanes(self) -> int:
+        """That go forward."""
+        return self.micro_batches + self.forward_lanes
 
     @property
     def mask_pairs(self) -> int:
@@ -145,7 +155,8 @@ class PlannedRun:
             f"on {self.device_kind}",
             f"a step: {self.shape.micro_batches // self.variants} micro-batches of at most "
             + " x ".join(map(str, next(iter(self.shape.inputs.values())).shape))
-            + (f", each under {self.variants} versions of the weights" if self.variants > 1 else ""),
+            + (f", each under {self.variants} versions of the weights" if self.variants > 1 else "")
+            + (f", and {self.shape.forward_lanes} that only go forward" if self.shape.forward_lanes else ""),
             f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; "
             + (f"{len(parts.blocks) - plan.count(GRAPHS)} recomputed in backward, " if self.shape.train else "")
             + "block inputs "
@@ -286,6 +297,8 @@ class PlannedRun:
         for size in self.streamed.experts:
             slots = self.plan.count(size.pools[0])
             read_bytes += size.read_bytes(slots, shape.rows, shape.micro_batches, shape.train)
+            if slots < size.block_count:
+                read_bytes += size.read_bytes(slots, shape.rows, shape.forward_lanes, False)
             if self.store is not None and slots < size.block_count:  # once more, to be updated
                 read_bytes += int(self.store.trained_share * size.count) * size.slot_bytes
         return read_bytes

@@ -105,7 +105,7 @@ def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
 def predict_compressed(planned: PlannedRun, rates: Rates, found: Compression, timing: Timing | None = None) -> StepTime:
     """As `predict_step`, with the model compressed without loss. What that leaves of the slots' memory first keeps weights
     decoded for a visit, if that is enough, and then blocks."""
-    slots, uses = planned.plan.slots[HOST_BLOCKS], planned.shape.micro_batches
+    slots, uses = planned.plan.slots[HOST_BLOCKS], planned.shape.lanes
     slot_bytes = round_up(max(found.block_bytes))
     one, rooms = (max(sum(sizes[:count]) for sizes in found.weight_bytes) for count in (1, DECODED_WEIGHTS))
     stays = slots.num_bytes >= slots.ring * slot_bytes + rooms
@@ -156,7 +156,8 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
 
 def _visit_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> tuple[list[float], list[float]]:
     """Of each block, by all lanes: forward and backward."""
-    lanes, store, blocks = planned.shape.micro_batches, planned.store, len(planned.streamed.block_bytes)
+    shape, store, blocks = planned.shape, planned.store, len(planned.streamed.block_bytes)
+    lanes = shape.lanes
     recomputed = blocks - planned.plan.count(GRAPHS)
     if timing is not None:
         forward = [block.forward.of(lanes) for block in timing.blocks]
@@ -164,19 +165,21 @@ def _visit_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> 
             elements = (sum(prod(view.shape) for view in layout.views.values()) for layout in planned.parts.layouts)
             visits = zip(timing.blocks, elements, strict=True)
             forward = [lanes * block.forward.other + count * timing.weight_seconds for block, count in visits]
-        return forward, [block.backward_of(lanes, index >= recomputed) for index, block in enumerate(timing.blocks)]
-    seconds = planned.batch.visit.flops * lanes / rates.flops_per_second
+        trained = shape.micro_batches
+        return forward, [block.backward_of(trained, index >= recomputed) for index, block in enumerate(timing.blocks)]
+    seconds = planned.batch.visit.flops / rates.flops_per_second
     # The product with the weights again, and for those that are trained their gradient; before that, recomputation without its
     # last products.
     again = 1.0 + (store.trained_share if store is not None else 0)
-    return [seconds] * blocks, [(again + 0.8 * (index < recomputed)) * seconds for index in range(blocks)]
+    backward = [(again + 0.8 * (index < recomputed)) * seconds * shape.micro_batches for index in range(blocks)]
+    return [seconds * lanes] * blocks, backward
 
 
 def _head_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> float:
     head, shape, store = planned.parts.head, planned.shape, planned.store
     if head is None:
         return 0.0
-    rows = shape.micro_batches * shape.rows
+    rows = (shape.micro_batches + shape.forward_lanes / 2) * shape.rows  # without the gradient
     trained = shape.train and store is not None and store.end_share > 0
     if timing is not None:
         variants = prod(head.module.weight.shape) * timing.weight_seconds if planned.variants > 1 else 0.0

@@ -121,6 +121,8 @@ def compare_methods(config: Config, planned: PlannedRun) -> list[MethodCost]:
 
 
 def _cost(config: Config, like: PlannedRun) -> MethodCost:
+    if problems := [conflict.problem for conflict in config.preference.conflicts_with(config)]:
+        return MethodCost(config.method, None, problems[0])
     try:
         session = Session(make_method(config), only_plan=True)
     except UserError as error:

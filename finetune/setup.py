@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finetune.adapters.reference import WithReference
 from finetune.adapters.saved import refuse_beside
 from finetune.config import Config
 from finetune.needs_of_model import adapter_needs
+from finetune.objectives.registry import find_objective
 from finetune.planned_run import BatchShape, MeasuredBatch, StoreSize
 from memory.errors import UserError
 from memory.needs import Needs
@@ -73,7 +75,7 @@ class Setup:
 
     def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
         """How often a visit of a block multiplies by the same weights, where they are decoded for it."""
-        return shape.micro_batches * (2 if shape.train else 1)  # recomputed, and for the gradient
+        return shape.lanes + shape.micro_batches * shape.train  # recomputed, and for the gradient
 
     def weight_seconds(self, session: Session) -> float:
         """What a step adds to compute for every weight that it updates, or of which it makes variants; measured here."""
@@ -85,7 +87,7 @@ class Setup:
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         """How the weights of the open model are to be had."""
-        return FrozenWeights
+        return WithReference if find_objective(self.config.objective).has_reference else FrozenWeights
 
     def opened(self, session: Session) -> None:
         """The model is open, for the first time."""

@@ -205,7 +205,7 @@ class Trainer:
         directory.take(config, inputs)
         append_eos = False if kind.compares_choices else config.dataset.append_eos
         data = prepare_for(
-            config, source, session.parts.directory, choices=kind.compares_choices, append_eos=append_eos
+            config, source, session.parts.directory, choices=kind.compares_choices, append_eos=append_eos, judged=kind.judged
         )
         for line in describe(data):
             print(line, file=LastingStream(sys.stderr))

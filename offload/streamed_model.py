@@ -25,7 +25,7 @@ from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
 from offload.sizing.needs import ACTIVATIONS, GRAPHS, STAGING_BYTES
 from offload.step.activations import Activations, SpillingActivations
-from offload.step.engine import Engine
+from offload.step.engine import Engine, Versions
 from offload.step.head import TiledHead
 from offload.step.own_loss import MakeLoss, StepLosses, models_own_loss
 from offload.step.traced_weights import TracedWeights
@@ -124,18 +124,19 @@ class StreamedModel:
         inputs: Sequence[dict[str, Any]],
         labels: Sequence[torch.Tensor | None],
         seeds: Sequence[int],
+        versions: Versions | None = None,
     ) -> torch.Tensor:
         """Forward and backward of one step; the loss, fp32 []. Gradients are left in `.grad`.
 
         inputs: keyword arguments of the model's forward per micro-batch. labels: what it takes as `labels`; None where the
-        loss is of other arguments.
+        loss is of other arguments. versions: as in the engine.
         By default the loss is that of the model's own forward, of all rows of the step together: each micro-batch's counts as
         its share of the labelled tokens (or of what else the loss is a mean of).
         """
         self._begin(inputs)
         inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs))
         backward = partial(self._loss.backward, inputs=inputs, watched=watched)
-        return self.engine.train_step(inputs, seeds, backward, watched)
+        return self.engine.train_step(inputs, seeds, backward, watched, versions)
 
     def step_losses(
         self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor | None], variants: int = 1

@@ -119,7 +119,7 @@ class _Keys(Section):
     @property
     def objective(self) -> Any:
         """The word for what a step makes small, or a function: see `finetune.objectives`."""
-        return self.zo.objective if "zo" in METHODS[self.method].reads else "loss"
+        return self.zo.objective if "zo" in METHODS[self.method].reads else self.training.objective
 
     @property
     def adapter(self) -> str | None:

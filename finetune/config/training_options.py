@@ -8,12 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from finetune.config.schedule_options import SCHEDULES, argument_problems, length_problem, rate_problem, warmup_steps
+from finetune.objectives.registry import PREFERENCES
 from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch
 
 
 class TrainingOptions(Section):
     """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
 
+    objective: Literal["loss", *PREFERENCES] = "loss"
+    """What methods with gradients minimise: the loss of the model's own forward, or that of preferences between answers, see
+    `preference`. For method zo there is `zo.objective`."""
     max_steps: Count | None = None
     """Stops after this many steps. None: after `epochs`."""
     epochs: Positive = 1.0
@@ -84,9 +88,10 @@ class TrainingOptions(Section):
             )
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
-        if config.objective != "loss" and (self.router_loss != "config" or self.router_loss_coefficient is not None):
-            keys = ("training.router_loss", "training.router_loss_coefficient", "zo.objective")
-            yield Conflict(keys, "expected only with zo.objective loss, found another objective")
+        left = ("config", "without") if config.objective in tuple(PREFERENCES) else ("config",)
+        if config.objective != "loss" and (self.router_loss not in left or self.router_loss_coefficient is not None):
+            keys = ("training.router_loss", "training.router_loss_coefficient", "zo.objective", "training.objective")
+            yield Conflict(keys, "expected only with objective loss, found another objective")
         schedule, arguments = self.lr_scheduler, self.lr_scheduler_kwargs
         if not any(argument_problems(schedule, arguments)):
             if problem := rate_problem(schedule, arguments, config.learning_rate):

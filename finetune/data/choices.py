@@ -47,6 +47,21 @@ class Examples:
                 self.dropped_short += not one.truncated
 
 
+class Pairs(Examples):
+    """Writes rows of two answers as two examples; dropped: rows of which an answer has no trained token left."""
+
+    def add(self, batch: Sequence[tuple[str, ParsedRow]]) -> None:
+        encoded = self._encoder.encode(batch)
+        for chosen, rejected in zip(encoded, encoded, strict=True):
+            if not (trained_tokens(chosen.labels) and trained_tokens(rejected.labels)):
+                self.dropped += 1
+                self.dropped_short += not (chosen.truncated or rejected.truncated)
+                continue
+            for one in (chosen, rejected):
+                self._writer.add(one.input_ids, one.labels)
+            self.truncated += chosen.truncated or rejected.truncated
+
+
 class Candidates(Examples):
     """Writes each row with every one of `choices` as its completion; dropped: rows of which a candidate had to be cut."""
 

@@ -54,7 +54,7 @@ class Encoder:
         groups: dict[type[RowEncoder], list[tuple[str, ParsedRow]]] = {}
         for place, row in batch:
             groups.setdefault(row.encoder, []).append((place, row))
-        found = {kind: self._encoder(kind).encode(rows) for kind, rows in groups.items()}
+        found = {kind: self.of(kind).encode(rows) for kind, rows in groups.items()}
         for _, row in batch:
             yield from next(found[row.encoder])
 
@@ -81,7 +81,8 @@ class Encoder:
         has_it = eos is None or ids[-1:] == [eos] or text.rstrip().endswith(self.tokenizer.eos_token)
         return [*ids, eos] if wanted and not has_it else ids
 
-    def _encoder(self, kind: type[RowEncoder]) -> RowEncoder:
+    def of(self, kind: type[RowEncoder]) -> RowEncoder:
+        """The one encoder of this class."""
         if kind not in self._encoders:
             self._encoders[kind] = kind(self)
         return self._encoders[kind]

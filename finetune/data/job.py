@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class TokenOptions:
     choices: bool = False
     """Prompt + completion rows become one example for each different completion in the data, so that their likelihoods can be
     compared: see TokenDataset.num_choices and .answers."""
+    judged: Literal["", "pairs"] = ""
+    """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. Empty: rows judge
+    nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,16 +11,19 @@ import torch
 from finetune.data import TokenDataset, collate
 from finetune.data.batches import Row
 from finetune.data.tensor_rows import TensorRows
+from offload.step.engine import Versions
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
     """inputs: keyword arguments of the model's forward, one dict a micro-batch. labels: its `labels`, one a micro-batch; None
-    where rows have none. tokens: of the step, without padding (samples, for data of tensors)."""
+    where rows have none. tokens: of the step, without padding (samples, for data of tensors). versions: of the weights, that
+    they meet; None: all meet the only one."""
 
     inputs: list[dict[str, Any]]
     labels: list[torch.Tensor | None]
     tokens: int
+    versions: Versions | None = None
 
 
 def make_micro_batches(

@@ -98,8 +98,11 @@ def prepare(
         return TokenDataset.open(cache_dir / key)
 
 
-def prepare_for(config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None) -> TokenDataset:
-    """The token cache of `source` as the configuration has it, beside its run. model: folder or GGUF file of the tokenizer."""
+def prepare_for(
+    config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None, judged: str = ""
+) -> TokenDataset:
+    """The token cache of `source` as the configuration has it, beside its run. model: folder or GGUF file of the tokenizer.
+    choices, judged: as in `TokenOptions`."""
     options = config.dataset
     return prepare(
         source,
@@ -112,6 +115,7 @@ def prepare_for(config: Config, source: Any, model: Path, *, choices: bool, appe
         chat_template=options.chat_template,
         trust_remote_code=config.trust_remote_code,
         choices=choices,
+        judged=judged,
     )
 
 
@@ -121,7 +125,7 @@ def describe(data: TokenDataset) -> list[str]:
     meta = data.meta
     if "rows" not in meta:
         return []
-    compared = meta["choices"] is not None
+    compared = meta["choices"] is not None or meta.get("judged") == "pairs"
     count = meta["rows"] if compared else len(data) + meta["dropped"]
     parts = [f"{meta['rows']:,} rows"] + ([f"{count:,} examples"] if count != meta["rows"] else [])
     if meta["truncated"]:

@@ -13,6 +13,7 @@ from finetune.plugin import load
 
 _FORMS: dict[str, Form] = {name: load(place) for name, place in FORMS.items()}
 
+_JUDGED_FORMS = {"pairs": "preference"}
 # Columns with which other programs weigh rows or tokens.
 ROW_WEIGHTS = frozenset("weight sample_weight sample_weights loss_weight loss_weights loss_scale".split())
 # Columns that a model of text cannot be given: that a row has one is all that is read of them.
@@ -21,20 +22,15 @@ MEDIA = frozenset("image images video videos audio audios".split())
 COLUMNS = ROW_WEIGHTS.union({"label"}, *(form.reads for form in _FORMS.values()))
 
 
-def detect_form(row: Any, place: str) -> str:
-    """The form of a file, from its first row."""
+def detect_form(row: Any, place: str, judged: str = "") -> str:
+    """The form of a file, from its first row. judged: as in `TokenOptions`; what has other columns too is pairs only there."""
     if isinstance(row, TextPiece):
         return "text"
     keys = _object(row, place).keys()
-    for name, form in sorted(_FORMS.items(), key=lambda one: not one[1].leads):
+    for name, form in sorted(_FORMS.items(), key=lambda one: (one[0] != _JUDGED_FORMS.get(judged), not one[1].leads)):
         if any(keys >= set(needed) for needed in form.needs):
             return name
     found = ", ".join(f'"{key}"' for key in list(row)[:12]) or "no keys"
-    if {"chosen", "rejected"} <= keys:
-        raise DataError(
-            f"{place}: found pairs of a chosen and a rejected answer, which are not trained on here: write the prompt with the "
-            'chosen one as "prompt" and "completion", or as "messages"'
-        )
     inner = next(
         (key for key, value in row.items() if isinstance(value, list) and value[:1] and _is_row(value[0])), None
     )
@@ -43,6 +39,20 @@ def detect_form(row: Any, place: str) -> str:
         " and ".join(f'"{column}"' for column in needed) for form in _FORMS.values() for needed in form.needs
     )
     raise DataError(f"{place}: expected a row with {', '.join(others)}, or {last}; found {found}: {todo}")
+
+
+def check_judged(form: str, judged: str, place: str) -> None:
+    """Raises DataError for rows of a form that does not suit rows which are `judged` so, see `TokenOptions`."""
+    if form == "preference" and judged != "pairs":
+        raise DataError(
+            f"{place}: found pairs of a chosen and a rejected answer: train on them with training.objective dpo, orpo, simpo "
+            'or cpo, or write the prompt with the chosen one as "prompt" and "completion"'
+        )
+    if judged == "pairs" and form != "preference":
+        raise DataError(
+            f'{place}: this training.objective compares answers: expected rows with "prompt", "chosen" and "rejected", found '
+            f"rows of the form {form}"
+        )
 
 
 def _is_row(value: Any) -> bool:

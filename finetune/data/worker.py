@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.cache import CacheWriter
-from finetune.data.choices import MAX_CHOICES, Candidates, Examples, find_choices
+from finetune.data.choices import MAX_CHOICES, Candidates, Examples, Pairs, find_choices
 from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
 from finetune.data.forms.prompt_completion import Pair
 from finetune.data.job import Job
-from finetune.data.rows import detect_form, parse
+from finetune.data.rows import check_judged, detect_form, parse
 from finetune.data.sources import File, HubSplit, read_rows
 
 BATCH_ROWS = 256
@@ -42,7 +42,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         # The hub was just found out of reach: take what was downloaded before, without minutes of trying again.
         os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer = _load_tokenizer(job)
-    rows = _Rows(sources, job.form, chat=bool(tokenizer.chat_template))
+    rows = _Rows(sources, job.form, job.judged, chat=bool(tokenizer.chat_template))
     choices = find_choices(rows) if job.choices else None
     encoder = Encoder(
         tokenizer,
@@ -53,7 +53,10 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         append_eos=False if choices and job.append_eos is None else job.append_eos,
     )
     writer = CacheWriter(Path(job.folder))
-    examples = Candidates(encoder, writer, choices) if choices else Examples(encoder, writer)
+    if choices:
+        examples = Candidates(encoder, writer, choices)
+    else:
+        examples = (Pairs if job.judged == "pairs" else Examples)(encoder, writer)
     for batch in _batches(rows):
         examples.add(batch)
         report(rows.count, writer.tokens)
@@ -78,6 +81,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "pad_token_id": _padding(tokenizer, encoder.vocab_size),
             "eos_token_id": tokenizer.eos_token_id,
             "choices": choices,
+            "judged": job.judged,
             "different_completions": rows.different_completions,
         }
     )
@@ -86,9 +90,10 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
 class _Rows:
     """The parsed rows of all sources, in order, as often as they are asked for."""
 
-    def __init__(self, sources: list[File | HubSplit], form: str, *, chat: bool) -> None:
+    def __init__(self, sources: list[File | HubSplit], form: str, judged: str, *, chat: bool) -> None:
         self._sources = sources
         self._form = form
+        self._judged = judged
         self._chat = chat
         self.count = 0
         self.forms: set[str] = set()
@@ -113,7 +118,8 @@ class _Rows:
                 if isinstance(row, DataError):
                     raise row
                 if form is None:
-                    form = detect_form(row, place)
+                    form = detect_form(row, place, self._judged)
+                check_judged(form, self._judged, place)
                 self.forms.add(form)
                 parsed = parse(row, form, place, chat=self._chat)
             except DataError as error:

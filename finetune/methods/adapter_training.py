@@ -64,8 +64,8 @@ class AdapterTraining(Method):
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options = self.config.training
         batches = self._objective.lanes(groups, self._session.device.torch_device)
-        seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
-        loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds))
+        seeds = [lane_seed(options.seed, step, i) for i in range(len(batches.inputs))]
+        loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds, batches.versions))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
         check_finite(step, loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -82,7 +82,7 @@ class AdapterTraining(Method):
         self.scheduler.step()
         self._updating = False
         self.optimizer.zero_grad()
-        return StepResult(loss, batches.tokens, learning_rate, grad_norm)
+        return StepResult(loss, batches.tokens, learning_rate, grad_norm, self._objective.logged())
 
     def _check_updated(self, step: int) -> None:
         for name, parameter in self._trainable.items():

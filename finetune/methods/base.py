@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class StepResult:
     tokens: int  # of the step
     learning_rate: float  # of the step
     grad_norm: float  # before clipping
+    more: dict[str, float] = field(default_factory=dict)  # what the objective logs, by name
 
 
 class Method(Setup):

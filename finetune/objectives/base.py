@@ -39,6 +39,8 @@ class Objective(ABC):
     """Whether rows may be samples of tensors, beside text."""
     compares_choices: ClassVar[bool] = False
     """Whether rows are prepared with all their candidates."""
+    judged: ClassVar[str] = ""
+    """What rows say of answers, see `finetune.data.job.TokenOptions.judged`."""
     lengths: np.ndarray
 
     @abstractmethod
@@ -68,6 +70,10 @@ class Objective(ABC):
         """The same rows as the model's inputs and labels, for methods that compute gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient")
 
+    def logged(self) -> dict[str, float]:
+        """What the last step's metrics say beside its loss, by name."""
+        return {}
+
     def make_loss(self, model: nn.Module, head: TiledHead | None) -> StepLoss:
         """What is made of the outputs of lanes: by default, the loss of the model's own forward. See `MakeLoss`."""
         return models_own_loss(model, head)
@@ -86,7 +92,7 @@ def make_objective(config: Config, session: Session, data: TokenDataset | Tensor
     kind = objective_class(config)
     if isinstance(data, TensorRows) and not kind.takes_tensors:
         raise UserError(
-            f"zo.objective {config.objective}: expected rows of text, found samples of tensors: use objective loss"
+            f"objective {config.objective}: expected rows of text, found samples of tensors: use objective loss"
         )
     return kind(config, session, data)
 

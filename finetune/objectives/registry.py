@@ -18,6 +18,10 @@ class ObjectiveEntry:
     """"module:Class", a `finetune.objectives.base.Objective`."""
     packs: bool = False
     """Whether a row may hold several examples; else each example is asked alone."""
+    has_reference: bool = False
+    """Whether steps meet the model without its adapter too, see `finetune.adapters.reference`."""
+    section: str = ""
+    """Of the configuration, that no other objective reads: its options; empty: it has none."""
 
     def load(self) -> type:
         """The objective's class."""
@@ -31,12 +35,21 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "exact_match": ObjectiveEntry("finetune.objectives.exact_match:ExactMatch"),
     "f1": ObjectiveEntry("finetune.objectives.f1:F1"),
 }
+PREFERENCES: dict[str, ObjectiveEntry] = {
+    "dpo": ObjectiveEntry("finetune.objectives.dpo:DPO", has_reference=True, section="preference"),
+    "cpo": ObjectiveEntry("finetune.objectives.cpo:CPO", section="preference"),
+    "simpo": ObjectiveEntry("finetune.objectives.simpo:SimPO", section="preference"),
+    "orpo": ObjectiveEntry("finetune.objectives.orpo:ORPO", section="preference"),
+}
+"""Objectives of methods with gradients, beside loss: `training.objective`."""
+OBJECTIVE_SECTIONS = {"preference": "finetune.objectives.preference_options:PreferenceOptions"}
+"""Sections that some objectives read: "module:Class", a `finetune.options.Section`."""
 _FUNCTION = ObjectiveEntry("finetune.objectives.rewards:Rewards")
 
 
 def find_objective(word: Any) -> ObjectiveEntry:
-    """word: a name of OBJECTIVES, FILE.py:FUNCTION, MODULE:FUNCTION or a function."""
-    return OBJECTIVES[word] if isinstance(word, str) and word in OBJECTIVES else _FUNCTION
+    """word: a name of OBJECTIVES or PREFERENCES, FILE.py:FUNCTION, MODULE:FUNCTION or a function."""
+    return (OBJECTIVES | PREFERENCES).get(word, _FUNCTION) if isinstance(word, str) else _FUNCTION
 
 
 def check_objective(word: Any) -> Any:

@@ -52,6 +52,7 @@ class TextRows:
         self.max_length = int(lengths.max())
         self.tokens = int(lengths[np.arange(len(lengths)), answers].sum())  # where every row is computed once
         self.pad_token_id = data.pad_token_id
+        self.versions = 1  # of the weights, that are asked
 
     def __len__(self) -> int:
         return len(self._order)

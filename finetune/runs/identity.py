@@ -18,6 +18,7 @@ from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.registry import METHODS, not_shared
+from finetune.objectives.registry import OBJECTIVE_SECTIONS, find_objective
 from memory.errors import UserError
 from offload.files.sealed import json_digest
 from offload.update import units as update_units
@@ -94,6 +95,11 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     zo |= {"fold_steps": config.zo.group_steps, "rank": config.zo.noise_rank, "clip": config.zo.most_coefficient}
     if callable(config.zo.objective):
         zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
+    values["preference"]["beta"] = config.preference.beta_of(config.objective)
+    values["preference"]["cpo_alpha"] = config.preference.cpo_alpha_of(config.objective)
+    for section in OBJECTIVE_SECTIONS:
+        if section != find_objective(config.objective).section:
+            del values[section]
     method = METHODS[config.method]
     for key in not_shared() - set(method.recorded(config)):
         del values[key]

@@ -18,6 +18,7 @@ import torch
 from finetune.config import Config
 from finetune.data import BatchPlan
 from finetune.methods.base import Method
+from finetune.reporting.report import METRIC_KEYS
 from finetune.session import Session
 from memory.errors import UserError
 from offload.devices import Device
@@ -223,4 +224,5 @@ def training_arguments(config: Config, num_steps: int, device: Device) -> Traini
 
 
 def _training_logs(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "stall_seconds")}
+    logged = [key for key in row if key not in METRIC_KEYS and key != CALLBACK_STATE and not key.startswith("eval_")]
+    return {key: row[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "stall_seconds", *logged)}

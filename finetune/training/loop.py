@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -102,7 +101,11 @@ class TrainingLoop:
         return {
             "step": self.step,
             "epoch": self._batches.epoch(batch + 1),
-            **asdict(result),
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            **result.more,
             "seconds": seconds,
             "tokens_per_s": result.tokens / seconds,
             **_difference(before, self._traffic),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,16 @@ class Visit:
     index: int  # of the block
     records: list[Record]  # what backward needs of each lane
     bound: BoundTensors | None = None  # of the block, where graphs are kept
+
+
+class Versions(NamedTuple):
+    """Which version of the weights each lane of a training step meets.
+
+    of_lanes: ascending. trained: so many lanes, the first ones, have gradients, and meet version 0. The others only go forward.
+    """
+
+    of_lanes: Sequence[int]
+    trained: int
 
 
 class Engine:
@@ -93,6 +103,7 @@ class Engine:
         seeds: Sequence[int],
         objective: Callable[[list[Any]], torch.Tensor],
         around: Sequence[AbstractContextManager] = (),
+        versions: Versions | None = None,
     ) -> torch.Tensor:
         """One forward and backward over all micro-batches; gradients are left in `.grad` of the trainable parameters.
 
@@ -101,13 +112,15 @@ class Engine:
         objective: takes the lanes' model outputs, runs backward from the loss through what follows the last block, and
             returns the loss, fp32 [].
         around: as in `Lane`, for each input.
+        versions: where lanes meet several versions of the weights; None: all meet the only one, with gradients.
         """
         self.weights.begin(self.order + self.order[::-1] + self.order)
         visits: list[Visit] = []
-        lanes = [
-            Lane(i, partial(self.model, **kwargs), seed, around=around[i] if around else None)
-            for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True))
-        ]
+        lanes = []
+        for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True)):
+            run = self.model if versions is None or i < versions.trained else self._without_gradients
+            variant = 0 if versions is None else versions.of_lanes[i]
+            lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None))
         with torch.enable_grad():
             self._run_forward(lanes, visits)
             outputs = [lane.output for lane in lanes]
@@ -115,8 +128,14 @@ class Engine:
                 lane.output = None
             loss = objective(outputs)
         del outputs
+        if versions is not None:
+            self.weights.enter(0)
         self._run_backward(visits)
         return loss
+
+    def _without_gradients(self, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.model(**kwargs)
 
     def _enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
         return Lane.current().park(BlockCall(index, args, kwargs, torch.is_grad_enabled()))

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from offload.step.deferred_logits import DeferredLogits, DeferredLoss
+from offload.step.sequence_loss import TokenLogProbs, Weigh
 from offload.step.tiled_loss import TiledCrossEntropy, TokenScores, apply_operations, lane_losses
 from offload.step.weights import HeadChunk, HeadRows, Weights
+
+if TYPE_CHECKING:
+    from offload.step.engine import Versions
 
 LOGITS_TILE_BYTES = 8 * 2**20  # fp32 logits of one tile
 TRAINED_TILE_BYTES = 32 * 2**20  # where the head is trained: every tile adds to a gradient of the head's size
@@ -83,6 +88,36 @@ class TiledHead:
             for lane in rows:
                 lane.add_weight_gradient(chunk, weight, bias)
             self._weights.add_gradients(key, weight, bias)
+
+    def sequence_backward(self, losses: Sequence[DeferredLoss], versions: Versions, weigh: Weigh) -> None:
+        """Log-probabilities of the labels of all lanes, then backward from what `weigh` makes of them, as far as
+        `loss_and_backward` goes. See [Note: losses of sequences] in `offload.step.sequence_loss`.
+
+        losses: the lanes' own; what they ask for is which rows meet which label.
+        """
+        lanes = [TokenLogProbs(loss, self._tile_tokens, i < versions.trained) for i, loss in enumerate(losses)]
+        trained, is_whole = lanes[: versions.trained], len(self._keys) == 1
+        for key in self._keys:
+            self._weights.acquire(key)
+            for lane, variant in zip(lanes, versions.of_lanes, strict=True):
+                self._weights.enter(variant)
+                if is_whole:
+                    lane.plain_log_probs(self._forward)
+                else:
+                    lane.add_chunk(self._weights.head_rows)
+            if is_whole:
+                weights = weigh([lane.log_probs for lane in lanes])
+                self._weights.enter(0)
+                for lane, weight in zip(trained, weights, strict=True):
+                    lane.plain_backward(self._forward, weight)
+            self._weights.release(key)
+        if not is_whole:
+            for lane in lanes:
+                lane.finish_log_probs()
+            for lane, weight in zip(trained, weigh([lane.log_probs for lane in lanes]), strict=True):
+                lane.finish_backward(weight)
+        for lane in trained:
+            lane.backward()
 
     def losses(self, losses: Sequence[DeferredLoss], variants: int) -> torch.Tensor:
         """What `loss_and_backward` returns, for every variant of the weights, without gradients; fp32 [variants].

@@ -12,5 +12,6 @@ FORMS = {
     "prompt_completion": "finetune.data.forms.prompt_completion:FORM",
     "alpaca": "finetune.data.forms.alpaca:FORM",
     "text": "finetune.data.forms.text:FORM",
+    "preference": "finetune.data.forms.preference:FORM",
     "input_ids": "finetune.data.forms.input_ids:FORM",
 }

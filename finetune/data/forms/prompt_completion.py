@@ -58,19 +58,24 @@ class Pair(ParsedRow):
 
 
 def parse(row: dict[str, Any], place: str, chat: bool) -> Chat | Pair:
-    prompt, completion = row.get("prompt"), row.get("completion")
+    return parse_completion(row, "completion", place)
+
+
+def parse_completion(row: dict[str, Any], key: str, place: str) -> Chat | Pair:
+    """The prompt of the row with what it has under `key` as the completion."""
+    prompt, completion = row.get("prompt"), row.get(key)
     if isinstance(prompt, list) and isinstance(completion, list):
         head, head_flags = parse_messages(prompt, "prompt", place)
-        tail, tail_flags = parse_messages(completion, "completion", place)
+        tail, tail_flags = parse_messages(completion, key, place)
         if not any(message["role"] == "assistant" for message in tail):
-            raise DataError(f'{place}: "completion" has no message of the assistant')
+            raise DataError(f'{place}: "{key}" has no message of the assistant')
         parsed = make_chat(row, head + tail, head_flags + tail_flags, place)
         # What is before the completion is given, history too.
         return replace(parsed, trained=[i for i in parsed.trained if i >= len(parsed.messages) - len(tail)])
     prompt = get(row, "prompt", str, place)
-    completion = get(row, "completion", str, place)
+    completion = get(row, key, str, place)
     if not completion:
-        raise DataError(f'{place}: "completion" is empty: there is nothing to learn in the row')
+        raise DataError(f'{place}: "{key}" is empty: there is nothing to learn in the row')
     refuse_context(row, place, "give prompt and completion as lists of messages, or write it into the prompt")
     return Pair(prompt, completion)
 

@@ -1,0 +1,34 @@
+"""The reference of preferences: the model with its adapter off, as one more version of the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offload.weights.frozen import FrozenWeights
+from offload.weights.streamed_parts import Room
+
+
+class WithReference(FrozenWeights):
+    """Frozen weights of two versions: 0, the model with its adapter; 1, without it and without dropout.
+
+    PEFT's layers read a flag of theirs at each call. PEFT's own `disable_adapter` freezes the adapters' parameters too, which
+    takes them out of graphs that are kept: the flag alone is set.
+    """
+
+    def __init__(self, room: Room) -> None:
+        super().__init__(room)
+        self._modules = [module for module in room.model.modules() if not hasattr(module, "_cache_clear")]
+        self._adapters = [module for module in room.model.modules() if hasattr(module, "_disable_adapters")]
+        self._training: list[Any] = []  # what was in train mode, while version 1 is in place
+        self._version = 0
+
+    def enter(self, variant: int) -> None:
+        if variant == self._version:
+            return
+        self._version = variant
+        for module in self._adapters:
+            module._disable_adapters = variant == 1
+        if variant:
+            self._training = [module for module in self._modules if module.training]
+        for module in self._training:
+            module.__dict__["training"] = variant == 0

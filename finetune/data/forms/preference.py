@@ -1,0 +1,85 @@
+"""prompt, chosen, rejected: a pair of answers to one prompt, of which one is preferred. Strings, or lists of messages.
+
+Each answer is an example of its own, with the prompt before it: as `prompt` and `completion` are tokenised and masked. Of lists
+of messages the prompt may be left out: then it is what both begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.errors import DataError
+from finetune.data.forms.base import Form, ParsedRow, RowEncoder
+from finetune.data.forms.chat import CONTEXT, Chat
+from finetune.data.forms.prompt_completion import Pair, parse_completion
+
+if TYPE_CHECKING:
+    from finetune.data.encode import Encoded
+
+
+class PreferenceEncoder(RowEncoder):
+    """Two examples a row: the chosen one, then the rejected one."""
+
+    def encode(self, rows: Sequence[tuple[str, Preference]]) -> Iterator[list[Encoded]]:
+        answers = [(place, answer) for place, row in rows for answer in (row.chosen, row.rejected)]
+        kinds = dict.fromkeys(answer.encoder for _, answer in answers)
+        found = {
+            kind: self._encoder.of(kind).encode([one for one in answers if one[1].encoder is kind]) for kind in kinds
+        }
+        for place, row in rows:
+            pair: list[Encoded] = []
+            for answer in (row.chosen, row.rejected):
+                texts = list(next(found[answer.encoder]))
+                if len(texts) != 1:
+                    raise DataError(
+                        f"{place}: expected an answer that is one text, but the chat template writes its turns as "
+                        f"{len(texts)}: leave the earlier turns to the prompt"
+                    )
+                pair += texts
+            yield pair
+
+
+@dataclass(frozen=True, slots=True)
+class Preference(ParsedRow):
+    """Two answers to one prompt."""
+
+    encoder = PreferenceEncoder
+
+    chosen: Chat | Pair
+    rejected: Chat | Pair
+
+    @property
+    def prompts(self) -> str | None:
+        return self.chosen.prompts
+
+    @property
+    def size(self) -> int:
+        return self.chosen.size + self.rejected.size
+
+
+def parse(row: dict[str, Any], place: str, chat: bool) -> Preference:
+    if not isinstance(row.get("prompt"), list) and all(isinstance(row.get(key), list) for key in ("chosen", "rejected")):
+        row = _with_prompt(row, place)
+    return Preference(*(parse_completion(row, key, place) for key in ("chosen", "rejected")))
+
+
+def _with_prompt(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The row with what both of its conversations begin with as the prompt; a text that is given as it must be there."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    prompt = chosen[:shared]
+    asked = row.get("prompt")
+    if not prompt or asked is not None and asked not in [one.get("content") for one in prompt if isinstance(one, dict)]:
+        raise DataError(
+            f'{place}: expected "chosen" and "rejected" to begin with the same messages, the prompt'
+            f'{"" if asked is None else " in the column of this name among them"}, found that they do not: give "prompt" as a '
+            "list of messages"
+        )
+    return {**row, "prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+FORM = Form((("chosen", "rejected"),), frozenset({"prompt", "chosen", "rejected", *CONTEXT}), parse)
