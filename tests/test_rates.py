@@ -13,6 +13,7 @@ import offload.rates.disk
 import offload.rates.machine
 from memory.errors import UserError
 from memory.machine import MachineProfile
+from memory.units import PAGE_BYTES
 from offload.devices import choose_device
 from offload.files.checkpoint import read_checkpoint
 from offload.rates.compute import HEAD_SIZE, HEADS, Sizes, measure_attention, measure_products
@@ -20,6 +21,7 @@ from offload.rates.decoders import SAMPLES, measure_decoders
 from offload.rates.disk import SLOT_BYTES, drive_name, measure_drive, nearest_directory, read_rate
 from offload.rates.machine import Effort, is_current, measure_machine
 from offload.rates.timing import seconds_of
+from offload.residency.io import IOEngine
 from offload.weights.formats import FORMATS, PlainTensor
 
 TINY = Sizes(shapes=((24, 40),), rows=(1, 3), lengths=(8,), weight_bytes=1 << 14, elements=1 << 10)
@@ -155,6 +157,24 @@ def test_reading_ends_after_the_bytes_that_are_wanted(tmp_path):
     assert len(asked) == 3  # the third is asked for and not read
     assert read_rate(iter([(path, 0, SLOT_BYTES + 5)]), 1 << 30, 1e9) > 0
     assert read_rate(iter([]), 1, 1.0) > 0
+
+
+@pytest.mark.parametrize("start", [0, 2048, 4095])
+def test_bytes_are_read_into_memory_that_is_aligned_as_they_are(start, tmp_path, monkeypatch):
+    """Others are read elsewhere and copied, at half of the speed; blocks lie in their slots as in their files."""
+    path, num_bytes = tmp_path / "file", 3 * SLOT_BYTES + 777
+    path.write_bytes(bytes(start + num_bytes))
+    tickets, submit = [], IOEngine.submit_reads
+    monkeypatch.setattr(IOEngine, "submit_reads", lambda io, extents: tickets.append(list(extents)) or submit(io, extents))
+    small = [(path, start + 100 * n, 100) for n in range(9)]
+    read_rate(iter([(path, start, num_bytes), *small]), 1 << 30, 1e9)
+    extents = [extent for ticket in tickets for extent in ticket]
+    assert all((address - offset) % PAGE_BYTES == 0 for _, offset, _, address in extents)
+    assert sum(size for _, _, size, _ in extents) == num_bytes + 900 and len(tickets) == 4  # small ones go together
+    place = start
+    for _, offset, size, _ in extents[:-9]:
+        assert offset == place and size <= SLOT_BYTES
+        place += size
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -160,7 +160,8 @@ def read_rate(ranges: Iterator[tuple[Path, int, int]], most_bytes: int, seconds:
     """
     tickets: list[int] = []
     files: dict[Path, int] = {}
-    read_bytes = 0
+    extents: list[tuple[int, int, int, int]] = []  # of the next ticket, in which small reads go together, as a block's do
+    read_bytes = waiting_bytes = 0
     with IOEngine(backend) as io:
         buffer = map_host_bytes(SLOT_BYTES)  # nobody looks at the bytes
         started = time.perf_counter()
@@ -169,12 +170,17 @@ def read_rate(ranges: Iterator[tuple[Path, int, int]], most_bytes: int, seconds:
                 break
             if path not in files:
                 files[path] = io.open(path)
-            for offset in range(start, start + num_bytes, SLOT_BYTES):
-                if len(tickets) == SLOTS:
-                    io.wait(tickets.pop(0))
-                part = min(SLOT_BYTES, start + num_bytes - offset)
-                tickets.append(io.submit_reads([(files[path], offset, part, buffer.data_ptr())]))
-                read_bytes += part
-        for ticket in tickets:
+            offset, end = start, start + num_bytes
+            while offset < end:
+                shift = offset % PAGE_BYTES  # as in its slot: memory that is aligned otherwise would be copied into
+                part = min(SLOT_BYTES - shift, end - offset)
+                extents.append((files[path], offset, part, buffer.data_ptr() + shift))
+                offset, read_bytes, waiting_bytes = offset + part, read_bytes + part, waiting_bytes + part
+                if waiting_bytes >= SLOT_BYTES // 2:
+                    if len(tickets) == SLOTS:
+                        io.wait(tickets.pop(0))
+                    tickets.append(io.submit_reads(extents))
+                    extents, waiting_bytes = [], 0
+        for ticket in [*tickets, *([io.submit_reads(extents)] if extents else [])]:
             io.wait(ticket)
         return max(read_bytes, 1) / max(time.perf_counter() - started, 1e-6)

@@ -36,8 +36,10 @@ from offload.weights.parts import ModelParts
 from offload.weights.skeleton import is_placeholder
 from offload.weights.streamed_parts import Room, StreamedParts
 
+WARM_UPS = 2  # one teaches what need not be recomputed; both touch memory for the first time, and load and compile code
 REPEATS = 3
-ENOUGH_SECONDS = 1.0  # of one kind of block, or of the head: no more repeats then
+ENOUGH_SECONDS = 1.0  # of the head, and twice that of a kind of block: no more repeats then
+LONGEST_SECONDS = 5.0  # of a first visit, after which there is a second one
 MOST_KINDS = 4  # of blocks that are run; others are as one of these
 
 
@@ -149,16 +151,14 @@ class _Visits:
         self._needless = Needless(block)
 
     def time(self, args: tuple, kwargs: dict[str, Any], train: bool, lanes: int) -> BlockSeconds:
-        """The median of some visits. Before them come one that teaches what need not be recomputed, and one in which code for
-        that is loaded. lanes: 1 or 2."""
-        started = time.perf_counter()
-        found = [self._visit(args, kwargs, train, lanes)]
-        if time.perf_counter() - started < 2 * ENOUGH_SECONDS:
-            found = [self._visit(args, kwargs, train, lanes)]
-        if time.perf_counter() - started < 2 * ENOUGH_SECONDS:
-            found, started = [], time.perf_counter()
-            while len(found) < REPEATS and (not found or time.perf_counter() - started < ENOUGH_SECONDS):
-                found.append(self._visit(args, kwargs, train, lanes))
+        """The median of some visits after those that warm up; of a large block the second visit. lanes: 1 or 2."""
+        started, found = time.perf_counter(), []
+        while len(found) < WARM_UPS + REPEATS:
+            seconds = time.perf_counter() - started
+            if found and seconds > (LONGEST_SECONDS if len(found) == 1 else 2 * ENOUGH_SECONDS):
+                break
+            found.append(self._visit(args, kwargs, train, lanes))
+        found = found[WARM_UPS:] or found[-1:]
         columns = [sorted(column)[len(column) // 2] for column in zip(*found, strict=True)]
         passes = [columns[i : i + lanes] for i in range(0, len(columns), lanes)]
         none = PassSeconds(0.0, 0.0)
