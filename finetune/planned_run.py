@@ -20,7 +20,12 @@ from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
 
 SHORTEST_ROW = 16  # tokens; shorter ones are advised to nobody
-_SERVERS = {"disk": "the disk", "link": "the link to the device", "compute": "compute"}  # of the simulator
+_SERVERS = {  # of the simulator
+    "disk": "the disk",
+    "link": "the link to the device",
+    "link back": "the link from the device",
+    "compute": "compute",
+}
 LONE_MASK_PAIRS = 1 << 18
 """Two rows of 362 tokens, 8 of 181: longer ones need not be computed together."""
 

@@ -46,7 +46,12 @@ def predict_step(
     if more_backward and work.backward_seconds:
         work = replace(work, backward_seconds=_sums(work.backward_seconds, more_backward))
     host, device = (_ring(planned, pool) for pool in (HOST_BLOCKS, DEVICE_BLOCKS))
-    speeds = Speeds(rates.read_bytes_per_second, rates.write_bytes_per_second, rates.copy_bytes_per_second)
+    speeds = Speeds(
+        rates.read_bytes_per_second,
+        rates.write_bytes_per_second,
+        rates.copy_bytes_per_second,
+        rates.copy_back_bytes_per_second,
+    )
     return simulate_step(work, speeds, host, device)
 
 
@@ -133,6 +138,10 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
     forward, backward = _visit_seconds(planned, rates, timing)
     trained = _trained_blocks(blocks, store)
     passes = 2 if shape.train else 1
+
+    def update(share: float) -> Update:
+        return _update(planned, share, timing)
+
     return StepWork(
         streamed.block_bytes,
         forward,
@@ -146,8 +155,8 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
         chunk_bytes=streamed.chunk_bytes,
         chunk_slots=max(1, plan.count(HOST_HEAD)),
         head_seconds=_head_seconds(planned, rates, timing),
-        end_update=None if store is None or not store.end_share else _update(store, store.end_share, timing),
-        updates={block: _update(store, (1 - store.end_share) / len(trained), timing) for block in trained},
+        end_update=None if store is None or not store.end_share else update(store.end_share),
+        updates={block: update((1 - store.end_share) / len(trained)) for block in trained},
         state_buffers=plan.slots[STATE].ring if store is not None else 1,
         kept_pieces=plan.slots[STATE].kept if store is not None else 0,
         end_seconds=planned.adapter_elements * ADAPTER_UPDATE_BYTES / rates.elementwise_bytes_per_second,
@@ -197,11 +206,15 @@ def _trained_blocks(blocks: int, store: StoreSize | None) -> list[int]:
     return sorted({min(blocks - 1, (i + 1) * (blocks + 1) // (count + 1) - 1) for i in range(count)})
 
 
-def _update(store: StoreSize, share: float, timing: Timing | None) -> Update:
+def _update(planned: PlannedRun, share: float, timing: Timing | None) -> Update:
     """Of a unit that has so much of what a step updates."""
+    store = planned.store
+    weight_bytes = int(store.elements * share * planned.parts.dtype.itemsize)
     return Update(
         max(1, round(store.pieces * share)),
         int(store.read_bytes * share),
         int(store.write_bytes * share),
         store.elements * share * (0.0 if timing is None else timing.weight_seconds),
+        to_host_bytes=2 * weight_bytes,
+        to_device_bytes=weight_bytes,
     )

@@ -1,8 +1,9 @@
 """Predicted time of a step: the engine's own schedule, with clocks in place of disks, links and processors.
 
-Three servers run beside each other: the disk, the link to a device, and compute; each does one thing after the other. When a
-block is fetched, and whose slot it takes, is the rule that the engine has too (`memory.fetch_policy`). A fetch begins when its
-server is free and a slot can be had; a visit begins when its block is there and the visit before it is over.
+Four servers run beside each other: the disk, the link to a device, the link back, and compute; each does one thing after the
+other. When a block is fetched, and whose slot it takes, is the rule that the engine has too (`memory.fetch_policy`). A fetch
+begins when its server is free and a slot can be had; a visit begins when its block is there and the visit before it is over.
+Beside a device, an update waits for what it copies there and back, as the engine does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Speeds:
     read: float  # from disk
     write: float = inf  # to disk; reads wait meanwhile
     copy: float = inf  # to a device
+    copy_back: float = inf  # from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Update:
     read_bytes: int  # of all pieces, from disk
     write_bytes: int  # of all pieces, to disk
     seconds: float  # of all pieces
+    to_host_bytes: int = 0  # from a device, before the first piece: weights and gradients
+    to_device_bytes: int = 0  # after the last piece: weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class StepTime:
     stall_seconds: float  # that compute waits for bytes
     read_bytes: int  # from disk
     write_bytes: int = 0  # to disk
-    busy_seconds: dict[str, float] = field(default_factory=dict)  # by server: disk, link, compute
+    busy_seconds: dict[str, float] = field(default_factory=dict)  # by server: disk, link, link back, compute
     spans: tuple[Span, ...] = ()
 
     @property
@@ -109,6 +113,13 @@ class _Server:
         if seconds:
             self._spans.append(Span(self.name, name, start, seconds))
         return self.free_at
+
+    def serve_now(self, seconds: float, now: float, name: str) -> float:
+        """The same of what is there, before what has yet to come."""
+        free_at, self.free_at = self.free_at, now
+        done = self.serve(seconds, now, name)
+        self.free_at = max(free_at, done)
+        return done
 
 
 class _Disk(_Server):
@@ -218,10 +229,10 @@ class _Buffered:
 
 class _Simulation:
     def __init__(self, work: StepWork, speeds: Speeds, host: Ring, device: Ring | None) -> None:
-        self._work = work
+        self._work, self._speeds = work, speeds
         self._spans: list[Span] = []
         self._disk, self._link = _Disk(self._spans, speeds), _Server("link", self._spans)
-        self._compute = _Server("compute", self._spans)
+        self._back, self._compute = _Server("link back", self._spans), _Server("compute", self._spans)
         self._stall_seconds = 0.0
         self._state_free_at = [0.0] * max(1, work.state_buffers)
         sizes, blocks = work.block_bytes, len(work.block_bytes)
@@ -243,7 +254,8 @@ class _Simulation:
 
     def run(self) -> StepTime:
         self._step(0)
-        start, stall, servers = self._compute.free_at, self._stall_seconds, (self._disk, self._link, self._compute)
+        start, stall = self._compute.free_at, self._stall_seconds
+        servers = (self._disk, self._link, self._back, self._compute)
         before = {server.name: server.busy_seconds for server in servers}
         read_bytes, write_bytes, spans = self._disk.read_bytes, self._disk.write_bytes, len(self._spans)
         self._step(1)
@@ -292,6 +304,7 @@ class _Simulation:
         for lane in range(work.lanes):
             if work.input_bytes and work.backward_seconds:
                 self._wait(heappop(slots))
+                self._copy_back(work.input_bytes, f"input of block {block}")
                 heappush(slots, self._disk.write(work.input_bytes, self._now, f"input of block {block}"))
             self._run(f"block {block}, lane {lane}", work.forward_seconds[block] / work.lanes)
         self._blocks.release(position, self._now)
@@ -304,6 +317,7 @@ class _Simulation:
         for lane in range(work.lanes):
             if work.input_bytes:
                 self._wait(inputs.take(self._now))
+                self._copy(work.input_bytes, f"input of block {block}")
             self._run(f"block {block} backward, lane {lane}", work.backward_seconds[block] / work.lanes)
             if work.input_bytes:
                 inputs.give_back(self._now)
@@ -338,11 +352,13 @@ class _Simulation:
 
     def _update(self, name: str, update: Update, state: _Buffered) -> None:
         pieces = self._pieces(update)
+        self._copy_back(update.to_host_bytes, name)
         for piece in range(pieces):
             self._wait(state.take(self._now))
             self._run(f"update {name}", update.seconds / pieces)
             state.give_back(self._disk.write(update.write_bytes / pieces, self._now, f"{name}, piece {piece}"))
             state.ahead(self._now)
+        self._copy(update.to_device_bytes, name)
 
     @property
     def _now(self) -> float:
@@ -350,6 +366,13 @@ class _Simulation:
 
     def _run(self, name: str, seconds: float) -> None:
         self._compute.serve(seconds, 0.0, name)
+
+    def _copy(self, num_bytes: float, name: str) -> None:
+        """Compute waits for it."""
+        self._wait(self._link.serve_now(num_bytes / self._speeds.copy, self._now, name))
+
+    def _copy_back(self, num_bytes: float, name: str) -> None:
+        self._wait(self._back.serve_now(num_bytes / self._speeds.copy_back, self._now, name))
 
     def _wait(self, until: float) -> None:
         if until > self._now:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACKS = ("disk", "link", "compute", "waiting")  # from top to bottom; others follow
+TRACKS = ("disk", "link", "link back", "compute", "waiting")  # from top to bottom; others follow
 
 
 @dataclass(frozen=True, slots=True)

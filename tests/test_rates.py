@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 import offload.rates.disk
 import offload.rates.machine
 from memory.errors import UserError
-from memory.machine import MachineProfile
+from memory.machine import Drive, MachineProfile
 from memory.units import PAGE_BYTES
 from offload.devices import choose_device
 from offload.files.checkpoint import read_checkpoint
@@ -22,6 +22,7 @@ from offload.rates.disk import SLOT_BYTES, drive_name, measure_drive, nearest_di
 from offload.rates.machine import Effort, is_current, measure_machine
 from offload.rates.timing import seconds_of
 from offload.residency.io import IOEngine
+from offload.sizing.calibration import write_rate_of
 from offload.weights.formats import FORMATS, PlainTensor
 
 TINY = Sizes(shapes=((24, 40),), rows=(1, 3), lengths=(8,), weight_bytes=1 << 14, elements=1 << 10)
@@ -195,3 +196,21 @@ def test_a_drive_is_that_of_the_nearest_directory(tmp_path):
     assert nearest_directory(tmp_path / "no" / "such") == tmp_path
     assert drive_name(tmp_path / "no" / "such") == drive_name(tmp_path)
     assert " on /proc" in drive_name(Path("/proc/self"))
+
+
+@pytest.mark.parametrize(
+    ("together", "expected"),
+    [
+        ((None, None), 500.0),  # not seen: reads and writes take turns
+        ((500.0, 250.0), 500.0),  # the same, measured in half of the time each
+        ((400.0, 400.0), 1 / (1 / 400 - 1 / 1000)),  # as many bytes each way
+        ((1000.0, 500.0), 2500.0),  # each as if it were alone: a written byte takes a fifth of its time still
+    ],
+)
+def test_what_a_written_byte_takes_beside_reads(together, expected):
+    drive = Drive(
+        read_bytes_per_second=1000.0, write_bytes_per_second=500.0, read_while_writing_bytes_per_second=together[0],
+        write_while_reading_bytes_per_second=together[1],
+    )  # fmt: skip
+    assert write_rate_of(drive) == pytest.approx(expected)
+    assert write_rate_of(drive.model_copy(update={"write_bytes_per_second": None})) == float("inf")

@@ -21,7 +21,8 @@ def test_what_computes_adds_up():
     work = replace(WORK, begin_seconds=0.25, head_seconds=3.0, end_seconds=0.5)
     found = simulate_step(work, Speeds(1.0), ALL)
     assert found.seconds == pytest.approx(12 + 3.75) and found.stall_seconds == 0 and found.read_bytes == 0
-    assert found.busy_seconds == pytest.approx({"disk": 0, "link": 0, "compute": 15.75}) and found.slowest == "compute"
+    assert found.busy_seconds == pytest.approx({"disk": 0, "link": 0, "link back": 0, "compute": 15.75})
+    assert found.slowest == "compute"
     assert sum(span.seconds for span in found.spans) == pytest.approx(found.seconds)
     assert all(0 <= span.start_seconds < found.seconds for span in found.spans)
 
@@ -101,3 +102,28 @@ def test_a_large_model_is_simulated_in_a_moment():
     work = StepWork((10**9,) * 126, (1.0,) * 126, (2.0,) * 126, updates=dict.fromkeys(range(126), update), state_buffers=12)
     found = simulate_step(work, Speeds(1e9, 1e9), NONE)
     assert found.write_bytes == pytest.approx(126e9, rel=1e-6) and len(found.spans) < 20_000
+
+
+def test_updates_wait_for_their_copies_beside_a_device():
+    """4 blocks: 200 bytes of weights and gradients down, 1 s, an update of 0.5 s, 100 bytes up, 2 s."""
+    update = Update(1, 0, 0, 0.5, to_host_bytes=200, to_device_bytes=100)
+    work = replace(WORK, updates=dict.fromkeys(range(4), update))
+    found = simulate_step(work, Speeds(1e9, copy=50.0, copy_back=200.0), ALL, ALL)
+    assert found.seconds == pytest.approx(12 + 4 * 3.5)
+    assert found.busy_seconds["link back"] == pytest.approx(4) and found.busy_seconds["link"] == pytest.approx(8)
+    assert seconds(work) == pytest.approx(12 + 4 * 0.5)  # where compute is in host memory
+
+
+def test_a_copy_of_what_is_there_does_not_wait_for_blocks_that_are_not():
+    """Two blocks are on their way, each takes 20 s from disk and is then copied; copies of updates take 0.1 s."""
+    ring = Ring(frozenset(), 2)
+    work = StepWork((100,) * 8, (20.0,) * 8, (20.0,) * 8)
+    updated = replace(work, updates=dict.fromkeys(range(8), Update(1, 0, 0, 0.0, to_device_bytes=10)))
+    without, found = (simulate_step(one, Speeds(5.0, copy=100.0), ring, ring).seconds for one in (work, updated))
+    assert without < found < without + 8 * 0.1 + 1
+
+
+def test_block_inputs_cross_the_link_on_their_way_to_disk():
+    work = replace(WORK, lanes=2, input_bytes=50, input_slots=8)
+    found = simulate_step(work, Speeds(1e9, 1e9, copy=50.0, copy_back=100.0), ALL, ALL)
+    assert found.seconds == pytest.approx(12 + 4 * 2 * (0.5 + 1.0))

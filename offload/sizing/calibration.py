@@ -32,6 +32,7 @@ class Rates:
     write_bytes_per_second: float = float("inf")  # to the run's disk
     elementwise_bytes_per_second: float = float("inf")  # read and written by operations on large tensors
     machine: str = ""  # another one than this, from whose profile they are
+    copy_back_bytes_per_second: float = float("inf")  # from the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,9 @@ def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
     return Rates(
         _read_rate(parts),
         _flop_rate(parts, device, rows),
-        _copy_rate(device),
+        _copy_rate(device, Direction.H2D),
         elementwise_bytes_per_second=_elementwise_rate(device),
+        copy_back_bytes_per_second=_copy_rate(device, Direction.D2H),
     )
 
 
@@ -62,12 +64,14 @@ def write_rate(directory: Path) -> float:
 
 
 def write_rate_of(drive: Drive) -> float:
-    """Bytes per second that are written to it while as many are read: what a written byte takes longer than one that is read
-    alone. inf: its writes are not known."""
-    if drive.write_bytes_per_second is None:
+    """Bytes per second that are written to it in a mixture of both: what a written byte takes, where one that is read takes as
+    long as alone. Of a drive that was not seen doing both, reads and writes take turns. inf: its writes are not known."""
+    read, write = drive.read_bytes_per_second, drive.write_bytes_per_second
+    if write is None:
         return float("inf")
-    both = drive.read_while_writing_bytes_per_second or drive.write_bytes_per_second
-    return 1 / max(1 / both - 1 / drive.read_bytes_per_second, 0.2 / drive.write_bytes_per_second)
+    reading, writing = drive.read_while_writing_bytes_per_second, drive.write_while_reading_bytes_per_second
+    seconds = 1 / write if reading is None or writing is None else (1 - reading / read) / writing
+    return 1 / max(seconds, 0.2 / write)
 
 
 def try_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates | NoRates:
@@ -113,13 +117,14 @@ def _elementwise_rate(device: Device) -> float:
     return repeats * 2 * x.nbytes / (time.perf_counter() - started)
 
 
-def _copy_rate(device: Device) -> float:
+def _copy_rate(device: Device, direction: Direction) -> float:
     if device.shares_host_memory:
         return float("inf")
     there, here = device.allocate_slab(COPY_PROBE_BYTES), device.allocate_host_slab(COPY_PROBE_BYTES)
-    device.synchronize(device.copy_async(there, here, Direction.H2D))
+    dst, src = (there, here) if direction is Direction.H2D else (here, there)
+    device.synchronize(device.copy_async(dst, src, direction))
     started = time.perf_counter()
     for _ in range(8):
-        event = device.copy_async(there, here, Direction.H2D)
+        event = device.copy_async(dst, src, direction)
     device.synchronize(event)
     return 8 * COPY_PROBE_BYTES / (time.perf_counter() - started)

@@ -23,7 +23,10 @@ def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rate
     machine = device.machine
     width = max(p.shape[-1] for p in parts.blocks[0].parameters())
     seconds = device.rates.product_seconds("forward", _name(parts.dtype), rows, width, width)
-    link = machine.accelerator.host_to_device_bytes_per_second if not device.shares_host_memory else None
+    link = back = None
+    if not device.shares_host_memory:
+        link = machine.accelerator.host_to_device_bytes_per_second
+        back = machine.accelerator.device_to_host_bytes_per_second
     return Rates(
         machine.drives[0].read_bytes_per_second,
         2 * rows * width * width / seconds,
@@ -31,6 +34,7 @@ def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rate
         write_rate_of(machine.drives[-1]),
         device.rates.elementwise_bytes_per_second,
         machine.name,
+        back or float("inf"),
     )
 
 
