@@ -25,7 +25,7 @@ from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.methods.results import find_result
 from finetune.objectives.base import make_objective, objective_class
-from finetune.objectives.preference_rows import PreferenceRows
+from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
@@ -71,7 +71,7 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
 class HeldOut:
     """Rows that are measured in the middle of a training run, and the shape of the passes that its plan has room for."""
 
-    rows: TextRows | PreferenceRows | TensorRows  # all of the evaluation data
+    rows: TextRows | MeasuredRows | TensorRows  # all of the evaluation data
     shape: BatchShape  # of a pass over them
 
 
@@ -139,7 +139,7 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
     return data
 
 
-def _open_rows(session: Session, config: Config) -> TextRows | PreferenceRows | TensorRows:
+def _open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | TensorRows:
     source = config.data if config.eval_data is None else config.eval_data
     tensors = open_tensor_rows(source, session.parts)
     if tensors is not None:
@@ -147,11 +147,11 @@ def _open_rows(session: Session, config: Config) -> TextRows | PreferenceRows | 
     refuse_text(session.parts)
     data = _prepare(config, session.parts.directory)
     if find_objective(config.objective).section:
-        return PreferenceRows(config, make_objective(config, session, data), data)
+        return make_objective(config, session, data).measured()
     return TextRows(data)
 
 
-def _plan(session: Session, rows: TextRows | PreferenceRows | TensorRows, micro_batch_size: int) -> PlannedRun:
+def _plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
         longest = rows.longest(micro_batch_size)
@@ -166,7 +166,7 @@ def _plan(session: Session, rows: TextRows | PreferenceRows | TensorRows, micro_
         return _plan_text(session, rows, micro_batch_size)
 
 
-def _plan_text(session: Session, rows: TextRows | PreferenceRows, micro_batch_size: int) -> PlannedRun:
+def _plan_text(session: Session, rows: TextRows | MeasuredRows, micro_batch_size: int) -> PlannedRun:
     capacity = micro_batch_size * rows.max_length
     shape = BatchShape.of_text(micro_batch_size, rows.max_length, rows.versions, train=False)
     return _least_reading(session, shape, -(-rows.tokens // capacity), PASS_TOKENS // capacity)
@@ -191,14 +191,14 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
 
 def _measure(
     streamed: StreamedModel,
-    rows: TextRows | PreferenceRows | TensorRows,
+    rows: TextRows | MeasuredRows | TensorRows,
     shape: BatchShape,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     if isinstance(rows, TensorRows):
         return _measure_tensors(streamed, rows, shape, progress)
-    if isinstance(rows, PreferenceRows):
-        return _measure_pairs(streamed, rows, shape, progress)
+    if not isinstance(rows, TextRows):
+        return _measure_judged(streamed, rows, shape, progress)
     totals: dict[int, float] = {}
     tokens = done = 0
     micro_batches = _micro_batches(rows, shape)
@@ -213,8 +213,8 @@ def _measure(
     return rows.result(totals, tokens)
 
 
-def _measure_pairs(
-    streamed: StreamedModel, rows: PreferenceRows, shape: BatchShape, progress: Callable[[int, int], None]
+def _measure_judged(
+    streamed: StreamedModel, rows: MeasuredRows, shape: BatchShape, progress: Callable[[int, int], None]
 ) -> dict[str, float]:
     totals = np.zeros((rows.versions, rows.num_accounts))
     micro_batches, done = _micro_batches(rows, shape), 0
@@ -229,7 +229,7 @@ def _measure_pairs(
     return rows.result(totals)
 
 
-def _micro_batches(rows: TextRows | PreferenceRows, shape: BatchShape) -> Iterator[list[Asked]]:
+def _micro_batches(rows: TextRows | MeasuredRows, shape: BatchShape) -> Iterator[list[Asked]]:
     """Sequences together as long as, padded to the longest, they are no more tokens than `shape` has, and the mask that
     padding asks for is one that was planned."""
     batch: list[Asked] = []

@@ -270,6 +270,80 @@ def test_evaluation(model, tmp_path, objective, options):
     assert again["examples"] == 7
 
 
+def labelled(count: int) -> list[dict[str, Any]]:
+    made = rows(count)
+    return [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 != 1} for i, row in enumerate(made)]
+
+
+def kto_loss(model: Any, batch: list[tuple[list[int], list[int], bool]]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Equations 7 and 8 of Ethayarajh et al. 2024, with the answers of a batch one row further for the other pairs."""
+    matched = [(prompt, answer) for prompt, answer, _ in batch]
+    others = [(prompt, answer) for (prompt, _, _), (_, answer, _) in zip(batch, [batch[-1], *batch[:-1]], strict=True)]
+
+    def sums(texts: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        return torch.stack([answer.sum() for _, answer in log_probs(model, texts)])
+
+    with torch.no_grad(), model.disable_adapter():
+        reference, other_reference = sums(matched), sums(others)
+    with torch.no_grad():
+        z = (sums(others) - other_reference).mean().clamp(min=0)
+    found = sums(matched)
+    ratios, wanted = found - reference, torch.tensor([label for _, _, label in batch])
+    losses = torch.where(
+        wanted, 1.5 * (1 - torch.sigmoid(0.2 * (ratios - z))), 0.5 * (1 - torch.sigmoid(0.2 * (z - ratios)))
+    )
+    logged = {"kl": z}
+    for name, here in (("chosen", wanted), ("rejected", ~wanted)):
+        if here.any():
+            logged |= {f"rewards/{name}": 0.2 * ratios.detach()[here].mean(), f"logps/{name}": found.detach()[here].mean()}
+    return losses.mean(), {name: float(value) for name, value in logged.items()}
+
+
+def test_kto(model, tmp_path):
+    """Three steps and evaluations against a plain loop; the same bits after a resume."""
+    data, held_out, weights = labelled(9), labelled(13)[9:], {"desirable_weight": 1.5, "undesirable_weight": 0.5, "beta": 0.2}
+    config = config_of(model, tmp_path / "out", data, "kto", preference=weights, eval_data=held_out)
+    Trainer(config).train()
+    pairs = [
+        [(prompt, answer, row["label"]) for (prompt, answer, _), row in zip(
+            tokenised(model, [{**row, "chosen": row["completion"], "rejected": " a"} for row in some]), some, strict=True
+        )] for some in (data, held_out)
+    ]  # fmt: skip
+    peft = adapted(model)
+    plan = BatchPlan(len(data), 4, 2, 42, np.array([len(a) + len(b) for a, b, _ in pairs[0]]), steps=3)
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], eps=EPSILON, weight_decay=0.0)
+    found = metrics_of(config)
+    for step, row in enumerate(found):
+        loss, logged = kto_loss(peft, [pairs[0][one[0]] for group in plan.step(step) for one in group])
+        for name, value in {"loss": float(loss.detach()), **logged}.items():
+            assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        loss, logged = kto_loss(peft.eval(), pairs[1])
+    for name, value in {"loss": float(loss), **logged}.items():
+        assert found[-1][f"eval_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    parts = config.model_copy(update={"output": tmp_path / "parts", "eval_data": None})
+    Trainer(parts, callbacks=[StopAfter(2)]).train()
+    Trainer(parts.model_copy(update={"resume": True})).train()
+    one, other = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (config.output, parts.output))
+    assert all(other[name].equal(value) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"prompt": "a", "completion": "b"}, 'expected "label" to be true (wanted) or false, found none'),
+    ({"prompt": "a", "completion": "b", "label": 1}, 'expected "label" to be true (wanted) or false, found a number'),
+    ({"text": "a"}, 'expected rows with "prompt", "completion" and "label", found the form text'),
+])  # fmt: skip
+def test_rows_without_a_label_are_refused(model, tmp_path, row, message):
+    with pytest.raises(UserError) as caught:
+        Trainer(config_of(model, tmp_path / "out", [row], "kto")).train()
+    assert message in str(caught.value)
+
+
 def test_without_an_adapter_the_model_is_its_own_reference(model, tmp_path):
     config = config_of(model, tmp_path / "out", rows(3), "dpo")
     found = evaluate(config)
@@ -334,6 +408,7 @@ def test_pairs_are_not_trained_on_as_text(model, tmp_path):
     ({"preference": {"simpo_gamma": 1.0}}, "expected only with training.objective simpo, found dpo"),
     ({"preference": {"loss_type": "ipo", "label_smoothing": 0.1}}, "expected 0 with loss_type ipo"),
     ({"preference": {"label_smoothing": 0.5}}, "label_smoothing"),
+    ({"training": {"objective": "kto", "batch_size": 1}}, "expected at least 2 with training.objective kto"),
     ({"training": {"router_loss": "micro_batch"}}, "expected only with objective loss"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(tmp_path, changes, message):

@@ -3,7 +3,7 @@
     tokens.int32    every example's token ids, one after the other
     labels.int32    as long; -100 where a token is not trained
     offsets.int64   number of examples + 1; example i is tokens[offsets[i]:offsets[i + 1]]
-    answers.int32   choices only: per row, which of its candidates is the right one
+    answers.int32   choices: per row, which of its candidates is the right one; labels: per row, whether it is wanted
     meta.json       counts, tokenizer, form, and checksums of the arrays and of itself; written last
 
 A folder appears under its name by one rename, complete or not at all. When it is opened all of it is read and checked, in
@@ -68,6 +68,8 @@ class TokenDataset:
             }
             if meta["choices"] is not None:
                 counts["answers.int32"] = meta["examples"] // len(meta["choices"])
+            elif meta.get("judged") == "labels":
+                counts["answers.int32"] = meta["examples"]
             for name, count in counts.items():
                 wanted, found = count * _ITEM_BYTES[name], (path / name).stat().st_size
                 if found != wanted:
@@ -112,8 +114,10 @@ class TokenDataset:
 
     @cached_property
     def answers(self) -> np.ndarray | None:
-        """Index of the right candidate, int32 [examples / num_choices]. None without choices."""
-        return None if self.meta["choices"] is None else np.fromfile(self.path / "answers.int32", np.int32)
+        """Index of the right candidate, int32 [examples / num_choices]; of rows with labels 1 where the completion is wanted,
+        else 0, int32 [examples]. None where there is neither."""
+        has_answers = self.meta["choices"] is not None or self.meta.get("judged") == "labels"
+        return np.fromfile(self.path / "answers.int32", np.int32) if has_answers else None
 
 
 def trained_tokens(labels: np.ndarray) -> int:

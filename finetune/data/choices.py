@@ -8,6 +8,7 @@ from finetune.data.cache import CacheWriter, trained_tokens
 from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
+from finetune.data.forms.labelled import Labelled
 from finetune.data.forms.prompt_completion import Pair
 
 MAX_CHOICES = 16
@@ -60,6 +61,20 @@ class Pairs(Examples):
             for one in (chosen, rejected):
                 self._writer.add(one.input_ids, one.labels)
             self.truncated += chosen.truncated or rejected.truncated
+
+
+class Labels(Examples):
+    """Writes rows of a completion and its label as one example each, with the label as the row's answer."""
+
+    def add(self, batch: Sequence[tuple[str, Labelled]]) -> None:
+        for (_, row), one in zip(batch, self._encoder.encode(batch), strict=True):
+            if trained_tokens(one.labels):
+                self._writer.add(one.input_ids, one.labels)
+                self._writer.add_answer(int(row.label))
+                self.truncated += one.truncated
+            else:
+                self.dropped += 1
+                self.dropped_short += not one.truncated
 
 
 class Candidates(Examples):

@@ -26,9 +26,9 @@ class TokenOptions:
     choices: bool = False
     """Prompt + completion rows become one example for each different completion in the data, so that their likelihoods can be
     compared: see TokenDataset.num_choices and .answers."""
-    judged: Literal["", "pairs"] = ""
-    """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. Empty: rows judge
-    nothing."""
+    judged: Literal["", "pairs", "labels"] = ""
+    """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. labels: rows of prompt
+    and completion say in "label" whether the completion is wanted; see TokenDataset.answers. Empty: rows judge nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

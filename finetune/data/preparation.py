@@ -125,7 +125,7 @@ def describe(data: TokenDataset) -> list[str]:
     meta = data.meta
     if "rows" not in meta:
         return []
-    compared = meta["choices"] is not None or meta.get("judged") == "pairs"
+    compared = meta["choices"] is not None or bool(meta.get("judged"))
     count = meta["rows"] if compared else len(data) + meta["dropped"]
     parts = [f"{meta['rows']:,} rows"] + ([f"{count:,} examples"] if count != meta["rows"] else [])
     if meta["truncated"]:

@@ -7,13 +7,14 @@ from typing import Any
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.forms.base import Form, ParsedRow
+from finetune.data.forms.labelled import with_label
 from finetune.data.forms.text import TextPiece
 from finetune.data.messages import kind_of
 from finetune.plugin import load
 
 _FORMS: dict[str, Form] = {name: load(place) for name, place in FORMS.items()}
 
-_JUDGED_FORMS = {"pairs": "preference"}
+_JUDGED_FORMS = {"pairs": "preference", "labels": "prompt_completion"}
 # Columns with which other programs weigh rows or tokens.
 ROW_WEIGHTS = frozenset("weight sample_weight sample_weights loss_weight loss_weights loss_scale".split())
 # Columns that a model of text cannot be given: that a row has one is all that is read of them.
@@ -48,10 +49,11 @@ def check_judged(form: str, judged: str, place: str) -> None:
             f"{place}: found pairs of a chosen and a rejected answer: train on them with training.objective dpo, orpo, simpo "
             'or cpo, or write the prompt with the chosen one as "prompt" and "completion"'
         )
-    if judged == "pairs" and form != "preference":
+    wanted = _JUDGED_FORMS.get(judged, form)
+    if form != wanted:
+        columns = {"pairs": '"prompt", "chosen" and "rejected"', "labels": '"prompt", "completion" and "label"'}[judged]
         raise DataError(
-            f'{place}: this training.objective compares answers: expected rows with "prompt", "chosen" and "rejected", found '
-            f"rows of the form {form}"
+            f"{place}: this training.objective is of judged answers: expected rows with {columns}, found the form {form}"
         )
 
 
@@ -62,10 +64,10 @@ def _is_row(value: Any) -> bool:
         return False
 
 
-def parse(row: Any, form: str, place: str, *, chat: bool) -> ParsedRow:
+def parse(row: Any, form: str, place: str, *, chat: bool, judged: str = "") -> ParsedRow:
     """Check one row of a known form.
 
-    `chat`: the tokenizer has a chat template, through which Alpaca rows then go.
+    `chat`: the tokenizer has a chat template, through which Alpaca rows then go. `judged`: as in `TokenOptions`.
     Raises DataError naming `place`, the key, what was expected and what was found.
     """
     if isinstance(row, TextPiece):
@@ -77,10 +79,12 @@ def parse(row: Any, form: str, place: str, *, chat: bool) -> ParsedRow:
     if kind.has_answers and (media := sorted(key for key in MEDIA & row.keys() if row[key])):
         raise DataError(f'{place}: found "{media[0]}": only text is trained on here: remove the column, or the rows')
     _refuse_weights(row, place)
+    if judged == "labels":
+        return with_label(kind.parse(row, place, chat), row, place)
     if kind.has_answers and row.get("label") is False:
         raise DataError(
             f'{place}: found "label" false, which marks an unwanted answer (TRL\'s KTO). It would be learned like any '
-            "other: leave such rows out"
+            "other: leave such rows out, or train with training.objective kto"
         )
     return kind.parse(row, place, chat)
 

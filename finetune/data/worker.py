@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.cache import CacheWriter
-from finetune.data.choices import MAX_CHOICES, Candidates, Examples, Pairs, find_choices
+from finetune.data.choices import MAX_CHOICES, Candidates, Examples, Labels, Pairs, find_choices
 from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
@@ -56,7 +56,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     if choices:
         examples = Candidates(encoder, writer, choices)
     else:
-        examples = (Pairs if job.judged == "pairs" else Examples)(encoder, writer)
+        examples = {"": Examples, "pairs": Pairs, "labels": Labels}[job.judged](encoder, writer)
     for batch in _batches(rows):
         examples.add(batch)
         report(rows.count, writer.tokens)
@@ -121,7 +121,7 @@ class _Rows:
                     form = detect_form(row, place, self._judged)
                 check_judged(form, self._judged, place)
                 self.forms.add(form)
-                parsed = parse(row, form, place, chat=self._chat)
+                parsed = parse(row, form, place, chat=self._chat, judged=self._judged)
             except DataError as error:
                 raise DataError(f"{error}{self._more(rows, form)}") from error
             if parsed.prompts is not None:
@@ -141,7 +141,7 @@ class _Rows:
                 try:
                     if isinstance(row, DataError):
                         raise row
-                    parse(row, form, place, chat=self._chat)
+                    parse(row, form, place, chat=self._chat, judged=self._judged)
                 except DataError:
                     bad += 1
         return f" (and {bad} more bad row{'s' if bad > 1 else ''})" if bad else ""

@@ -14,6 +14,7 @@ Of methods with gradients, beside loss (`training.objective`), for rows of a cho
 |----------------|-------------------------------------------------------------------------------------|---------|
 | dpo            | mean loss of the difference of log(p / reference) between the answers               | 1       |
 | cpo, simpo     | mean loss of the difference of log p between the answers                            | 1       |
+| kto            | of single rows with a label: mean loss of log(p / reference), against the step's    | 1       |
 | orpo           | mean cross entropy of the chosen texts, and mean loss of the odds ratio             | 1       |
 
 classification is MeZO's train_as_classification, the last three its "non-differentiable objectives" (Malladi et al. 2023,

@@ -6,8 +6,9 @@ import torch
 
 from finetune.config import Config
 from finetune.data import TokenDataset
+from finetune.objectives.answers import Answers, Pairs
 from finetune.objectives.pair_losses import hinge_loss, ipo_loss, sigmoid_loss
-from finetune.objectives.preference import Answers, Pairs, Preference
+from finetune.objectives.preference import Preference
 from finetune.session import Session
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from finetune.objectives.answers import Answers, Pairs
 from finetune.objectives.pair_losses import hinge_loss, ipo_loss, robust_loss, sigmoid_loss
-from finetune.objectives.preference import Answers, Pairs, Preference
+from finetune.objectives.preference import Preference
 
 
 class DPO(Preference):

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from finetune.config import Config
 from finetune.data import TokenDataset
-from finetune.objectives.preference import Answers, Pairs, Preference
+from finetune.objectives.answers import Answers, Pairs
+from finetune.objectives.preference import Preference
 from finetune.session import Session
 
 

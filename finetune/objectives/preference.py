@@ -1,8 +1,6 @@
 """What objectives have in common that compare two answers to one prompt.
 
-The chosen answers of a micro-batch are one lane, the rejected ones another. An objective with a reference has every lane a
-second time, under the weights without the adapter: these lanes only go forward, in the same visits of blocks. So a step reads
-the base as often as one of supervised training. See [Note: losses of sequences] in `offload.step.sequence_loss`.
+The chosen answers of a micro-batch are one lane, the rejected ones another; with a reference there are as many more.
 
 The loss is the mean over the pairs of a step. With `nll_weight`, the mean cross entropy of the chosen answers' tokens, over the
 step, is added. What is logged has TRL's names: rewards/chosen, rewards/rejected, rewards/accuracies (how often the first is
@@ -13,64 +11,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.batches import Row
 from finetune.data.cache import MASKED
 from finetune.data.micro_batches import MicroBatches, make_micro_batches
-from finetune.objectives.base import Objective, scored_shape
+from finetune.objectives.answers import Answers, LabelledLane, Pairs, joined
+from finetune.objectives.base import scored_shape
+from finetune.objectives.judged import Judged
+from finetune.objectives.preference_rows import PreferenceRows
 from finetune.objectives.registry import find_objective
-from finetune.objectives.router_loss import RouterLoss
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.variants import Variant
 from offload.step.engine import Versions
-from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, StepLosses, loss_in
-from offload.streamed_model import StreamedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The chosen or the rejected answers of some pairs. All fp32 [pairs]."""
-
-    sums: torch.Tensor  # of the log-probabilities of an answer's tokens
-    counts: torch.Tensor  # of these
-    reference: torch.Tensor | None = None  # the same sums, of the reference
-
-    @property
-    def means(self) -> torch.Tensor:
-        return self.sums / self.counts
-
-    @property
-    def log_ratios(self) -> torch.Tensor:
-        """Of the model to its reference."""
-        return self.sums - self.reference
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Some pairs, and the text whose cross entropy is added, where one is. text_sums: fp32 [pairs], of log-probabilities."""
-
-    chosen: Answers
-    rejected: Answers
-    text_sums: torch.Tensor
-    text_tokens: int
-
-
-class Preference(Objective):
+class Preference(Judged):
     """A subclass says what a pair costs, and what it calls the reward of an answer."""
 
-    has_gradient = True
     judged = "pairs"
     nll_weight: float = 0.0
     """Of the mean cross entropy of the chosen answers."""
@@ -78,28 +42,16 @@ class Preference(Objective):
     """Whether that is over their prompts too."""
 
     def __init__(self, config: Config, session: Session, data: TokenDataset) -> None:
-        self._config = config
-        self._data = data
+        super().__init__(config, session, data)
         self.lengths = np.asarray(data.lengths).reshape(-1, 2).max(axis=1)
-        self._routers = RouterLoss(config.training, session.parts.model)
-        self.beta = config.preference.beta_of(config.objective)
-        self._lanes: list[_Lane] = []
-        self._loss = torch.zeros(())
-        self._logged: dict[str, float] = {}
+        self._has_reference = find_objective(config.objective).has_reference
 
     @classmethod
     def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:
-        if session.parts.head is None:
-            raise UserError(
-                f"training.objective: expected a language model, whose head is a linear layer, with {config.objective}, found "
-                f"{type(session.parts.model).__name__}"
-            )
+        cls.check_head(config, session)
         shape = scored_shape(config, longest)
         shape = replace(shape, micro_batches=2 * shape.micro_batches)
         return replace(shape, forward_lanes=shape.micro_batches) if find_objective(config.objective).has_reference else shape
-
-    def shape(self, session: Session) -> BatchShape:
-        return self.full_shape(self._config, session, int(self.lengths.max()))
 
     @abstractmethod
     def losses(self, pairs: Pairs) -> torch.Tensor:
@@ -139,99 +91,28 @@ class Preference(Objective):
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         sides = [[(2 * row[0] + side,) for row in rows] for rows in groups for side in (0, 1)]
         batches = make_micro_batches(self._data, sides, device)
-        batches = replace(batches, inputs=[kwargs | self._routers.inputs for kwargs in batches.inputs])
-        labels, self._lanes = list(batches.labels), []
+        labels, lanes = list(batches.labels), []
         for index, answers in enumerate(batches.labels):
             asks_text = self.nll_of_prompts and index % 2 == 0
             if asks_text:
                 labels[index] = _labels_of_text(batches.inputs[index])
-            self._lanes.append(_Lane.of(labels[index], answers if asks_text else None))
-        count = len(labels)
-        if not find_objective(self._config.objective).has_reference:
-            return replace(batches, labels=labels, versions=Versions([0] * count, count))
-        return replace(
-            batches, inputs=batches.inputs * 2, labels=labels * 2, versions=Versions([0] * count + [1] * count, count)
-        )
+            lanes.append(LabelledLane.of(labels[index], answers if asks_text else None))
+        count, times = len(lanes), 2 if self._has_reference else 1
+        versions = Versions([version for version in range(times) for _ in lanes], count)
+        return self.asked(replace(batches, inputs=batches.inputs * times, labels=labels * times), lanes * times, versions)
 
-    def make_loss(self, model: nn.Module, head: TiledHead | None) -> StepLoss:
-        return _StepLoss(self, model, head)
+    def of_lanes(
+        self, lanes: Sequence[LabelledLane], log_probs: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        count = len(lanes) // 2 if self._has_reference else len(lanes)
+        references = log_probs[count:] or [None] * count
+        parts = [lane.answers(*one) for lane, *one in zip(lanes[:count], log_probs[:count], references, strict=True)]
+        chosen, rejected = joined([one for one, _ in parts[::2]]), joined([one for one, _ in parts[1::2]])
+        text_sums = torch.cat([text for _, text in parts[::2]])
+        return self.of_pairs(Pairs(chosen, rejected, text_sums, sum(sum(lane.counts) for lane in lanes[:count:2])))
 
-    def logged(self) -> dict[str, float]:
-        return self._logged
-
-    def values(
-        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
-    ) -> tuple[np.ndarray, int]:
-        raise NotImplementedError("method zo is refused with objectives that compare answers")
-
-    def backward(self, model: nn.Module, head: TiledHead, outputs: list[Any]) -> torch.Tensor:
-        """Of the lanes that `lanes` has made last. The loss, fp32 []."""
-        losses, count = [loss_in(model, output) for output in outputs], len(self._lanes)
-        for i, loss in enumerate(losses):
-            if loss.num_items != sum(self._lanes[i % count].counts):
-                raise UserError(
-                    f"training.objective {self._config.objective}: expected a loss of the next token from "
-                    f"{type(model).__name__}, found one of other tokens"
-                )
-        of_lanes = [0] * count + [1] * (len(losses) - count)
-        head.sequence_backward(losses, Versions(of_lanes, count), self._weigh)
-        return self._loss
-
-    def _weigh(self, log_probs: list[torch.Tensor]) -> list[torch.Tensor]:
-        count = len(self._lanes)
-        leaves = [one.detach().cpu().requires_grad_() for one in log_probs[:count]]
-        references = [one.cpu() for one in log_probs[count:]] or [None] * count
-        with torch.enable_grad():
-            lanes = zip(self._lanes, leaves, references, strict=True)
-            parts = [lane.answers(leaf, reference) for lane, leaf, reference in lanes]
-            chosen, rejected = _joined([one for one, _ in parts[::2]]), _joined([one for one, _ in parts[1::2]])
-            text_sums = torch.cat([text for _, text in parts[::2]])
-            loss, self._logged = self.of_pairs(
-                Pairs(chosen, rejected, text_sums, sum(sum(lane.counts) for lane in self._lanes[::2]))
-            )
-        loss.backward()
-        self._loss = loss.detach()
-        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """counts: labelled tokens of each sequence. of_answers: bool [labels of the lane], which are of answers; None: all are."""
-
-    counts: list[int]
-    of_answers: torch.Tensor | None
-
-    @classmethod
-    def of(cls, labels: torch.Tensor, answers: torch.Tensor | None) -> _Lane:
-        """labels: int64 [B, T], what the model is asked. answers: the same of the answers alone; None: `labels` are."""
-        counts = (labels != MASKED).sum(dim=1).tolist()
-        return cls(counts, None if answers is None else (answers != MASKED)[labels != MASKED].cpu())
-
-    def answers(self, log_probs: torch.Tensor, reference: torch.Tensor | None) -> tuple[Answers, torch.Tensor]:
-        """The answers, and sums over all labels [sequences]. log_probs, reference: fp32 [labels of the lane]."""
-        texts = log_probs.split(self.counts)
-        if self.of_answers is None:
-            answers, text_sums = texts, _sums(texts)
-        else:
-            flags = self.of_answers.split(self.counts)
-            answers, text_sums = [one[flag] for one, flag in zip(texts, flags, strict=True)], _sums(texts)
-        counts = torch.tensor([float(len(one)) for one in answers])
-        sums = text_sums if self.of_answers is None else _sums(answers)
-        return Answers(sums, counts, None if reference is None else _sums(reference.split(self.counts))), text_sums
-
-
-def _sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([part.sum() for part in parts])
-
-
-def _joined(parts: Sequence[Answers]) -> Answers:
-    """One behind the other."""
-    references = [one.reference for one in parts if one.reference is not None]
-    return Answers(
-        torch.cat([one.sums for one in parts]),
-        torch.cat([one.counts for one in parts]),
-        torch.cat(references) if references else None,
-    )
+    def measured(self) -> PreferenceRows:
+        return PreferenceRows(self, self._data, 2 if self._has_reference else 1)
 
 
 def _labels_of_text(inputs: dict[str, Any]) -> torch.Tensor:
@@ -240,23 +121,3 @@ def _labels_of_text(inputs: dict[str, Any]) -> torch.Tensor:
     labels = ids.clone() if mask is None else ids.masked_fill(mask == 0, MASKED)
     labels[:, 0] = MASKED
     return labels
-
-
-class _StepLoss:
-    """A `StepLoss` of an objective's lanes."""
-
-    def __init__(self, objective: Preference, model: nn.Module, head: TiledHead) -> None:
-        self._objective = objective
-        self._model = model
-        self._head = head
-
-    def watch(self, lanes: int) -> Sequence[AbstractContextManager]:
-        return ()
-
-    def backward(self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any]) -> torch.Tensor:
-        return self._objective.backward(self._model, self._head, outputs)
-
-    def values(
-        self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any], variants: int
-    ) -> StepLosses:
-        raise NotImplementedError("objectives that compare answers are evaluated by scores of tokens")

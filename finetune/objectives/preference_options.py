@@ -17,14 +17,15 @@ _READS = {
     "cpo": ("beta", "loss_type", "label_smoothing", "cpo_alpha"),
     "simpo": ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha"),
     "orpo": ("beta", "orpo_prompt_loss"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
 }
 
 
 class PreferenceOptions(Section):
-    """Of `training.objective` dpo, cpo, simpo and orpo."""
+    """Of `training.objective` dpo, cpo, simpo, orpo and kto."""
 
     beta: Positive | None = None
-    """dpo: how near the model stays to its reference. cpo, simpo: the scale of rewards. orpo: the weight of the odds ratio
+    """dpo, kto: how near the model stays to its reference. cpo, simpo: the scale of rewards. orpo: the weight of the odds ratio
     (lambda in its paper). ipo: tau. None: 0.1, and 2.0 for simpo."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     """Of dpo and cpo. robust is for dpo."""
@@ -36,6 +37,11 @@ class PreferenceOptions(Section):
     """cpo, simpo: the weight of the chosen answers' mean cross entropy. None: 1 for cpo, 0 for simpo."""
     orpo_prompt_loss: Switch = True
     """orpo: whether that mean is over the prompt too, as in the authors' code and TRL; else over the answer alone."""
+
+    desirable_weight: NonNegative = 1.0
+    """kto: of rows whose answer is wanted."""
+    undesirable_weight: NonNegative = 1.0
+    """kto: of rows whose answer is not wanted."""
 
     def beta_of(self, objective: str) -> float:
         """With this `training.objective`."""
@@ -72,6 +78,12 @@ def _conflicts_of_run(config: Any, word: str) -> Iterator[Conflict]:
         yield Conflict(
             ("training.objective", "method"),
             f"training.objective: {word} is trained with method lora so far, found method {config.method}",
+        )
+    if word == "kto" and config.training.batch_size == 1:
+        yield Conflict(
+            ("training.objective", "training.batch_size"),
+            "training.batch_size: expected at least 2 with training.objective kto, which pairs prompts with other rows' "
+            "answers, found 1",
         )
     if config.dataset.packing:
         yield Conflict(

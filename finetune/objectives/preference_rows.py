@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.cache import MASKED
-from finetune.objectives.preference import Answers, Pairs, Preference
-from finetune.objectives.registry import find_objective
+from finetune.objectives.answers import Answers, Pairs
 from finetune.objectives.scoring import Asked
+
+if TYPE_CHECKING:
+    from finetune.objectives.preference import Preference
 
 
 class PreferenceRows:
-    """The pairs of a token cache as `Asked` sequences, longest pair first: of each the chosen answer, then the rejected one.
+    """Pairs, of each the chosen answer, then the rejected one.
 
     accounts: 3 r and 3 r + 1 for the answers of pair r; 3 r + 2 for the rest of a chosen text whose cross entropy is asked for.
-    versions: of the weights, under which all are asked.
     """
 
-    def __init__(self, config: Config, objective: Preference, data: TokenDataset) -> None:
+    def __init__(self, objective: Preference, data: TokenDataset, versions: int) -> None:
         self._objective = objective
         self._data = data
         self._order = np.argsort(-objective.lengths, kind="stable")
         self._counts = np.zeros(3 * len(self._order))
-        self.versions = 2 if find_objective(config.objective).has_reference else 1
+        self.versions = versions
         self.max_length = int(objective.lengths.max())
         self.tokens = self.versions * int(np.asarray(data.lengths).sum())
         self.pad_token_id = data.pad_token_id
@@ -44,7 +45,6 @@ class PreferenceRows:
         return len(self._counts)
 
     def result(self, totals: np.ndarray) -> dict[str, float]:
-        """totals: fp64 [versions, accounts], cross entropies."""
         sums = torch.from_numpy(-totals.reshape(self.versions, -1, 3)).float()
         counts = torch.from_numpy(self._counts.reshape(-1, 3)).float()
         chosen, rejected = (

@@ -40,6 +40,7 @@ PREFERENCES: dict[str, ObjectiveEntry] = {
     "cpo": ObjectiveEntry("finetune.objectives.cpo:CPO", section="preference"),
     "simpo": ObjectiveEntry("finetune.objectives.simpo:SimPO", section="preference"),
     "orpo": ObjectiveEntry("finetune.objectives.orpo:ORPO", section="preference"),
+    "kto": ObjectiveEntry("finetune.objectives.kto:KTO", has_reference=True, section="preference"),
 }
 """Objectives of methods with gradients, beside loss: `training.objective`."""
 OBJECTIVE_SECTIONS = {"preference": "finetune.objectives.preference_options:PreferenceOptions"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from finetune.objectives.answers import Answers, Pairs
 from finetune.objectives.cpo import CPO
 from finetune.objectives.pair_losses import sigmoid_loss
-from finetune.objectives.preference import Answers, Pairs
 
 
 class SimPO(CPO):

@@ -16,29 +16,30 @@ from finetune.data.forms.chat import CONTEXT, Chat
 from finetune.data.forms.prompt_completion import Pair, parse_completion
 
 if TYPE_CHECKING:
-    from finetune.data.encode import Encoded
+    from finetune.data.encode import Encoded, Encoder
 
 
 class PreferenceEncoder(RowEncoder):
     """Two examples a row: the chosen one, then the rejected one."""
 
     def encode(self, rows: Sequence[tuple[str, Preference]]) -> Iterator[list[Encoded]]:
-        answers = [(place, answer) for place, row in rows for answer in (row.chosen, row.rejected)]
-        kinds = dict.fromkeys(answer.encoder for _, answer in answers)
-        found = {
-            kind: self._encoder.of(kind).encode([one for one in answers if one[1].encoder is kind]) for kind in kinds
-        }
-        for place, row in rows:
-            pair: list[Encoded] = []
-            for answer in (row.chosen, row.rejected):
-                texts = list(next(found[answer.encoder]))
-                if len(texts) != 1:
-                    raise DataError(
-                        f"{place}: expected an answer that is one text, but the chat template writes its turns as "
-                        f"{len(texts)}: leave the earlier turns to the prompt"
-                    )
-                pair += texts
-            yield pair
+        answers = one_text(self._encoder, [(place, one) for place, row in rows for one in (row.chosen, row.rejected)])
+        for pair in zip(answers, answers, strict=True):
+            yield list(pair)
+
+
+def one_text(encoder: Encoder, answers: Sequence[tuple[str, ParsedRow]]) -> Iterator[Encoded]:
+    """The (place, answer)s in order, each of which is to be one text. Raises DataError naming the place of one that is not."""
+    kinds = dict.fromkeys(answer.encoder for _, answer in answers)
+    found = {kind: encoder.of(kind).encode([one for one in answers if one[1].encoder is kind]) for kind in kinds}
+    for place, answer in answers:
+        texts = list(next(found[answer.encoder]))
+        if len(texts) != 1:
+            raise DataError(
+                f"{place}: expected an answer that is one text, but the chat template writes its turns as {len(texts)}: leave "
+                "the earlier turns to the prompt"
+            )
+        yield texts[0]
 
 
 @dataclass(frozen=True, slots=True)
