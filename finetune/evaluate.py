@@ -145,6 +145,8 @@ def _open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Te
     if tensors is not None:
         return tensors
     refuse_text(session.parts)
+    if find_objective(config.objective).has_reference:
+        session.setup.check_reference(session)
     data = _prepare(config, session.parts.directory)
     if find_objective(config.objective).section:
         return make_objective(config, session, data).measured()

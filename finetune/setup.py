@@ -36,13 +36,15 @@ class Setup:
     A session calls `check_model`, `wrap`, `prepare`, `needs` as often as it plans, `open_weights`, `opened` and `close`, in
     this order.
     notes: what the user should know of it. has_gradients: whether steps compute them. variants: versions of the weights that a
-    step computes. frozen: whether the model's own weights stay as they are stored. gradient_names: per block, local names of
-    the model's own weights that get gradients. store: what those take of the disk.
+    step computes. frozen: whether the model's own weights stay as they are stored. tuned: whether they are others than the
+    checkpoint's. gradient_names: per block, local names of the model's own weights that get gradients. store: what those take
+    of the disk.
     """
 
     has_gradients = False
     variants = 1
     frozen = True
+    tuned = False
     gradient_names: Sequence[frozenset[str]] | None = None
     store: StoreSize | None = None
 
@@ -89,6 +91,14 @@ class Setup:
         """How the weights of the open model are to be had."""
         return WithReference if find_objective(self.config.objective).has_reference else FrozenWeights
 
+    def check_reference(self, session: Session) -> None:
+        """Raises UserError where the model without its adapter cannot be had beside the one with it, see `WithReference`."""
+        peft_config = getattr(session.model, "active_peft_config", None)
+        if self.tuned:
+            raise _no_reference(self.config.objective, "one whose own weights were tuned")
+        if peft_config is not None and peft_config.is_prompt_learning:
+            raise _no_reference(self.config.objective, "one with a prefix or prompt")
+
     def opened(self, session: Session) -> None:
         """The model is open, for the first time."""
 
@@ -98,6 +108,13 @@ class Setup:
 
     def close(self) -> None:
         """Gives up files and locks; also after an error, and more than once."""
+
+
+def _no_reference(objective: str, found: str) -> UserError:
+    return UserError(
+        f"training.objective {objective}: expected the model as it is, or one with an adapter that can be switched off for the "
+        f"reference, found {found}"
+    )
 
 
 def choose_dtype(word: str, device: Device, has_gradients: bool, stored: torch.dtype) -> torch.dtype:

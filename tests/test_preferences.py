@@ -14,7 +14,7 @@ import torch
 from data_tools import CHATML, prepare_in_this_process
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from text_models import StopAfter, make_config, plain_model, write_model, write_rows
+from text_models import StopAfter, make_config, plain_model, write_model, write_prefix, write_rows
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -176,6 +176,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("tile_vocab", [None, 100], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize(("objective", "loss_type", "options"), CASES)
 def test_three_steps_are_those_of_a_plain_loop(model, tmp_path, objective, loss_type, options, tile_vocab):
@@ -207,7 +208,7 @@ def test_placement_changes_no_bit_and_a_run_resumes(model, tmp_path, objective):
     parts = config_of(model, tmp_path / "parts", data, objective, engine={"kept_graphs": 0, "resident_blocks": 0})
     Trainer(parts, callbacks=[StopAfter(2)]).train()
     Trainer(parts.model_copy(update={"resume": True})).train()
-    graphs = config_of(model, tmp_path / "graphs", data, objective, engine={"kept_graphs": 3})
+    graphs = config_of(model, tmp_path / "graphs", data, objective, engine={"kept_graphs": 3}, device="simulated")
     Trainer(graphs).train()
     values = [load_file(one.output / "adapter" / "adapter_model.safetensors") for one in (whole, parts, graphs)]
     for other in values[1:]:
@@ -230,13 +231,26 @@ def test_the_base_is_read_as_often_as_by_supervised_steps(model, tmp_path):
     assert 0 < read[0] <= 1.02 * read[1]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_reference_is_the_base_without_dropout(kind, tmp_path):
-    """GPT-2 has dropout of its own; the adapter's begins to matter at the second step."""
+ADAPTERS = {
+    "gpt2 with its own dropout": ("gpt2", {"dropout": 0.5, "target_modules": ["c_attn"]}),
+    "head": ("llama", {"dropout": 0.5, "target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "dora": ("llama", {"use_dora": True, "target_modules": ["down_proj"]}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "modules to save": ("llama", {"target_modules": ["q_proj"], "extra": {"modules_to_save": ["lm_head", "norm"]}}),
+    "rows": ("llama", {"target_modules": ["q_proj"], "extra": {"trainable_token_indices": [5, 300]}}),
+}
+
+
+@pytest.mark.every(2)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_reference_is_the_base_without_dropout(name, tmp_path):
+    """Whatever the adapter is made of; it is another than the base's from the second step on."""
+    kind, lora = ADAPTERS[name]
     model, data = write_model(kind, tmp_path / "model"), rows(4)
-    lora = {"r": 3, "dropout": 0.5, "target_modules": ["c_attn"] if kind == "gpt2" else ["q_proj", "lm_head"]}
-    config = config_of(model, tmp_path / "out", data, "dpo", lora=lora)
+    config = config_of(model, tmp_path / "out", data, "dpo", lora={"r": 3, **lora})
     Trainer(config).train()
+    assert abs(metrics_of(config)[-1]["rewards/margins"]) > 1e-3
     plain = plain_model(model)
     for side, key in ((1, "chosen"), (2, "rejected")):
         with torch.no_grad():
@@ -248,6 +262,7 @@ def test_the_reference_is_the_base_without_dropout(kind, tmp_path):
 WITHOUT_PROMPTS = {"orpo_prompt_loss": False}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("objective", "options"), [("dpo", {}), ("orpo", {}), ("orpo", WITHOUT_PROMPTS), ("cpo", {})])
 def test_evaluation(model, tmp_path, objective, options):
     """In mid-run, and of what the run has left, whatever the rows are computed together with."""
@@ -348,6 +363,19 @@ def test_without_an_adapter_the_model_is_its_own_reference(model, tmp_path):
     config = config_of(model, tmp_path / "out", rows(3), "dpo")
     found = evaluate(config)
     assert found["loss"] == pytest.approx(np.log(2)) and found["rewards/margins"] == 0
+
+
+def test_a_model_that_has_no_reference_is_not_measured_against_one(model, tmp_path):
+    data, text = rows(3), [{"text": "the cat sat on the mat"}] * 2
+    full = {"method": "full", "training": {"max_steps": 1, "batch_size": 1}, "disk": "1GiB"}
+    whole = {"r": 3, "target_modules": ["q_proj"], "extra": {"modules_to_save": ["norm"]}}
+    Trainer(make_config(model, tmp_path / "full", data=text, **full)).train()
+    Trainer(make_config(model, tmp_path / "saved", data=text, lora=whole, training={"max_steps": 1})).train()
+    adapters = {"full": "own weights were tuned", "saved": "without modules_to_save", "prefix": "with a prefix"}
+    for name, message in adapters.items():
+        place = write_prefix(model, tmp_path / "prefix") if name == "prefix" else tmp_path / name
+        with pytest.raises(UserError, match=message):
+            evaluate(config_of(model, tmp_path / "eval", data, "dpo"), place)
 
 
 def test_messages_with_and_without_a_prompt(model, tmp_path):

@@ -99,6 +99,11 @@ def differing_base(directory: Path, model: str) -> str | None:
     return base if base and _last_name(base) != _last_name(model) else None
 
 
+def replaces_modules(directory: Path) -> bool:
+    """Whether the adapter in a directory brings modules that are read in place of the base's."""
+    return bool(json.loads((directory / CONFIG).read_text()).get("modules_to_save"))
+
+
 def _last_name(model: str) -> str:
     """The name without its folder or owner; that of a snapshot in the hub's cache is in the name of a folder above."""
     cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/", model)

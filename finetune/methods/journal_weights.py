@@ -62,6 +62,7 @@ class JournalWeights(Setup):
     """The model after all steps of the run in `run`. No run begins there until `close`; one under way is not hindered."""
 
     frozen = False
+    tuned = True
 
     def __init__(self, config: Config, run: Path) -> None:
         super().__init__(config)

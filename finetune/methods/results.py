@@ -15,6 +15,7 @@ from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
 from finetune.runs.directory import check_belongs, recorded
 from finetune.runs.identity import check_model
+from finetune.session import Session
 from finetune.setup import Setup
 from memory.errors import UserError
 from offload.files.checkpoint import TensorEntry, read_header
@@ -40,6 +41,15 @@ class SavedAdapter(Setup):
         if base is None and (other := saved.differing_base(adapter, config.model)):
             self.notes.append(f"note: the adapter {adapter} says that it was trained on {other}")
         return model, parts
+
+    def check_reference(self, session: Session) -> None:
+        super().check_reference(session)
+        if saved.replaces_modules(self._directory):
+            raise UserError(
+                f"training.objective {self.config.objective}: expected an adapter without modules_to_save, whose modules are "
+                f"read in place of the base's where an adapter is loaded, found them in {self._directory}: evaluate within the "
+                "run (--eval-data)"
+            )
 
     def own_tensors(self) -> list[TensorEntry]:
         return read_header(self._directory / WEIGHTS)

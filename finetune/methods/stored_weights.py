@@ -31,6 +31,8 @@ def has_store(run: Path) -> bool:
 class StoredWeights(Setup):
     """The model with the weights of the run in `run`, read where they lie. No run begins there until `close`."""
 
+    tuned = True
+
     def __init__(self, config: Config, run: Path) -> None:
         super().__init__(config)
         self._run = run
