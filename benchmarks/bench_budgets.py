@@ -24,17 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from made_models import write_rows, write_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 VOCAB = 2048
+LEAST = re.compile(r"raise --host-memory to (\d+)MiB")  # in a refusal
 METHODS = ("lora", "zo", "full", "lisa", "badam", "slimfit", "frugal")
 MODELS = {
     "llama": LlamaConfig(
@@ -81,20 +75,12 @@ def draw(number: int, seed: int) -> Case:
 
 def write_models(folder: Path) -> None:
     """Random weights, a tokenizer of words, and rows of up to 1,000 tokens of unlike lengths."""
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2")
     for name, config in MODELS.items():
         if not (folder / name).exists():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
-    rng = random.Random(0)
-    rows = ([rng.randrange(3, VOCAB) for _ in range(rng.randint(20, 1000))] for _ in range(64))
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-
-
-LEAST = re.compile(r"raise --host-memory to (\d+)MiB")
+            write_tokenizer(folder / name, VOCAB)
+    write_rows(folder / "rows.jsonl", 64, 20, 1000, VOCAB)
 
 
 def run(case: Case, work: Path, limit_command: str) -> dict:

@@ -449,8 +449,10 @@ def test_simulated_memory_is_counted_and_limited(make_simulated):
     assert device.total_bytes() == 10_000
     with pytest.raises(UserError, match="did not grant 4001 bytes: 6000 of its 10000.*--device-memory"):
         device.allocate_slab(4001)
-    device.allocate_slab(4000)
+    slab = device.allocate_slab(4000)
     assert device.peak_bytes() == 10_000
+    device.free_slab(slab)
+    assert device.peak_bytes() == 6000
 
 
 # Choosing

@@ -108,6 +108,7 @@ def test_experts_run_too(device, tmp_path, monkeypatch):
         assert session.parts.experts
         found = with_prediction(session, planned)
         assert found.timing is not None and all(block.forward.first > 0 for block in found.timing.blocks)
+        assert session.device.peak_bytes() == 0  # nothing stays there
         assert all(matrices.near is None for matrices in session.parts.experts)
     finally:
         session.close()

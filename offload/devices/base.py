@@ -79,6 +79,9 @@ class Device(ABC):
     def allocate_slab(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] on `torch_device`, contents undefined. Raises UserError when the device lacks them."""
 
+    def free_slab(self, slab: torch.Tensor) -> None:  # noqa: B027  most free it with its last tensor
+        """Of `allocate_slab`: nobody uses it any more, and all copies to and from it have been waited for."""
+
     def allocate_host_slab(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] in host memory, page-aligned; pinned where the device copies faster from pinned memory.
 

@@ -155,7 +155,9 @@ def measure_copies(device: Device, num_bytes: int, seconds: float) -> tuple[floa
     def to_host() -> None:
         device.synchronize(device.copy_async(here, there, Direction.D2H))
 
-    return tuple(num_bytes / seconds_of(copy, device, seconds) for copy in (to_device, to_host))
+    rates = tuple(num_bytes / seconds_of(copy, device, seconds) for copy in (to_device, to_host))
+    device.free_slab(there)
+    return rates
 
 
 def measure_memory_copy(device: Device, num_bytes: int, seconds: float) -> float:

@@ -127,4 +127,6 @@ def _copy_rate(device: Device, direction: Direction) -> float:
     for _ in range(8):
         event = device.copy_async(dst, src, direction)
     device.synchronize(event)
-    return 8 * COPY_PROBE_BYTES / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    device.free_slab(there)
+    return 8 * COPY_PROBE_BYTES / seconds

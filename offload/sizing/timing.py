@@ -129,7 +129,9 @@ def _open(parts: ModelParts, model: nn.Module, device: Device, plan: Plan, closi
     closing.callback(io.close)
     host = computing = Slab(device.allocate_host_slab(small.host_slab_bytes))
     if not device.shares_host_memory:
-        computing = Slab(device.allocate_slab(small.device_slab_bytes))
+        memory = device.allocate_slab(small.device_slab_bytes)
+        after_io.callback(device.free_slab, memory)
+        computing = Slab(memory)
     room = Room(parts, model, small, device, io, host, computing, Path(), (), closing, after_io)
     return StreamedParts(room, parts.layouts, () if parts.head is None else parts.head.layouts[:1])
 
