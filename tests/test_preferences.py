@@ -378,6 +378,19 @@ def test_a_model_that_has_no_reference_is_not_measured_against_one(model, tmp_pa
             evaluate(config_of(model, tmp_path / "eval", data, "dpo"), place)
 
 
+def test_routers_have_no_loss_of_their_own(tmp_path):
+    """Nor are they asked for it where the model's configuration has it."""
+    model, data = write_model("mixtral", tmp_path / "model"), rows(4)
+    values = json.loads((model / "config.json").read_text()) | {"output_router_logits": True}
+    (model / "config.json").write_text(json.dumps(values))
+    lora = {"r": 3, "target_modules": ["q_proj"]}
+    with pytest.raises(UserError, match="training.router_loss: expected without with training.objective cpo"):
+        Trainer(config_of(model, tmp_path / "out", data, "cpo", lora=lora)).train()
+    config = config_of(model, tmp_path / "out", data, "dpo", lora=lora, training={"max_steps": 1, "router_loss": "without"})
+    Trainer(config).train()
+    assert metrics_of(config)[0]["loss"] == pytest.approx(np.log(2))
+
+
 def test_messages_with_and_without_a_prompt(model, tmp_path):
     """The same tokens in three ways to write them."""
     question, answers = {"role": "user", "content": "hello there"}, ["the cat", "what is it"]

@@ -62,6 +62,11 @@ class Judged(Objective):
         self._config = config
         self._data = data
         self._routers = RouterLoss(config.training, session.parts.model)
+        if self._routers.adds_loss:
+            raise UserError(
+                f"training.router_loss: expected without with training.objective {config.objective}, whose loss is of answers "
+                f"alone, because config.json asks for a loss of routers, found {config.training.router_loss}"
+            )
         self.beta = config.preference.beta_of(config.objective)
         self._lanes: list[LabelledLane] = []
         self._versions = Versions([], 0)

@@ -52,6 +52,11 @@ class RouterLoss:
         return bool(getattr(self._config, _SWITCH, False)) if word == "config" else word != "without"
 
     @property
+    def adds_loss(self) -> bool:
+        """Whether the model adds a loss of routers to its own."""
+        return _has_loss(self._model) and self._is_on
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """For the model's forward, in steps only: to measure and to write text nobody asks routers."""
         return {} if self._options.router_loss == "config" else {_SWITCH: self._is_on}
@@ -59,7 +64,7 @@ class RouterLoss:
     def kept_bytes(self, shape: BatchShape) -> int:
         """Of all lanes, in fp32: logits of every router and their probabilities, which become gradients; for the whole step the
         logits a second time; and what those of one router take on the way."""
-        if not (_has_loss(self._model) and self._is_on):
+        if not self.adds_loss:
             return 0
         names = ("num_experts", "num_local_experts", "n_routed_experts")
         experts = max(getattr(self._config, name, None) or 0 for name in names)
