@@ -53,7 +53,7 @@ KEYS = {
     "max_steps": _training(int, "--max-steps", "Optimizer steps. [default: as many as --epochs have]"),
     "epochs": _training(float, "--epochs", "Passes over the data. [default: 1]"),
     "batch_size": _training(int, "--batch-size", "Rows per optimizer step. [default: 8]"),
-    "micro_batch_size": _training(int, "--micro-batch-size", "Rows that are computed together. [default: 1]"),
+    "micro_batch_size": _training(str, "--micro-batch-size", "Rows that are computed together, or auto. [default: 1]"),
     "sequence_length": _training(int, "--sequence-length", "Tokens per row; longer rows are cut. [default: 1024]"),
     "learning_rate": _training(float, "--learning-rate", "Peak learning rate. [default: depends on the method]"),
     "seed": _training(int, "--seed", "Seed of the data order, dropout and noise. [default: 42]"),

@@ -24,6 +24,7 @@ from finetune.data.model_kinds import refuse_text
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.methods.results import find_result
+from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.registry import find_objective
@@ -53,8 +54,10 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
     config = as_trained(config, adapter)
     session = Session(find_result(config, adapter))
     try:
-        rows = _open_rows(session, config)
-        planned = _plan(session, rows, config.training.micro_batch_size)
+        rows = open_rows(session, config)
+        text = not isinstance(rows, TensorRows)
+        with nearest_named(session, lambda config: _least_plan(session, rows, config), Knobs(text, False)):
+            planned = _plan(session, rows, config.training.least_micro_batch_size)
         with Progress(1, host_budget_bytes=planned.plan.host_budget_bytes) as progress:
             streamed = session.open(planned, config.output / "scratch")
             result = _measure(
@@ -75,15 +78,16 @@ class HeldOut:
     shape: BatchShape  # of a pass over them
 
 
-def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) -> tuple[PlannedRun, HeldOut | None]:
-    """The plan of a training run whose steps have `shape` and which measures `config.eval_data`, where there is any.
+def plan_with_evaluation(
+    session: Session, rows: TextRows | MeasuredRows | TensorRows | None, shape: BatchShape, most_tokens: int
+) -> tuple[PlannedRun, HeldOut | None]:
+    """The plan of a training run whose steps have `shape` and which measures `rows`, where there are any.
 
-    Rows longer than those of a step are planned for. Their tokens are made now: in mid-run that process would come on top
-    of the plan. Raises PlanRefused when the budgets are too small.
+    Rows longer than those of a step are planned for. most_tokens: that a row of text has, `dataset.sequence_length`.
+    Raises PlanRefused when the budgets are too small.
     """
-    if config.eval_data is None:
+    if rows is None:
         return session.plan(shape), None
-    rows = _open_rows(session, config)
     if isinstance(rows, TensorRows) != (shape.samples is not None):
         kinds = ("text", "rows of tensors") if shape.samples is None else ("rows of tensors", "text")
         raise UserError(f"eval_data: expected {kinds[0]}, as the training data are, found {kinds[1]}")
@@ -93,18 +97,21 @@ def plan_with_evaluation(session: Session, config: Config, shape: BatchShape) ->
         return session.plan(shape, measured), HeldOut(rows, measured)
     planned = session.plan(shape)
     longest = shape.inputs["input_ids"].shape[1]
-    if rows.max_length <= longest:
+    max_length = min(rows.max_length, most_tokens)
+    if max_length <= longest:
         return planned, HeldOut(rows, shape)
     # As many tokens a pass as a step has; where they do not fit, one row.
-    for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // rows.max_length), 1}, reverse=True):
-        longer = BatchShape.of_text(1, rows.max_length, micro_batches * rows.versions, train=False)
+    for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // max_length), 1}, reverse=True):
+        longer = BatchShape.of_text(1, max_length, micro_batches * rows.versions, train=False)
         try:
             return session.plan(shape, longer), HeldOut(rows, longer)
         except PlanRefused as error:
             refused = error
     raise PlanRefused(
-        f"the longest row of eval_data has {rows.max_length} tokens, that of training {longest}: with eval_data {refused}",
+        f"the longest row of eval_data has {max_length} tokens, that of training {longest}: with eval_data {refused.message}",
         refused.smallest_bytes,
+        refused.remedies,
+        refused.key,
     )
 
 
@@ -139,7 +146,8 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
     return data
 
 
-def _open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | TensorRows:
+def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | TensorRows:
+    """The evaluation data, else the training data. Tokens are made now: in mid-run that would be more than is planned."""
     source = config.data if config.eval_data is None else config.eval_data
     tensors = open_tensor_rows(source, session.parts)
     if tensors is not None:
@@ -166,6 +174,16 @@ def _plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, micro_ba
         if together <= micro_batch_size:
             raise
         return _plan_text(session, rows, micro_batch_size)
+
+
+def _least_plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, config: Config) -> PlannedRun:
+    """Of passes with one micro-batch."""
+    size = config.training.least_micro_batch_size
+    if isinstance(rows, TensorRows):
+        longest = rows.longest(size)
+        return session.plan(BatchShape(rows.collate(longest), 1, train=False, samples=len(longest)))
+    length = min(rows.max_length, config.dataset.sequence_length)
+    return session.plan(BatchShape.of_text(min(size, len(rows)), length, rows.versions, train=False))
 
 
 def _plan_text(session: Session, rows: TextRows | MeasuredRows, micro_batch_size: int) -> PlannedRun:

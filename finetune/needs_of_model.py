@@ -16,7 +16,7 @@ from memory.meter import host_bytes
 from memory.needs import Item, Lasts, Needs, Tier
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
-from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit, walk
+from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
 from offload.sizing.needs import EDGES, GRAPHS, STEP, VISIT, block_input_needs, process_needs
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
@@ -27,14 +27,16 @@ FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
 
 
 def measure_batch(
-    parts: ModelParts, model: nn.Module, shape: BatchShape, trained: Sequence[frozenset[str]] | None = None
-) -> MeasuredBatch:
-    """trained: per block, local names of its own weights that get gradients.
+    parts: ModelParts, model: nn.Module, shape: BatchShape, trained: Sequence[frozenset[str]] | None = None,
+    visit: VisitSize | None = None,
+) -> MeasuredBatch:  # fmt: skip
+    """trained: per block, local names of its own weights that get gradients. visit: where it is known.
 
     Raises UserError for rows of tensors that the model can't take.
     """
-    measured = (parts, model, shape.inputs, shape.train, trained)
-    visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
+    if visit is None:
+        measured = (parts, model, shape.inputs, shape.train, trained)
+        visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
     rows = shape.micro_batches * shape.rows  # what only goes forward reads the same
     row_bytes = sum(
         min(rows, source.shape[0]) * dense_bytes(source.shape[1:], parts.dtype) for _, _, source in parts.embeddings

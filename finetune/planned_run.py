@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +17,9 @@ from offload.sizing.dry_run import VisitSize
 from offload.sizing.needs import ACTIVATIONS, GRAPHS, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
 from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
+
+if TYPE_CHECKING:
+    from finetune.micro_batch_choice import MicroBatchChoice
 
 SHORTEST_ROW = 16  # tokens; shorter ones are advised to nobody
 _SERVERS = {  # of the simulator
@@ -68,16 +70,6 @@ class BatchShape:
         sizes = self.inputs["input_ids"].shape
         inputs = {name: x[:, :tokens] if _has_sizes(x, *sizes) else x for name, x in self.inputs.items()}
         return replace(self, inputs=inputs)
-
-    def smaller(self) -> Iterator[tuple[str, BatchShape]]:
-        """Batches that take less memory, the next ones first, each with the options that make a run's batch so small."""
-        rows = self.samples or self.inputs["input_ids"].shape[0]
-        for count in _halves(rows, 1):
-            yield f"lower --micro-batch-size to {count}", self.of_rows(count)
-        if self.samples is None:
-            also = " and --micro-batch-size to 1" if rows > 1 else ""
-            for tokens in _halves(self.inputs["input_ids"].shape[1], SHORTEST_ROW):
-                yield f"lower --sequence-length to {tokens}{also}", self.of_rows(1).of_length(tokens)
 
     @property
     def lanes(self) -> int:
@@ -146,6 +138,7 @@ class PlannedRun:
     rates: Rates | NoRates | None = None  # of this machine, by which `describe` says how long a step takes
     timing: Timing | None = None  # of visits that were run here
     untimed: str = ""  # why there is none, where that was tried
+    choice: MicroBatchChoice | None = None  # why micro-batches have so many rows, where that was not said
     compression: Compression | None = None  # what `finetune compress` would make of the model, where a run could go over that
 
     @property
@@ -168,6 +161,8 @@ class PlannedRun:
             + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
             + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self.read_bytes)}",
         ]
+        if self.choice is not None:
+            lines.insert(2, self.choice.words)
         if self.base_words:
             lines.insert(1, self.base_words)
         if self.store is not None:
@@ -222,6 +217,7 @@ class PlannedRun:
             "device_parts": dict(plan.device_parts),
             "store_bytes": None if self.store is None else self.store.num_bytes,
             "num_steps": self.num_steps,
+            "micro_batch_choice": None if self.choice is None else asdict(self.choice),
         }
         if not self.rates:
             return found
@@ -312,11 +308,6 @@ class PlannedRun:
     def _store_read_bytes(self) -> int:
         """In a step, of masters and state: less what stays in memory."""
         return int(self.store.read_bytes * (1 - self.plan.slots[STATE].kept / max(1, self.store.pieces)))
-
-
-def _halves(number: int, least: int) -> Iterator[int]:
-    while (number := number // 2) >= least:
-        yield number
 
 
 def _has_sizes(value: Any, *sizes: int) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.packed_rows import check_positions_argument
@@ -14,6 +12,7 @@ from memory.errors import UserError
 from memory.needs import Needs
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
+from offload.sizing.dry_run import VisitSize
 from offload.sizing.needs import HOST_HEAD, Streamed, decoded_needs, graph_needs, passing_head, stream_needs
 from offload.sizing.positions import longest_row
 
@@ -30,6 +29,8 @@ class Planner:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._longest_row = 0  # of those that were planned for
+        self._visits: dict[Any, VisitSize] = {}  # that were measured, by what they depend on
+        self._found: dict[Any, Limits] = {}  # by the budgets of a configuration
 
     def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
         """also: what must find room between steps. elsewhere: the run will be on another machine.
@@ -37,19 +38,13 @@ class Planner:
         Raises PlanRefused when the budgets are too small for one of them, UserError when the machine is too small for the
         budgets.
         """
-        session, limits = self._session, self._limits
+        session, limits = self._session, self.limits
         if limits.host_bytes > total_host_bytes() and not elsewhere:
             raise UserError(
                 f"host_memory: expected at most the {format_bytes(total_host_bytes())} that this machine (or its cgroup) "
                 f"has, found {session.config.host_memory}: give less, such as 90%"
             )
-        try:
-            plan, needs, streamed, batch = self._plan(shape, also)
-        except PlanRefused as refused:
-            remedy = None if shape.kept_bytes else self._smaller_batch_that_fits(shape, also)
-            if remedy is None:
-                raise
-            raise refused.with_remedy(remedy) from None
+        plan, needs, streamed, batch = self._plan(shape, also)
         return PlannedRun(
             plan,
             needs,
@@ -66,9 +61,24 @@ class Planner:
 
     def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
         """Bytes of host memory, and of the device's where it has its own, below which a step is refused."""
-        enough, needs = 1 << 60, self._needs(shape, self._session.config.engine.activations if shape.train else "host")[0]
-        host = _smallest(needs, Limits(0, self._limits.device_bytes and enough))
-        return host, self._limits.device_bytes and _smallest(needs, Limits(enough, 0))
+        return self.least_bytes(self._needs(shape, self._session.config.engine.activations if shape.train else "host")[0])
+
+    def least_bytes(self, needs: Needs) -> tuple[int, int | None]:
+        """The same for what a plan was made of."""
+        enough, device_bytes = 1 << 60, self.limits.device_bytes
+        return _smallest(needs, Limits(0, device_bytes and enough)), device_bytes and _smallest(needs, Limits(enough, 0))
+
+    def most_bytes(self, key: str) -> int:
+        """That a budget, `host_memory` or `device_memory`, can be."""
+        session = self._session
+        if key == "device_memory":
+            return session.device.total_bytes()
+        return total_host_bytes() if session.machine is None else session.machine.host.memory_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process holds now, as plans count it."""
+        return process_as_it_is(sum(p.nbytes for p in self._session.trainable))
 
     @property
     def _budget_words(self) -> str:
@@ -85,22 +95,17 @@ class Planner:
         if also is not None:
             passes = not needs.ring_of(HOST_HEAD)
             needs = needs.covering(self._needs(also, block_inputs, passes)[0])
-        return make_plan(needs, self._limits), needs, streamed, batch
+        return make_plan(needs, self.limits), needs, streamed, batch
 
-    def _smaller_batch_that_fits(self, shape: BatchShape, also: BatchShape | None) -> str | None:
-        """What the user can lower, where that is enough."""
-        for remedy, smaller in shape.smaller():
-            if also is not None and also.samples is None:
-                tokens = smaller.inputs["input_ids"].shape[1]
-                also = also.of_length(tokens) if tokens < shape.inputs["input_ids"].shape[1] else also
-            with contextlib.suppress(PlanRefused):
-                self._plan(smaller, also)
-                return remedy
-        return None
+    @property
+    def limits(self) -> Limits:
+        """Found once, so that all plans of a session have the same."""
+        key = self._session.config.host_memory, self._session.config.device_memory
+        if key not in self._found:
+            self._found[key] = self._find_limits()
+        return self._found[key]
 
-    @cached_property
-    def _limits(self) -> Limits:
-        """Once, so that all plans of a session have the same."""
+    def _find_limits(self) -> Limits:
         config, device, machine = self._session.config, self._session.device, self._session.machine
         if config.host_memory is not None:
             total = total_host_bytes() if machine is None else machine.host.memory_bytes
@@ -130,11 +135,9 @@ class Planner:
         if shape.packed:
             check_positions_argument(session.parts.model)
         parts, engine = session.parts, session.config.engine
-        batch = measure_batch(parts, session.model, shape, session.setup.gradient_names)
+        batch = self._measure(shape)
         own, streamed = session.setup.needs(session, batch, Streamed.of(parts, session.on_device))
-        adapter_bytes = sum(p.nbytes for p in session.trainable)
-        process_bytes = session.process_bytes or process_as_it_is(adapter_bytes)
-        process = process_of_run(session.device, parts, process_bytes, shape.micro_batches)
+        process = process_of_run(session.device, parts, session.process_bytes or self.process_bytes, shape.micro_batches)
         if head_passes is None:
             can_pass = session.setup.frozen and not session.on_device and streamed.chunks > 0
             head_passes = can_pass and batch.loss_bytes + streamed.chunk_bytes <= batch.visit.peak_bytes
@@ -147,6 +150,17 @@ class Planner:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
         needs = process + slots + batch_needs(parts, session.model, batch, block_inputs) + own
         return needs + self._graph_needs(batch, streamed), streamed, batch
+
+    def _measure(self, shape: BatchShape) -> MeasuredBatch:
+        """A visit by a micro-batch of text is the same, however many there are."""
+        session = self._session
+        measured = (session.parts, session.model, shape, session.setup.gradient_names)
+        if shape.samples is not None:
+            return measure_batch(*measured)
+        key = tuple(shape.inputs["input_ids"].shape), shape.train, session.model.training
+        batch = measure_batch(*measured, self._visits.get(key))
+        self._visits[key] = batch.visit
+        return batch
 
     def _graph_needs(self, batch: MeasuredBatch, streamed: Streamed) -> Needs:
         """Memory goes to graphs before it goes to resident blocks where a block computes longer than it is read."""

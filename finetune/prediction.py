@@ -67,23 +67,47 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
         return planned
     device, look = session.device, time_visits
-    if not isinstance(device, DescribedDevice) and not _takes_a_moment(planned, rates):
-        if (kept := current_profile(device)) is None:
+    if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates):
+        if (device := described_device(session)) is None:
             return planned
-        device = DescribedDevice(device.kind, kept)
-    if isinstance(device, DescribedDevice):
         look = count_visits
-    setup, shape = session.setup, planned.shape
-    work = Workload(
-        session.parts, session.model, planned.plan, shape.inputs, shape.train, setup.gradient_names, shape.micro_batches
-    )  # fmt: skip
     try:
-        timing = replace(look(work, device), weight_seconds=setup.weight_seconds(session))
-        return replace(planned, timing=timing)
+        timing = look(_workload(session, planned), device)
+        return replace(planned, timing=replace(timing, weight_seconds=session.setup.weight_seconds(session, device)))
     except Exception as error:  # a block is run by itself, and a model's own code raises whatever it likes
         return replace(planned, untimed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     finally:
         trim_malloc()
+
+
+def count_step(session: Session, planned: PlannedRun, device: DescribedDevice, padding: float = 1.0) -> StepTime:
+    """As `predict_step`, at the rates of `device` alone, which may stand for that of the session: nothing is measured, so the
+    same plan has the same time. padding: how many times as long lanes compute.
+
+    Raises UserError where the device has no rates in the dtype that computes.
+    """
+    rates = profile_rates(session.parts, device, max(16, min(2048, planned.shape.rows)))
+    try:
+        timing = count_visits(_workload(session, planned), device).longer(padding)
+        timing = replace(timing, weight_seconds=session.setup.weight_seconds(session, device))
+    except Exception:  # the model's own code, which may not run on meta: products are all that counts then
+        timing, rates = None, replace(rates, flops_per_second=rates.flops_per_second / padding)
+    return predict_step(planned, rates, timing)
+
+
+def described_device(session: Session) -> DescribedDevice | None:
+    """The session's device as rates that are known: another machine's, or this one's where `finetune bench` has measured it."""
+    device = session.device
+    if isinstance(device, DescribedDevice):
+        return device
+    kept = current_profile(device)
+    return None if kept is None else DescribedDevice(device.kind, kept)
+
+
+def _workload(session: Session, planned: PlannedRun) -> Workload:
+    shape = planned.shape
+    names, lanes = session.setup.gradient_names, shape.micro_batches
+    return Workload(session.parts, session.model, planned.plan, shape.inputs, shape.train, names, lanes)
 
 
 def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRates:

@@ -10,6 +10,7 @@ from finetune.config import Config
 from finetune.data.model_kinds import refuse_text
 from finetune.methods.base import make_method
 from finetune.methods.registry import METHODS
+from finetune.micro_batch_choice import settle_full_steps, with_micro_batch_size
 from finetune.objectives.base import objective_class
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
@@ -45,6 +46,8 @@ class Limits:
 
 def find_limits(config: Config, planned: PlannedRun) -> Limits:
     """Of steps with text. planned: as it is configured. Raises UserError, as a plan does."""
+    if planned.choice is not None:
+        config = with_micro_batch_size(config, planned.choice.size)
     session = Session(make_method(config), only_plan=True)
     session.process_bytes = planned.process_bytes
     try:
@@ -129,6 +132,7 @@ def _cost(config: Config, like: PlannedRun) -> MethodCost:
         return MethodCost(config.method, None, _first_line(error))
     session.process_bytes = like.process_bytes
     try:
+        config = settle_full_steps(config, session)[0]
         shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
         planned = with_prediction(session, session.plan(shape, elsewhere=True))
         return MethodCost(config.method, planned, least_bytes=session.least_memory(shape)[0])

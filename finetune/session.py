@@ -106,7 +106,7 @@ class Session:
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(True)
-        self._planner = Planner(self)
+        self.planner = Planner(self)
         self.arena: Arena | None = None
         self.streamed: StreamedModel | None = None
         gc.collect()  # what building the skeleton has left: plans count what the process holds
@@ -154,6 +154,10 @@ class Session:
             if hasattr(module, "_cache_clear"):
                 module.training = True
 
+    def settle(self, config: Config) -> None:
+        """Goes on with `config`, which says a number where the one before left it open, and nothing else that is new."""
+        self.config = self.setup.config = config
+
     @property
     def on_device(self) -> bool:
         """Whether compute has memory of its own."""
@@ -161,11 +165,11 @@ class Session:
 
     def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:
         """See `finetune.planner.Planner.plan`."""
-        return self._planner.plan(shape, also, elsewhere)
+        return self.planner.plan(shape, also, elsewhere)
 
     def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
         """See `finetune.planner.Planner.least_memory`."""
-        return self._planner.least_memory(shape)
+        return self.planner.least_memory(shape)
 
     def before_products(self, shape: BatchShape) -> None:
         """Bounds what a process holds for its code. Of no effect after its first product in 16 bits."""

@@ -79,8 +79,9 @@ class Setup:
         """How often a visit of a block multiplies by the same weights, where they are decoded for it."""
         return shape.lanes + shape.micro_batches * shape.train  # recomputed, and for the gradient
 
-    def weight_seconds(self, session: Session) -> float:
-        """What a step adds to compute for every weight that it updates, or of which it makes variants; measured here."""
+    def weight_seconds(self, session: Session, device: Device) -> float:
+        """What a step on `device` adds to compute for every weight that it updates, or of which it makes variants: measured
+        here, or from a described device's rates."""
         return 0.0
 
     def set_mode(self, model: nn.Module, training: bool) -> None:

@@ -29,12 +29,23 @@ from finetune.data.model_kinds import refuse_text
 from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
-from finetune.evaluate import HeldOut, evaluate, evaluate_open, plan_with_evaluation
+from finetune.evaluate import HeldOut, evaluate, evaluate_open, open_rows, plan_with_evaluation
 from finetune.export import export
 from finetune.methods.base import Method, make_method
 from finetune.methods.schedule import check_schedule
+from finetune.micro_batch_choice import (
+    MicroBatchChoice,
+    choose_micro_batch_size,
+    padding_of,
+    refuse_tensors,
+    settle_full_steps,
+    with_micro_batch_size,
+)
+from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import Objective, make_objective, objective_class
-from finetune.planned_run import PlannedRun
+from finetune.objectives.judged import MeasuredRows
+from finetune.objectives.scoring import TextRows
+from finetune.planned_run import BatchShape, PlannedRun
 from finetune.prediction import with_prediction
 from finetune.quantization.base import is_quantized
 from finetune.reporting.progress import LastingStream, Progress
@@ -110,18 +121,26 @@ class Trainer:
         session = Session(make_method(config), only_plan=True)
         try:
             tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
-            if tensors is None:
+            choice, is_text = None, tensors is None
+
+            def plan(config: Config) -> PlannedRun:
+                shape = _full_shape(config, session) if is_text else make_objective(config, session, tensors).shape(session)
+                return session.plan(shape, elsewhere=True)
+
+            if is_text:
                 refuse_text(session.parts)
-                shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
             else:
-                shape = make_objective(config, session, tensors).shape(session)
-            planned = session.plan(shape, elsewhere=True)
+                refuse_tensors(config)
+            with nearest_named(session, plan, Knobs(is_text, is_text)):
+                if is_text:
+                    config, choice = settle_full_steps(config, session)
+                planned = plan(config)
             # What only CPUs decode, and only adapters are trained over.
             can_be_compressed = config.adapter is not None and config.quantize is None and not session.on_device
             compression = try_compression(session.parts) if can_be_compressed else None
             if compression is not None and isinstance(session.device, DescribedDevice):
                 compression = compression.decoded_at(session.device.rates)
-            planned = replace(planned, compression=compression, num_steps=config.training.max_steps)
+            planned = replace(planned, choice=choice, compression=compression, num_steps=config.training.max_steps)
             planned = with_prediction(session, planned)
             if config.trace is not None:
                 write_traces(config.trace, planned)
@@ -152,9 +171,7 @@ class Trainer:
             session = Session(method)
             try:
                 data = self._prepare(config.data, session, directory)
-                objective = make_objective(config, session, data)
-                identity = RunIdentity.of(config, session.parts, data, len(objective.lengths))
-                return self._train(session, method, objective, directory, identity)
+                return self._train(session, method, data, directory)
             finally:
                 session.close()
                 directory.close()
@@ -192,16 +209,17 @@ class Trainer:
         inputs = [session.base.source, session.parts.directory, *_local_paths(config.data, config.eval_data)]
         tensors = open_tensor_rows(source, session.parts)
         if tensors is not None:
+            refuse_tensors(config)
             directory.take(config, inputs)
             return tensors
         refuse_text(session.parts)
-        longest = config.dataset.sequence_length
-        kind = objective_class(config)
-        try:
-            session.plan(kind.full_shape(config, session, min(16, longest)))
-        except PlanRefused:
-            session.plan(kind.full_shape(config, session, longest))  # refuses too, and names the budget of full rows
-            raise
+        kind, least = objective_class(config), with_micro_batch_size(config, config.training.least_micro_batch_size)
+        with nearest_named(session, lambda config: session.plan(_full_shape(config, session))):
+            try:
+                session.plan(kind.full_shape(least, session, min(16, config.dataset.sequence_length)))
+            except PlanRefused:
+                session.plan(_full_shape(least, session))  # refuses too, and names the budget of full rows
+                raise
         directory.take(config, inputs)
         append_eos = False if kind.compares_choices else config.dataset.append_eos
         data = prepare_for(
@@ -212,18 +230,35 @@ class Trainer:
         return data
 
     def _train(
-        self, session: Session, method: Method, objective: Objective, directory: RunDirectory, identity: RunIdentity
+        self, session: Session, method: Method, data: TokenDataset | TensorRows, directory: RunDirectory
     ) -> TrainResult:
         config, options = self.config, self.config.training
+        objective = make_objective(config, session, data)
         packing = config.dataset.sequence_length if config.dataset.packing else None
         batches = BatchPlan(
-            len(objective.lengths), options.batch_size, options.micro_batch_size, options.seed, objective.lengths,
+            len(objective.lengths), options.batch_size, options.least_micro_batch_size, options.seed, objective.lengths,
             epochs=None if options.max_steps else options.epochs, steps=options.max_steps, packing=packing,
         )  # fmt: skip
         method.num_steps = batches.num_steps
         notes = _notes(method)
-        planned, self._held_out = plan_with_evaluation(session, config, objective.shape(session))
-        planned = with_prediction(session, replace(planned, num_steps=batches.num_steps), needs_rates=True)
+        held_out = None if config.eval_data is None else open_rows(session, config)
+
+        def plan(config: Config) -> tuple[PlannedRun, HeldOut | None]:
+            shape, most_tokens = make_objective(config, session, data).shape(session), config.dataset.sequence_length
+            shape = shape.of_length(most_tokens) if shape.samples is None else shape
+            return plan_with_evaluation(session, held_out, shape, most_tokens)
+
+        choice, is_text = None, not isinstance(data, TensorRows)
+        with nearest_named(session, lambda config: plan(config)[0], Knobs(is_text, is_text)):
+            if options.micro_batch_size == "auto":
+                choice = _choose_micro_batch_size(session, data, held_out, batches, directory)
+                config = with_micro_batch_size(config, choice.size)
+                session.settle(config)
+                objective, batches.micro_batch_size = make_objective(config, session, data), choice.size
+            planned, self._held_out = plan(config)
+        identity = RunIdentity.of(config, session.parts, data, len(objective.lengths))
+        planned = replace(planned, choice=choice, num_steps=batches.num_steps)
+        planned = with_prediction(session, planned, needs_rates=True)
 
         check_disk(config, planned.plan, directory.earlier_bytes)
         method.about = directory.begin(identity, batches.num_steps)
@@ -263,7 +298,8 @@ class Trainer:
         return self._run_steps(run)
 
     def _run_steps(self, run: _UnderWay) -> TrainResult:
-        config, output, session, method = self.config, self.config.output, run.session, run.method
+        session, method = run.session, run.method
+        config, output = session.config, session.config.output
         loop = TrainingLoop(session, method, run.batches, run.meter, run.progress, self._stop_if_asked)
 
         def measure(step: int) -> dict[str, float]:
@@ -304,6 +340,29 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self._stop_signal is not None:
             raise Stopped(self._stop_signal)
+
+
+def _full_shape(config: Config, session: Session) -> BatchShape:
+    """Of a step whose rows are as long as they may be."""
+    return objective_class(config).full_shape(config, session, config.dataset.sequence_length)
+
+
+def _choose_micro_batch_size(
+    session: Session, data: TokenDataset, held_out: TextRows | MeasuredRows | None, batches: BatchPlan,
+    directory: RunDirectory,
+) -> MicroBatchChoice:  # fmt: skip
+    """For a run over these data; that of a run that goes on is as when it began."""
+    recorded = directory.recorded_setting("training.micro_batch_size")
+    if recorded is not None:
+        return MicroBatchChoice(recorded)
+    config, options = session.config, session.config.training
+    # Every size is of the same rows; its own objective is made for what is chosen.
+    whole = make_objective(with_micro_batch_size(config, options.batch_size), session, data).shape(session)
+
+    def plan(size: int) -> PlannedRun:
+        return plan_with_evaluation(session, held_out, whole.of_rows(size), config.dataset.sequence_length)[0]
+
+    return choose_micro_batch_size(session, whole.inputs["input_ids"].shape[0], plan, padding_of(batches))
 
 
 def _local_paths(*sources: Any) -> list[Path]:

@@ -6,33 +6,41 @@ It begins with the least that a run can go on with, and takes one step after the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memory.errors import UserError
 from memory.fetch_policy import spread_evenly
 from memory.needs import Item, Lasts, Needs, Pool, Step, Tier
 from memory.slots import Slab, SlotPool
-from memory.units import MIB, format_bytes, round_up
+from memory.units import MIB, format_bytes, format_mib, round_up
 
 SPREAD_BYTES = 4 * MIB  # by which the size of the process itself differs from one start to the next
 MOMENTS_FACTOR = 1.15  # fragmentation, and what kernels allocate inside
 REMEDY_BYTES = 32 * MIB  # of items that take less, fewer would not help
+REMEDY_SHARE = 0.5  # of what is missing: nor of these, even if a visit takes as much again for them
 
 
 class PlanRefused(UserError):
-    """No plan fits the budget. `smallest_bytes`: the smallest budget of that tier that would, in this process. `remedies`: what
-    the user can do, one of which is enough; the last words of the message."""
+    """No plan fits the budget. `smallest_bytes`: the smallest budget of that tier that would, in this process. `key`: that of
+    the budget. `remedies`: what the user can do, in words, a larger budget first; the last ones of the message."""
 
-    def __init__(self, message: str, smallest_bytes: int, remedies: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: str, smallest_bytes: int, remedies: Sequence[str] = (), key: str = "host_memory"
+    ) -> None:
         super().__init__(message + (f"\n  To make it fit: {'; or '.join(remedies)}." if remedies else ""))
         self.smallest_bytes = smallest_bytes
+        self.key = key
         self.remedies = remedies
-        self._message = message
+        self.message = message
 
-    def with_remedy(self, remedy: str) -> PlanRefused:
-        """The same refusal, which knows another way out."""
-        return PlanRefused(self._message, self.smallest_bytes, (*self.remedies, remedy))
+    def with_nearest(self, plans: Sequence[str]) -> PlanRefused:
+        """The same refusal, which names plans that fit, the nearest first."""
+        if not plans:
+            return self
+        others = [f"or {remedy}" for remedy in self.remedies[1:]]
+        lines = "".join(f"\n    {words}" for words in (*plans, *others))
+        return PlanRefused(f"{self.message}\n  These fit, the nearest first:{lines}", self.smallest_bytes, (), self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +197,18 @@ def _fits(plan: Plan, limits: Limits) -> bool:
 
 
 def _refuse_what_does_not_fit(plan: Plan, items: Iterable[Item], limits: Limits) -> None:
-    tiers = [("host", "--host-memory", plan.host_parts, limits.host_bytes, SPREAD_BYTES)]
+    tiers = [("host", plan.host_parts, limits.host_bytes, SPREAD_BYTES)]
     if limits.device_bytes is not None:
-        tiers.append(("device", "--device-memory", plan.device_parts, limits.device_bytes, 0))
-    for tier, flag, parts, budget, spread in tiers:
-        need = sum(parts.values())
+        tiers.append(("device", plan.device_parts, limits.device_bytes, 0))
+    for tier, parts, budget, spread in tiers:
+        need, flag = sum(parts.values()), f"--{tier}-memory"
         if need > budget:
-            lines = "\n".join(f"    {format_bytes(size):>10}  {name}" for name, size in parts.items())
-            remedies = [item.remedy for item in items if item.remedy and item.num_bytes > REMEDY_BYTES]
+            lines = "\n".join(f"    {format_mib(size):>10}  {name}" for name, size in parts.items())
+            least = max(REMEDY_BYTES, REMEDY_SHARE * (need - budget))
+            remedies = [item.remedy for item in items if item.remedy and item.num_bytes >= least]
             raise PlanRefused(
-                f"the run needs at least {format_bytes(need)} of {tier} memory, {flag} allows {format_bytes(budget)}:\n{lines}",
+                f"the run needs at least {format_mib(need)} of {tier} memory, {flag} allows {budget // MIB} MiB:\n{lines}",
                 need,
                 (f"raise {flag} to {-(-(need + spread) // MIB)}MiB, the smallest that works", *remedies),
+                f"{tier}_memory",
             )

@@ -78,6 +78,11 @@ def format_bytes(num_bytes: int | float) -> str:
     return f"{sign}{size:.0f} B" if unit == "B" else f"{sign}{size:.1f} {unit}"
 
 
+def format_mib(num_bytes: int) -> str:
+    """`4097 << 10` -> "5 MiB": rounded up, for sizes that are to be compared."""
+    return f"{-(-num_bytes // MIB)} MiB"
+
+
 def format_seconds(seconds: float) -> str:
     """`3.14159` -> "3.1 s", `5000` -> "83 min", `20000` -> "5.6 h", `400000` -> "4.6 days": two digits, and all before the
     point."""

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import finetune.evaluate
 from finetune.data import Example, preparation, worker
-from finetune.evaluate import _micro_batches, evaluate, evaluate_open, plan_with_evaluation
+from finetune.evaluate import _micro_batches, evaluate, evaluate_open, open_rows, plan_with_evaluation
 from finetune.methods.base import make_method
 from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
@@ -149,7 +149,7 @@ def test_lanes_share_a_pass_when_nothing_is_resident(kind, few, tmp_path):
         config = make_config(model, tmp_path / "out", eval_data=pairs(ONE_TOKEN, 40), engine=engine)
         session = Session(find_result(config, None))
         try:
-            rows = finetune.evaluate._open_rows(session, config)
+            rows = finetune.evaluate.open_rows(session, config)
             planned = finetune.evaluate._plan(session, rows, 1)
             streamed = session.open(planned, tmp_path / "scratch")
             before = streamed.traffic().read_bytes
@@ -172,7 +172,7 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
     session = Session(make_method(config))
     try:
         shape = BatchShape.of_text(2, longest, 3, train=True)
-        planned, held_out = plan_with_evaluation(session, config, shape)
+        planned, held_out = plan_with_evaluation(session, open_rows(session, config), shape, 1024)
         covered = session.plan(held_out.shape).needs
         assert planned.needs.bytes_of(VISIT) >= covered.bytes_of(VISIT)
         assert planned.needs.bytes_of(STEP) >= covered.bytes_of(STEP)
@@ -187,7 +187,7 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
 
 def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch):
     session = Session(make_method(make_config(model, tmp_path / "out", eval_data=pairs(UNLIKE))))
-    plan, asked = session.plan, []
+    plan, asked, rows = session.plan, [], open_rows(session, session.config)
 
     def only_training(shape, also=None):
         if also is None:
@@ -198,8 +198,8 @@ def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch)
     monkeypatch.setattr(session, "plan", only_training)
     shape = BatchShape.of_text(2, 9, 30, train=True)
     with pytest.raises(PlanRefused, match="that of training 9: with eval_data the run needs more") as caught:
-        plan_with_evaluation(session, session.config, shape)
-    longest = finetune.evaluate._open_rows(session, session.config).max_length
+        plan_with_evaluation(session, rows, shape, 1024)
+    longest = rows.max_length
     assert asked == [2 * 9 * 30 // longest, 1] and caught.value.smallest_bytes == 7
     session.close()
 

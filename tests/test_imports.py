@@ -40,6 +40,7 @@ ROOMS = [
     {"decoding"},
     {"objectives"},
     {"methods"},
+    {"micro_batch_choice", "nearest_plans"},
     {"training"},
     {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions", "trainer"},
     {"cli", "demo"},

@@ -294,7 +294,17 @@ def test_remedies_are_those_of_what_is_large():
     items = [Item("a", 40 * MIB, Tier.HOST, remedy="fewer a"), Item("b", MIB, Tier.HOST, remedy="fewer b")]
     with pytest.raises(PlanRefused, match=r"To make it fit: raise --host-memory to 45MiB, .*; or fewer a\.$") as caught:
         make_plan(Needs.of(*items), Limits(MIB))
-    assert str(caught.value.with_remedy("rest")).endswith("; or fewer a; or rest.")
+    named = caught.value.with_nearest(["--x 1: 2 MiB"])
+    assert str(named).endswith("These fit, the nearest first:\n    --x 1: 2 MiB\n    or fewer a")
+    assert named.smallest_bytes == caught.value.smallest_bytes and caught.value.with_nearest([]) is caught.value
+
+
+def test_what_is_much_less_than_is_missing_is_no_remedy():
+    items = [Item("a", 40 * MIB, Tier.HOST, remedy="fewer a"), Item("b", 90 * MIB, Tier.HOST)]
+    with pytest.raises(PlanRefused, match="fewer a"):
+        make_plan(Needs.of(*items), Limits(50 * MIB))
+    with pytest.raises(PlanRefused, match="the smallest that works.$"):
+        make_plan(Needs.of(*items), Limits(50 * MIB - 1))
 
 
 def test_recorded_plans():

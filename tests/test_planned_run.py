@@ -1,9 +1,8 @@
-"""What a plan says before a run: how long a step takes, and which smaller batch would fit."""
+"""What a plan says before a run: how long a step takes."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from tiny_models import make_config, save_tiny
 
 import offload.rates.disk
@@ -13,7 +12,6 @@ from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.setup import Setup
 from finetune.trainer import Trainer
-from memory.plan import PlanRefused
 from offload.residency.io import FaultPlan, IOEngine
 from offload.sizing.calibration import Rates
 
@@ -61,52 +59,3 @@ def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
     assert (
         last.startswith("no time of a step is predicted, because the model cannot be read here: ") and "safetensors" in last
     )
-
-
-def smallest(config, rows: int, tokens: int) -> int:
-    with pytest.raises(PlanRefused) as refused:
-        plan(config.model_copy(update={"host_memory": "1MiB"}), rows, tokens)
-    return refused.value.smallest_bytes
-
-
-def plan(config, rows: int, tokens: int) -> None:
-    session = Session(make_method(config))
-    try:
-        session.plan(BatchShape.of_text(rows, tokens, 8 // rows, True))
-    finally:
-        session.close()
-
-
-@pytest.mark.parametrize(
-    "rows, tokens, remedy",
-    [
-        (2, 1024, "or lower --micro-batch-size to 2."),
-        (1, 256, "or lower --sequence-length to 256 and --micro-batch-size to 1."),
-    ],
-)
-def test_a_refusal_names_the_batch_that_fits(model, tmp_path, rows, tokens, remedy):
-    config = make_config(model, None, tmp_path)
-    budget = smallest(config, rows, tokens) + (2 << 20)  # the process differs a little from one plan to the next
-    config = config.model_copy(update={"host_memory": budget})
-    with pytest.raises(PlanRefused) as refused:
-        plan(config, 8, 1024)
-    assert str(refused.value).endswith(remedy)
-    plan(config, rows, tokens)
-
-
-def test_a_refusal_names_no_batch_where_none_fits(model, tmp_path):
-    with pytest.raises(PlanRefused, match="the smallest that works.$"):
-        plan(make_config(model, None, tmp_path, host_memory="50MiB"), 8, 1024)
-
-
-def test_smaller_batches_of_tensors():
-    pixels, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
-    shape = BatchShape({"pixel_values": pixels, "labels": labels, "scale": torch.ones(2)}, 4, True, samples=6)
-    found = [
-        (words, one.samples, one.micro_batches, *(len(x) for x in one.inputs.values()))
-        for words, one in shape.smaller()
-    ]
-    assert found == [
-        ("lower --micro-batch-size to 3", 3, 8, 3, 3, 2),
-        ("lower --micro-batch-size to 1", 1, 24, 1, 1, 2),
-    ]

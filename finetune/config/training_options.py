@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune.config.schedule_options import SCHEDULES, argument_problems, length_problem, rate_problem, warmup_steps
 from finetune.objectives.registry import PREFERENCES
-from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch
+from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch, show
+
+
+def _check_micro_batch_size(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():  # from a command line
+        value = int(value)
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected a number of rows, 1 or more, or auto, found {show(value)}")
+    return value
 
 
 class TrainingOptions(Section):
@@ -24,8 +32,9 @@ class TrainingOptions(Section):
     """Passes over the data."""
     batch_size: Count = 8
     """Rows a step."""
-    micro_batch_size: Count = 1
-    """Rows that compute together. It decides how much memory activations need."""
+    micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(_check_micro_batch_size)] = 1
+    """Rows that compute together. It decides how much memory activations need, and in which order numbers are summed. auto: as
+    many as make a step fast in the memory that there is, see `finetune.micro_batch_choice`."""
     learning_rate: NonNegative | None = None
     """At its highest. None: what suits the method, see `Config.learning_rate`."""
     lr_scheduler: Literal[*SCHEDULES] = "linear"
@@ -63,6 +72,11 @@ class TrainingOptions(Section):
     """Saves the state, from which `resume` continues, every so many steps. Ctrl-C saves it too."""
     report_to: list[Literal["tensorboard"]] = []
     """Where metrics go besides `metrics.jsonl`."""
+
+    @property
+    def least_micro_batch_size(self) -> int:
+        """Where it is auto: the smallest that can be chosen."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.warmup_steps and self.warmup_ratio:

@@ -39,6 +39,7 @@ from finetune.runs.identity import check_same_run
 from finetune.session import Session
 from memory.errors import UserError
 from memory.needs import Needs
+from offload.devices import DescribedDevice, Device
 from offload.residency.io import IOFailure
 from offload.sizing.kernel_timing import update_seconds
 from offload.sizing.needs import Streamed
@@ -87,9 +88,9 @@ class WeightTraining(Method):
         needs = trained_weight_needs(self.config, session.parts, self.trained, batch, streamed, session.on_device)
         return needs, streamed
 
-    def weight_seconds(self, session: Session) -> float:
-        if session.machine is not None:
-            rates = session.machine.host.updated_elements_per_second
+    def weight_seconds(self, session: Session, device: Device) -> float:
+        if isinstance(device, DescribedDevice):
+            rates = device.machine.host.updated_elements_per_second
             rate = rates.get(self.config.optimizer.name, rates.get("adamw"))
             return 1 / rate if rate else 0.0
         unit = next(unit for unit in self.trained.units if unit.fqns)

@@ -158,7 +158,7 @@ class ZerothOrder(Method):
         # Products share a matrix among all variants; others are made in the dtype that computes.
         return shape.micro_batches if self.kind is not None or zo.product_groups else 0
 
-    def weight_seconds(self, session: Session) -> float:
+    def weight_seconds(self, session: Session, device: Device) -> float:
         """With as many updates pending as there are on average."""
         zo = self.config.zo
         if self.kind is not None or zo.product_groups or zo.parameters == "scales":
@@ -166,8 +166,8 @@ class ZerothOrder(Method):
         steps = min(zo.steps_between_folds, self.num_steps or zo.steps_between_folds) // 2
         updates = tuple(Update(seed, 1e-3) for seed in range(steps * zo.perturbations))
         seeds = range(self.variants if zo.estimator == "fzoo" else zo.perturbations)
-        if isinstance(session.device, DescribedDevice):
-            rate = session.device.rates.noise_elements_per_second.get(zo.noise)
+        if isinstance(device, DescribedDevice):
+            rate = device.rates.noise_elements_per_second.get(zo.noise)
             return (len(updates) + 1) * len(seeds) / rate if rate else 0.0
         stored = next(iter(session.parts.layouts[0].views.values())).dtype
         return variant_seconds(

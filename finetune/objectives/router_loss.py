@@ -57,6 +57,11 @@ class RouterLoss:
         return _has_loss(self._model) and self._is_on
 
     @property
+    def is_of_micro_batches(self) -> bool:
+        """Whether there is one, and it is another where a step is cut into other micro-batches."""
+        return self.adds_loss and self._options.router_loss != "global_batch"
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """For the model's forward, in steps only: to measure and to write text nobody asks routers."""
         return {} if self._options.router_loss == "config" else {_SWITCH: self._is_on}

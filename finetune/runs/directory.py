@@ -25,7 +25,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.methods.registry import METHODS
-from finetune.runs.identity import RunIdentity, check_same_run
+from finetune.runs.identity import RunIdentity, check_same_run, recorded_setting
 from finetune.runs.state import saved_states
 from memory.errors import UserError
 from memory.units import format_bytes
@@ -109,6 +109,10 @@ class RunDirectory:
                         "aside: name another --output"
                     )
         self.earlier_bytes = _num_bytes(self.path / PREVIOUS) + sum(_num_bytes(self.path / name) for name in self._aside)
+
+    def recorded_setting(self, key: str) -> Any | None:
+        """Of the run that goes on, see `finetune.runs.identity`; None: a run begins. After `take`."""
+        return None if self._recorded is None else recorded_setting(self._recorded, key)
 
     def begin(self, identity: RunIdentity, num_steps: int) -> dict[str, Any]:
         """Goes on with the run that is there, or sets it aside; returns what this run's files are to say of it.

@@ -33,6 +33,7 @@ _CHANGES_NOTHING = frozenset(
     "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
     "engine.num_threads engine.expert_slots engine.kept_graphs engine.simulated_copy_gbps engine.simulated_delay_ms".split()
 )
+_EARLIER_NAMES = {"engine.loss_tile_vocab": "tile_vocab", "training.micro_batch_size": "micro_batch_size"}
 # Keys that act through the tokens alone: named when these differ, of no matter when they are the same.
 _ACTS_THROUGH_TOKENS = ("form", "completion_only", "append_eos", "chat_template", "sequence_length")
 
@@ -146,7 +147,7 @@ def recorded_setting(about: Mapping[str, Any], key: str) -> Any:
     if "settings" in about:
         found = about["settings"]
     else:
-        found, key = about, {"engine.loss_tile_vocab": "tile_vocab"}.get(key, key)
+        found, key = about, _EARLIER_NAMES.get(key, key)
     for part in key.split("."):
         found = found[part]
     return found

@@ -53,6 +53,11 @@ class PassSeconds:
     def of(self, lanes: int) -> float:
         return self.first + (lanes - 1) * self.other
 
+    def longer(self, factor: float) -> PassSeconds:
+        """Where lanes take so many times as long, and decoding as long as before."""
+        more = (factor - 1) * self.other
+        return PassSeconds(self.first + more, self.other + more)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSeconds:
@@ -68,6 +73,9 @@ class BlockSeconds:
         decoding = max(0.0, again.first - again.other)
         return self.backward.of(lanes) + (decoding if kept_graph else again.of(lanes))
 
+    def longer(self, factor: float) -> BlockSeconds:
+        return BlockSeconds(self.forward.longer(factor), self.recomputed.longer(factor), self.backward.longer(factor))
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -77,6 +85,10 @@ class Timing:
     head_row: float  # seconds of a row of hidden states: logits, loss and, where there is a backward, gradient
     weight_seconds: float = 0.0  # of one weight that is updated, or of which variants are made
     counted: bool = False  # from what visits compute and a machine's rates, rather than measured
+
+    def longer(self, factor: float) -> Timing:
+        """Where lanes take so many times as long in blocks."""
+        return replace(self, blocks=tuple(block.longer(factor) for block in self.blocks))
 
 
 @dataclass(frozen=True, slots=True)
