@@ -81,6 +81,7 @@ class Session:
         if self.device.shares_host_memory and config.device_memory is not None:
             print(f"note: --device-memory changes nothing, because this run computes on {self.device.kind}", file=sys.stderr)
         source = resolve_model(config.model)
+        setup.only_plan = only_plan
         setup.check_model(source)
         choose_dtype = partial(setup.compute_dtype, self.device)
         self.base = open_base(config, source, self.device, choose_dtype, only_plan)

@@ -38,7 +38,7 @@ class Setup:
     notes: what the user should know of it. has_gradients: whether steps compute them. variants: versions of the weights that a
     step computes. frozen: whether the model's own weights stay as they are stored. tuned: whether they are others than the
     checkpoint's. gradient_names: per block, local names of the model's own weights that get gradients. store: what those take
-    of the disk.
+    of the disk. only_plan: whether nothing will run, so that adapters need no values; a session says so.
     """
 
     has_gradients = False
@@ -51,6 +51,7 @@ class Setup:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.notes: list[str] = []
+        self.only_plan = False
 
     def check_model(self, directory: Path) -> None:
         """Before the model in `directory` is read. Raises UserError for one that cannot be taken."""

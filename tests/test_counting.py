@@ -66,7 +66,7 @@ def test_a_backward_pass_has_gradients_and_recomputes_what_they_need(tmp_path):
     inputs = [(p.out_features, p.in_features) for p in kinds["input_gradient"]]
     assert sorted(inputs) == sorted([*LAYERS.values(), *adapter])
     again = [(p.out_features, p.in_features) for p in kinds["forward"]]
-    needless = {"o_proj", "down_proj"}  # whose results nothing but the block's output is made of
+    needless = {"down_proj"}  # whose result nothing but the block's output is made of
     assert sorted(again) == sorted([*(shape for name, shape in LAYERS.items() if name not in needless), *adapter])
     assert {product.kind for product in found.recomputed.products} == {"forward"}
     assert [one.backward for one in found.recomputed.attention] == [False]

@@ -21,6 +21,7 @@ from finetune.config.errors import ConfigError
 from finetune.machines.kept import keep_profile
 from finetune.machines.profiles import find_machine
 from finetune.methods.base import make_method
+from finetune.objectives.base import objective_class
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.trainer import Trainer
@@ -259,6 +260,23 @@ def test_compressing_is_judged_by_the_machines_decoder(tmp_path):
     big = MachineProfile.model_validate(machine)
     rates = profile_rates(plan(model, tmp_path, machine).parts, DescribedDevice("cpu", big), 16)
     assert rates.flops_per_second == pytest.approx(FAST) and rates.copy_bytes_per_second == float("inf")
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
+def test_a_plan_needs_no_values_of_an_adapter(model, tmp_path, lora):
+    """What PEFT makes from weights alone, such as DoRA's magnitudes, is made all the same."""
+    config = make_config(model, None, tmp_path / "out", lora=lora, engine={"resident_blocks": 1})
+    parts = []
+    for only_plan in (True, False):
+        session = Session(make_method(config), only_plan=only_plan)
+        session.process_bytes = 1 << 28
+        try:
+            assert all(p.is_meta == (only_plan and not lora) for p in session.trainable) and session.trainable
+            shape = objective_class(config).full_shape(config, session, config.dataset.sequence_length)
+            parts.append(session.plan(shape).plan.host_parts)
+        finally:
+            session.close()
+    assert parts[0] == parts[1]
 
 
 def test_plan_takes_a_machine_and_other_commands_do_not(model, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memory.needs import Item, Lasts, Needs, Pool, Tier
+from memory.needs import Item, Lasts, Needs, Pool, Tier, Worth
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.simulator import Ring, Speeds, StepWork, simulate_step
 from memory.units import PAGE_BYTES
@@ -190,6 +190,13 @@ def test_state_that_waits_in_memory_comes_before_resident_blocks():
     other_slots = many.slots[HOST_BLOCKS].num_bytes + many.slots[HOST_HEAD].num_bytes
     assert many.host_slab_bytes - other_slots == 21 * 12 * MIB
     assert many.host_peak_bytes <= host_bytes
+
+
+def test_much_state_that_waits_is_offered_in_few_steps():
+    few, many = (state_needs(MIB, 10_000, waiting) for waiting in (40, 4_000))
+    rings = [step.rings[STATE] for step in many.steps if step.worth is Worth.WAITING_STATE]
+    assert len(rings) <= 70 and 3_900 < max(rings) - 12 <= 4_000
+    assert sum(step.worth is Worth.WAITING_STATE for step in few.steps) == 40
 
 
 def test_weights_stay_decoded_before_anything_but_the_next_block_waits():

@@ -43,7 +43,7 @@ def planned_session(model, folder, monkeypatch, **changes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     if "method" in changes:
         changes["lora"] = {}
-    session = Session(make_method(make_config(model, None, folder / "out", **changes)), only_plan=True)
+    session = Session(make_method(make_config(model, None, folder / "out", **changes)))
     return session, session.plan(BatchShape.of_text(2, 20, 6, session.setup.has_gradients))
 
 

@@ -23,9 +23,9 @@ class Adapter:
         self.model = model
 
     @classmethod
-    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
-        """`model` wrapped with a fresh adapter, and what the user should know of it. Raises UserError for what cannot be
-        streamed, or PEFT refuses."""
+    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
+        """`model` wrapped with a fresh adapter, and what the user should know of it. only_shapes: whether nobody looks at its
+        values, so that they may be on the meta device. Raises UserError for what cannot be streamed, or PEFT refuses."""
         raise NotImplementedError
 
     @classmethod

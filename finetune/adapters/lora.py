@@ -31,10 +31,13 @@ from memory.errors import UserError
 
 class Lora(Adapter):
     @classmethod
-    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
+    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
         options = config.lora
         experts = options.target_modules is not None
-        model, targets = attach(model, options.peft_arguments(), config.training.seed, experts=experts)
+        arguments = options.peft_arguments()
+        on_meta = only_shapes and arguments.get("init_lora_weights", True) is True
+        on_meta = on_meta and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
+        model, targets = attach(model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
         return model, targets.note
 
     @classmethod
@@ -62,12 +65,18 @@ class Lora(Adapter):
                 copy.load_state_dict(module.original_module.state_dict())
 
 
-def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: bool = True) -> tuple[nn.Module, Targets]:
+_MADE_OF_WEIGHTS = ("use_dora", "use_bdlora", "velora_config", "modules_to_save", "trainable_token_indices")
+"""Arguments with which PEFT looks at what it wraps."""
+
+
+def attach(
+    model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: bool = True, on_meta: bool = False
+) -> tuple[nn.Module, Targets]:
     """`model` wrapped by PEFT with a fresh adapter, as `get_peft_model` after `torch.manual_seed(seed)` makes it, and what
     was made of target_modules "all-linear".
 
-    arguments: keyword arguments of `peft.LoraConfig`. experts: whether "all-linear" means routed experts too. Raises
-    UserError for what cannot be streamed or PEFT refuses.
+    arguments: keyword arguments of `peft.LoraConfig`. experts: whether "all-linear" means routed experts too. on_meta:
+    whether the adapter is on the meta device, without values. Raises UserError for what cannot be streamed or PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -90,7 +99,7 @@ def attach(model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: b
             check_endings(model, config.target_parameters or ())
             check_parameters(model, config)
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
             check_modules(adapted)
     except UserError:
         raise

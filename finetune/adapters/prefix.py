@@ -31,7 +31,7 @@ from offload.weights.skeleton import cache_argument
 
 class Prefix(Adapter):
     @classmethod
-    def attach(cls, model: nn.Module, config: Config) -> tuple[nn.Module, str | None]:
+    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
         return attach(model, config.zo.prefix_tokens, config.training.seed), None
 
     @property

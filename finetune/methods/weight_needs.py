@@ -69,10 +69,13 @@ def trained_weight_needs(
     store = store_size(config, trained)
     moments, waiting_bytes = _moments(config, parts, trained, batch)
     waiting = 0
-    computes_long = store.trained_share == 1 and not on_device
     # Buffers may be as large as what a rule with directions keeps of a whole unit, and the disk has little to do there.
-    if computes_long and batch.rows >= COMPUTE_BOUND_TOKENS and not make_rule(config, of_blocks=True).has_directions:
-        waiting = max(len(unit.pieces) for unit in trained.blocks)
+    if not make_rule(config, of_blocks=True).has_directions:
+        block_pieces = max(len(unit.pieces) for unit in trained.blocks)
+        if on_device:  # see [Note: updates beside an accelerator]: one block's are written while the next one's are read
+            waiting = min(2 * block_pieces, store.pieces)
+        elif store.trained_share == 1 and batch.rows >= COMPUTE_BOUND_TOKENS:
+            waiting = block_pieces
     data = config.output / "store" / "data"
     existing_bytes = data.stat().st_size if data.is_file() else 0
     host_edge_bytes = 2 * edge_bytes  # the image of what is stored, and gradients on their way to it

@@ -39,6 +39,7 @@ ACTIVATION_SLOTS = 4
 MIN_STATE_SLOTS = 3  # of an optimizer on disk: one is read, one is updated, one is written
 DECODED_WEIGHTS = 16  # of a block, at most: experts of many modules are not worth a pool each
 STATE_SLOTS = 12  # keep a disk busy in both directions
+WAITING_STEPS = 64  # in which more of them are offered: each is a plan
 ALLOCATOR_FACTOR = 1.1  # of a device: what PyTorch's allocator loses there between tensors that stay for long
 MARGIN_BYTES = 32 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 
@@ -277,7 +278,8 @@ def state_needs(slot_bytes: int, pieces: int, waiting: int) -> Needs:
     use where compute takes longer than the disk: what waits in them is not waited for.
     """
     counts = [(Worth.STATE_BUFFERS, count) for count in (MIN_STATE_SLOTS * 2, STATE_SLOTS)]
-    counts += [(Worth.WAITING_STATE, STATE_SLOTS + more) for more in range(1, waiting + 1)]
+    apart = max(1, waiting // WAITING_STEPS)
+    counts += [(Worth.WAITING_STATE, STATE_SLOTS + more) for more in range(apart, waiting + 1, apart)]
     label = "buffers for optimizer state ({slots} x {size})"
     return Needs.of(
         Pool(STATE, label, Tier.HOST, slot_bytes, MIN_STATE_SLOTS, most_kept=pieces, pinned=False),

@@ -286,7 +286,10 @@ def _on_device(module: nn.Module, device: Device) -> Iterator[None]:
                 if tensor is not None and not is_placeholder(tensor) and wanted(tensor):
                     held.append((place, name, tensor))
     for place, name, tensor in held:
-        copy = tensor.detach().to(device.torch_device, copy=True)
+        if tensor.is_meta:  # an adapter in a session that only plans
+            copy = torch.zeros_like(tensor, device=device.torch_device)
+        else:
+            copy = tensor.detach().to(device.torch_device, copy=True)
         place[name] = nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy
     try:
         yield
