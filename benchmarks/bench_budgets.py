@@ -28,7 +28,7 @@ from made_models import write_rows, write_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 VOCAB = 2048
-LEAST = re.compile(r"raise --host-memory to (\d+)MiB")  # in a refusal
+LEAST = re.compile(r"--host-memory (\d+)MiB: ")  # in a refusal
 METHODS = ("lora", "zo", "full", "lisa", "badam", "slimfit", "frugal")
 MODELS = {
     "llama": LlamaConfig(
