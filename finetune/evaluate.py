@@ -35,6 +35,7 @@ from finetune.runs.prompts import as_trained
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import PlanRefused
+from offload.sizing.needs import HIDDEN_STATES
 from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
@@ -93,15 +94,17 @@ def plan_with_evaluation(
         raise UserError(f"eval_data: expected {kinds[0]}, as the training data are, found {kinds[1]}")
     if isinstance(rows, TensorRows):
         longest = rows.longest(shape.samples)
-        measured = BatchShape(rows.collate(longest), shape.micro_batches, train=False, samples=len(longest))
+        together = 1 if session.plan(shape).plan.count(HIDDEN_STATES) else shape.micro_batches
+        measured = BatchShape(rows.collate(longest), together, train=False, samples=len(longest))
         return session.plan(shape, measured), HeldOut(rows, measured)
     planned = session.plan(shape)
-    longest = shape.inputs["input_ids"].shape[1]
+    longest, waits = shape.inputs["input_ids"].shape[1], planned.plan.count(HIDDEN_STATES)
     max_length = min(rows.max_length, most_tokens)
-    if max_length <= longest:
+    if max_length <= longest and not waits:
         return planned, HeldOut(rows, shape)
-    # As many tokens a pass as a step has; where they do not fit, one row.
-    for micro_batches in sorted({max(1, shape.rows * shape.micro_batches // max_length), 1}, reverse=True):
+    # As many tokens a pass as a step has; where they do not fit, one row. Micro-batches of a pass wait in memory.
+    most = 1 if waits else max(1, shape.rows * shape.micro_batches // max_length)
+    for micro_batches in sorted({most, 1}, reverse=True):
         longer = BatchShape.of_text(1, max_length, micro_batches * rows.versions, train=False)
         try:
             return session.plan(shape, longer), HeldOut(rows, longer)
@@ -279,7 +282,7 @@ def _measure_tensors(
             for start in starts[first : first + shape.micro_batches]
         ]
         batches = make_micro_batches(rows, group, streamed.device.torch_device)
-        found = streamed.step_losses(batches.inputs, batches.labels)
+        found = streamed.step_losses(batches.inputs, batches.labels, keep_outputs=True)
         total += float(found.losses) * (1 if found.is_sum else found.num_items)
         items += found.num_items
         for labels, output in zip(batches.labels, found.outputs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isqrt
 
 import torch
@@ -17,7 +18,18 @@ from memory.needs import Item, Lasts, Needs, Tier
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
-from offload.sizing.needs import EDGES, GRAPHS, STEP, VISIT, block_input_needs, process_needs
+from offload.sizing.needs import (
+    EDGES,
+    GRAPHS,
+    HIDDEN_STATES,
+    RUNNING,
+    STEP,
+    VISIT,
+    LaneSize,
+    block_input_needs,
+    process_needs,
+    waiting_needs,
+)
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
@@ -37,33 +49,43 @@ def measure_batch(
     if visit is None:
         measured = (parts, model, shape.inputs, shape.train, trained)
         visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
-    rows = shape.micro_batches * shape.rows  # what only goes forward reads the same
-    row_bytes = sum(
-        min(rows, source.shape[0]) * dense_bytes(source.shape[1:], parts.dtype) for _, _, source in parts.embeddings
-    )
+    row_bytes = _dense_rows(parts, shape.micro_batches * shape.rows)  # what only goes forward reads the same
     return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes)
 
 
-def batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str) -> Needs:
-    """What a batch takes where compute happens. block_inputs: where they wait, see `block_input_needs`."""
+def batch_needs(
+    parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str, hidden_states: str, frozen: bool
+) -> Needs:
+    """What a batch takes where compute happens.
+
+    block_inputs, hidden_states: where they wait, see `block_input_needs` and `waiting_needs`. frozen: whether no row of an
+    embedding is trained.
+    """
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
     masks, lane_bytes = MaskSize(0, 0), 0
     if "input_ids" in shape.inputs:
         masks, lane_bytes = _masks(parts, model, shape), adapter_of(model).lane_bytes(parts.dtype.itemsize)
-    stored_rows = sum(
-        source.row_bytes(min(lanes * shape.rows, source.shape[0])) for _, _, source in parts.embeddings
-    )
-    step_bytes = shape.kept_bytes + _logits_bytes(parts, model, shape) + stored_rows + batch.row_bytes
-    step_bytes += lanes * (masks.kept_bytes + lane_bytes)
+    lane_bytes += masks.kept_bytes
+    all_rows, lane_rows = batch.row_bytes + _stored_rows(parts, lanes * shape.rows), _dense_rows(parts, shape.rows)
+    lane_rows += _stored_rows(parts, shape.rows)
+    rows_by_lane = hidden_states != "host" and (frozen or not shape.train)
+    size = _lane_size(parts, model, batch, lane_bytes)
     boundaries = shape.micro_batches * (len(parts.blocks) if shape.train else 1) + shape.forward_lanes
+    shares_head = shape.train and parts.head is not None and len(parts.head.layouts) > 1
+    waiting = waiting_needs(size, lanes, batch.loss_bytes, hidden_states, shares_head)
+    inputs = block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
+    if not shape.train:  # they are what waits between visits
+        inputs = replace(inputs, items=tuple(replace(x, without_pool=x.without_pool or HIDDEN_STATES) for x in inputs.items))
     return Needs.of(
         *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in (batch.loss_bytes, masks.made_bytes)),
         # One recomputed graph at a time is a part of the visit. Kept ones are all gone when the first one is recomputed.
         Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=GRAPHS),
         Item(VISIT, visit.peak_bytes - visit.graph_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=GRAPHS),
-        Item(STEP, step_bytes, Tier.COMPUTE, Lasts.STEP),
+        Item(STEP, shape.kept_bytes, Tier.COMPUTE, Lasts.STEP),
+        Item(STEP, all_rows, Tier.COMPUTE, Lasts.STEP, without_pool=HIDDEN_STATES),
+        Item(RUNNING, lane_rows if rows_by_lane else all_rows, Tier.COMPUTE, Lasts.STEP, with_pool=HIDDEN_STATES),
         Item(EDGES, parts.edge_bytes, Tier.COMPUTE),
-    ) + block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
+    ) + waiting + inputs
 
 
 def process_as_it_is(adapter_bytes: int) -> int:
@@ -138,9 +160,29 @@ def _loss_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
     return table_bytes + num_bytes
 
 
+def _dense_rows(parts: ModelParts, rows: int) -> int:
+    """Of so many rows of each embedding, in the dtype that computes."""
+    return sum(min(rows, source.shape[0]) * dense_bytes(source.shape[1:], parts.dtype) for _, _, source in parts.embeddings)
+
+
+def _stored_rows(parts: ModelParts, rows: int) -> int:
+    """The same, as they are stored."""
+    return sum(source.row_bytes(min(rows, source.shape[0])) for _, _, source in parts.embeddings)
+
+
+def _lane_size(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, more_bytes: int) -> LaneSize:
+    """more_bytes: that a lane holds beside its hidden states."""
+    logits_bytes, boundary = _logits_bytes(parts, model, batch.shape), batch.visit.boundary_bytes
+    # The norm before the head in fp32, forward and backward; what a tile's rows are chosen into; sums of a head in chunks.
+    end_bytes = logits_bytes + more_bytes + 6 * boundary + 6 * boundary * 4 // parts.dtype.itemsize
+    return LaneSize(
+        boundary, logits_bytes + more_bytes, 3 * boundary + more_bytes, end_bytes, logits_bytes + 4 * boundary
+    )
+
+
 def _logits_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int:
-    """What all lanes hold between the last block and the loss."""
-    itemsize, head, rows = parts.dtype.itemsize, parts.head, shape.lanes * shape.rows
+    """What a lane holds between the last block and the loss."""
+    itemsize, head, rows = parts.dtype.itemsize, parts.head, shape.rows
     if head is not None:  # hidden states before the head and their gradients; a head in chunks keeps sums in fp32
         return rows * (head.module.weight.shape[1] * (3 * itemsize + (4 if len(head.layouts) > 1 else 0)) + 64)
     output = model.get_output_embeddings()

@@ -14,7 +14,7 @@ from memory.units import format_bytes, format_seconds
 from offload.sizing.calibration import NoRates, Rates
 from offload.sizing.compression import Compression
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
 from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
 
@@ -43,6 +43,7 @@ class BatchShape:
     packed: bool = False  # whether a row of text holds several
     samples: int | None = None  # rows of tensors in a micro-batch; None: text
     forward_lanes: int = 0  # micro-batches more that only go forward, such as those of a reference
+    can_wait: bool = False  # whether micro-batches may wait on disk: those of a step, of which only the loss is wanted
 
     @classmethod
     def of_text(
@@ -157,8 +158,7 @@ class PlannedRun:
             + (f", and {self.shape.forward_lanes} that only go forward" if self.shape.forward_lanes else ""),
             f"blocks: {blocks.kept} of {len(parts.blocks)} resident, lookahead {blocks.lookahead}; "
             + (f"{len(parts.blocks) - plan.count(GRAPHS)} recomputed in backward, " if self.shape.train else "")
-            + "block inputs "
-            + ("on disk" if plan.count(ACTIVATIONS) else "in memory")
+            + self._waiting_words
             + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self.read_bytes)}",
         ]
         if self.choice is not None:
@@ -188,6 +188,14 @@ class PlannedRun:
         return "\n".join(lines)
 
     @property
+    def _waiting_words(self) -> str:
+        """Where block inputs and hidden states of all micro-batches are."""
+        if not self.plan.count(HIDDEN_STATES):
+            return f"block inputs {'on disk' if self.plan.count(ACTIVATIONS) else 'in memory'}"
+        what = "block inputs, hidden states and their gradients" if self.shape.train else "hidden states"
+        return f"{what} of all micro-batches on disk"
+
+    @property
     def process_bytes(self) -> int:
         """That it counts for the process before anything is opened."""
         return self.plan.host_parts[PROCESS]
@@ -209,6 +217,7 @@ class PlannedRun:
             "lookahead": blocks.lookahead,
             "kept_graphs": plan.count(GRAPHS),
             "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
+            "hidden_states": "disk" if plan.count(HIDDEN_STATES) else "host",
             "host_peak_bytes": plan.host_peak_bytes,
             "host_budget_bytes": plan.host_budget_bytes,
             "host_parts": dict(plan.host_parts),

@@ -61,7 +61,7 @@ class Planner:
 
     def least_memory(self, shape: BatchShape) -> tuple[int, int | None]:
         """Bytes of host memory, and of the device's where it has its own, below which a step is refused."""
-        return self.least_bytes(self._needs(shape, self._session.config.engine.activations if shape.train else "host")[0])
+        return self.least_bytes(self._needs(shape, *self._waiting_places(shape))[0])
 
     def least_bytes(self, needs: Needs) -> tuple[int, int | None]:
         """The same for what a plan was made of."""
@@ -89,13 +89,20 @@ class Planner:
         return f", which is {1 - HOST_RESERVE_SHARE:.0%} of what is available"
 
     def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
-        # Without a backward pass nothing waits for it.
-        block_inputs = self._session.config.engine.activations if shape.train else "host"
-        needs, streamed, batch = self._needs(shape, block_inputs)
+        block_inputs, hidden_states = self._waiting_places(shape)
+        needs, streamed, batch = self._needs(shape, block_inputs, hidden_states)
         if also is not None:
             passes = not needs.ring_of(HOST_HEAD)
-            needs = needs.covering(self._needs(also, block_inputs, passes)[0])
+            needs = needs.covering(self._needs(also, block_inputs, "host", passes)[0])
         return make_plan(needs, self.limits), needs, streamed, batch
+
+    def _waiting_places(self, shape: BatchShape) -> tuple[str, str]:
+        """Where block inputs wait for backward, and hidden states between visits."""
+        engine = self._session.config.engine
+        hidden_states = engine.hidden_states if shape.can_wait else "host"
+        if not shape.train:  # nothing waits for backward
+            return "host", hidden_states
+        return ("disk" if hidden_states == "disk" else engine.activations), hidden_states
 
     @property
     def limits(self) -> Limits:
@@ -123,9 +130,9 @@ class Planner:
         return Limits(host, on_device)
 
     def _needs(
-        self, shape: BatchShape, block_inputs: str, head_passes: bool | None = None
+        self, shape: BatchShape, block_inputs: str, hidden_states: str, head_passes: bool | None = None
     ) -> tuple[Needs, Streamed, MeasuredBatch]:
-        """head_passes: as in `stream_needs`; None: where that costs no memory.
+        """block_inputs, hidden_states: as in `batch_needs`. head_passes: as in `stream_needs`; None: where it costs no memory.
 
         Raises UserError for rows that are longer than the model has positions for."""
         session = self._session
@@ -148,7 +155,8 @@ class Planner:
             slots += passing_head(batch.loss_bytes, streamed)
         if session.setup.uses_of_weights(parts, shape) > 1:
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
-        needs = process + slots + batch_needs(parts, session.model, batch, block_inputs) + own
+        batch_own = batch_needs(parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen)
+        needs = process + slots + batch_own + own
         return needs + self._graph_needs(batch, streamed), streamed, batch
 
     def _measure(self, shape: BatchShape) -> MeasuredBatch:

@@ -17,7 +17,17 @@ from offload.devices import DescribedDevice
 from offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
 from offload.sizing.compression import Compression
 from offload.sizing.counted_visits import count_visits, profile_rates
-from offload.sizing.needs import ACTIVATIONS, DECODED_WEIGHTS, DEVICE_BLOCKS, GRAPHS, HOST_BLOCKS, HOST_HEAD, STATE
+from offload.sizing.needs import (
+    ACTIVATIONS,
+    DECODED_WEIGHTS,
+    DEVICE_BLOCKS,
+    GRAPHS,
+    HIDDEN_STATES,
+    HOST_BLOCKS,
+    HOST_HEAD,
+    LANES_NEAR,
+    STATE,
+)
 from offload.sizing.timing import Timing, Workload, time_visits
 
 if TYPE_CHECKING:
@@ -117,7 +127,7 @@ def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRat
     rates = session.base.rates
     if rates is None:
         rates = (measure_rates if needed else try_rates)(session.parts, session.device, rows)
-    if rates and (planned.store is not None or planned.plan.count(ACTIVATIONS)):
+    if rates and (planned.store is not None or planned.plan.count(ACTIVATIONS) or planned.plan.count(HIDDEN_STATES)):
         output = session.config.output
         with contextlib.suppress(UserError):
             drive = kept_drive(session.device, output)
@@ -175,6 +185,9 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
         visit_bytes=[planned.expert_read_bytes / passes / blocks] * blocks if streamed.experts else (),
         input_bytes=planned.batch.visit.boundary_bytes if plan.count(ACTIVATIONS) else 0,
         input_slots=max(1, plan.count(ACTIVATIONS)),
+        waiting_bytes=planned.batch.visit.boundary_bytes if plan.count(HIDDEN_STATES) else 0,
+        waiting_slots=max(1, plan.count(HIDDEN_STATES)),
+        head_passes=-(-lanes // (1 + plan.count(LANES_NEAR))) if _head_again(planned) else 1,
         chunks=streamed.chunks,
         chunk_bytes=streamed.chunk_bytes,
         chunk_slots=max(1, plan.count(HOST_HEAD)),
@@ -185,6 +198,11 @@ def _step_work(planned: PlannedRun, rates: Rates, timing: Timing | None) -> Step
         kept_pieces=plan.slots[STATE].kept if store is not None else 0,
         end_seconds=planned.adapter_elements * ADAPTER_UPDATE_BYTES / rates.elementwise_bytes_per_second,
     )
+
+
+def _head_again(planned: PlannedRun) -> bool:
+    """Whether the head is read for some of the micro-batches after others."""
+    return planned.plan.count(HIDDEN_STATES) > 0 and planned.shape.train and planned.streamed.chunks > 1
 
 
 def _visit_seconds(planned: PlannedRun, rates: Rates, timing: Timing | None) -> tuple[list[float], list[float]]:

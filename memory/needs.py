@@ -63,22 +63,24 @@ class Pool:
 class Worth(IntEnum):
     """The order in which spare memory is handed out, the best use first."""
 
-    NEXT_BLOCK = 0  # the next block is read while one computes
-    STATE_BUFFERS = 1  # the state of an optimizer moves in both directions at once
-    NEXT_EXPERTS = 2  # more matrices of experts are read while one computes
-    SECOND_VARIANT = 3  # both variants of a pair are made in one pass
-    NEXT_CHUNK = 4  # the next chunk of the head is read while one computes
-    DECODED_WEIGHTS = 5  # packed weights are decoded once a visit: for every block again, and nothing hides decoding
-    BLOCK_INPUTS = 6  # what backward needs stays in memory
-    BLOCKS_EXPERTS = 7  # all experts of a block stay for its visit, so that all micro-batches share them
-    LATER_BLOCKS = 8  # more blocks are read ahead
-    WAITING_STATE = 9  # where compute takes longer than the disk, a whole block's state waits in memory
-    GRAPHS_OF_COMPUTE = 10  # where a block computes longer than it is read: nothing is recomputed
-    RESIDENT_BLOCKS = 11  # blocks stay
-    RESIDENT_EXPERTS = 12  # experts stay: those that are likely wanted soon
-    WHOLE_HEAD = 13  # the head stays: per byte, half of what a block saves
-    KEPT_STATE = 14  # pieces of an optimizer's state stay
-    OTHER_GRAPHS = 15  # where reading takes longer than computing: what nothing is read for, nothing is recomputed for either
+    HIDDEN_STATES = 0  # micro-batches stay in memory between visits: else every visit of every one goes by the disk
+    NEXT_BLOCK = 1  # the next block is read while one computes
+    STATE_BUFFERS = 2  # the state of an optimizer moves in both directions at once
+    NEXT_EXPERTS = 3  # more matrices of experts are read while one computes
+    SECOND_VARIANT = 4  # both variants of a pair are made in one pass
+    NEXT_CHUNK = 5  # the next chunk of the head is read while one computes
+    DECODED_WEIGHTS = 6  # packed weights are decoded once a visit: for every block again, and nothing hides decoding
+    BLOCK_INPUTS = 7  # what backward needs stays in memory
+    LANES_NEAR = 8  # more micro-batches share a pass over the head, where they wait on disk
+    BLOCKS_EXPERTS = 9  # all experts of a block stay for its visit, so that all micro-batches share them
+    LATER_BLOCKS = 10  # more blocks are read ahead
+    WAITING_STATE = 11  # where compute takes longer than the disk, a whole block's state waits in memory
+    GRAPHS_OF_COMPUTE = 12  # where a block computes longer than it is read: nothing is recomputed
+    RESIDENT_BLOCKS = 13  # blocks stay
+    RESIDENT_EXPERTS = 14  # experts stay: those that are likely wanted soon
+    WHOLE_HEAD = 15  # the head stays: per byte, half of what a block saves
+    KEPT_STATE = 16  # pieces of an optimizer's state stay
+    OTHER_GRAPHS = 17  # where reading takes longer than computing: what nothing is read for, nothing is recomputed for either
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Step:
     rings: Mapping[str, int] = field(default_factory=dict)  # pool -> its ring from now on
     kept: Mapping[str, int] = field(default_factory=dict)  # pool -> so many more units kept, as far as there are any
     without_pool: str = ""  # only where the plan gives this pool no slots
+    with_pool: str = ""  # only where it gives this one slots
 
 
 def ascent(worth: Worth, pool: str, units: int, without_pool: str = "") -> list[Step]:

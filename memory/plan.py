@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from memory.errors import UserError
 from memory.fetch_policy import spread_evenly
@@ -140,10 +141,15 @@ class Plan:
 
 def make_plan(needs: Needs, limits: Limits) -> Plan:
     """The best plan within `limits`. Raises PlanRefused, which says what needs how much and what would work."""
-    plan = _plan_with([_least(pool, needs.items) for pool in needs.pools], needs, limits)
+    costly = {item.with_pool for item in needs.items if item.tier is not Tier.DISK}  # whose slots are not all that they take
+    optional = [pool.name for pool in needs.pools if pool.optional and pool.name in costly]
+    choices = [{}, *(dict(zip(optional, chosen, strict=True)) for chosen in product((False, True), repeat=len(optional)))]
+    least = [_plan_with([_least(pool, needs.items, chosen) for pool in needs.pools], needs, limits) for chosen in choices]
+    fitting = (plan for plan in least if _fits(plan, limits))
+    plan = next(fitting, None) or min(least, key=lambda plan: plan.host_peak_bytes + plan.device_peak_bytes)
     _refuse_what_does_not_fit(plan, needs.merged().items, limits)
     for step in sorted(needs.steps, key=lambda step: step.worth):
-        if plan.count(step.without_pool):
+        if plan.count(step.without_pool) or step.with_pool and not plan.count(step.with_pool):
             continue
         candidate = _plan_with([slots.after(step) for slots in plan.slots.values()], needs, limits)
         if _fits(candidate, limits):
@@ -151,9 +157,12 @@ def make_plan(needs: Needs, limits: Limits) -> Plan:
     return plan
 
 
-def _least(pool: Pool, items: Iterable[Item]) -> Slots:
+def _least(pool: Pool, items: Iterable[Item], chosen: Mapping[str, bool]) -> Slots:
+    """chosen: whether optional pools have slots; others of them do where the items that they stand for take much more."""
     replaced_bytes = sum(item.num_bytes for item in items if item.without_pool == pool.name)
     needless = pool.optional and replaced_bytes <= (pool.ring + 1) * pool.slot_bytes
+    if pool.name in chosen:
+        needless = not chosen[pool.name]
     return Slots(pool, 0 if needless else pool.ring, pool.kept)
 
 

@@ -62,6 +62,9 @@ class StepWork:
     visit_bytes: Sequence[int] = ()  # read in every visit of each block, which waits for them: experts
     input_bytes: int = 0  # of a lane's block input, which goes to disk for backward; 0: it stays in memory
     input_slots: int = 1  # through which those go
+    waiting_bytes: int = 0  # of a lane's hidden states, which are on disk between visits, as their gradients are; 0: in memory
+    waiting_slots: int = 1  # through which those go
+    head_passes: int = 1  # over the chunks of the head, by some of the lanes each
     begin_seconds: float = 0.0  # before the first visit
     chunks: int = 0  # of the head
     chunk_bytes: int = 0  # of each, from disk
@@ -272,18 +275,21 @@ class _Simulation:
         work, first = self._work, number * len(self._order)
         chunks_stay = number > 0 and work.chunk_slots >= work.chunks
         chunk_bytes = 0 if chunks_stay else work.chunk_bytes
-        names = (f"head {chunk}" for chunk in range(work.chunks))
-        head = _Buffered(self._disk, [0.0] * work.chunk_slots, ((name, chunk_bytes) for name in names))
+        reads = [chunk for _ in range(work.head_passes) for chunk in range(work.chunks)]
+        head = _Buffered(self._disk, [0.0] * work.chunk_slots, ((f"head {chunk}", chunk_bytes) for chunk in reads))
         head.ahead(self._now)
         state = self._open_state(number)
         state.ahead(self._now)
         self._run("begin", work.begin_seconds)
-        slots = [0.0] * work.input_slots
+        slots = [0.0] * (work.waiting_slots if work.waiting_bytes else work.input_slots)
+        waiting = self._open_waiting(f"hidden states before block {block}" for block in self._order[: len(work.block_bytes)])
         for position in range(len(work.block_bytes)):
-            self._visit_forward(first + position, slots)
-        for chunk in range(work.chunks):
+            self._visit_forward(first + position, slots, waiting)
+        if work.waiting_bytes:
+            self._wait(self._disk.read(work.lanes * work.waiting_bytes, self._now, "final hidden states"))
+        for chunk in reads:
             self._wait(head.take(self._now))
-            self._run(f"head {chunk}", work.head_seconds / work.chunks)
+            self._run(f"head {chunk}", work.head_seconds / len(reads))
             head.give_back(self._now)
         if not work.chunks:
             self._run("head", work.head_seconds)
@@ -292,25 +298,44 @@ class _Simulation:
         backward = self._order[len(work.block_bytes) :]
         names = (f"input of block {block}" for block in backward for _ in range(work.lanes))
         inputs = _Buffered(self._disk, [0.0] * work.input_slots, ((name, work.input_bytes) for name in names))
+        gradients = self._open_waiting(f"gradients behind block {block}" for block in backward)
         for position in range(len(work.block_bytes), len(self._order)):
-            self._visit_backward(first + position, inputs, state)
+            self._visit_backward(first + position, inputs, state, (gradients, slots))
         if self._disk.write_bytes and (work.updates or work.end_update):
             self._wait(self._disk.written_at)  # before the step is committed
         self._run("end", work.end_seconds)
 
-    def _visit_forward(self, position: int, slots: list[float]) -> None:
+    def _open_waiting(self, names: Iterable[str]) -> _Buffered:
+        """What all lanes read in visits, where they are on disk between these."""
+        work = self._work
+        items = ((name, work.waiting_bytes) for name in names for _ in range(work.lanes))
+        return _Buffered(self._disk, [0.0] * work.waiting_slots, items)
+
+    def _write_behind(self, num_bytes: int, slots: list[float], name: str) -> None:
+        self._wait(heappop(slots))
+        self._copy_back(num_bytes, name)
+        heappush(slots, self._disk.write(num_bytes, self._now, name))
+
+    def _visit_forward(self, position: int, slots: list[float], waiting: _Buffered) -> None:
         work = self._work
         block = self._arrive(position)
         for lane in range(work.lanes):
-            if work.input_bytes and work.backward_seconds:
-                self._wait(heappop(slots))
-                self._copy_back(work.input_bytes, f"input of block {block}")
-                heappush(slots, self._disk.write(work.input_bytes, self._now, f"input of block {block}"))
+            if work.waiting_bytes:  # they are the block's input, and written once
+                self._wait(waiting.take(self._now))
+                self._copy(work.waiting_bytes, f"hidden states before block {block}")
+            elif work.input_bytes and work.backward_seconds:
+                self._write_behind(work.input_bytes, slots, f"input of block {block}")
             self._run(f"block {block}, lane {lane}", work.forward_seconds[block] / work.lanes)
+            if work.waiting_bytes:
+                waiting.give_back(self._now)
+                self._write_behind(work.waiting_bytes, slots, f"hidden states behind block {block}")
         self._blocks.release(position, self._now)
 
-    def _visit_backward(self, position: int, inputs: _Buffered, state: _Buffered) -> None:
-        work = self._work
+    def _visit_backward(
+        self, position: int, inputs: _Buffered, state: _Buffered, waiting: tuple[_Buffered, list[float]]
+    ) -> None:
+        """waiting: gradients that come back, and slots of those that are written."""
+        work, (gradients, slots) = self._work, waiting
         if work.input_bytes:
             inputs.ahead(self._now)
         block = self._arrive(position)
@@ -318,9 +343,15 @@ class _Simulation:
             if work.input_bytes:
                 self._wait(inputs.take(self._now))
                 self._copy(work.input_bytes, f"input of block {block}")
+            if work.waiting_bytes:
+                self._wait(gradients.take(self._now))
+                self._copy(work.waiting_bytes, f"gradients behind block {block}")
             self._run(f"block {block} backward, lane {lane}", work.backward_seconds[block] / work.lanes)
             if work.input_bytes:
                 inputs.give_back(self._now)
+            if work.waiting_bytes:
+                gradients.give_back(self._now)
+                self._write_behind(work.waiting_bytes, slots, f"gradients before block {block}")
         if block in work.updates:
             self._update(f"block {block}", work.updates[block], state)
         self._blocks.release(position, self._now)

@@ -7,7 +7,7 @@ parameters and belong to the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from memory.trace import Trace
 from memory.units import format_bytes
 from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, STAGING_BYTES
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, LANES_NEAR, STAGING_BYTES
 from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import Engine, Versions
 from offload.step.head import TiledHead
+from offload.step.lane_storages import LaneActivations, LaneStorages
 from offload.step.own_loss import MakeLoss, StepLosses, models_own_loss
 from offload.step.traced_weights import TracedWeights
 from offload.step.weights import Block, HeadChunk, Weights
@@ -102,10 +103,15 @@ class StreamedModel:
                 self.io.keep_log(True)
             self.activations = self._open_activations(plan, host, options.scratch)
             closing.callback(self.activations.close)
+            self._storages: LaneStorages | None = None
+            if isinstance(self.activations, LaneActivations):
+                self._storages = LaneStorages(self.activations, self._outside_of_blocks(), 1 + plan.count(LANES_NEAR))
             self.head: TiledHead | None = None
             if parts.head is not None:
                 module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
                 self.head = TiledHead(module, weights, len(parts.head.layouts), parts.head.tile_tokens)
+                if self._storages is not None:
+                    self.head.lanes_together = self._storages.most_near
             self._loss = make_loss(parts.model, self.head)
             self.engine = Engine(
                 self.model, parts.blocks, weights, self.activations, options.progress, plan.count(GRAPHS)
@@ -114,10 +120,18 @@ class StreamedModel:
             self._closing = closing.pop_all()
 
     def _open_activations(self, plan: Plan, host: Slab, scratch: Path) -> Activations:
-        if not plan.count(ACTIVATIONS):
+        given = [plan.slots[name] for name in (ACTIVATIONS, HIDDEN_STATES) if plan.count(name)]
+        if not given:
             return Activations()
-        pool = plan.slots[ACTIVATIONS].carve_from(host)
+        pool = host.carve(given[0].pool.name, given[0].slot_bytes, sum(slots.count for slots in given))
+        if plan.count(HIDDEN_STATES):
+            return LaneActivations(self.io, pool, self.device.torch_device, scratch)
         return SpillingActivations(self.io, pool, 0, self.device.torch_device, scratch)
+
+    def _outside_of_blocks(self) -> list[Any]:
+        """The model's modules, and what reads rows of its embeddings."""
+        inside = {module for block in self.parts.blocks for module in block.modules()}
+        return [*(module for module in self.model.modules() if module not in inside), *self.embeddings]
 
     def train_step(
         self,
@@ -133,20 +147,29 @@ class StreamedModel:
         By default the loss is that of the model's own forward, of all rows of the step together: each micro-batch's counts as
         its share of the labelled tokens (or of what else the loss is a mean of).
         """
-        self._begin(inputs)
+        self._begin(inputs, self._storages)
         inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs))
         backward = partial(self._loss.backward, inputs=inputs, watched=watched)
-        return self.engine.train_step(inputs, seeds, backward, watched, versions)
+        return self.engine.train_step(inputs, seeds, backward, watched, versions, self._storages)
 
     def step_losses(
-        self, inputs: Sequence[dict[str, Any]], labels: Sequence[torch.Tensor | None], variants: int = 1
+        self,
+        inputs: Sequence[dict[str, Any]],
+        labels: Sequence[torch.Tensor | None],
+        variants: int = 1,
+        keep_outputs: bool = False,
     ) -> StepLosses:
-        """The loss as in `train_step`, without gradients, under every variant of the weights; each block is fetched once."""
-        self._begin(inputs)
+        """The loss as in `train_step`, without gradients, under every variant of the weights; each block is fetched once.
+
+        keep_outputs: whether the result has the model's outputs. They are in memory, all of them."""
+        storages = None if keep_outputs else self._storages
+        self._begin(inputs, storages)
         inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs) * variants)
         lanes = [variant for variant in range(variants) for _ in inputs]
-        outputs = self.engine.forward(inputs * variants, lanes, watched)
-        return self._loss.values(outputs, inputs, watched, variants)
+        outputs = self.engine.forward(inputs * variants, lanes, watched, storages)
+        with nullcontext() if storages is None else storages.guarded():
+            found = self._loss.values(outputs, inputs, watched, variants)
+        return found if keep_outputs else found._replace(outputs=[])
 
     def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
         """Model outputs without gradients; `logits` are deferred where the head is tiled. variants as in the engine."""
@@ -212,14 +235,24 @@ class StreamedModel:
         """Waits for all I/O, frees the slots; every part is closed even if one fails. The model keeps its adapters."""
         self._closing.close()
 
-    def _begin(self, inputs: Sequence[dict[str, Any]]) -> None:
-        """Of a pass: what it reads outside of blocks is on its way, or there."""
+    def _begin(self, inputs: Sequence[dict[str, Any]], storages: LaneStorages | None = None) -> None:
+        """Of a pass: what it reads outside of blocks is on its way, or there. Where lanes wait on disk, rows of an embedding
+        are read for one after the other, but for those that are trained."""
         self.weights.begin_pass()
         ids = [kwargs["input_ids"].reshape(-1) for kwargs in inputs if "input_ids" in kwargs]
         input_embedding = input_table(self.model) if ids else None
-        for embedding in self.embeddings:
-            if input_embedding is not None and embedding.serves(input_embedding):
+        found = [one for one in self.embeddings if input_embedding is not None and one.serves(input_embedding)]
+        by_lane = [one for one in found if storages is not None and len(ids) == len(inputs) and not one.trained]
+        for embedding in found:
+            if embedding not in by_lane:
                 embedding.read(torch.cat(ids))
+
+        def begin_lane(index: int) -> None:
+            for embedding in by_lane:
+                embedding.read(ids[index % len(ids)])
+
+        if storages is not None:
+            storages.begin_step(inputs, begin_lane)
 
 
 def _labelled(

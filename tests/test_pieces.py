@@ -17,6 +17,7 @@ from offload.residency.io import FaultPlan, IOEngine, IOFailure
 from offload.residency.pieces import Piece, State, new_pool, pass_through
 from offload.residency.tiers import Tier
 from offload.step.activations import SpillingActivations
+from offload.step.lane_storages import LaneActivations
 from offload.update.gradient_spill import GradientSpill
 from offload.update.stream import StateStream
 
@@ -29,7 +30,7 @@ CHANGES = {
     "written": (State.WRITING, State.READY),
     "leave": (State.READY, State.AWAY),
 }
-USERS = {user.__name__: user for user in (Tier, StateStream, SpillingActivations, GradientSpill)}
+USERS = {user.__name__: user for user in (Tier, StateStream, SpillingActivations, LaneActivations, GradientSpill)}
 PATHS = {
     State.AWAY: [],
     State.FETCHING: ["fetch"],

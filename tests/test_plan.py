@@ -21,13 +21,16 @@ from offload.sizing.needs import (
     DEVICE_HEAD,
     EDGES,
     GRAPHS,
+    HIDDEN_STATES,
     HOST_BLOCKS,
     HOST_HEAD,
+    LANES_NEAR,
     STAGING_BYTES,
     STATE,
     STEP,
     VARIANTS,
     VISIT,
+    LaneSize,
     Streamed,
     block_input_needs,
     decoded_needs,
@@ -36,6 +39,7 @@ from offload.sizing.needs import (
     stream_needs,
     update_needs,
     variant_needs,
+    waiting_needs,
 )
 
 MIB = 1 << 20
@@ -358,3 +362,29 @@ def recorded_needs(
     if sizes["variant_bytes"]:
         needs += variant_needs(sizes["variant_bytes"], sizes["head_variant_bytes"])
     return needs
+
+
+def waiting(lanes: int, place: str = "auto", shares_head: bool = False) -> Needs:
+    size = LaneSize(2 * MIB, 7 * MIB, 6 * MIB, 30 * MIB, 15 * MIB)
+    needs = needs_of(replace(SIZES, boundary_total_bytes=lanes * 10 * MIB))
+    return needs + waiting_needs(size, lanes, 0, place, shares_head)
+
+
+def smallest_of(needs: Needs) -> int:
+    with pytest.raises(PlanRefused) as caught:
+        make_plan(needs, Limits(1))
+    return caught.value.smallest_bytes
+
+
+@pytest.mark.parametrize("shares_head", [False, True])
+def test_a_batch_of_any_size_fits(shares_head):
+    """The least does not grow with it, and what fits in memory stays there."""
+    least = smallest_of(waiting(64, shares_head=shares_head))
+    assert smallest_of(waiting(10_000, shares_head=shares_head)) == least
+    assert smallest_of(waiting(64, "host")) == least + 64 * 7 * MIB - 6 * MIB - 4 * 2 * MIB
+    fits = smallest_of(waiting(64, "host"))
+    plan = make_plan(waiting(64, shares_head=shares_head), Limits(fits))
+    assert plan == make_plan(waiting(64, "host"), Limits(fits)) or not plan.count(HIDDEN_STATES)
+    below = make_plan(waiting(64, shares_head=shares_head), Limits(fits - 1))
+    assert below.count(HIDDEN_STATES) and below.count(ACTIVATIONS) and below.disk_parts["hidden states"]
+    assert bool(below.count(LANES_NEAR)) == shares_head and not plan.count(LANES_NEAR)

@@ -127,3 +127,13 @@ def test_block_inputs_cross_the_link_on_their_way_to_disk():
     work = replace(WORK, lanes=2, input_bytes=50, input_slots=8)
     found = simulate_step(work, Speeds(1e9, 1e9, copy=50.0, copy_back=100.0), ALL, ALL)
     assert found.seconds == pytest.approx(12 + 4 * 2 * (0.5 + 1.0))
+
+
+def test_lanes_that_wait_on_disk_are_read_and_written_in_every_visit():
+    work = replace(WORK, lanes=2, input_bytes=100, input_slots=8, waiting_bytes=100, waiting_slots=8)
+    found = simulate_step(work, Speeds(1e6, 1e6), ALL)
+    assert found.seconds == pytest.approx(12, abs=0.1)
+    # Forward: read and written; backward: the input, and the gradient that comes and the one that goes. And before the head.
+    assert (found.read_bytes, found.write_bytes) == (8 * 100 + 200 + 8 * 200, 8 * 100 + 8 * 100)
+    again = simulate_step(replace(work, chunks=3, chunk_bytes=10, head_seconds=1.0, head_passes=2), Speeds(1e6, 1e6), ALL)
+    assert again.read_bytes == found.read_bytes + 60 and again.seconds == pytest.approx(13, abs=0.1)

@@ -26,6 +26,9 @@ class EngineOptions(Section):
     """Matrices of experts that are in memory together, where they are fetched one by one."""
     activations: Literal["auto", "host", "disk"] = "auto"
     """Where block inputs wait for the backward pass."""
+    hidden_states: Literal["auto", "host", "disk"] = "auto"
+    """Where micro-batches of a step wait between two visits of a block. disk: their block inputs and gradients, too. auto: in
+    memory wherever that fits."""
     kept_graphs: CountOrZero | None = None
     """Blocks, the last ones, that the backward pass does not recompute: what they computed stays in memory. 0: none."""
     loss_tile_tokens: Count | None = None

@@ -42,12 +42,12 @@ class TokenLoss(Objective):
 
     @classmethod
     def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:
-        shape = super().full_shape(config, session, longest)
+        shape = replace(super().full_shape(config, session, longest), can_wait=True)
         return shape.keeping(RouterLoss(config.training, session.parts.model).kept_bytes(shape))
 
     def shape(self, session: Session) -> BatchShape:
         packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
-        shape = scored_shape(self._config, packing or int(self.lengths.max()))
+        shape = replace(scored_shape(self._config, packing or int(self.lengths.max())), can_wait=True)
         if isinstance(self._data, TensorRows):
             longest = self._data.longest(shape.inputs["input_ids"].shape[0])
             shape = replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)

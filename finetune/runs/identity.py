@@ -31,6 +31,7 @@ _CHANGES_NOTHING = frozenset(
     "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trace "
     "trust_remote_code training.max_steps training.epochs training.eval_steps training.save_steps training.report_to "
     "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
+    "engine.hidden_states "
     "engine.num_threads engine.expert_slots engine.kept_graphs engine.simulated_copy_gbps engine.simulated_delay_ms".split()
 )
 _EARLIER_NAMES = {"engine.loss_tile_vocab": "tile_vocab", "training.micro_batch_size": "micro_batch_size"}

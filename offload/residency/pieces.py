@@ -48,14 +48,14 @@ class Piece:
     Every change is checked against the state that it leaves, before anything moves; any other raises RuntimeError. Who makes
     them:
 
-        leaves    enters    by       Tier             StateStream    SpillingActivations         GradientSpill  pass_through
-        AWAY      FETCHING  fetch    _fetch           _fetch         _start_read                 peek           itself
-        FETCHING  READY     arrive   _arrive          take           _restore                    peek           itself
-        READY     IN_USE    acquire  acquire, borrow  take, _fetch   _restore                                   itself
-        IN_USE    READY     release  release, borrow  put_back       _free                                      itself
-        IN_USE    WRITING   write                     write          _spill                      put            its caller
-        WRITING   READY     written                   _finish_write  _finish_write, _start_read  _finish        itself
-        READY     AWAY      leave    _evict           _empty         _finish_write, _free        peek, _finish  itself
+        leaves   enters   by      Tier            StateStream   SpillingActivations  LaneActivations  GradientSpill pass_through
+        AWAY     FETCHING fetch   _fetch          _fetch        _start_read                           peek          itself
+        FETCHING READY    arrive  _arrive         take          _restore             load             peek          itself
+        READY    IN_USE   acquire acquire, borrow take, _fetch  _restore             load                           itself
+        IN_USE   READY    release release, borrow put_back      _free                load                           itself
+        IN_USE   WRITING  write                   write         _spill                                put           its caller
+        WRITING  READY    written                 _finish_write _finish, _start_read                  _finish       itself
+        READY    AWAY     leave   _evict          _empty        _finish, _free       load, begin_step peek, _finish itself
 
     `arrive` and `written` wait; `settle` is either of them, for who gives up a piece wherever it is. When a transfer fails, the
     piece stays as it was, and to wait again raises again. The buffer is the piece's from `fetch` to `leave`; from `acquire` to

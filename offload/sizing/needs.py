@@ -21,6 +21,8 @@ DEVICE_BLOCKS = "device blocks"
 HOST_HEAD = "host head"
 DEVICE_HEAD = "device head"
 ACTIVATIONS = "activations"
+HIDDEN_STATES = "hidden states"
+LANES_NEAR = "more micro-batches at the head"
 STATE = "optimizer state"
 UPDATE = "update"
 VARIANTS = "variants of blocks"
@@ -33,6 +35,7 @@ PROCESS = "process (interpreter, libraries, model skeleton)"
 EDGES = "embeddings, norms, other resident weights"
 VISIT = "one block visit and the loss"
 STEP = "inputs and hidden states of a step"
+RUNNING = "hidden states of the micro-batch that runs"
 
 STAGING_BYTES = 8 * MIB
 ACTIVATION_SLOTS = 4
@@ -248,7 +251,53 @@ def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Need
         Pool(ACTIVATIONS, label, Tier.HOST, boundary_bytes, ACTIVATION_SLOTS, optional=place == "auto"),
         Item("block inputs", total_bytes, Tier.DISK, Lasts.STEP, with_pool=ACTIVATIONS),
     )
-    return spilled + Needs.of(Step(Worth.BLOCK_INPUTS, {ACTIVATIONS: 0})) if place == "auto" else spilled
+    if place == "disk":
+        return spilled
+    return spilled + Needs.of(Step(Worth.BLOCK_INPUTS, {ACTIVATIONS: 0}, without_pool=HIDDEN_STATES))
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSize:
+    """Bytes of one micro-batch on its way through the model."""
+
+    boundary_bytes: int  # of a block's input
+    waiting_bytes: int  # that it holds where all wait in memory
+    running_bytes: int  # that it holds during a visit where all others are on disk
+    end_bytes: int  # that it takes between the last block and its gradient there, where all others are on disk
+    near_bytes: int  # that it takes at the head, where several of them share a pass over it
+
+    def disk_bytes(self, lanes: int) -> int:
+        """Of hidden states and gradients, beside block inputs."""
+        return lanes * (2 * self.boundary_bytes + self.end_bytes)
+
+
+def waiting_needs(size: LaneSize, lanes: int, loss_bytes: int, place: str, shares_head: bool) -> Needs:
+    """What micro-batches hold between visits.
+
+    loss_bytes: of a tile of the loss. place: where they wait, "auto", "host" or "disk". shares_head: whether the head is read
+    again for every so many micro-batches of which gradients are computed at a time.
+    """
+    whole = Item(STEP, lanes * size.waiting_bytes, Tier.COMPUTE, Lasts.STEP, without_pool=HIDDEN_STATES)
+    if place == "host":  # beside a step that does otherwise, a pass of evaluation takes as much as alone
+        return Needs.of(whole, replace(whole, name=RUNNING, without_pool="", with_pool=HIDDEN_STATES))
+    label = "slots for hidden states on their way to disk ({slots})"
+    needs = Needs.of(
+        whole,
+        Item(RUNNING, size.running_bytes, Tier.COMPUTE, Lasts.STEP, with_pool=HIDDEN_STATES),
+        Item(VISIT, loss_bytes + size.end_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=HIDDEN_STATES),
+        Pool(HIDDEN_STATES, label, Tier.HOST, size.boundary_bytes, ACTIVATION_SLOTS, optional=place == "auto"),
+        Item("hidden states", size.disk_bytes(lanes), Tier.DISK, Lasts.STEP, with_pool=HIDDEN_STATES),
+    )
+    if place == "auto":
+        needs += Needs.of(Step(Worth.HIDDEN_STATES, {HIDDEN_STATES: 0}))
+    if not shares_head:
+        return needs
+    counts = [(1 << i) - 1 for i in range(1, lanes.bit_length())]
+    label = "more micro-batches that are at the head together ({slots} x {size})"
+    return needs + Needs.of(
+        Pool(LANES_NEAR, label, Tier.COMPUTE, size.near_bytes, ring=0, carved=False),
+        *(Step(Worth.LANES_NEAR, {LANES_NEAR: count}, with_pool=HIDDEN_STATES) for count in counts),
+    )
 
 
 def graph_needs(

@@ -137,7 +137,7 @@ class SpillingActivations(Activations):
     def close(self) -> None:
         while self._written:
             with contextlib.suppress(IOFailure):  # nobody will read it
-                self._finish_write(self._written.popleft())
+                self._finish(self._written.popleft())
         self._io.close_file(self._file)
 
     def _spill(self, saved: SavedTensor) -> None:
@@ -157,10 +157,10 @@ class SpillingActivations(Activations):
 
     def _lease(self) -> Lease:
         while self._written and self._pool.free_count == 0:
-            self._finish_write(self._written.popleft())
+            self._finish(self._written.popleft())
         return self._pool.lease()
 
-    def _finish_write(self, piece: _Spilled) -> None:
+    def _finish(self, piece: _Spilled) -> None:
         if piece.state is State.WRITING:
             self.stall_seconds += piece.written()
             piece.leave()
@@ -168,7 +168,7 @@ class SpillingActivations(Activations):
     def _read_ahead(self) -> None:
         while self._to_read:
             while self._written and self._written[0].settled:
-                self._finish_write(self._written.popleft())
+                self._finish(self._written.popleft())
             piece = self._to_read[0]._spilled
             if piece is not None and piece.state in (State.AWAY, State.WRITING):
                 if self._pool.free_count == 0 and piece.state is State.AWAY:

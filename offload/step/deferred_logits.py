@@ -177,8 +177,8 @@ class CrossEntropy:
     def num_items(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def tiled(self, tile_tokens: int, divisor: float, backward: bool) -> TiledCrossEntropy:
-        return TiledCrossEntropy(self.logits, self.labels, tile_tokens, divisor, backward)
+    def tiled(self, tile_tokens: int, divisor: float, backward: bool, keeps_rows: bool) -> TiledCrossEntropy:
+        return TiledCrossEntropy(self.logits, self.labels, tile_tokens, divisor, backward, keeps_rows)
 
 
 class DeferredLoss:

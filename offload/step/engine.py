@@ -7,17 +7,19 @@ times. Gradients of a block's parameters are complete when its backward visit en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import BoundTensors
+from offload.step.lane_storages import LaneStorages
 from offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
 from offload.step.weights import Block, Weights
 
@@ -82,19 +84,23 @@ class Engine:
         inputs: Sequence[dict[str, Any]],
         variants: Sequence[int] = (),
         around: Sequence[AbstractContextManager] = (),
+        storages: LaneStorages | None = None,
     ) -> list[Any]:
         """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
 
         variants: which variant of the weights each input meets, in ascending order; empty: there is only one. around: as in
-        `Lane`, for each input.
+        `Lane`, for each input. storages: as in `train_step`; the outputs are used under its guard.
         """
         self.weights.begin(self.order + self.order)
         with torch.no_grad():
             lanes = [
-                Lane(i, partial(self.model, **kwargs), None, variants[i] if variants else 0, around[i] if around else None)
+                Lane(
+                    i, partial(self.model, **kwargs), None, variants[i] if variants else 0, around[i] if around else None,
+                    storages,
+                )
                 for i, kwargs in enumerate(inputs)
-            ]
-            self._run_forward(lanes, visits=None)
+            ]  # fmt: skip
+            self._run_forward(lanes, None)
         return [lane.output for lane in lanes]
 
     def train_step(
@@ -104,6 +110,7 @@ class Engine:
         objective: Callable[[list[Any]], torch.Tensor],
         around: Sequence[AbstractContextManager] = (),
         versions: Versions | None = None,
+        storages: LaneStorages | None = None,
     ) -> torch.Tensor:
         """One forward and backward over all micro-batches; gradients are left in `.grad` of the trainable parameters.
 
@@ -113,6 +120,7 @@ class Engine:
             returns the loss, fp32 [].
         around: as in `Lane`, for each input.
         versions: where lanes meet several versions of the weights; None: all meet the only one, with gradients.
+        storages: where lanes are on disk while they wait; None: they stay in memory.
         """
         self.weights.begin(self.order + self.order[::-1] + self.order)
         visits: list[Visit] = []
@@ -120,13 +128,14 @@ class Engine:
         for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True)):
             run = self.model if versions is None or i < versions.trained else self._without_gradients
             variant = 0 if versions is None else versions.of_lanes[i]
-            lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None))
+            lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None, storages))
         with torch.enable_grad():
             self._run_forward(lanes, visits)
             outputs = [lane.output for lane in lanes]
             for lane in lanes:
                 lane.output = None
-            loss = objective(outputs)
+            with nullcontext() if storages is None else storages.guarded():
+                loss = objective(outputs)
         del outputs
         if versions is not None:
             self.weights.enter(0)
@@ -144,6 +153,8 @@ class Engine:
         order: list[int] = []
         for lane in lanes:
             self.weights.enter(lane.variant)
+            if lane.storages is not None:
+                lane.storages.begin_lane(lane.index)
             lane.resume()
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
@@ -166,6 +177,13 @@ class Engine:
 
     def _forward_visit(self, lane: Lane, visit: Visit, recording: bool) -> Any:
         call, lane.call = lane.call, None
+        with nullcontext() if lane.storages is None else lane.storages.visit(lane.index, (call.args, call.kwargs)):
+            output, record = self._run_visit(lane, call, visit, recording)
+        if lane.storages is not None:
+            lane.storages.note(output, lane.index)
+        return output if record is None else lane.anchored(output, record)
+
+    def _run_visit(self, lane: Lane, call: BlockCall, visit: Visit, recording: bool) -> tuple[Any, Record | None]:
         lane.enter_random_state()
         record = None
         if recording and call.grad_enabled and self._wants_gradients(call):
@@ -173,12 +191,15 @@ class Engine:
             visit.records.append(record)
         forward = partial(run_capturing, self._forwards[call.index], keys=call.captured)
         if record is not None and visit.bound is not None:
-            output, record.graph = visit.bound.run(forward, call.args, call.kwargs)
+            args, kwargs = call.args, call.kwargs
+            if lane.storages is not None:  # the graph keeps its inputs, which the lane's storages do not
+                args, kwargs = tree_map_only(torch.Tensor, _copied, (args, kwargs))
+            output, record.graph = visit.bound.run(forward, args, kwargs)
         else:
             with torch.no_grad():
                 output = forward(call.args, call.kwargs)
         lane.leave_random_state()
-        return output if record is None else lane.anchored(output, record)
+        return output, record
 
     def _wants_gradients(self, call: BlockCall) -> bool:
         index = call.index
@@ -206,3 +227,7 @@ class Engine:
             for record in visit.records:
                 release(record)
             self.progress("backward", total - len(visits), total)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -12,7 +12,7 @@ from torch import nn
 
 from offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from offload.step.sequence_loss import TokenLogProbs, Weigh
-from offload.step.tiled_loss import TiledCrossEntropy, TokenScores, apply_operations, lane_losses
+from offload.step.tiled_loss import LaneLoss, TiledCrossEntropy, TokenScores, apply_operations, lane_losses, step_items
 from offload.step.weights import HeadChunk, HeadRows, Weights
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class TiledHead:
         self._weights = weights
         self._keys = [HeadChunk(index) for index in range(num_chunks)]
         self._tile_tokens = tile_tokens
+        self.lanes_together: int | None = None
+        """That a loss with gradients goes through at a time; the others' hidden states are on disk. None: all, in memory."""
         module.forward = partial(DeferredLogits, vocab_size=module.weight.shape[0])
 
     def loss_and_backward(self, losses: Sequence[DeferredLoss]) -> torch.Tensor:
@@ -52,6 +54,8 @@ class TiledHead:
         Backward runs through the head and through what the model computed between its last block and the head, and
         through what it added to its loss.
         """
+        if self.lanes_together is not None:
+            return self._loss_and_backward_in_turn(losses, self.lanes_together)
         lanes = lane_losses(losses, self._tile_tokens)
         rows = [one for lane in lanes for one in lane.rows]
         is_whole = len(self._keys) == 1
@@ -70,6 +74,35 @@ class TiledHead:
         for lane in lanes:
             total = total + lane.loss
             lane.backward()
+        return total
+
+    def _loss_and_backward_in_turn(self, losses: Sequence[DeferredLoss], together: int) -> torch.Tensor:
+        """So many lanes after so many. A head of several chunks is read again for each of these groups."""
+        items, total, rows = step_items(losses), torch.zeros((), dtype=torch.float32), []
+        if len(self._keys) == 1:
+            for _ in self._visit(self._keys):
+                for loss in losses:
+                    lane = LaneLoss(loss, items, self._tile_tokens, keeps_rows=False)
+                    for one in lane.rows:
+                        one.plain_loss(self._forward)
+                    total = total + lane.loss
+                    lane.backward()
+            return total
+        for start in range(0, len(losses), together):
+            if start:
+                self._weights.begin_pass()
+            lanes = [LaneLoss(loss, items, self._tile_tokens, keeps_rows=False) for loss in losses[start : start + together]]
+            for chunk in self._visit(self._keys):
+                for one in (one for lane in lanes for one in lane.rows):
+                    one.add_chunk(chunk)
+            for lane in lanes:
+                for one in lane.rows:
+                    one.finish_chunks()
+                total = total + lane.loss
+                lane.backward()
+                rows += lane.rows
+        if self._weights.trains(self._keys[0]):
+            self._train_chunks(rows)
         return total
 
     def _visit(self, keys: Sequence[HeadChunk]) -> Iterator[HeadRows]:
@@ -128,8 +161,12 @@ class TiledHead:
         is_whole = len(self._keys) == 1
         with torch.no_grad():
             by_variant = [
-                lane_losses(losses[i * count : (i + 1) * count], self._tile_tokens, backward=False) for i in range(variants)
-            ]
+                lane_losses(
+                    losses[i * count : (i + 1) * count], self._tile_tokens, backward=False,
+                    keeps_rows=self.lanes_together is None,
+                )
+                for i in range(variants)
+            ]  # fmt: skip
             for variant, chunk in self._every_chunk(range(variants)):
                 for one in (one for lane in by_variant[variant] for one in lane.rows):
                     if is_whole:

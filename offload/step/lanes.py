@@ -34,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import KeptGraph
+from offload.step.lane_storages import LaneStorages, StoredTensor
 from offload.step.random_state import RandomState, get_random_state, set_random_state
 
 
@@ -55,12 +56,31 @@ class Record:
 
     lane: Lane
     spec: TreeSpec  # how arguments are put together of `leaves`
-    leaves: list[Any]  # SavedTensor where the argument was a tensor, otherwise the argument itself
+    leaves: list[Any]  # SavedTensor or StoredTensor where the argument was a tensor, otherwise the argument itself
     gradient_edges: list[GradientEdge | None]  # per leaf: where its gradient goes in the outer graph
     random_state: RandomState  # when the block began
     captured: tuple[str, ...] = ()  # what hooks collect, as in `BlockCall`
-    output_grads: dict[int, torch.Tensor] = field(default_factory=dict)  # number of the output -> its gradient
+    output_grads: dict[int, torch.Tensor | StoredTensor] = field(default_factory=dict)  # number of the output -> its gradient
     graph: KeptGraph | None = None  # None: backward recomputes it
+
+    def add_gradient(self, position: int, grad: torch.Tensor) -> None:
+        """Of the output with this number, added to what has come before."""
+        if position in self.output_grads:
+            grad = self.take_gradient(position) + grad
+        storages = self.lane.storages
+        if storages is not None:
+            grad = storages.set_aside(grad)
+            for wanted in (*self.leaves, grad):
+                if isinstance(wanted, StoredTensor):
+                    wanted.expect()
+        self.output_grads[position] = grad
+
+    def take_gradient(self, position: int) -> torch.Tensor:
+        grad = self.output_grads.pop(position)
+        if isinstance(grad, StoredTensor):
+            stored, grad = grad, grad.restore()
+            stored.release()
+        return grad
 
 
 class Anchor(torch.autograd.Function):
@@ -74,8 +94,7 @@ class Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        grads, position = ctx.record.output_grads, ctx.position
-        grads[position] = grads[position] + grad if position in grads else grad
+        ctx.record.add_gradient(ctx.position, grad)
         return None, None, None, None
 
 
@@ -83,7 +102,7 @@ class Lane:
     """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
 
     variant: which one of the weights it meets, where a step has several. around: entered while the model's own code
-    runs, not while blocks do.
+    runs, not while blocks do. storages: where it is on disk while it waits; None: it stays in memory.
     """
 
     def __init__(
@@ -93,9 +112,11 @@ class Lane:
         seed: int | None,
         variant: int = 0,
         around: AbstractContextManager | None = None,
+        storages: LaneStorages | None = None,
     ) -> None:
         self.index = index
         self.variant = variant
+        self.storages = storages
         self.call: BlockCall | None = None
         self.output: Any = None
         self._greenlet = greenlet(run)
@@ -127,7 +148,7 @@ class Lane:
         grad_enabled = torch.is_grad_enabled()
         self.enter_random_state()
         try:
-            with self._around:
+            with contextlib.nullcontext() if self.storages is None else self.storages.running(self.index), self._around:
                 result = self._greenlet.switch() if self._random_state is None else self._greenlet.switch(value)
         finally:
             torch.set_grad_enabled(grad_enabled)
@@ -137,6 +158,8 @@ class Lane:
             self._greenlet = None  # a cycle through greenlet.lane would keep this lane until the next collection
         else:
             self.call = result
+        if self.storages is not None:
+            self.storages.put_away(self.index, () if self.call is None else (self.call.args, self.call.kwargs))
 
     def enter_random_state(self) -> None:
         if self._random_state is not None:
@@ -156,15 +179,19 @@ class Lane:
             if isinstance(value, torch.Tensor):
                 if value.requires_grad:
                     edge = get_gradient_edge(value)
-                saved = self._saved.get(value)
-                if saved is None:
-                    saved = activations.save(value)
-                    self._saved[value] = saved
-                saved.users += 1
-                value = saved
+                stored = None if self.storages is None else self.storages.stored(value)
+                value = self._save(value, activations) if stored is None else stored
             leaves.append(value)
             edges.append(edge)
         return Record(self, spec, leaves, edges, get_random_state(), call.captured)
+
+    def _save(self, tensor: torch.Tensor, activations: Activations) -> SavedTensor:
+        saved = self._saved.get(tensor)
+        if saved is None:
+            saved = activations.save(tensor)
+            self._saved[tensor] = saved
+        saved.users += 1
+        return saved
 
     def anchored(self, output: Any, record: Record) -> Any:
         """`output` with every floating-point tensor in it anchored to `record`."""
@@ -186,8 +213,9 @@ def run_backward(record: Record, forward: Callable[..., Any], needless: Needless
     graph, record.graph = record.graph, None
     if graph is None:
         graph = _recompute(record, forward, needless)
-    pairs = [(graph.outputs[i], grad) for i, grad in sorted(record.output_grads.items()) if i in graph.outputs]
-    record.output_grads.clear()
+    grads = {i: record.take_gradient(i) for i in sorted(record.output_grads)}
+    pairs = [(graph.outputs[i], grad) for i, grad in grads.items() if i in graph.outputs]
+    del grads
     inputs = graph.inputs
     del graph
     if pairs:
@@ -211,11 +239,12 @@ def run_backward(record: Record, forward: Callable[..., Any], needless: Needless
 def _recompute(record: Record, forward: Callable[..., Any], needless: Needless) -> KeptGraph:
     inputs: list[Any] = []
     for leaf, edge in zip(record.leaves, record.gradient_edges, strict=True):
-        if isinstance(leaf, SavedTensor):
+        if isinstance(leaf, SavedTensor | StoredTensor):
             leaf = leaf.restore().detach().requires_grad_(edge is not None)
         inputs.append(leaf)
     args, kwargs = tree_unflatten(inputs, record.spec)
-    with torch.enable_grad():
+    storages = record.lane.storages
+    with torch.enable_grad(), contextlib.nullcontext() if storages is None else storages.for_visit(inputs):
         flat = needless.recompute(partial(_run, record, forward, args, kwargs))
     # Edges, not outputs: nothing but their gradients is wanted of these any more.
     wanted = (i for i in record.output_grads if flat[i].requires_grad)
@@ -255,7 +284,7 @@ def release(record: Record) -> None:
     """Gives up the record's graph and inputs; the last user of a saved tensor frees it."""
     record.graph = None
     for leaf in record.leaves:
-        if isinstance(leaf, SavedTensor):
+        if isinstance(leaf, SavedTensor | StoredTensor):
             leaf.release()
     record.leaves, record.gradient_edges = [], []
 

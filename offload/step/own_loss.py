@@ -25,7 +25,7 @@ from offload.step.tiled_loss import IGNORE_INDEX
 
 class StepLosses(NamedTuple):
     """losses: fp32 [variants]. num_items: that one of them is a mean of (samples, where is_sum says that it is a sum).
-    outputs: the model's own, of all lanes."""
+    outputs: the model's own, of all lanes; empty where they are not asked for."""
 
     losses: torch.Tensor
     num_items: int

@@ -61,23 +61,32 @@ def apply_operations(operations: Sequence[Operation], x: torch.Tensor, columns: 
     return x
 
 
-def lane_losses(losses: Sequence[DeferredLoss], tile_tokens: int, backward: bool = True) -> list[LaneLoss]:
+def step_items(losses: Sequence[DeferredLoss]) -> int:
+    """Labels of a step, 1 where there are none."""
+    return max(1, sum(loss.num_items for loss in losses))
+
+
+def lane_losses(
+    losses: Sequence[DeferredLoss], tile_tokens: int, backward: bool = True, keeps_rows: bool = True
+) -> list[LaneLoss]:
     """Of one step."""
-    step_items = max(1, sum(loss.num_items for loss in losses))
-    return [LaneLoss(loss, step_items, tile_tokens, backward) for loss in losses]
+    items = step_items(losses)
+    return [LaneLoss(loss, items, tile_tokens, backward, keeps_rows) for loss in losses]
 
 
 class LaneLoss:
-    """One lane's own loss, times its share of the `step_items` labels of the step."""
+    """One lane's own loss, times its share of the `step_items` labels of the step. keeps_rows: as in `TiledCrossEntropy`."""
 
-    def __init__(self, loss: DeferredLoss, step_items: int, tile_tokens: int, backward: bool) -> None:
+    def __init__(
+        self, loss: DeferredLoss, step_items: int, tile_tokens: int, backward: bool = True, keeps_rows: bool = True
+    ) -> None:
         items = loss.num_items
         self.rows = []
         for term in loss.terms:
             mean_of = term.num_items if term.is_mean else 1
             if term.weight:  # the divisor of one mean with a weight of 1 is step_items, exactly
                 divisor = step_items * max(1, mean_of) / (max(1, items) * term.weight)
-                self.rows.append(term.tiled(tile_tokens, divisor, backward))
+                self.rows.append(term.tiled(tile_tokens, divisor, backward, keeps_rows))
         self._added = loss.added * (items / step_items)
 
     @property
@@ -101,35 +110,52 @@ class TiledCrossEntropy:
     """The rows of one cross entropy, their tiles, and the running sums of [Note: loss tiles].
 
     logits: [n, vocabulary]. labels: int64 [n]. `loss`, fp32 [], is the sum over the labelled rows by `divisor`.
+    keeps_rows: whether hidden states of these rows stay in memory beside those of the model; else they are chosen again.
     """
 
     def __init__(
-        self, logits: DeferredLogits, labels: torch.Tensor, tile_tokens: int, divisor: float = 1.0, backward: bool = True
+        self,
+        logits: DeferredLogits,
+        labels: torch.Tensor,
+        tile_tokens: int,
+        divisor: float = 1.0,
+        backward: bool = True,
+        keeps_rows: bool = True,
     ) -> None:
         self._outer = logits.hidden
         self._operations = logits.operations
         self._columns = slice(0, logits.vocab_size)
         self._random_state = logits.random_state
         self._divisor = divisor
-        flat = logits.hidden.detach()
-        self._shape = flat.shape
+        self._shape = logits.hidden.shape
         self._picked: torch.Tensor | None = None
-        if flat.shape[0] > tile_tokens:
+        if self._shape[0] > tile_tokens:
             self._picked = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-            flat, labels = flat[self._picked], labels[self._picked]
-        self._hidden, self._labels = flat, labels
-        self._tiles = [slice(i, i + tile_tokens) for i in range(0, flat.shape[0], tile_tokens)]
-        self._grad = torch.zeros_like(flat) if backward and self._picked is not None else None
+            labels = labels[self._picked]
+        self._labels = labels
+        self._kept = self._rows() if keeps_rows else None
+        self._tiles = [slice(i, i + tile_tokens) for i in range(0, labels.shape[0], tile_tokens)]
+        self._grad: torch.Tensor | None = None
         self._backward = backward
-        self.loss = torch.zeros((), dtype=torch.float32, device=flat.device)
+        self.loss = torch.zeros((), dtype=torch.float32, device=labels.device)
         self._sums: list[torch.Tensor] | None = None
 
+    def _rows(self) -> torch.Tensor:
+        """Hidden states of the rows that are computed."""
+        flat = self._outer.detach()
+        return flat if self._picked is None else flat[self._picked]
+
+    @property
+    def _hidden(self) -> torch.Tensor:
+        return self._rows() if self._kept is None else self._kept
+
     def plain_loss(self, forward: Callable) -> None:
-        if self._backward and self._grad is None:
-            self._grad = torch.empty_like(self._hidden)
+        rows = self._hidden
+        if self._backward:
+            self._grad = torch.zeros_like(rows) if self._picked is not None else torch.empty_like(rows)
         set_random_state(self._random_state)
         for tile in self._tiles:
-            hidden = self._hidden[tile].detach().requires_grad_(self._outer.requires_grad)
+            hidden = rows[tile].detach().requires_grad_(self._outer.requires_grad)
             with torch.set_grad_enabled(self._backward):
                 logits = apply_operations(self._operations, forward(hidden), self._columns).float()
                 loss = (
@@ -145,18 +171,19 @@ class TiledCrossEntropy:
 
     def add_chunk(self, chunk: HeadRows, forward: Callable | None = None) -> None:
         """Adds the chunk's part of the softmax sums, and of the gradient when this lane needs one."""
-        count = self._hidden.shape[0]
+        rows = self._hidden
+        count = rows.shape[0]
         if self._sums is None:
-            device = self._hidden.device
+            device = rows.device
             self._maximum = torch.full((count,), float("-inf"), device=device)
             self._sum = torch.zeros(count, device=device)
             self._label_logit = torch.zeros(count, device=device)
             self._sums = []
             if self._backward:
-                self._weighted = torch.zeros(count, self._hidden.shape[1], device=device)
-                self._label_row = torch.zeros_like(self._hidden)
+                self._weighted = torch.zeros(count, rows.shape[1], device=device)
+                self._label_row = torch.zeros_like(rows)
         for tile in self._tiles:
-            hidden = self._hidden[tile]
+            hidden = rows[tile]
             z = chunk.logits(hidden) if forward is None else forward(hidden)
             x, slope = self._operated(z, chunk, self._backward)
             del z
@@ -179,9 +206,9 @@ class TiledCrossEntropy:
         self, chunk: HeadRows, weight_grad: torch.Tensor, bias_grad: torch.Tensor | None
     ) -> None:
         """Adds dL/dW of the chunk, fp32 [rows of the chunk, hidden], and dL/db; after `finish_chunks`."""
-        log_sum = self._log_sum()
+        log_sum, rows = self._log_sum(), self._hidden
         for tile in self._tiles:
-            hidden = self._hidden[tile]
+            hidden = rows[tile]
             x, slope = self._operated(chunk.logits(hidden), chunk, wants_slope=True)
             p = self._exponentials(x, log_sum[tile])
             at, column = self._labelled_in(chunk, tile)
@@ -228,7 +255,7 @@ class TiledCrossEntropy:
         valid = self._labels != IGNORE_INDEX
         grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).div_(self._divisor)
         grad[~valid] = 0
-        self._grad = grad.to(self._hidden.dtype)
+        self._grad = grad.to(self._outer.dtype)
         del self._weighted, self._label_row
 
     def take_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
