@@ -46,8 +46,8 @@ EXPERTS = {
 }
 CASES = [
     *(("qwen3-moe", kind, EXPERTS if kind in ("nf4", "int4") else ATTENTION) for kind in KINDS),
-    *(("mixtral", kind, EXPERTS if kind == "awq" else ATTENTION) for kind in ("nf4", "gptq", "awq", "fp8")),
-    *(("deepseek-v3", kind, EXPERTS if kind == "fp8" else ATTENTION) for kind in ("llm.int8", "int4", "fp8")),
+    *(("mixtral", kind, EXPERTS if kind == "awq" else ATTENTION) for kind in ("gptq", "awq")),
+    *(("deepseek-v3", kind, EXPERTS if kind == "fp8" else ATTENTION) for kind in ("llm.int8", "fp8")),
 ]
 
 

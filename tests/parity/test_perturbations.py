@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,15 @@ def test_fifty_steps(noise, checkpoint, tokens, tmp_path):
     assert_exported(config, plain, tmp_path / "tuned")
 
 
+ALTERNATING = ["gaussian", "rademacher", "rademacher", "gaussian"]  # each with every placement or every device
+
+
 @pytest.mark.every(5)
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize("engine", PLACEMENTS, ids=str)
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(
+    "engine, device, noise",
+    [(*place, noise) for place, noise in zip(product(PLACEMENTS, ["cpu", "simulated"]), cycle(ALTERNATING))],
+    ids=str,
+)
 def test_placements(device, engine, noise, checkpoint, tokens, tmp_path):
     model = checkpoint("llama", torch.bfloat16)
     config = zo_config(

@@ -17,13 +17,12 @@ PLACES = {
 
 @pytest.mark.every(4)
 @pytest.mark.parametrize(
-    "device, dtype, noise",
+    "name, device, dtype, noise",
     [
-        ("cpu", "float32", "rademacher"), ("cpu", "bfloat16", "gaussian"), ("simulated", "bfloat16", "rademacher"),
-        ("simulated", "float32", "low_rank"),
+        ("qwen3-moe", "cpu", "float32", "rademacher"), ("gpt-oss", "cpu", "bfloat16", "gaussian"),
+        ("gpt-oss", "simulated", "bfloat16", "rademacher"), ("qwen3-moe", "simulated", "float32", "low_rank"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
 def test_steps_are_those_of_the_plain_loop(name, device, dtype, noise, checkpoint, tokens, tmp_path, monkeypatch):
     """Over folds, which are wider than the model's own weights, with decay."""
     aligned_copies(monkeypatch)
