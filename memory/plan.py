@@ -212,7 +212,7 @@ def _refuse_what_does_not_fit(plan: Plan, items: Iterable[Item], limits: Limits)
     for tier, parts, budget, spread in tiers:
         need, flag = sum(parts.values()), f"--{tier}-memory"
         if need > budget:
-            lines = "\n".join(f"    {format_mib(size):>10}  {name}" for name, size in parts.items())
+            lines = "\n".join(f"    {size / MIB:>8.1f} MiB  {name}" for name, size in parts.items())
             least = max(REMEDY_BYTES, REMEDY_SHARE * (need - budget))
             remedies = [item.remedy for item in items if item.remedy and item.num_bytes >= least]
             raise PlanRefused(

@@ -348,17 +348,6 @@ def test_kto(model, tmp_path):
     assert all(other[name].equal(value) for name, value in one.items())
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"prompt": "a", "completion": "b"}, 'expected "label" to be true (wanted) or false, found none'),
-    ({"prompt": "a", "completion": "b", "label": 1}, 'expected "label" to be true (wanted) or false, found a number'),
-    ({"text": "a"}, 'expected rows with "prompt", "completion" and "label", found the form text'),
-])  # fmt: skip
-def test_rows_without_a_label_are_refused(model, tmp_path, row, message):
-    with pytest.raises(UserError) as caught:
-        Trainer(config_of(model, tmp_path / "out", [row], "kto")).train()
-    assert message in str(caught.value)
-
-
 def test_without_an_adapter_the_model_is_its_own_reference(model, tmp_path):
     config = config_of(model, tmp_path / "out", rows(3), "dpo")
     found = evaluate(config)
@@ -420,20 +409,23 @@ ASKED = [{"role": "user", "content": "a"}]
 SAID = [{"role": "assistant", "content": "the cat"}]
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"chosen": "a", "rejected": "b"}, 'expected "prompt", found "chosen", "rejected"'),
-    ({"prompt": "a", "chosen": "b", "rejected": SAID}, 'expected "rejected" to be a string, found a list'),
-    ({"prompt": "a", "chosen": "", "rejected": "b"}, '"chosen" is empty'),
-    ({"prompt": [{"role": "user", "content": "a"}], "chosen": SAID, "rejected": [{"role": "user", "content": "b"}]},
+@pytest.mark.parametrize(("objective", "row", "message"), [
+    ("dpo", {"chosen": "a", "rejected": "b"}, 'expected "prompt", found "chosen", "rejected"'),
+    ("dpo", {"prompt": "a", "chosen": "b", "rejected": SAID}, 'expected "rejected" to be a string, found a list'),
+    ("dpo", {"prompt": "a", "chosen": "", "rejected": "b"}, '"chosen" is empty'),
+    ("dpo", {"prompt": [{"role": "user", "content": "a"}], "chosen": SAID, "rejected": [{"role": "user", "content": "b"}]},
      '"rejected" has no message of the assistant'),
-    ({"chosen": SAID, "rejected": [{"role": "user", "content": "b"}, *SAID]}, "to begin with the same messages"),
-    ({"prompt": "b", "chosen": ASKED + SAID, "rejected": ASKED + SAID}, "in the column of this name"),
-    ({"prompt": "a", "completion": "b"}, 'expected rows with "prompt", "chosen" and "rejected"'),
-    ({"prompt": "hello " * 80, "chosen": "b", "rejected": "a"}, "no example is left of 1 rows"),
+    ("dpo", {"chosen": SAID, "rejected": [{"role": "user", "content": "b"}, *SAID]}, "to begin with the same messages"),
+    ("dpo", {"prompt": "b", "chosen": ASKED + SAID, "rejected": ASKED + SAID}, "in the column of this name"),
+    ("dpo", {"prompt": "a", "completion": "b"}, 'expected rows with "prompt", "chosen" and "rejected"'),
+    ("dpo", {"prompt": "hello " * 80, "chosen": "b", "rejected": "a"}, "no example is left of 1 rows"),
+    ("kto", {"prompt": "a", "completion": "b"}, 'expected "label" to be true (wanted) or false, found none'),
+    ("kto", {"prompt": "a", "completion": "b", "label": 1}, 'expected "label" to be true (wanted) or false, found a number'),
+    ("kto", {"text": "a"}, 'expected rows with "prompt", "completion" and "label", found the form text'),
 ])  # fmt: skip
-def test_wrong_rows_are_refused(model, tmp_path, row, message):
+def test_wrong_rows_are_refused(model, tmp_path, objective, row, message):
     with pytest.raises(UserError) as caught:
-        Trainer(config_of(model, tmp_path / "out", [row], "dpo")).train()
+        Trainer(config_of(model, tmp_path / "out", [row], objective)).train()
     assert message in str(caught.value)
 
 

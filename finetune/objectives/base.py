@@ -27,7 +27,7 @@ from offload.streamed_model import StreamedModel
 
 
 class Objective(ABC):
-    """Rows to lanes to loss. Any objective can be had without gradients, by `values`. One that has gradients says, for
+    """Rows to lanes to loss. Objectives of method zo are had without gradients, by `values`. One that has gradients says, for
     `StreamedModel.train_step`, what the `lanes` of a step are, and what is made of their outputs.
 
     lengths: tokens of each row, int [rows], by which micro-batches are sorted.
@@ -57,7 +57,6 @@ class Objective(ABC):
     def shape(self, session: Session) -> BatchShape:
         """Of the largest step, every variant of the weights counted."""
 
-    @abstractmethod
     def values(
         self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
@@ -65,6 +64,7 @@ class Objective(ABC):
 
         groups: the rows of each micro-batch, as `BatchPlan.step` gives them.
         """
+        raise NotImplementedError(f"{type(self).__name__} is had with a gradient only")
 
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         """The same rows as the model's inputs and labels, for methods that compute gradients."""

@@ -19,7 +19,6 @@ from torch import nn
 
 from finetune.config import Config
 from finetune.data import TokenDataset
-from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
 from finetune.objectives.answers import LabelledLane
 from finetune.objectives.base import Objective
@@ -28,11 +27,9 @@ from finetune.objectives.scoring import Asked
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
-from offload.perturb.variants import Variant
 from offload.step.engine import Versions
 from offload.step.head import TiledHead
 from offload.step.own_loss import StepLoss, StepLosses, loss_in
-from offload.streamed_model import StreamedModel
 
 
 class MeasuredRows(Protocol):
@@ -106,11 +103,6 @@ class Judged(Objective):
 
     def logged(self) -> dict[str, float]:
         return self._logged
-
-    def values(
-        self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
-    ) -> tuple[np.ndarray, int]:
-        raise NotImplementedError("method zo is refused with objectives of judged answers")
 
     def backward(self, model: nn.Module, head: TiledHead, outputs: list[Any]) -> torch.Tensor:
         """Of the lanes that were asked last. The loss, fp32 []."""
