@@ -45,7 +45,7 @@ from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
-from finetune.planned_run import BatchShape, PlannedRun
+from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
 from finetune.prediction import with_prediction
 from finetune.quantization.base import is_quantized
 from finetune.reporting.progress import LastingStream, Progress
@@ -64,6 +64,7 @@ from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from memory.trace import Trace
+from memory.units import format_mib
 from offload.devices import DescribedDevice
 from offload.sizing.compression import try_compression
 
@@ -215,11 +216,7 @@ class Trainer:
         refuse_text(session.parts)
         kind, least = objective_class(config), with_micro_batch_size(config, config.training.least_micro_batch_size)
         with nearest_named(session, lambda config: session.plan(_full_shape(config, session))):
-            try:
-                session.plan(kind.full_shape(least, session, min(16, config.dataset.sequence_length)))
-            except PlanRefused:
-                session.plan(_full_shape(least, session))  # refuses too, and names the budget of full rows
-                raise
+            _refuse_all_rows(least, session)
         directory.take(config, inputs)
         append_eos = False if kind.compares_choices else config.dataset.append_eos
         data = prepare_for(
@@ -340,6 +337,22 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self._stop_signal is not None:
             raise Stopped(self._stop_signal)
+
+
+def _refuse_all_rows(config: Config, session: Session) -> None:
+    """Raises PlanRefused where not even the shortest rows fit: it names what full ones need, and what those do."""
+    shortest, longest = min(SHORTEST_ROW, config.dataset.sequence_length), config.dataset.sequence_length
+    try:
+        session.plan(objective_class(config).full_shape(config, session, shortest))
+    except PlanRefused as refused:
+        try:
+            session.plan(_full_shape(config, session))
+        except PlanRefused as full:
+            raise full.noting(
+                f"That is for rows of {longest} tokens: the data has not been read yet. Rows of {shortest} tokens need "
+                f"{format_mib(refused.smallest_bytes)}."
+            ) from None
+        raise
 
 
 def _full_shape(config: Config, session: Session) -> BatchShape:

@@ -35,6 +35,10 @@ class PlanRefused(UserError):
         self.remedies = remedies
         self.message = message
 
+    def noting(self, words: str) -> PlanRefused:
+        """The same refusal, which says that too."""
+        return PlanRefused(f"{self.message}\n  {words}", self.smallest_bytes, self.remedies, self.key)
+
     def with_nearest(self, plans: Sequence[str]) -> PlanRefused:
         """The same refusal, which names plans that fit, the nearest first."""
         if not plans:

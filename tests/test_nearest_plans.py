@@ -127,6 +127,18 @@ def test_what_the_user_has_set_too_high_is_named(model, tmp_path, least, monkeyp
         assert least(changed(config, ["--set", f"engine.{key}={larger}"])) > budget
 
 
+def test_a_run_that_not_even_short_rows_fit_says_for_which_rows_it_speaks(model, tmp_path, least):
+    """The data may have shorter rows than it might have; it is not read before that."""
+    config = changed(large(model, tmp_path), ["--host-memory", str(PROCESS_BYTES)])
+    (tmp_path / "rows.jsonl").write_text("not read")
+    with pytest.raises(PlanRefused) as refused:
+        Trainer(config.model_copy(update={"data": str(tmp_path / "rows.jsonl")})).train()
+    found = re.search(r"for rows of 1024 tokens: .* not been read yet. Rows of 16 tokens need (\d+) MiB", str(refused.value))
+    short, full = (least(changed(config, ["--sequence-length", length])) for length in ("16", "1024"))
+    assert int(found[1]) == pytest.approx(short / MIB, abs=1) and short < full - 10 * MIB
+    assert refused.value.smallest_bytes == pytest.approx(full, abs=MIB)
+
+
 def test_where_nothing_else_helps_only_memory_is_named(model, tmp_path):
     refused = refusal(large(model, tmp_path, host_memory="50MiB"))
     assert [words[::2] for words, _ in named(refused)] == [["--host-memory"]]
