@@ -34,7 +34,8 @@ from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
-ADAPTERS = "adapters, gradients, optimizer"
+ADAPTERS = "adapters, optimizer"
+GRADIENTS = "gradients of adapters, beyond the room that block inputs leave"
 FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
 
 
@@ -107,12 +108,16 @@ def adapter_needs(parameters: Sequence[nn.Parameter]) -> Needs:
     return Needs.of(Item(ADAPTERS, _num_bytes(parameters), Tier.COMPUTE, remedy=FEWER_ADAPTERS))
 
 
-def trained_adapter_needs(parameters: Sequence[nn.Parameter], on_device: bool) -> Needs:
+def trained_adapter_needs(parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module], on_device: bool) -> Needs:
     """Of adapters that AdamW trains. On a device they are saved by way of host memory, with their moments."""
     num_bytes = _num_bytes(parameters)
     moment_bytes = ADAMW_BYTES_PER_PARAMETER * sum(p.numel() for p in parameters)
+    of_blocks = [_num_bytes([p for p in block.parameters() if p.requires_grad]) for block in blocks]
+    rising_bytes = sum(of_blocks) if len(set(of_blocks)) == 1 else 0
     return adapter_needs(parameters) + Needs.of(
-        Item(ADAPTERS, num_bytes + moment_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        Item(ADAPTERS, moment_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        Item(ADAPTERS, num_bytes - rising_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        Item(GRADIENTS, rising_bytes, Tier.COMPUTE, Lasts.RISING, len(blocks), remedy=FEWER_ADAPTERS),
         _saving(num_bytes + moment_bytes if on_device else 0),
         Item("resumable states", 9 * num_bytes, Tier.DISK),  # two kept and one being written, each with two moments
         Item("adapter", num_bytes, Tier.DISK),

@@ -21,11 +21,15 @@ class Tier(Enum):
 
 
 class Lasts(Enum):
-    """How long bytes are needed. RUN: always. STEP: while a step goes on; they depend on its batch. MOMENT: of items with one
-    name, no two at the same time: the largest counts, with what the allocator loses to holes between them."""
+    """How long bytes are needed. RUN: always. STEP: while a step goes on; they depend on its batch. FALLING: of a step too; an
+    equal part goes with each block that backward has done. RISING: an equal part comes with each, in the place of what goes.
+    MOMENT: of items with one name, no two at the same time: the largest counts, with what the allocator loses to holes between
+    them."""
 
     RUN = "run"
     STEP = "step"
+    FALLING = "falling"
+    RISING = "rising"
     MOMENT = "moment"
 
 
@@ -37,6 +41,7 @@ class Item:
     num_bytes: int  # at most
     tier: Tier
     lasts: Lasts = Lasts.RUN  # how long they are needed
+    parts: int = 1  # of RISING: blocks that they come with
     with_pool: str = ""  # there only while the plan gives this pool slots
     without_pool: str = ""  # there only while it gives it none
     remedy: str = ""  # what the user can do for fewer of these bytes; for whoever reads a refusal
@@ -58,6 +63,7 @@ class Pool:
     pinned: bool = True  # whether host memory must be such as an accelerator copies from
     optional: bool = False  # no slots from the beginning where the items that they stand for take little more
     carved: bool = True  # whether slots are pieces of a slab; else a slot is what tensors of torch's own take together
+    falling: bool = False  # whether slots empty one after the other as backward goes on, but for one
 
 
 class Worth(IntEnum):

@@ -182,6 +182,8 @@ def _plan_with(all_slots: list[Slots], needs: Needs, limits: Limits) -> Plan:
     for slots in named.values():
         if not slots.pool.carved:
             _add(parts[slots.pool.tier], slots.label, slots.num_bytes)
+    if not on_device:  # whose allocator has a place of their own for small tensors
+        _let_replace(parts[Tier.COMPUTE], needs.there(there), named.values())
     arena_bytes = 0 if on_device else round_up(sum(parts[Tier.COMPUTE].values()), 2 * MIB)
     for slots in named.values():
         if slots.pool.carved:
@@ -196,6 +198,20 @@ def _plan_with(all_slots: list[Slots], needs: Needs, limits: Limits) -> Plan:
         host_budget_bytes=limits.host_bytes,
         device_budget_bytes=limits.device_bytes,
     )
+
+
+def _let_replace(parts: dict[str, int], items: Sequence[Item], all_slots: Iterable[Slots]) -> None:
+    """Takes from what comes with backward the bytes that it finds where others were before.
+
+    What goes and what comes are straight lines over the blocks that are done, but for pools that empty earlier. So the most is
+    there when the first block is done or when the last one is, and what goes with a block goes after its gradients have come.
+    """
+    for rising in (item for item in items if item.lasts is Lasts.RISING and item.num_bytes):
+        kept_bytes = sum(item.num_bytes for item in items if item.lasts is Lasts.FALLING)
+        pools = [slots for slots in all_slots if slots.pool.falling and slots.count]
+        going = kept_bytes + sum(slots.num_bytes for slots in pools)
+        left = -(-kept_bytes // rising.parts) + sum(slots.slot_bytes for slots in pools)  # when the last block's come
+        parts[rising.name] = max(-(-rising.num_bytes // rising.parts), left + rising.num_bytes - going)
 
 
 def _add(parts: dict[str, int], name: str, num_bytes: int) -> None:
@@ -222,6 +238,6 @@ def _refuse_what_does_not_fit(plan: Plan, items: Iterable[Item], limits: Limits)
             raise PlanRefused(
                 f"the run needs at least {format_mib(need)} of {tier} memory, {flag} allows {budget // MIB} MiB:\n{lines}",
                 need,
-                (f"raise {flag} to {-(-(need + spread) // MIB)}MiB, the smallest that works", *remedies),
+                (f"raise {flag} to {-(-(need + spread) // MIB)}MiB, the smallest that works", *dict.fromkeys(remedies)),
                 f"{tier}_memory",
             )

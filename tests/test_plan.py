@@ -294,6 +294,25 @@ def test_of_what_happens_in_turn_only_what_is_there_counts():
     assert make_plan(Needs.of(pool, *moments), Limits(100 * MIB)).host_parts["m"] == int(1.15 * 5 * MIB)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+@pytest.mark.parametrize("gradient_bytes", [1 << 20, 9 << 20, 200 << 20])
+def test_gradients_take_the_place_of_block_inputs_and_of_graphs(blocks, gradient_bytes):
+    """Against walking through backward: a block's gradients come before its input and its graph go, and where no graph was kept
+    one is made."""
+    inputs, graph, unit = 5 * MIB * blocks, 11 * MIB, -(-gradient_bytes // blocks)
+    gradients = Item("gradients", gradient_bytes, Tier.COMPUTE, Lasts.RISING, blocks)
+    items = (Item("inputs", inputs, Tier.COMPUTE, Lasts.FALLING, without_pool=ACTIVATIONS), gradients)
+    for kept in range(blocks + 1):
+        needs = Needs.of(*items) + graph_needs(graph, 1, blocks, True, 0, False, kept)
+        walked = [
+            inputs - done * inputs // blocks + (max(kept - done, 1) * graph if kept else 0) + (done + 1) * unit
+            for done in range(blocks)
+        ]
+        assert abs(make_plan(needs, Limits(1 << 40)).host_peak_bytes - max(walked)) <= blocks + PAGE_BYTES
+        on_device = make_plan(needs, Limits(1 << 40, 1 << 40)).device_peak_bytes
+        assert on_device == inputs + kept * graph + gradient_bytes
+
+
 def test_covering_is_for_either_batch():
     items = [Item("fixed", 5, Tier.HOST), Item("step", 3, Tier.HOST, Lasts.STEP), Item("turn", 9, Tier.HOST, Lasts.MOMENT)]
     other = [replace(item, num_bytes=7) for item in items]

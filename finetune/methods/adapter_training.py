@@ -27,7 +27,7 @@ class AdapterTraining(Method):
     """State directories hold the adapter with its moments."""
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
-        return trained_adapter_needs(session.trainable, session.on_device), streamed
+        return trained_adapter_needs(session.trainable, session.parts.blocks, session.on_device), streamed
 
     def opened(self, session: Session) -> None:
         if session.adapter.needs_first_visit:

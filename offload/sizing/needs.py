@@ -44,7 +44,7 @@ DECODED_WEIGHTS = 16  # of a block, at most: experts of many modules are not wor
 STATE_SLOTS = 12  # keep a disk busy in both directions
 WAITING_STEPS = 64  # in which more of them are offered: each is a plan
 ALLOCATOR_FACTOR = 1.1  # of a device: what PyTorch's allocator loses there between tensors that stay for long
-MARGIN_BYTES = 32 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
+MARGIN_BYTES = 16 * MIB  # Python objects, small tensors, library buffers that grow during the first steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def decoded_needs(weight_bytes: Iterable[Collection[int]]) -> Needs:
 
 def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Needs:
     """boundary_bytes: one micro-batch's input of a block. total_bytes: all of a step's. place: "auto", "host" or "disk"."""
-    kept = Item("block inputs kept for backward", total_bytes, Tier.COMPUTE, Lasts.STEP, without_pool=ACTIVATIONS)
+    kept = Item("block inputs kept for backward", total_bytes, Tier.COMPUTE, Lasts.FALLING, without_pool=ACTIVATIONS)
     if place == "host":
         return Needs.of(kept)
     label = "slots for block inputs on their way to disk ({slots})"
@@ -313,7 +313,10 @@ def graph_needs(
     slot_bytes = lanes * (lane_bytes if kept is None else lane_bytes + boundary_bytes)
     slot_bytes = int(slot_bytes * (ALLOCATOR_FACTOR if on_device else 1))
     label = "graphs that backward needs not recompute ({slots} x {size})"
-    pool = Pool(GRAPHS, label, Tier.COMPUTE, slot_bytes, ring=0, kept=min(kept or 0, blocks), most_kept=blocks, carved=False)
+    pool = Pool(
+        GRAPHS, label, Tier.COMPUTE, slot_bytes, ring=0, kept=min(kept or 0, blocks), most_kept=blocks, carved=False,
+        falling=True,
+    )  # fmt: skip
     if kept is not None:
         return Needs.of(pool)
     worth = Worth.GRAPHS_OF_COMPUTE if comes_first else Worth.OTHER_GRAPHS
