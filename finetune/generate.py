@@ -152,4 +152,4 @@ def _plan(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: in
 
 def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
     kept = cache_bytes(session, prompt_tokens, max_new_tokens, together)
-    return session.plan(BatchShape.of_text(1, prompt_tokens, together, train=False).keeping(kept))
+    return session.plan(BatchShape.of_text(1, prompt_tokens, together, train=False).filling_caches(kept))

@@ -25,6 +25,7 @@ from offload.sizing.calibration import Rates, try_rates
 
 MOST_PLANS = 4
 ROW_STEP = 16  # tokens: rows are shortened by multiples
+LEAST_CHUNK = 256  # tokens of a text that compute together: fewer make products slow and save little
 OTHER_METHODS = ("lora", "zo")  # that need little: tried where the run has another
 _COUNTS = ("resident_blocks", "kept_graphs", "lookahead", "expert_slots")  # keys of `engine`, the less the smaller
 
@@ -91,7 +92,7 @@ class _Search:
     def run(self) -> list[NearPlan]:
         """The best first."""
         found: list[NearPlan] = []
-        for kind in (self._more_memory, self._engine, self._batch, self._method):
+        for kind in (self._more_memory, self._engine, self._chunks, self._batch, self._method):
             with contextlib.suppress(UserError):  # what a change would be refused for otherwise
                 found += kind()
             if len(found) >= MOST_PLANS or kind == self._engine and self._config.resume:
@@ -158,6 +159,14 @@ class _Search:
         if engine.activations == "host":
             found.append(self._try({"engine.activations": "disk"}))
         return sorted(filter(None, found), key=lambda near: near.seconds or 0.0)
+
+    def _chunks(self) -> Iterator[NearPlan]:
+        """Of texts: the same numbers, rounded otherwise."""
+        before = self._config.engine.sequence_chunk or self._config.dataset.sequence_length
+        sizes = [LEAST_CHUNK << i for i in range(before.bit_length()) if LEAST_CHUNK << i < before]
+        near = self._largest("engine.sequence_chunk", sizes) if sizes else None
+        if near is not None:
+            yield near
 
     def _batch(self) -> Iterator[NearPlan]:
         training, key = self._config.training, "training.micro_batch_size"

@@ -13,10 +13,12 @@ from finetune.adapters import peft_files
 from finetune.adapters.base import adapter_of
 from finetune.planned_run import BatchShape, MeasuredBatch
 from memory.arena import trim_malloc
+from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.needs import Item, Lasts, Needs, Tier
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
+from offload.sizing.chunked_dry_run import measure_chunked_visit
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
 from offload.sizing.needs import (
     EDGES,
@@ -41,17 +43,39 @@ FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
 
 def measure_batch(
     parts: ModelParts, model: nn.Module, shape: BatchShape, trained: Sequence[frozenset[str]] | None = None,
-    visit: VisitSize | None = None,
+    visit: VisitSize | None = None, chunk: int | None = None,
 ) -> MeasuredBatch:  # fmt: skip
-    """trained: per block, local names of its own weights that get gradients. visit: where it is known.
+    """trained: per block, local names of its own weights that get gradients. visit: where it is known. chunk: see
+    `chunk_of`.
 
-    Raises UserError for rows of tensors that the model can't take.
+    Raises UserError for rows of tensors that the model can't take, and for a model that can't be run in chunks of a text.
     """
     if visit is None:
         measured = (parts, model, shape.inputs, shape.train, trained)
-        visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
+        if chunk is not None:
+            visit = _chunked_visit(parts, model, shape, chunk, trained)
+        else:
+            visit = measure_visit(*measured) if shape.samples is None else walk(*measured).size
     row_bytes = _dense_rows(parts, shape.micro_batches * shape.rows)  # what only goes forward reads the same
-    return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes)
+    return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes, chunk)
+
+
+def chunk_of(shape: BatchShape, sequence_chunk: int | None) -> int | None:
+    """Tokens of a text that compute together; None: all, because they are no more. Raises UserError for rows of tensors."""
+    if sequence_chunk is None or shape.fills_caches:
+        return None
+    if shape.samples is not None:
+        raise UserError("engine.sequence_chunk: only rows of text are run in chunks, found rows of tensors: leave it out")
+    return sequence_chunk if sequence_chunk < shape.inputs["input_ids"].shape[1] else None
+
+
+def _chunked_visit(
+    parts: ModelParts, model: nn.Module, shape: BatchShape, chunk: int, trained: Sequence[frozenset[str]] | None
+) -> VisitSize:
+    """Shorter rows of the same run compute whole."""
+    visit = measure_chunked_visit(parts, model, shape.inputs, chunk, shape.train, trained)
+    whole = measure_visit(parts, model, shape.of_length(chunk).inputs, shape.train, trained)
+    return replace(visit, peak_bytes=max(visit.peak_bytes, whole.peak_bytes))
 
 
 def batch_needs(
@@ -65,7 +89,7 @@ def batch_needs(
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
     masks, lane_bytes = MaskSize(0, 0), 0
     if "input_ids" in shape.inputs:
-        masks, lane_bytes = _masks(parts, model, shape), adapter_of(model).lane_bytes(parts.dtype.itemsize)
+        masks, lane_bytes = _masks(parts, model, shape, batch.chunk), adapter_of(model).lane_bytes(parts.dtype.itemsize)
     lane_bytes += masks.kept_bytes
     all_rows, lane_rows = batch.row_bytes + _stored_rows(parts, lanes * shape.rows), _dense_rows(parts, shape.rows)
     lane_rows += _stored_rows(parts, shape.rows)
@@ -194,12 +218,14 @@ def _logits_bytes(parts: ModelParts, model: nn.Module, shape: BatchShape) -> int
     return 0 if output is None else rows * output.weight.shape[0] * itemsize  # whole logits
 
 
-def _masks(parts: ModelParts, model: nn.Module, shape: BatchShape) -> MaskSize:
+def _masks(parts: ModelParts, model: nn.Module, shape: BatchShape, chunk: int | None) -> MaskSize:
+    """Of texts that are run in chunks, masks are part of the visit."""
     count, length = shape.inputs["input_ids"].shape
+    length = length if chunk is None else chunk
     if shape.samples is not None:  # short texts would not do without the rows' other tensors: one of numbers is assumed
         return MaskSize(count * length**2 * parts.dtype.itemsize, 0)
     masks = measure_masks(parts, model, count, length, shape.packed)
     if count > 1:
         return masks
-    short = measure_masks(parts, model, 2, isqrt(shape.mask_pairs // 2), False)
+    short = measure_masks(parts, model, 2, min(length, isqrt(shape.mask_pairs // 2)), False)
     return max(masks, short)

@@ -43,6 +43,7 @@ class BatchShape:
     packed: bool = False  # whether a row of text holds several
     samples: int | None = None  # rows of tensors in a micro-batch; None: text
     forward_lanes: int = 0  # micro-batches more that only go forward, such as those of a reference
+    fills_caches: bool = False  # whether keys and values of all positions are kept, for text that is written
     can_wait: bool = False  # whether micro-batches may wait on disk: those of a step, of which only the loss is wanted
 
     @classmethod
@@ -54,6 +55,10 @@ class BatchShape:
 
     def keeping(self, kept_bytes: int) -> BatchShape:
         return replace(self, kept_bytes=kept_bytes)
+
+    def filling_caches(self, num_bytes: int) -> BatchShape:
+        """num_bytes: of the key-value caches that a step holds."""
+        return replace(self, kept_bytes=num_bytes, fills_caches=True)
 
     def of_rows(self, rows: int) -> BatchShape:
         """The same step in micro-batches of so many rows, at most as many as there are."""
@@ -100,6 +105,7 @@ class MeasuredBatch:
     visit: VisitSize  # of one block, by one micro-batch
     loss_bytes: int  # that one tile of the loss allocates
     row_bytes: int  # of the embedding rows that a step names, in the dtype that computes
+    chunk: int | None = None  # tokens of a text that compute together; None: all
 
     @property
     def rows(self) -> int:
@@ -163,6 +169,8 @@ class PlannedRun:
         ]
         if self.choice is not None:
             lines.insert(2, self.choice.words)
+        if self.batch.chunk is not None:
+            lines.insert(2, f"blocks compute {self.batch.chunk} tokens of a text at a time")
         if self.base_words:
             lines.insert(1, self.base_words)
         if self.store is not None:
@@ -218,6 +226,7 @@ class PlannedRun:
             "kept_graphs": plan.count(GRAPHS),
             "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
             "hidden_states": "disk" if plan.count(HIDDEN_STATES) else "host",
+            "sequence_chunk": self.batch.chunk,
             "host_peak_bytes": plan.host_peak_bytes,
             "host_budget_bytes": plan.host_budget_bytes,
             "host_parts": dict(plan.host_parts),

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.packed_rows import check_positions_argument
-from finetune.needs_of_model import batch_needs, measure_batch, process_as_it_is, process_of_run
+from finetune.needs_of_model import batch_needs, chunk_of, measure_batch, process_as_it_is, process_of_run
 from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
 from memory.errors import UserError
 from memory.needs import Needs
@@ -153,7 +153,7 @@ class Planner:
         )
         if head_passes:
             slots += passing_head(batch.loss_bytes, streamed)
-        if session.setup.uses_of_weights(parts, shape) > 1:
+        if session.setup.uses_of_weights(parts, shape) > (batch.chunk is None):  # chunks use them again and again
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
         batch_own = batch_needs(parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen)
         needs = process + slots + batch_own + own
@@ -163,10 +163,15 @@ class Planner:
         """A visit by a micro-batch of text is the same, however many there are."""
         session = self._session
         measured = (session.parts, session.model, shape, session.setup.gradient_names)
+        chunk = chunk_of(shape, session.config.engine.sequence_chunk)
+        if chunk is not None and not session.device.traits.computes_on_host:
+            raise UserError(
+                f"engine.sequence_chunk: only a CPU runs chunks of a text yet, found {session.device.kind}: leave it out"
+            )
         if shape.samples is not None:
             return measure_batch(*measured)
-        key = tuple(shape.inputs["input_ids"].shape), shape.train, session.model.training
-        batch = measure_batch(*measured, self._visits.get(key))
+        key = tuple(shape.inputs["input_ids"].shape), shape.train, session.model.training, chunk
+        batch = measure_batch(*measured, self._visits.get(key), chunk)
         self._visits[key] = batch.visit
         return batch
 

@@ -117,7 +117,8 @@ def described_device(session: Session) -> DescribedDevice | None:
 def _workload(session: Session, planned: PlannedRun) -> Workload:
     shape = planned.shape
     names, lanes = session.setup.gradient_names, shape.micro_batches
-    return Workload(session.parts, session.model, planned.plan, shape.inputs, shape.train, names, lanes)
+    chunk = planned.batch.chunk
+    return Workload(session.parts, session.model, planned.plan, shape.inputs, shape.train, names, lanes, chunk)
 
 
 def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRates:
@@ -136,7 +137,9 @@ def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRat
 
 
 def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
-    """Whether visits can be timed."""
+    """Whether visits can be timed. Texts that run in chunks are long, and whole ones are run for that."""
+    if planned.batch.chunk is not None:
+        return False
     visits = 2 * (4 if planned.shape.train else 1)
     return planned.batch.visit.flops * visits / rates.flops_per_second < MOST_SECONDS
 

@@ -208,7 +208,8 @@ class Session:
         trim_malloc()
         engine = self.config.engine
         self.streamed = StreamedModel(
-            self.parts, plan, self.device, Options(scratch, engine.io_backend, engine.queue_depth, progress, trace),
+            self.parts, plan, self.device,
+            Options(scratch, engine.io_backend, engine.queue_depth, progress, trace, engine.sequence_chunk),
             model=self.model, open_weights=self.setup.open_weights(self), make_loss=make_loss,
         )  # fmt: skip
         self.setup.opened(self)

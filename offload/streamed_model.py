@@ -48,14 +48,16 @@ class Traffic:
 
 
 class Options(NamedTuple):
-    """What changes no result. scratch: directory for spilled activations. queue_depth: None: the I/O engine's own. progress:
-    progress(phase, done, total) after every block visit. trace: gets what steps do; None: nobody wants to know."""
+    """What changes no result, but for rounding. scratch: directory for spilled activations. queue_depth: None: the I/O engine's
+    own. progress: progress(phase, done, total) after every block visit. trace: gets what steps do; None: nobody wants to know.
+    sequence_chunk: as in the engine."""
 
     scratch: Path
     io_backend: str = "auto"  # auto, io_uring or threads
     queue_depth: int | None = None
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     trace: Trace | None = None
+    sequence_chunk: int | None = None
 
 
 class StreamedModel:
@@ -114,7 +116,8 @@ class StreamedModel:
                     self.head.lanes_together = self._storages.most_near
             self._loss = make_loss(parts.model, self.head)
             self.engine = Engine(
-                self.model, parts.blocks, weights, self.activations, options.progress, plan.count(GRAPHS)
+                self.model, parts.blocks, weights, self.activations, options.progress, plan.count(GRAPHS),
+                options.sequence_chunk,
             )
             closing.callback(self.engine.close)
             self._closing = closing.pop_all()

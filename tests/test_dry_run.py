@@ -19,8 +19,10 @@ from finetune.session import Session
 from memory.errors import UserError
 from offload.devices.base import map_host_bytes
 from offload.residency.io import IOEngine
-from offload.sizing.dry_run import MaskSize, measure_masks, measure_visit
+from offload.sizing.chunked_dry_run import measure_chunked_visit
+from offload.sizing.dry_run import MaskSize, first_call, measure_masks, measure_visit
 from offload.sizing.needs import STEP
+from offload.step.sequence_chunks import SequenceChunks
 from offload.weights.layout import bind_views
 from offload.weights.parts import cut
 
@@ -182,3 +184,37 @@ def test_a_pass_that_leaves_out_all_blocks_is_tried_again(layerdrop, tmp_path, m
                 session.plan(BatchShape.of_text(2, 20, 1, True))
     finally:
         session.close()
+
+
+@pytest.mark.parametrize(("name", "rows", "train"), [("llama", 2, True), ("gemma3", 1, True), ("llama", 1, False)])
+def test_what_a_visit_in_chunks_takes_is_what_the_dry_run_says(name, rows, train, tmp_path):
+    """And less than a whole visit. Of gemma3, masks of windows."""
+    length, chunk = 1000, 64
+    parts = cut(save_tiny(name, tmp_path))
+    model, _ = lora.attach(parts.model, {"r": 3, "target_modules": "all-linear"}, seed=0)
+    inputs = {"input_ids": torch.zeros(rows, length, dtype=torch.int64), "use_cache": False}
+    size = measure_chunked_visit(parts, model, inputs, chunk, train)
+    whole = measure_visit(parts, model, inputs, train)
+    assert size.peak_bytes < whole.peak_bytes / (3 if train else 2)
+    assert size.flops == pytest.approx(whole.flops, rel=0.01) and size.graph_blocks == 0
+
+    layout, chunks, block = parts.layouts[0], SequenceChunks(chunk), parts.blocks[0]
+    slot = map_host_bytes(layout.num_bytes)
+    with IOEngine("threads") as io:
+        extents = [(io.open(r.path), r.file_offset, r.num_bytes, slot.data_ptr() + r.slot_offset) for r in layout.reads]
+        io.wait(io.submit_reads(extents))
+    parts.bindings[0].bind(bind_views(slot, layout))
+    with chunks.masks:
+        _, args, kwargs = first_call(parts, model, inputs)
+    hidden = torch.randn(rows, length, 40, requires_grad=train)
+
+    def forward(args, kwargs):
+        return block(*args, **kwargs)
+
+    with PeakOfStorages() as measured:
+        output = chunks.forward(block, forward, (hidden, *args[1:]), kwargs)
+        if train:
+            grads = {0: torch.ones(output.shape)}
+            del output
+            chunks.backward(block, forward, ((hidden, *args[1:]), kwargs), grads)
+    assert measured.peak / 1.15 <= size.peak_bytes <= 1.6 * measured.peak

@@ -11,7 +11,7 @@ from offload.residency.io import BACKENDS
 class EngineOptions(Section):
     """How the model is streamed. The planner chooses what is None or auto.
 
-    No choice changes results, except `dtype` and the tiles of the loss, which round differently.
+    No choice changes results, except `dtype`, `sequence_chunk` and the tiles of the loss, which round differently.
     """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -31,6 +31,9 @@ class EngineOptions(Section):
     memory wherever that fits."""
     kept_graphs: CountOrZero | None = None
     """Blocks, the last ones, that the backward pass does not recompute: what they computed stays in memory. 0: none."""
+    sequence_chunk: Count | None = None
+    """Tokens of a text that a block computes together, where a text is longer: what a visit computes is in memory for so many.
+    None: all."""
     loss_tile_tokens: Count | None = None
     """Rows of logits that are computed together. None: by the model's size."""
     loss_tile_vocab: Count | None = None

@@ -40,7 +40,7 @@ class Generated(Objective):
             )
         lanes = config.training.batch_size * config.variants
         kept = cache_bytes(session, longest, config.zo.max_new_tokens, lanes)
-        return BatchShape.of_text(1, longest, lanes, train=False).keeping(kept)
+        return BatchShape.of_text(1, longest, lanes, train=False).filling_caches(kept)
 
     def shape(self, session: Session) -> BatchShape:
         return self.full_shape(self._config, session, int(self.lengths.max()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memory.machine import ComputeRates
 from offload.devices import DescribedDevice
@@ -14,6 +16,7 @@ from offload.sizing.counting import BlockWork, Work, count_block, decode_seconds
 from offload.sizing.dry_run import first_call
 from offload.sizing.needs import DECODED
 from offload.sizing.timing import BlockSeconds, PassSeconds, Timing, Workload, block_kind
+from offload.step.mask_rows import MaskRows, MasksInParts
 from offload.weights.parts import HeadPart, ModelParts
 
 
@@ -44,35 +47,43 @@ def count_visits(work: Workload, device: DescribedDevice) -> Timing:
     Raises UserError where the profile lacks a dtype, and what the model's code raises where it cannot run on meta.
     """
     parts, train = work.parts, work.train
-    index, args, kwargs = first_call(parts, work.model, work.inputs)
+    with nullcontext() if work.chunk is None else MasksInParts(work.chunk):
+        index, args, kwargs = first_call(parts, work.model, work.inputs)
+    args, kwargs = tree_map_only(MaskRows, lambda mask: None, (args, kwargs))  # attention is counted as causal
     keys = [block_kind(block, layout) for block, layout in zip(parts.blocks, parts.layouts, strict=True)]
     rooms = sum(1 for name, slots in work.plan.slots.items() if name.startswith(DECODED) and slots.count)
+    hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    chunks = 1 if work.chunk is None else -(-hidden.shape[1] // work.chunk)
     kinds: dict[Any, BlockSeconds] = {}
     for block in (index, *range(len(keys))):
         if keys[block] not in kinds:
-            counted = count_block(parts, block, args, kwargs, train, work.names(block))
-            kinds[keys[block]] = _block_seconds(counted, parts.dtype, device, rooms)
-    hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+            counted = count_block(parts, block, args, kwargs, train, work.names(block), work.chunk is not None)
+            kinds[keys[block]] = _block_seconds(counted, parts.dtype, device, rooms, chunks)
     rows = hidden.numel() // hidden.shape[-1]
     head = 0.0 if parts.head is None else _head_row(parts.head, parts.dtype, device.rates, rows, train)
     return Timing(tuple(kinds[key] for key in keys), head, counted=True)
 
 
-def _block_seconds(work: BlockWork, dtype: torch.dtype, device: DescribedDevice, rooms: int) -> BlockSeconds:
-    """rooms: how many of the weights that are decoded stay so for a visit."""
+def _block_seconds(
+    work: BlockWork, dtype: torch.dtype, device: DescribedDevice, rooms: int, chunks: int
+) -> BlockSeconds:
+    """rooms: how many of the weights that are decoded stay so for a visit. chunks: of a text, for each of which the others are
+    decoded again, and operations called."""
 
     def decoding(weights) -> float:
         return sum(decode_seconds(weight, dtype, device.rates) for weight in weights)
 
     def seconds(of: Work) -> float:
-        return of.seconds(device.rates, queued=not device.traits.computes_on_host)
+        called = replace(of, operations=of.operations * chunks)
+        return called.seconds(device.rates, queued=not device.traits.computes_on_host)
 
     once = decoding(work.bound) + decoding(work.decoded[:rooms])
-    again = decoding(work.decoded[rooms:])
+    again = chunks * decoding(work.decoded[rooms:])
     forward = again + seconds(work.forward)
     if not work.backward.operations:
         return BlockSeconds(PassSeconds(once + forward, forward), PassSeconds(0.0, 0.0), PassSeconds(0.0, 0.0))
-    recomputed, backward = again + seconds(work.recomputed), again + seconds(work.backward)
+    recomputed = again + seconds(work.keys) + seconds(work.recomputed)
+    backward = again + seconds(work.backward)
     return BlockSeconds(
         PassSeconds(once + forward, forward),
         PassSeconds(once + recomputed, recomputed),

@@ -7,6 +7,7 @@ everything else as fast as memory moves its bytes, and nothing is faster than it
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from memory.machine import ComputeRates, Product
 from offload.sizing.dry_run import MetaAttention, block_on_meta, run_operation
+from offload.step.chunked_attention import ChunkAttention, KeysKnown
 from offload.step.deferred_products import Needless
+from offload.step.mask_rows import Span
 from offload.weights.binding import LinearInSlot
 from offload.weights.formats import StoredWeight
 from offload.weights.formats.plain import dense_bytes
@@ -75,20 +78,23 @@ class BlockWork:
     forward: Work
     recomputed: Work  # with a graph, without the products that backward never uses; empty: there is no backward
     backward: Work  # from the graph on
+    keys: Work  # where blocks run in chunks of a text: what backward finds the keys and values of all chunks by
     decoded: tuple[StoredWeight, ...]  # weights that are decoded for a product or, where they can stay, once a visit
     bound: tuple[StoredWeight, ...]  # that are decoded whenever the block is bound
 
 
 def count_block(
-    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: Collection[str] = ()
-) -> BlockWork:
-    """Of block `index`, called so. trained: local names of its own weights that get gradients.
+    parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: Collection[str] = (),
+    in_chunks: bool = False,
+) -> BlockWork:  # fmt: skip
+    """Of block `index`, called so. trained: local names of its own weights that get gradients. in_chunks: whether it will run
+    in chunks of a text, which is the same work, but for keys and values.
 
     Raises what the model's code raises where it cannot run on meta: NotImplementedError, RuntimeError or TypeError.
     """
     block, binding, weights = parts.blocks[index], parts.bindings[index], parts.layouts[index].weights
     forward = Work()
-    recomputed, backward = Work(), Work()
+    recomputed, backward, keys = Work(), Work(), Work()
     with block_on_meta(parts, index, args, kwargs) as (args, kwargs, views, _):
         rooms = [torch.empty(size, dtype=torch.uint8, device="meta") for size in binding.lazy_bytes.values()]
         binding.bind(views, trained, rooms)
@@ -97,15 +103,26 @@ def count_block(
         with torch.no_grad(), _Operations(forward), _Attention(forward):
             block(*args, **kwargs)
         if train:
+            if in_chunks:
+                _count_keys(block, args, kwargs, keys)
             recomputed, backward = _count_backward(block, args, kwargs)
     bound = (name for name in weights if name not in binding.lazy_bytes)
     return BlockWork(
         forward,
         recomputed,
         backward,
+        keys,
         tuple(weights[name] for name in binding.lazy_bytes),
         tuple(weights[name] for name in bound if not weights[name].is_stored_as(binding.dtypes[name])),
     )
+
+
+def _count_keys(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any], work: Work) -> None:
+    length = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).shape[1]
+    attention = ChunkAttention([Span(0, length)], type(block).__name__)
+    attention.only_keys = True
+    with torch.no_grad(), _Operations(work), attention.installed(), contextlib.suppress(KeysKnown):
+        block(*args, **kwargs)
 
 
 def _count_backward(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Work, Work]:

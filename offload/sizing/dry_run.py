@@ -74,20 +74,26 @@ def _measure_call(
 ) -> tuple[VisitSize, Any]:
     """Of the kind of block `first`, called so: the most that any block of it takes, products of the one with most weights; and
     what its output is, None where it can't run on meta."""
-    same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
-    same.sort(key=lambda i: -parts.layouts[i].num_bytes)
     names = trained or [frozenset()] * len(parts.blocks)
-    unlike = {_outline_of(parts.blocks[i], names[i]): i for i in reversed(same)}
+    unlike = unlike_blocks(parts, first, names)
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     output = None
     try:
-        found = [_run_on_meta(parts, i, args, kwargs, train, names[i]) for i in sorted(unlike.values(), key=same.index)]
+        found = [_run_on_meta(parts, i, args, kwargs, train, names[i]) for i in unlike]
         (size, output), sizes = found[0], [size for size, _ in found]
         most = {name: max(getattr(size, name) for size in sizes) for name in ("peak_bytes", "graph_bytes")}
         size = replace(size, **most)
     except (NotImplementedError, RuntimeError, TypeError):
-        size = _estimate(parts, same[0], hidden)
+        size = _estimate(parts, unlike[0], hidden)
     return replace(size, boundary_bytes=hidden.nbytes), output
+
+
+def unlike_blocks(parts: ModelParts, first: int, trained: Sequence[frozenset[str]]) -> list[int]:
+    """One of each outline among the blocks of the class of block `first`; the one with most weights comes first."""
+    same = [i for i, block in enumerate(parts.blocks) if type(block) is type(parts.blocks[first])]
+    same.sort(key=lambda i: -parts.layouts[i].num_bytes)
+    unlike = {_outline_of(parts.blocks[i], trained[i]): i for i in reversed(same)}
+    return sorted(unlike.values(), key=same.index)
 
 
 def _outline_of(block: nn.Module, trained: frozenset[str]) -> tuple:
@@ -179,7 +185,7 @@ def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any])
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Of the tensors that `run` makes, on meta or not, the most that live at once."""
-    counter = _LiveBytes()
+    counter = LiveBytes()
     with counter:
         run()
     return counter.peak_bytes
@@ -214,7 +220,7 @@ def measure_masks(parts: ModelParts, model: nn.Module, rows: int, length: int, p
         elif rows > 1:
             inputs["attention_mask"] = torch.ones(rows, short, dtype=torch.int64)
             inputs["attention_mask"][0, -1] = 0
-        counter = _LiveBytes()
+        counter = LiveBytes()
         with counter:
             first_call(parts, model, inputs, lambda counter=counter: sizes.append((counter.live_bytes, counter.peak_bytes)))
     for key, window in windows.items():
@@ -284,7 +290,7 @@ def _forwards(parts: ModelParts, forwards: Sequence[Callable[..., Any] | None]) 
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], train: bool, trained: frozenset[str]
 ) -> tuple[VisitSize, Any]:
-    with _counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
+    with counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
         with torch.no_grad():
             outline = tree_map_only(torch.Tensor, lambda t: _Outline(t.shape, t.dtype), parts.blocks[index](*args, **kwargs))
         flops = counter.flops
@@ -299,7 +305,7 @@ def _graph_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], trained: frozenset[str]
 ) -> int:
     """Bytes that the graph of a forward holds when nothing else does; its input is not counted."""
-    with _counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
+    with counted_on_meta(parts, index, args, kwargs, trained) as (counter, args, kwargs):
         before = counter.live_bytes
         next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)).requires_grad_()
         outputs = [leaf for leaf in tree_leaves(parts.blocks[index](*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -311,11 +317,11 @@ def _graph_on_meta(
 
 
 @contextlib.contextmanager
-def _counted_on_meta(
+def counted_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], trained: frozenset[str]
-) -> Iterator[tuple[_LiveBytes, tuple, dict[str, Any]]]:
+) -> Iterator[tuple[LiveBytes, tuple, dict[str, Any]]]:
     """Inside, block `index` has weights on meta. Gives what counts, and the arguments on meta."""
-    counter = _LiveBytes()
+    counter = LiveBytes()
     with block_on_meta(parts, index, args, kwargs) as (args, kwargs, views, adapters):
         for tensor in tree_leaves((args, kwargs, views, adapters)):
             counter.ignore(tensor)
@@ -415,7 +421,7 @@ def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> An
     return function(*args, **kwargs)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages between their first appearance in a result and their end."""
 
     def __init__(self) -> None:

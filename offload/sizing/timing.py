@@ -102,6 +102,7 @@ class Workload:
     train: bool  # whether there is a backward pass
     trained: Sequence[frozenset[str]] | None  # per block, local names of its own weights that get gradients
     lanes: int  # micro-batches
+    chunk: int | None = None  # tokens of a text that blocks compute together; None: all
 
     def names(self, block: int) -> frozenset[str]:
         """Of a block's own weights that get gradients."""

@@ -21,6 +21,8 @@ from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import BoundTensors
 from offload.step.lane_storages import LaneStorages
 from offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
+from offload.step.mask_rows import with_whole_masks
+from offload.step.sequence_chunks import SequenceChunks
 from offload.step.weights import Block, Weights
 
 
@@ -47,8 +49,9 @@ class Engine:
     """Runs steps of one model.
 
     blocks: the modules to be streamed, in module order. Their `forward` is taken over for the engine's life.
-    kept_graphs: of so many blocks, the last ones, the graph stays from forward to backward.
+    kept_graphs: of so many blocks, the last ones, the graph stays from forward to backward, unless texts are cut.
     progress: called as progress(phase, done, total) after every visit.
+    sequence_chunk: tokens of a text that blocks compute together; None: all.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class Engine:
         activations: Activations,
         progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
         kept_graphs: int = 0,
+        sequence_chunk: int | None = None,
     ) -> None:
         self.model = model
         self.weights = weights
         self.activations = activations
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
+        self._chunks = None if sequence_chunk is None else SequenceChunks(sequence_chunk)
         self._needless = [Needless(block) for block in blocks]
         self._bound = [BoundTensors(block) if i >= len(blocks) - kept_graphs else None for i, block in enumerate(blocks)]
         self._keys = [Block(index) for index in range(len(blocks))]
@@ -155,7 +160,7 @@ class Engine:
             self.weights.enter(lane.variant)
             if lane.storages is not None:
                 lane.storages.begin_lane(lane.index)
-            lane.resume()
+            self._resume(lane)
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
             visit = Visit(index, [], self._bound[index] if visits is not None else None)
@@ -165,7 +170,7 @@ class Engine:
             for lane in waiting:
                 if lane.call.index == index:
                     self.weights.enter(lane.variant)
-                    lane.resume(self._forward_visit(lane, visit, visits is not None))
+                    self._resume(lane, self._forward_visit(lane, visit, visits is not None))
             self.weights.release(self._keys[index])
             if visit.bound is not None:
                 visit.bound.end_forward()
@@ -174,6 +179,10 @@ class Engine:
                 visits.append(visit)
             self.progress("forward", len(order), len(self.order))
         self.order = order or self.order
+
+    def _resume(self, lane: Lane, value: Any = None) -> None:
+        with nullcontext() if self._chunks is None else self._chunks.masks:
+            lane.resume(value)
 
     def _forward_visit(self, lane: Lane, visit: Visit, recording: bool) -> Any:
         call, lane.call = lane.call, None
@@ -185,12 +194,19 @@ class Engine:
 
     def _run_visit(self, lane: Lane, call: BlockCall, visit: Visit, recording: bool) -> tuple[Any, Record | None]:
         lane.enter_random_state()
-        record = None
+        record, is_cut = None, self._chunks is not None and self._chunks.cuts(call.args, call.kwargs)
+        if self._chunks is not None and not is_cut:
+            call.args, call.kwargs = with_whole_masks((call.args, call.kwargs))
         if recording and call.grad_enabled and self._wants_gradients(call):
             record = lane.record(call, self.activations)
             visit.records.append(record)
-        forward = partial(run_capturing, self._forwards[call.index], keys=call.captured)
-        if record is not None and visit.bound is not None:
+        block_forward = self._forwards[call.index]
+        forward = partial(run_capturing, block_forward, keys=call.captured)
+        if is_cut:
+            if record is not None:
+                record.chunks = self._chunks
+            output = self._chunks.forward(block_forward.__self__, forward, call.args, call.kwargs)
+        elif record is not None and visit.bound is not None:
             args, kwargs = call.args, call.kwargs
             if lane.storages is not None:  # the graph keeps its inputs, which the lane's storages do not
                 args, kwargs = tree_map_only(torch.Tensor, _copied, (args, kwargs))

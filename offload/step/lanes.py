@@ -36,6 +36,7 @@ from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import KeptGraph
 from offload.step.lane_storages import LaneStorages, StoredTensor
 from offload.step.random_state import RandomState, get_random_state, set_random_state
+from offload.step.sequence_chunks import SequenceChunks
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class Record:
     captured: tuple[str, ...] = ()  # what hooks collect, as in `BlockCall`
     output_grads: dict[int, torch.Tensor | StoredTensor] = field(default_factory=dict)  # number of the output -> its gradient
     graph: KeptGraph | None = None  # None: backward recomputes it
+    chunks: SequenceChunks | None = None  # None: it ran whole
 
     def add_gradient(self, position: int, grad: torch.Tensor) -> None:
         """Of the output with this number, added to what has come before."""
@@ -210,19 +212,7 @@ def run_backward(record: Record, forward: Callable[..., Any], needless: Needless
     Parameter gradients accumulate in `.grad`; input gradients go through the outer graph to the anchors of earlier
     visits. The record's inputs are released.
     """
-    graph, record.graph = record.graph, None
-    if graph is None:
-        graph = _recompute(record, forward, needless)
-    grads = {i: record.take_gradient(i) for i in sorted(record.output_grads)}
-    pairs = [(graph.outputs[i], grad) for i, grad in grads.items() if i in graph.outputs]
-    del grads
-    inputs = graph.inputs
-    del graph
-    if pairs:
-        edges, grads = map(list, zip(*pairs, strict=True))
-        del pairs
-        torch.autograd.backward(edges, grads)
-        del edges, grads
+    inputs = (_run_whole if record.chunks is None else _run_chunks)(record, forward, needless)
     onward: list[tuple[GradientEdge, torch.Tensor]] = []
     for value, edge in zip(inputs, record.gradient_edges, strict=True):
         if edge is not None and value.grad is not None:
@@ -236,12 +226,48 @@ def run_backward(record: Record, forward: Callable[..., Any], needless: Needless
         torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
 
 
-def _recompute(record: Record, forward: Callable[..., Any], needless: Needless) -> KeptGraph:
+def _run_whole(record: Record, forward: Callable[..., Any], needless: Needless) -> list[Any]:
+    """The visit's arguments, flattened, with their gradients."""
+    graph, record.graph = record.graph, None
+    if graph is None:
+        graph = _recompute(record, forward, needless)
+    grads = {i: record.take_gradient(i) for i in sorted(record.output_grads)}
+    pairs = [(graph.outputs[i], grad) for i, grad in grads.items() if i in graph.outputs]
+    del grads
+    inputs = graph.inputs
+    del graph
+    if pairs:
+        edges, grads = map(list, zip(*pairs, strict=True))
+        del pairs
+        torch.autograd.backward(edges, grads)
+    return inputs
+
+
+def _run_chunks(record: Record, forward: Callable[..., Any], needless: Needless) -> list[Any]:
+    """As `_run_whole`."""
+    inputs = _restored(record)
+    call = tree_unflatten(inputs, record.spec)
+    grads = {i: record.take_gradient(i) for i in sorted(record.output_grads)}
+    set_random_state(record.random_state)
+    storages = record.lane.storages
+    with contextlib.nullcontext() if storages is None else storages.for_visit(inputs):
+        run = partial(run_capturing, forward, keys=record.captured)
+        record.chunks.backward(forward.__self__, run, call, grads, needless.recompute)
+    return inputs
+
+
+def _restored(record: Record) -> list[Any]:
+    """The visit's arguments, flattened."""
     inputs: list[Any] = []
     for leaf, edge in zip(record.leaves, record.gradient_edges, strict=True):
         if isinstance(leaf, SavedTensor | StoredTensor):
             leaf = leaf.restore().detach().requires_grad_(edge is not None)
         inputs.append(leaf)
+    return inputs
+
+
+def _recompute(record: Record, forward: Callable[..., Any], needless: Needless) -> KeptGraph:
+    inputs = _restored(record)
     args, kwargs = tree_unflatten(inputs, record.spec)
     storages = record.lane.storages
     with torch.enable_grad(), contextlib.nullcontext() if storages is None else storages.for_visit(inputs):
