@@ -1,4 +1,4 @@
-"""Runs whose blocks compute a few tokens of a text at a time: the numbers of the same runs over whole texts, but for rounding."""
+"""Runs whose blocks compute a few tokens of a text at a time: the numbers of runs over whole texts, but for rounding."""
 
 from __future__ import annotations
 
