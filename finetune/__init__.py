@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Config", "Trainer", "__version__"]
+__all__ = ["Config", "Sweep", "Trainer", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -12,6 +12,10 @@ def __getattr__(name: str):
         from finetune.trainer import Trainer
 
         return Trainer
+    if name == "Sweep":
+        from finetune.sweep import Sweep
+
+        return Sweep
     if name == "Config":
         from finetune.config import Config
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from finetune.config import Config
+    from finetune.config.sweep import RunOfSweep
 
 app = typer.Typer(
     help="Fine-tune models that are larger than memory.",
@@ -46,8 +47,8 @@ _RUN = (
 
 
 def _command(*options: str | EllipsisType, name: str | None = None, **renamed: str) -> Callable[[Callable], Callable]:
-    """Adds a command, which is called with the configuration that its options give, where CONFIG is one of them, and with its
-    own parameters. It ends with one message and the right exit code, whatever it raises.
+    """Adds a command, which is called with the configuration that its options give, where CONFIG is one of them, or with those
+    of a sweep's runs, and with its own parameters. It ends with one message and the right exit code, whatever it raises.
 
     options: as `with_options` has them. renamed: an option to another key than its own.
     """
@@ -58,6 +59,8 @@ def _command(*options: str | EllipsisType, name: str | None = None, **renamed: s
                 keys = {renamed.get(key, key): flags.pop(key) for key in KEYS if key in flags}
                 if "config" in flags:
                     flags["config"] = _load_config(flags["config"], keys, flags.pop("settings"))
+                if "runs" in flags:
+                    flags["runs"] = _read_sweep(flags["runs"], keys, flags.pop("settings"))
                 command(**flags)
             except KeyboardInterrupt as stop:
                 typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
@@ -96,7 +99,7 @@ def _message(error: Exception) -> str:
 
 def _how_to_go_on(command: str, step: int) -> str:
     """step: the last whole one that is saved; 0: none was done."""
-    if command != "run":
+    if command not in ("run", "sweep"):
         return ""
     if not step:
         return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
@@ -108,6 +111,12 @@ def _load_config(source: str | None, keys: Mapping[str, Any], settings: list[str
     from finetune.config import Config
 
     return Config.load(source, {key: value for key, value in keys.items() if value is not None}, settings or ())
+
+
+def _read_sweep(words: list[str] | None, keys: Mapping[str, Any], settings: list[str] | None) -> dict[str, RunOfSweep]:
+    from finetune.config.sweep import read_sweep
+
+    return read_sweep(words or (), {key: value for key, value in keys.items() if value is not None}, settings or ())
 
 
 @contextlib.contextmanager
@@ -142,6 +151,35 @@ def run(config: Config) -> None:
     # A run is not lost because `| head` has seen enough of it.
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     Trainer(config).train()
+
+
+@_command("runs", *_RUN[1:])
+def sweep(
+    runs: dict[str, RunOfSweep],
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Show how many runs fit together and what a step takes; train nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what --plan shows as one JSON object.", rich_help_panel=OTHER)
+    ] = False,
+) -> None:
+    """Train several LoRA runs that share each read of the model. Every one leaves what it leaves alone, in OUTPUT/NAME.
+
+    Each combination of the values is a run: finetune sweep base.yaml lora.r=8,16 learning_rate=1e-4,3e-4. So is each file.
+    Runs that do not fit together wait until one ends. The table at the end ranks them; it is in OUTPUT/sweep.json too.
+    """
+    with _no_garbage_search():
+        from finetune.reporting.progress import LastingStream
+        from finetune.reporting.report import to_json
+        from finetune.sweep import Sweep
+
+        made = Sweep({name: one.config for name, one in runs.items()}, {name: one.own for name, one in runs.items()})
+    if only_plan:
+        found = made.plan()
+        typer.echo(to_json(found.values, indent=2) if as_json else found.describe())
+        return
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    made.train()
 
 
 @_command(*_RUN[: _RUN.index("max_steps")], "machine", *_RUN[_RUN.index("max_steps") :])

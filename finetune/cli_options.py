@@ -65,6 +65,10 @@ KEYS = {
 }
 OPTIONS = KEYS | {
     "config": Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file or the name of a preset.")],
+    "runs": Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE|KEY=VALUES", help="YAML files or presets, and keys with values: lora.r=8,16."),
+    ],
     "adapter": _option(
         str, "--adapter", "Directory of a PEFT adapter, or of a run. [default: the run in --output, where one is named]"
     ),
@@ -77,7 +81,7 @@ OPTIONS = KEYS | {
 
 def own_options(command: Callable[..., None]) -> list[Parameter]:
     """Parameters of `command` that no other command has, with what typer is to know of them."""
-    hints = get_type_hints(command, localns={"Config": Any}, include_extras=True)
+    hints = get_type_hints(command, localns={"Config": Any, "RunOfSweep": Any}, include_extras=True)
     own = [one for name, one in signature(command).parameters.items() if name not in OPTIONS]
     return [one.replace(annotation=hints[one.name], kind=Parameter.KEYWORD_ONLY) for one in own]
 

@@ -75,6 +75,10 @@ class Planner:
             return session.device.total_bytes()
         return total_host_bytes() if session.machine is None else session.machine.host.memory_bytes
 
+    def know_visit(self, shape: BatchShape, visit: VisitSize) -> None:
+        """A visit by a micro-batch of this shape, of text, takes so much: it is not measured."""
+        self._visits[self._visit_key(shape)] = visit
+
     @property
     def process_bytes(self) -> int:
         """What the process holds now, as plans count it."""
@@ -170,10 +174,14 @@ class Planner:
             )
         if shape.samples is not None:
             return measure_batch(*measured)
-        key = tuple(shape.inputs["input_ids"].shape), shape.train, session.model.training, chunk
+        key = self._visit_key(shape)
         batch = measure_batch(*measured, self._visits.get(key), chunk)
         self._visits[key] = batch.visit
         return batch
+
+    def _visit_key(self, shape: BatchShape) -> tuple[Any, ...]:
+        chunk = chunk_of(shape, self._session.config.engine.sequence_chunk)
+        return tuple(shape.inputs["input_ids"].shape), shape.train, self._session.model.training, chunk
 
     def _graph_needs(self, batch: MeasuredBatch, streamed: Streamed) -> Needs:
         """Memory goes to graphs before it goes to resident blocks where a block computes longer than it is read."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from finetune.adapters.base import adapter_of
 from finetune.adapters.peft_files import reads_whole
@@ -197,14 +198,7 @@ class Session:
             tune_malloc() if self.arena is None else tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
         if plan.device_budget_bytes is not None:
             self.device.limit(plan.device_budget_bytes)
-        target = self.device.torch_device
-        with self.arena.long_lived() if self.arena else contextlib.nullcontext():
-            copy_to(target, [p for p in self.model.parameters() if not is_placeholder(p)])
-        if not self.device.shares_host_memory:
-            for module in self.model.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = buffer.to(target)
+        self._move_in(self.model.modules())
         trim_malloc()
         engine = self.config.engine
         self.streamed = StreamedModel(
@@ -214,6 +208,18 @@ class Session:
         )  # fmt: skip
         self.setup.opened(self)
         return self.streamed
+
+    def _move_in(self, modules: Iterable[nn.Module]) -> None:
+        """What is of numbers in these modules moves into the arena, or onto the device."""
+        modules, target = list(modules), self.device.torch_device
+        own = dict.fromkeys(p for module in modules for p in module._parameters.values() if p is not None)
+        with self.arena.long_lived() if self.arena else contextlib.nullcontext():
+            copy_to(target, [p for p in own if not is_placeholder(p)])
+        if not self.device.shares_host_memory:
+            for module in modules:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(target)
 
     def close(self) -> None:
         """Frees the streamed model and its memory; after that the process holds little more than before."""

@@ -25,10 +25,11 @@ from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
 from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, LANES_NEAR, STAGING_BYTES
 from offload.step.activations import Activations, SpillingActivations
-from offload.step.engine import Engine, Versions
+from offload.step.engine import AdaptedModel, Engine, Versions
 from offload.step.head import TiledHead
+from offload.step.head_visits import HeadVisits
 from offload.step.lane_storages import LaneActivations, LaneStorages
-from offload.step.own_loss import MakeLoss, StepLosses, models_own_loss
+from offload.step.own_loss import MakeLoss, StepLoss, StepLosses, models_own_loss
 from offload.step.traced_weights import TracedWeights
 from offload.step.weights import Block, HeadChunk, Weights
 from offload.weights.embedding import RowsOnDemand
@@ -58,6 +59,26 @@ class Options(NamedTuple):
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     trace: Trace | None = None
     sequence_chunk: int | None = None
+
+
+class StepOfRun(NamedTuple):
+    """What one of several runs asks of a step that they do together: the arguments of `StreamedModel.train_step`, and of whose
+    model the lanes are, and what is made of them."""
+
+    inputs: Sequence[dict[str, Any]]
+    labels: Sequence[torch.Tensor | None]
+    seeds: Sequence[int]
+    versions: Versions | None
+    model: AdaptedModel
+    loss: StepLoss
+
+
+class PassOfRun(NamedTuple):
+    """The same of a forward pass, as `StreamedModel.forward` has it."""
+
+    inputs: Sequence[dict[str, Any]]
+    variants: Sequence[int]
+    model: AdaptedModel
 
 
 class StreamedModel:
@@ -111,12 +132,14 @@ class StreamedModel:
             self.head: TiledHead | None = None
             if parts.head is not None:
                 module = self.model.get_output_embeddings()  # the head itself, or the adapter that wraps it
-                self.head = TiledHead(module, weights, len(parts.head.layouts), parts.head.tile_tokens)
+                self._head_visits = HeadVisits(weights)
+                self.head = TiledHead(module, self._head_visits, len(parts.head.layouts), parts.head.tile_tokens)
                 if self._storages is not None:
                     self.head.lanes_together = self._storages.most_near
             self._loss = make_loss(parts.model, self.head)
+            self._kept_graphs = plan.count(GRAPHS)
             self.engine = Engine(
-                self.model, parts.blocks, weights, self.activations, options.progress, plan.count(GRAPHS),
+                self.model, parts.blocks, weights, self.activations, options.progress, self._kept_graphs,
                 options.sequence_chunk,
             )
             closing.callback(self.engine.close)
@@ -154,6 +177,49 @@ class StreamedModel:
         inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs))
         backward = partial(self._loss.backward, inputs=inputs, watched=watched)
         return self.engine.train_step(inputs, seeds, backward, watched, versions, self._storages)
+
+    def adapted(self, model: nn.Module, put_on: Callable[[], None]) -> AdaptedModel:
+        """`model`, an adapter around the one of the parts, as one of several; its layers are in their places now, and whenever
+        `put_on` was called."""
+        return AdaptedModel(model, self.parts.blocks, self._kept_graphs, put_on)
+
+    def train_together(self, runs: Sequence[StepOfRun]) -> list[torch.Tensor]:
+        """`train_step` of each of the runs, with each block, and the head, fetched once for all of them. No lane waits on
+        disk."""
+        inputs = [_labelled(run.inputs, run.labels) for run in runs]
+        watched = [run.loss.watch(len(run.inputs)) for run in runs]
+        self._begin([kwargs for one in inputs for kwargs in one])
+        # Lanes that only go forward come last.
+        places = [(r, i) for r, run in enumerate(runs) for i in range(len(run.inputs))]
+        places.sort(key=lambda place: not _has_gradients(runs[place[0]], place[1]))
+        trained = sum(_has_gradients(runs[r], i) for r, i in places)
+        variants = [0 if (met := runs[r].versions) is None else met.of_lanes[i] for r, i in places]
+        versions = Versions(variants, trained, [runs[r].model for r, _ in places])
+
+        def backward(outputs: list[Any]) -> torch.Tensor:
+            found = dict(zip(places, outputs, strict=True))
+            losses = [
+                partial(
+                    run.loss.backward, [found[r, i] for i in range(len(run.inputs))], inputs=inputs[r], watched=watched[r]
+                )
+                for r, run in enumerate(runs)
+            ]
+            return torch.stack(self._run_losses(losses))
+
+        around = [watched[r][i] if watched[r] else nullcontext() for r, i in places]
+        seeds = [runs[r].seeds[i] for r, i in places]
+        return list(self.engine.train_step([inputs[r][i] for r, i in places], seeds, backward, around, versions))
+
+    def _run_losses(self, losses: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        return [loss() for loss in losses] if self.head is None else self._head_visits.run(losses)
+
+    def forward_together(self, runs: Sequence[PassOfRun]) -> list[list[Any]]:
+        """`forward` of each of the runs, with each block fetched once for all of them."""
+        inputs = [kwargs for run in runs for kwargs in run.inputs]
+        self._begin(inputs)
+        variants = [variant for run in runs for variant in run.variants or [0] * len(run.inputs)]
+        outputs = iter(self.engine.forward(inputs, variants, models=[run.model for run in runs for _ in run.inputs]))
+        return [[next(outputs) for _ in run.inputs] for run in runs]
 
     def step_losses(
         self,
@@ -256,6 +322,10 @@ class StreamedModel:
 
         if storages is not None:
             storages.begin_step(inputs, begin_lane)
+
+
+def _has_gradients(run: StepOfRun, lane: int) -> bool:
+    return run.versions is None or lane < run.versions.trained
 
 
 def _labelled(

@@ -19,7 +19,7 @@ from text_models import make_config as text_config
 from tiny_models import VOCAB, aligned_copies, assert_same_bits, make_config, streamed_run, token_data
 from torch.nn import functional
 
-import finetune.trainer
+import finetune.one_run
 from finetune.data import Example, TokenDataset
 from finetune.decoding import chooser, decode
 from finetune.methods.results import find_result
@@ -46,7 +46,7 @@ def tokens(tmp_path_factory) -> TokenDataset:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(finetune.trainer, "prepare_for", lambda config, source, *to, **options: source)
+    monkeypatch.setattr(finetune.one_run, "prepare_for", lambda config, source, *to, **options: source)
     aligned_copies(monkeypatch)
 
 

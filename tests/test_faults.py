@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 
 import finetune.adapters.peft_files
 import finetune.methods.adapter_training
+import finetune.one_run
 import finetune.runs.signals
-import finetune.trainer
 import offload.step.activations
 from finetune import Config, Trainer
 from finetune.methods.zeroth_order import ZerothOrder
@@ -101,7 +101,7 @@ FAULTS = {
     "metrics": (lora, MetricsWriter, "write", 4),
     "state": (lora, finetune.methods.adapter_training, "save_state", 2),
     "adapter": (lora, finetune.adapters.peft_files, "save", 1),
-    "report": (lora, finetune.trainer, "write_report", 1),
+    "report": (lora, finetune.one_run, "write_report", 1),
     "block inputs": (spilling, offload.step.activations.SpillingActivations, "_spill", 9),
     "journal": (zo, Journal, "append", 4),
     "a new journal": (zo, Journal, "create", 1),

@@ -19,9 +19,9 @@ import json, sys
 from pathlib import Path
 from tiny_models import make_config, save_tiny, token_data
 from finetune.trainer import Trainer
-import finetune.trainer
+import finetune.one_run
 folder = Path(sys.argv[1])
-finetune.trainer.prepare_for = lambda config, source, *to, **options: source
+finetune.one_run.prepare_for = lambda config, source, *to, **options: source
 model, data = save_tiny("llama", folder / "model"), token_data(folder / "tokens", 64, 20, 400)
 training = {"max_steps": 32, "batch_size": 2, "micro_batch_size": 1}
 config = make_config(

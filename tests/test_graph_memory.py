@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tiny_models import make_config, save_tiny, token_data
 
-import finetune.trainer
+import finetune.one_run
 from finetune.trainer import Trainer
 
 
 def test_the_arena_holds_what_the_plan_counts(tmp_path, monkeypatch):
     """Of all lanes, which are unlike in length, as few or as many blocks as there are."""
     model, data = save_tiny("llama", tmp_path / "model"), token_data(tmp_path / "tokens", 13, 100, 500)
-    monkeypatch.setattr(finetune.trainer, "prepare_for", lambda config, source, *to, **options: source)
+    monkeypatch.setattr(finetune.one_run, "prepare_for", lambda config, source, *to, **options: source)
     arenas = {}
     for kept in (0, 2, None):
         config = make_config(

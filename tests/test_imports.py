@@ -42,7 +42,9 @@ ROOMS = [
     {"methods"},
     {"micro_batch_choice", "nearest_plans"},
     {"training"},
-    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions", "trainer"},
+    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions"},
+    {"one_run", "trainer"},
+    {"sweep", "sweeps"},
     {"cli", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""

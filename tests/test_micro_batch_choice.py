@@ -12,7 +12,7 @@ import yaml
 from test_machine_plans import profile
 from tiny_models import make_config, save_tiny, token_data
 
-import finetune.trainer
+import finetune.one_run
 from finetune.config import Config
 from finetune.config.errors import ConfigError
 from finetune.data.batches import BatchPlan
@@ -38,7 +38,7 @@ def tokens(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tokens_are_there(monkeypatch) -> None:
-    monkeypatch.setattr(finetune.trainer, "prepare_for", lambda config, source, *to, **options: source)
+    monkeypatch.setattr(finetune.one_run, "prepare_for", lambda config, source, *to, **options: source)
 
 
 def machine_file(tmp_path: Path, slow_calls: float = 0.0, memory_bytes: int = 1 << 33) -> Path:
@@ -121,7 +121,7 @@ def test_a_run_is_that_of_the_chosen_number_and_goes_on_with_it(model, tokens, t
     size = whole["run"]["settings"]["training"]["micro_batch_size"]
     assert size in sizes(5) and of_run(config("fixed", size)) == whole
     of_run(config("half", size, 1))
-    monkeypatch.setattr(finetune.trainer, "choose_micro_batch_size", lambda *_: pytest.fail("it is chosen already"))
+    monkeypatch.setattr(finetune.one_run, "choose_micro_batch_size", lambda *_: pytest.fail("it is chosen already"))
     assert of_run(config("half", "auto", resume=True)) == whole
     assert MicroBatchChoice(2).words == "micro-batches of 2, as when the run began"
 

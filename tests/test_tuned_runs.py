@@ -12,7 +12,7 @@ import pytest
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from text_models import StopAfter, make_config, write_rows
 
-import finetune.trainer
+import finetune.one_run
 import offload.update.units
 import offload.weights.parts
 from finetune import Config, Trainer
@@ -77,8 +77,8 @@ def test_evaluation_in_the_run_is_that_of_what_it_has_tuned_so_far(
         inside.append(evaluate_open(*arguments)["loss"])
         return {"loss": inside[-1]}
 
-    evaluate_open = finetune.trainer.evaluate_open
-    monkeypatch.setattr(finetune.trainer, "evaluate_open", recorded)
+    evaluate_open = finetune.one_run.evaluate_open
+    monkeypatch.setattr(finetune.one_run, "evaluate_open", recorded)
     whole = run_config(model, data, tmp_path / "whole", method, eval_data=other_rows, training={"eval_steps": 2})
     Trainer(whole).train()
     parts = run_config(model, data, tmp_path / "parts", method)

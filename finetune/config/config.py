@@ -146,10 +146,19 @@ class _Keys(Section):
 
         Raises ConfigError.
         """
-        values, origin = {}, "the configuration"
-        if source is not None:
-            path = find_source(os.fspath(source))
-            values, origin = expand_shorthands(read_yaml(path)), str(path)
+        if source is None:
+            return cls.of_values({}, "the configuration", overrides, settings)
+        path = find_source(os.fspath(source))
+        values = read_yaml(path)
+        if "sweep" in values:
+            raise ConfigError(["sweep: expected one run, found those of a sweep: use `finetune sweep`"], str(path))
+        return cls.of_values(values, str(path), overrides, settings)
+
+    @classmethod
+    def of_values(
+        cls, values: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
+    ) -> Config:
+        """As `load`, with what a file says given as values. origin: what messages call it."""
         changes: dict[str, Any] = {}
         for key, value in (overrides or {}).items():
             assign(changes, key, value)
@@ -162,7 +171,7 @@ class _Keys(Section):
         if problems:
             raise ConfigError(problems, "--set")
         try:
-            return cls(**merge(values, expand_shorthands(changes)))
+            return cls(**merge(expand_shorthands(values), expand_shorthands(changes)))
         except ConfigError as error:
             raise ConfigError(error.problems, origin) from None
 
@@ -198,6 +207,11 @@ class Config(_Sections):
 
 KEYS = [key for key in Config.model_fields if key not in SECTIONS]
 KEYS += [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def parse_word(key: str, text: str) -> Any:
+    """The value of a word for a key, as in "key=text". Raises ValueError."""
+    return parse_setting(f"{key}={text}", _takes)[1]
 
 
 def _takes(key: str, value: Any) -> bool:

@@ -66,8 +66,11 @@ class Progress:
         device_budget_bytes: int | None = None,
         first_step: int = 0,
         stream: TextIO | None = None,
+        name: str = "",
     ) -> None:
-        """`first_step`: steps done before this run, when it goes on from an earlier one."""
+        """`first_step`: steps done before this run, when it goes on from an earlier one. `name`: of the run, where it is one of
+        several that are shown."""
+        self._name = f"{name}: " if name else ""
         self._stream = LastingStream(sys.stderr if stream is None else stream)
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._total_steps = total_steps
@@ -75,7 +78,7 @@ class Progress:
         self._device_budget_bytes = device_budget_bytes
         self._recent_seconds: deque[float] = deque(maxlen=_STEPS_AVERAGED)
         self._done_steps = first_step
-        self._line = f"step {first_step}/{total_steps}"
+        self._line = f"{self._name}step {first_step}/{total_steps}"
         self._last_shown = monotonic()
         self._shown = False
 
@@ -97,6 +100,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A lasting line, above the live one."""
+        text = f"{self._name}{text}"
         self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
         if self._live:
             self._show(self._line)
@@ -120,7 +124,7 @@ class Progress:
         seconds = max(row["seconds"], 1e-9)
         disk_gbps = (row["disk_read_bytes"] + row["disk_write_bytes"]) / seconds / 1e9
         parts = [
-            f"step {row['step']}/{self._total_steps}",
+            f"{self._name}step {row['step']}/{self._total_steps}",
             f"loss {row['loss']:.4f}",
             f"{row['tokens_per_s']:.0f} tok/s",
             f"disk {disk_gbps:.2f} GB/s",

@@ -7,11 +7,12 @@ So a signal that follows another within `REPEAT_SECONDS` is the same request, an
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 REPEAT_SECONDS = 2.0
@@ -30,6 +31,29 @@ class Stopped(KeyboardInterrupt):
 
 class StoppedAtOnce(Stopped):
     """It was asked for again: nothing more is to be saved."""
+
+
+class StopRequest:
+    """What the user has asked for while steps run, in order: `ask` for `stop_requests`, `stop_if_asked` wherever a run can
+    end."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None  # of the signal
+
+    def ask(self, number: int) -> None:
+        """From a signal handler: whatever the main thread was about to write, it must not be entered again."""
+        self._number = number
+        words = (
+            f"\n{signal.Signals(number).name}: stopping at the next block, the last whole step is saved. A second one after "
+            f"{REPEAT_SECONDS:g} s stops at once, and saves nothing more\n"
+        )
+        with suppress(OSError):
+            os.write(2, words.encode())
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped."""
+        if self._number is not None:
+            raise Stopped(self._number)
 
 
 def take_signals(ask: Callable[[int], None] | None = None) -> dict[int, Any]:

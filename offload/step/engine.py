@@ -32,17 +32,44 @@ class Visit:
 
     index: int  # of the block
     records: list[Record]  # what backward needs of each lane
-    bound: BoundTensors | None = None  # of the block, where graphs are kept
+    bound: Sequence[BoundTensors] = ()  # of the block, under each adapter that lanes have; where graphs are kept
+
+
+class AdaptedModel:
+    """What lanes call, and what is kept of its blocks between visits. Several adapters of one base are as many of these; the
+    layers of one are in their places at a time, and lanes of different ones go through the same visits.
+
+    put_on: puts these layers in their places, where there are others. It is made, and called, with them there.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], kept_graphs: int = 0,
+        put_on: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """kept_graphs: of so many blocks, the last ones, the graph stays from forward to backward."""
+        self.model = model
+        self.put_on = put_on
+        self.needless = [Needless(block) for block in blocks]
+        first = len(blocks) - kept_graphs
+        self.bound = [BoundTensors(block) if i >= first else None for i, block in enumerate(blocks)]
+        self.has_trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        """Per block, whether parameters that stay in it, such as adapters, want gradients."""
+
+    def forward_only(self, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.model(**kwargs)
 
 
 class Versions(NamedTuple):
     """Which version of the weights each lane of a training step meets.
 
-    of_lanes: ascending. trained: so many lanes, the first ones, have gradients, and meet version 0. The others only go forward.
+    trained: so many lanes, the first ones, have gradients. The others only go forward. models: what each lane calls; empty: all
+    the engine's own.
     """
 
     of_lanes: Sequence[int]
     trained: int
+    models: Sequence[AdaptedModel] = ()
 
 
 class Engine:
@@ -70,11 +97,8 @@ class Engine:
         self.progress = progress
         self._forwards = [block.forward for block in blocks]
         self._chunks = None if sequence_chunk is None else SequenceChunks(sequence_chunk)
-        self._needless = [Needless(block) for block in blocks]
-        self._bound = [BoundTensors(block) if i >= len(blocks) - kept_graphs else None for i, block in enumerate(blocks)]
+        self._own = AdaptedModel(model, blocks, kept_graphs)
         self._keys = [Block(index) for index in range(len(blocks))]
-        self._has_trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
-        """Per block, whether parameters that stay in it, such as adapters, want gradients."""
         self.order: list[int] = list(range(len(blocks)))  # visiting order of the last forward
         for index, block in enumerate(blocks):
             block.forward = partial(self._enter, index)
@@ -90,21 +114,20 @@ class Engine:
         variants: Sequence[int] = (),
         around: Sequence[AbstractContextManager] = (),
         storages: LaneStorages | None = None,
+        models: Sequence[AdaptedModel] = (),
     ) -> list[Any]:
         """The model's outputs for each of `inputs`, without gradients; blocks are fetched once for all of them.
 
         variants: which variant of the weights each input meets, in ascending order; empty: there is only one. around: as in
-        `Lane`, for each input. storages: as in `train_step`; the outputs are used under its guard.
+        `Lane`, for each input. storages: as in `train_step`; the outputs are used under its guard. models: as in `Versions`.
         """
         self.weights.begin(self.order + self.order)
         with torch.no_grad():
-            lanes = [
-                Lane(
-                    i, partial(self.model, **kwargs), None, variants[i] if variants else 0, around[i] if around else None,
-                    storages,
-                )
-                for i, kwargs in enumerate(inputs)
-            ]  # fmt: skip
+            lanes = []
+            for i, kwargs in enumerate(inputs):
+                adapted = models[i] if models else self._own
+                run, variant = partial(adapted.model, **kwargs), variants[i] if variants else 0
+                lanes.append(Lane(i, run, None, variant, around[i] if around else None, storages, adapted))
             self._run_forward(lanes, None)
         return [lane.output for lane in lanes]
 
@@ -131,9 +154,10 @@ class Engine:
         visits: list[Visit] = []
         lanes = []
         for i, (kwargs, seed) in enumerate(zip(inputs, seeds, strict=True)):
-            run = self.model if versions is None or i < versions.trained else self._without_gradients
+            adapted = versions.models[i] if versions is not None and versions.models else self._own
+            run = adapted.model if versions is None or i < versions.trained else adapted.forward_only
             variant = 0 if versions is None else versions.of_lanes[i]
-            lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None, storages))
+            lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None, storages, adapted))
         with torch.enable_grad():
             self._run_forward(lanes, visits)
             outputs = [lane.output for lane in lanes]
@@ -142,14 +166,8 @@ class Engine:
             with nullcontext() if storages is None else storages.guarded():
                 loss = objective(outputs)
         del outputs
-        if versions is not None:
-            self.weights.enter(0)
         self._run_backward(visits)
         return loss
-
-    def _without_gradients(self, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.model(**kwargs)
 
     def _enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
         return Lane.current().park(BlockCall(index, args, kwargs, torch.is_grad_enabled()))
@@ -157,28 +175,33 @@ class Engine:
     def _run_forward(self, lanes: list[Lane], visits: list[Visit] | None) -> None:
         order: list[int] = []
         for lane in lanes:
-            self.weights.enter(lane.variant)
+            self._enter_lane(lane)
             if lane.storages is not None:
                 lane.storages.begin_lane(lane.index)
             self._resume(lane)
         while waiting := [lane for lane in lanes if lane.call is not None]:
             index = min(lane.call.index for lane in waiting)
-            visit = Visit(index, [], self._bound[index] if visits is not None else None)
+            lanes_here = [lane for lane in waiting if lane.call.index == index]
+            visit = Visit(index, [], _bound_of(lanes_here, index) if visits is not None else ())
             self.weights.acquire(self._keys[index])
-            if visit.bound is not None:
-                visit.bound.begin_forward()
-            for lane in waiting:
-                if lane.call.index == index:
-                    self.weights.enter(lane.variant)
-                    self._resume(lane, self._forward_visit(lane, visit, visits is not None))
+            for bound in visit.bound:
+                bound.begin_forward()
+            for lane in lanes_here:
+                self._enter_lane(lane)
+                self._resume(lane, self._forward_visit(lane, visit, visits is not None))
             self.weights.release(self._keys[index])
-            if visit.bound is not None:
-                visit.bound.end_forward()
+            for bound in visit.bound:
+                bound.end_forward()
             order.append(index)
             if visit.records and visits is not None:
                 visits.append(visit)
             self.progress("forward", len(order), len(self.order))
         self.order = order or self.order
+
+    def _enter_lane(self, lane: Lane) -> None:
+        """What runs next runs as this lane has it."""
+        lane.adapted.put_on()
+        self.weights.enter(lane.variant)
 
     def _resume(self, lane: Lane, value: Any = None) -> None:
         with nullcontext() if self._chunks is None else self._chunks.masks:
@@ -197,29 +220,29 @@ class Engine:
         record, is_cut = None, self._chunks is not None and self._chunks.cuts(call.args, call.kwargs)
         if self._chunks is not None and not is_cut:
             call.args, call.kwargs = with_whole_masks((call.args, call.kwargs))
-        if recording and call.grad_enabled and self._wants_gradients(call):
+        if recording and call.grad_enabled and self._wants_gradients(lane, call):
             record = lane.record(call, self.activations)
             visit.records.append(record)
-        block_forward = self._forwards[call.index]
+        block_forward, bound = self._forwards[call.index], lane.adapted.bound[call.index]
         forward = partial(run_capturing, block_forward, keys=call.captured)
         if is_cut:
             if record is not None:
                 record.chunks = self._chunks
             output = self._chunks.forward(block_forward.__self__, forward, call.args, call.kwargs)
-        elif record is not None and visit.bound is not None:
+        elif record is not None and bound is not None:
             args, kwargs = call.args, call.kwargs
             if lane.storages is not None:  # the graph keeps its inputs, which the lane's storages do not
                 args, kwargs = tree_map_only(torch.Tensor, _copied, (args, kwargs))
-            output, record.graph = visit.bound.run(forward, args, kwargs)
+            output, record.graph = bound.run(forward, args, kwargs)
         else:
             with torch.no_grad():
                 output = forward(call.args, call.kwargs)
         lane.leave_random_state()
         return output, record
 
-    def _wants_gradients(self, call: BlockCall) -> bool:
+    def _wants_gradients(self, lane: Lane, call: BlockCall) -> bool:
         index = call.index
-        return self._has_trainable[index] or self.weights.trains(self._keys[index]) or requires_grad(call)
+        return lane.adapted.has_trainable[index] or self.weights.trains(self._keys[index]) or requires_grad(call)
 
     def _run_backward(self, visits: list[Visit]) -> None:
         total = len(visits)
@@ -236,13 +259,20 @@ class Engine:
                 self.weights.acquire(self._keys[visit.index])
                 for record in visit.records:
                     if record.output_grads:
-                        run_backward(record, self._forwards[visit.index], self._needless[visit.index])
-                if visit.bound is not None:
-                    visit.bound.end_backward()
+                        self._enter_lane(record.lane)
+                        run_backward(record, self._forwards[visit.index], record.lane.adapted.needless[visit.index])
+                for bound in visit.bound:
+                    bound.end_backward()
                 self.weights.release(self._keys[visit.index])
             for record in visit.records:
                 release(record)
             self.progress("backward", total - len(visits), total)
+
+
+def _bound_of(lanes: Sequence[Lane], index: int) -> Sequence[BoundTensors]:
+    """Of block `index`, under each adapter of the lanes, where graphs are kept."""
+    found = {id(lane.adapted): lane.adapted.bound[index] for lane in lanes}
+    return [bound for bound in found.values() if bound is not None]
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

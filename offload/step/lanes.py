@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -37,6 +37,9 @@ from offload.step.kept_graphs import KeptGraph
 from offload.step.lane_storages import LaneStorages, StoredTensor
 from offload.step.random_state import RandomState, get_random_state, set_random_state
 from offload.step.sequence_chunks import SequenceChunks
+
+if TYPE_CHECKING:
+    from offload.step.engine import AdaptedModel
 
 
 @dataclass(slots=True)
@@ -104,7 +107,7 @@ class Lane:
     """One micro-batch on its way through the model. `call` is the block it waits for, None once `output` is there.
 
     variant: which one of the weights it meets, where a step has several. around: entered while the model's own code
-    runs, not while blocks do. storages: where it is on disk while it waits; None: it stays in memory.
+    runs, not while blocks do. storages: where it is on disk while it waits; None: it stays in memory. adapted: what it calls.
     """
 
     def __init__(
@@ -115,7 +118,9 @@ class Lane:
         variant: int = 0,
         around: AbstractContextManager | None = None,
         storages: LaneStorages | None = None,
+        adapted: AdaptedModel | None = None,
     ) -> None:
+        self.adapted = adapted
         self.index = index
         self.variant = variant
         self.storages = storages

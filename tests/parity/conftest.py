@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, image_rows, save_tiny, token_data
 
-import finetune.trainer
+import finetune.one_run
 import offload.step.activations
 from finetune.data import TokenDataset
 
@@ -42,9 +42,9 @@ def images() -> list[dict[str, torch.Tensor]]:
 @pytest.fixture(autouse=True)
 def quick_data(monkeypatch) -> None:
     """A TokenDataset given as data is used as it is: making one takes a process, and other tests hold that."""
-    prepare = finetune.trainer.prepare_for
+    prepare = finetune.one_run.prepare_for
     monkeypatch.setattr(
-        finetune.trainer,
+        finetune.one_run,
         "prepare_for",
         lambda config, source, *to, **options: (
             source if isinstance(source, TokenDataset) else prepare(config, source, *to, **options)
