@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isqrt
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,8 +33,12 @@ from offload.sizing.needs import (
     process_needs,
     waiting_needs,
 )
+from offload.step.shared_gradients import shared_parameters
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
+
+if TYPE_CHECKING:
+    from finetune.session import Session
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
 ADAPTERS = "adapters, optimizer"
@@ -127,38 +132,44 @@ def process_of_run(device: Device, parts: ModelParts, process_bytes: int, micro_
     return process_needs(device, process_bytes, code_bytes)
 
 
-def adapter_needs(parameters: Sequence[nn.Parameter]) -> Needs:
-    """Of adapters that are used as they are."""
-    return Needs.of(Item(ADAPTERS, _num_bytes(parameters), Tier.COMPUTE, remedy=FEWER_ADAPTERS))
+def adapter_needs(session: Session) -> Needs:
+    """Of adapters that are used as they are. Their buffers are the process's own where there is no device."""
+    num_bytes = _num_bytes(session.adapter_parameters)
+    num_bytes += sum(buffer.nbytes for buffer in session.adapter_buffers) if session.on_device else 0
+    return Needs.of(Item(ADAPTERS, num_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS))
 
 
-def trained_adapter_needs(parameters: Sequence[nn.Parameter], blocks: Sequence[nn.Module], on_device: bool) -> Needs:
-    """Of adapters that AdamW trains. On a device they are saved by way of host memory, with their moments."""
+def trained_adapter_needs(session: Session, micro_batches: int) -> Needs:
+    """Of adapters that AdamW trains. On a device they are saved by way of host memory, with their moments. What blocks share
+    has sums of every micro-batch, see `offload.step.shared_gradients`."""
+    parameters, blocks, adapter = session.trainable, session.parts.blocks, session.adapter
     num_bytes = _num_bytes(parameters)
     moment_bytes = ADAMW_BYTES_PER_PARAMETER * sum(p.numel() for p in parameters)
-    of_blocks = [_num_bytes([p for p in block.parameters() if p.requires_grad]) for block in blocks]
-    rising_bytes = sum(of_blocks) if len(set(of_blocks)) == 1 else 0
-    return adapter_needs(parameters) + Needs.of(
-        Item(ADAPTERS, moment_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+    shared = shared_parameters(blocks)
+    apart = {id(parameter) for parameter in shared}
+    of_blocks = [_num_bytes([p for p in block.parameters() if p.requires_grad and id(p) not in apart]) for block in blocks]
+    rising_bytes = sum(of_blocks) if len(set(of_blocks)) == 1 and adapter.gradients_rise else 0
+    return adapter_needs(session) + Needs.of(
+        Item(ADAPTERS, moment_bytes + adapter.state_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
         Item(ADAPTERS, num_bytes - rising_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
+        Item(ADAPTERS, micro_batches * _num_bytes(shared), Tier.COMPUTE, Lasts.STEP, remedy=FEWER_ADAPTERS),
         Item(GRADIENTS, rising_bytes, Tier.COMPUTE, Lasts.RISING, len(blocks), remedy=FEWER_ADAPTERS),
-        _saving(num_bytes + moment_bytes if on_device else 0),
+        _saving(num_bytes + moment_bytes if session.on_device else 0),
         Item("resumable states", 9 * num_bytes, Tier.DISK),  # two kept and one being written, each with two moments
         Item("adapter", num_bytes, Tier.DISK),
     )
 
 
-def perturbed_adapter_needs(
-    parameters: Sequence[nn.Parameter], variants: int, on_device: bool, first_kept: bool
-) -> Needs:
+def perturbed_adapter_needs(session: Session, variants: int, first_kept: bool) -> Needs:
     """Of adapters that are perturbed: clean values in fp32, beside a device in host memory too, and every variant.
 
     first_kept: whether those that the run begins with are kept on disk.
     """
+    parameters = session.trainable
     num_bytes, clean_bytes = _num_bytes(parameters), 4 * sum(p.numel() for p in parameters)
-    return adapter_needs(parameters) + Needs.of(
+    return adapter_needs(session) + Needs.of(
         Item(ADAPTERS, clean_bytes + variants * num_bytes, Tier.COMPUTE, remedy=FEWER_ADAPTERS),
-        _saving(num_bytes + clean_bytes if on_device else 0),
+        _saving(num_bytes + clean_bytes if session.on_device else 0),
         Item("adapter", num_bytes, Tier.DISK),
         Item("the prefix that it begins as", num_bytes if first_kept else 0, Tier.DISK),
     )

@@ -82,7 +82,7 @@ class Planner:
     @property
     def process_bytes(self) -> int:
         """What the process holds now, as plans count it."""
-        return process_as_it_is(sum(p.nbytes for p in self._session.trainable if not p.is_meta))
+        return process_as_it_is(sum(p.nbytes for p in self._session.adapter_parameters if not p.is_meta))
 
     @property
     def _budget_words(self) -> str:

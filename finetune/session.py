@@ -98,15 +98,17 @@ class Session:
         self.device.warm_up(parts.dtype)
         # PEFT writes it into adapters; of a hub id, Transformers knows the cache's path.
         parts.model.name_or_path = parts.model.config._name_or_path = model_name(config.model)
+        own_buffers = {id(buffer) for buffer in parts.model.buffers()}
         self.model, parts = setup.wrap(parts)
         self.adapter = adapter_of(self.model)
         self.adapter.take_over()
         self.parts = parts.read_whole(*reads_whole(self.model, parts))
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.adapter_parameters = [p for p in self.model.parameters() if not is_placeholder(p)]
+        self.adapter_buffers = [b for b in self.model.buffers() if id(b) not in own_buffers]
         setup.prepare(self)
-        if self.adapter.needs_first_visit:
-            for binding in self.parts.bindings:
-                binding.convert_at_bind()
+        for binding in self.parts.bindings:
+            binding.convert_at_bind(self.adapter.reads_weights)
         self.set_training(True)
         self.planner = Planner(self)
         self.arena: Arena | None = None

@@ -74,7 +74,7 @@ class Setup:
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
         """What it asks of memory and disk beside the batch, and what goes through slots then. streamed: without it."""
-        return adapter_needs(session.trainable), streamed
+        return adapter_needs(session), streamed
 
     def uses_of_weights(self, parts: ModelParts, shape: BatchShape) -> int:
         """How often a visit of a block multiplies by the same weights, where they are decoded for it."""

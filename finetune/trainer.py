@@ -93,7 +93,7 @@ class Trainer:
                     config, choice = settle_full_steps(config, session)
                 planned = plan(config)
             # What only CPUs decode, and only adapters are trained over.
-            can_be_compressed = config.adapter is not None and config.quantize is None and not session.on_device
+            can_be_compressed = config.adapter_kind is not None and config.quantize is None and not session.on_device
             compression = try_compression(session.parts) if can_be_compressed else None
             if compression is not None and isinstance(session.device, DescribedDevice):
                 compression = compression.decoded_at(session.device.rates)

@@ -474,7 +474,7 @@ def test_a_wrong_word_names_the_nearest(section, key, value, nearest):
 
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", sorted(SECTIONS.keys() - {"adapter"}))  # PEFT knows the keys of that one
 def test_every_section_names_its_wrong_keys_and_the_nearest(section):
     key = next(iter(SECTIONS[section].model_fields))
     with pytest.raises(ConfigError) as caught:

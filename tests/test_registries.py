@@ -27,7 +27,8 @@ def test_every_method_can_be_loaded(name):
 
 
 def test_a_kind_of_adapter_with_a_rate_for_gradients_is_a_method():
-    assert {name for name, entry in ADAPTERS.items() if entry.gradient_rate is not None} == {"lora"} <= METHODS.keys()
+    kinds = {name for name, entry in ADAPTERS.items() if entry.gradient_rate is not None}
+    assert kinds == {"lora", "adapter"} <= METHODS.keys()
 
 
 @pytest.mark.parametrize("rule", [*OPTIMIZERS.values(), *SUBSPACES.values()])

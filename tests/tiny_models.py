@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers.optimization import get_scheduler
@@ -177,7 +178,11 @@ def load_plain(config: Config) -> Any:
     torch.manual_seed(config.training.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out is set by PEFT itself for GPT-2
-        model = get_peft_model(model, LoraConfig(**task, **config.lora.peft_arguments())).train()
+        if config.method == "adapter":
+            adapter = PEFT_TYPE_TO_CONFIG_MAPPING[config.adapter.type.upper()](**task, **config.adapter.peft_arguments)
+        else:
+            adapter = LoraConfig(**task, **config.lora.peft_arguments())
+        model = get_peft_model(model, adapter).train()
     return model.to(reference_device(config))
 
 
@@ -206,7 +211,8 @@ def plain_batches(config: Config) -> list[list[dict[str, torch.Tensor]]]:
 
 
 def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of all labelled next tokens, over whole fp32 logits."""
+    """Sum of the cross entropies of all labelled next tokens, over whole fp32 logits. Positions of a prompt have no labels."""
+    labels = functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
     shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:]
     return functional.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), reduction="sum")
 
@@ -220,8 +226,12 @@ def loss_shares(config: Config, batches: list[dict[str, torch.Tensor]]) -> tuple
     return [n / count for n in items], count
 
 
-def reference_run(config: Config) -> Run:
-    """See [Note: the reference]."""
+def reference_run(
+    config: Config,
+    own_loss: Callable[[Any], torch.Tensor] | None = None,
+    after_update: Callable[[Any, int], None] = lambda model, step: None,
+) -> Run:
+    """See [Note: the reference]. own_loss: of the adapter, once a step. after_update: called with the model and the step."""
     options = config.training
     torch.set_num_threads(config.engine.num_threads)  # sums are cut at other places for another number
     model = load_plain(config)
@@ -238,7 +248,10 @@ def reference_run(config: Config) -> Run:
     losses = []
     for step, batches in enumerate(plain_batches(config)):
         shares, count = loss_shares(config, batches)
-        total = torch.zeros(())
+        total, own = torch.zeros(()), torch.zeros(())
+        if own_loss is not None:
+            own = own_loss(model)
+            own.backward()
         for index, batch in enumerate(batches):
             labels = batch.pop("labels")
             torch.manual_seed(lane_seed(options.seed, step, index))
@@ -253,9 +266,10 @@ def reference_run(config: Config) -> Run:
             total = total + loss.detach().float()
         torch.nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
         optimizer.step()
+        after_update(model, step)
         scheduler.step()
         optimizer.zero_grad()
-        losses.append(total.item())
+        losses.append((total + own.detach()).item())
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     adapter = {name: value.detach().clone().contiguous().cpu() for name, value in state.items()}
     return Run(losses, adapter)

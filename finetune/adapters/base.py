@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,12 @@ from finetune.adapters.registry import ADAPTERS
 from finetune.plugin import load
 
 if TYPE_CHECKING:  # a kind's options may stand beside its code, and are read without torch
+    import torch
     from torch import nn
 
     from finetune.config import Config
     from offload.streamed_model import StreamedModel
+    from offload.weights.parts import ModelParts
 
 
 class Adapter:
@@ -23,9 +25,10 @@ class Adapter:
         self.model = model
 
     @classmethod
-    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
-        """`model` wrapped with a fresh adapter, and what the user should know of it. only_shapes: whether nobody looks at its
-        values, so that they may be on the meta device. Raises UserError for what cannot be streamed, or PEFT refuses."""
+    def attach(cls, parts: ModelParts, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
+        """The model of `parts` wrapped with a fresh adapter, and what the user should know of it. only_shapes: whether nobody
+        looks at its values, so that they may be on the meta device. Raises UserError for what cannot be streamed, or PEFT
+        refuses."""
         raise NotImplementedError
 
     @classmethod
@@ -40,6 +43,11 @@ class Adapter:
     def positions(self) -> int:
         """That it takes before every text."""
         return 0
+
+    @property
+    def reads_weights(self) -> frozenset[nn.Module]:
+        """Modules of the base whose weights it computes with itself, besides calling them."""
+        return frozenset(self.model.modules()) if self.needs_first_visit else frozenset()
 
     def check_length(self, num_tokens: int) -> None:
         """Raises UserError when it leaves no positions for texts of so many tokens."""
@@ -59,6 +67,36 @@ class Adapter:
     def first_visit(self, modules: Iterable[nn.Module]) -> None:
         """Gives adapters among `modules`, whose base weights are bound, the values that follow from these."""
 
+    @property
+    def gradients_rise(self) -> bool:
+        """Whether a block's parameters have no gradients before its backward."""
+        return True
+
+    def begin_step(self) -> None:
+        """Before the forward of a step with gradients."""
+
+    def after_backward(self) -> None:
+        """After the backward of a step, when blocks have their gradients."""
+
+    def own_loss(self) -> torch.Tensor | None:
+        """What it adds to the loss of a step beside the model's, fp32 []; gradients are left in `.grad`. None: nothing."""
+        return None
+
+    def after_update(self, step: int) -> None:
+        """After the optimizer's update of step `step` (from 0), while gradients are there."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What it keeps from step to step beside its parameters, by name."""
+        return {}
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what `state` gives."""
+        return 0
+
+    def set_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes up what `state` has given. Raises ValueError for what it cannot be."""
+
     def begin(self, streamed: StreamedModel, seed: int) -> None:
         """Sets it to what a run begins with, where that takes a pass over the weights (`AdapterEntry.kept_initial`)."""
 
@@ -73,5 +111,20 @@ class Adapter:
 
 def adapter_of(model: nn.Module) -> Adapter:
     kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    entry = next((entry for entry in ADAPTERS.values() if entry.peft_type == kind), None)
-    return (Adapter if entry is None else load(entry.code))(model)
+    return (Adapter if kind is None else class_of(kind))(model)
+
+
+_OWN_CODE = {
+    "ADALORA": "finetune.adapters.adalora:AdaLora",
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), "finetune.adapters.prompts:Prompt"),
+    "CARTRIDGE": "finetune.adapters.prefix:Prefix",
+}
+"""PEFT's word -> "module:Class" of tuners that are more than layers."""
+
+
+def class_of(kind: str) -> type[Adapter]:
+    """Of adapters that PEFT calls so."""
+    if kind in _OWN_CODE:
+        return load(_OWN_CODE[kind])
+    entry = next((entry for entry in ADAPTERS.values() if entry.peft_type == kind), ADAPTERS["adapter"])
+    return load(entry.code)

@@ -27,17 +27,18 @@ from finetune.adapters.lora_targets import (
 from finetune.adapters.peft_files import task_type
 from finetune.config import Config
 from memory.errors import UserError
+from offload.weights.parts import ModelParts
 
 
 class Lora(Adapter):
     @classmethod
-    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
+    def attach(cls, parts: ModelParts, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
         options = config.lora
         experts = options.target_modules is not None
         arguments = options.peft_arguments()
         on_meta = only_shapes and arguments.get("init_lora_weights", True) is True
         on_meta = on_meta and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
-        model, targets = attach(model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
+        model, targets = attach(parts.model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
         return model, targets.note
 
     @classmethod

@@ -49,7 +49,10 @@ class Merging:
         Raises UserError for an adapter that cannot be merged.
         """
         if adapted.active_peft_config.is_prompt_learning:
-            raise UserError("a prefix cannot be merged, for it changes no weight: use it with --adapter")
+            raise UserError("a prefix or prompt cannot be merged, for it changes no weight: use it with --adapter")
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            word = adapted.active_peft_config.peft_type.lower()
+            raise UserError(f"PEFT cannot merge an adapter of kind {word}: use it with --adapter")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's, about ties: see [Note: merging]

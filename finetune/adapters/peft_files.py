@@ -45,7 +45,7 @@ def reads_whole(model: nn.Module, parts: ModelParts) -> tuple[bool, frozenset[st
     """Whether an adapter of the head looks at it as a whole, and the names of the embedding tables that adapters look at so:
     all but LoRA's plain products, which take the rows of a batch."""
     head = parts.head is not None and model.get_output_embeddings() is not parts.head.module
-    wrappers = {_base(module): module for module in model.modules() if _base(module) is not None}
+    wrappers = {base_of(module): module for module in model.modules() if base_of(module) is not None}
     tables = (name for name, module, _ in parts.embeddings if module in wrappers and not _takes_rows(wrappers[module]))
     return head, frozenset(tables)
 
@@ -57,13 +57,22 @@ def table_bytes(model: nn.Module, parts: ModelParts) -> int:
     tables = (
         base
         for module in model.modules()
-        if getattr(module, "lora_magnitude_vector", None) or hasattr(module, "trainable_tokens_delta")
-        if (base := _base(module)) is head or isinstance(base, nn.Embedding)
+        if _makes_a_table(module)
+        if (base := base_of(module)) is head or isinstance(base, nn.Embedding)
     )
     return 3 * 4 * max((table.weight.numel() for table in tables), default=0)
 
 
-def _base(module: nn.Module) -> nn.Module | None:
+def _makes_a_table(adapter: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(adapter, LoraLayer):
+        return bool(adapter.lora_magnitude_vector)
+    return isinstance(adapter, BaseTunerLayer) or hasattr(adapter, "trainable_tokens_delta")
+
+
+def base_of(module: nn.Module) -> nn.Module | None:
     """What an adapter is around, if `module` is one."""
     base = module._modules.get("base_layer")
     return module._modules.get("original_module") if base is None else base

@@ -23,36 +23,48 @@ from torch import nn
 
 from finetune.adapters.base import Adapter
 from finetune.adapters.peft_files import task_type
+from finetune.adapters.prompts import check_positions
 from finetune.config import Config
 from memory.errors import UserError
 from offload.streamed_model import StreamedModel
+from offload.weights.parts import ModelParts
 from offload.weights.skeleton import cache_argument
 
 
 class Prefix(Adapter):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._given: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        """Of every micro-batch of a step, in their order: keys and values of all layers as they came out of the encoder, and as
+        blocks got them."""
+
     @classmethod
-    def attach(cls, model: nn.Module, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
-        return attach(model, config.zo.prefix_tokens, config.training.seed), None
+    def attach(cls, parts: ModelParts, config: Config, only_shapes: bool = False) -> tuple[nn.Module, str | None]:
+        return attach(parts.model, config.zo.prefix_tokens, config.training.seed), None
 
     @property
     def positions(self) -> int:
         return self.model.active_peft_config.num_virtual_tokens
 
     def check_length(self, num_tokens: int) -> None:
-        before = self.positions
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions and before + num_tokens > positions:
-            raise UserError(
-                f"a prefix of {before} and texts of {num_tokens} tokens are more than the model's {positions} positions: lower "
-                f"--sequence-length to {positions - before}"
-            )
+        check_positions(self.model, "prefix", self.positions, num_tokens)
 
     def lane_bytes(self, itemsize: int) -> int:
         return self._values.numel() * itemsize
 
     def take_over(self) -> None:
         """Lets the model drop keys and values, and take caches."""
-        self.model.forward = partial(_forward, self.model)
+        self.model.forward = partial(_forward, self.model, self._given)
+
+    def begin_step(self) -> None:
+        self._given.clear()
+
+    def after_backward(self) -> None:
+        for made, given in self._given:
+            pairs = [(one, other.grad) for one, other in zip(made, given, strict=True) if other.grad is not None]
+            if pairs:
+                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        self._given.clear()
 
     def begin(self, streamed: StreamedModel, seed: int) -> None:
         """As the keys and values of random tokens."""
@@ -115,12 +127,19 @@ def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
         raise UserError(f"PEFT has no prefix for {type(model).__name__}: {error}") from error
 
 
-def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool = False, **inputs: Any) -> Any:
-    """PEFT's forward for a prefix, and one for a cache that comes in."""
+def _forward(
+    model: nn.Module,
+    given: list[tuple[list[torch.Tensor], list[torch.Tensor]]],
+    *,
+    input_ids: torch.Tensor,
+    without_prefix: bool = False,
+    **inputs: Any,
+) -> Any:
+    """PEFT's forward for a prefix, and one for a cache that comes in. given: as `Prefix` has it."""
     key, rows = cache_argument(model.base_model), input_ids.shape[0]
     past = inputs.pop(key, None)
     if past is None:
-        past = _passing_cache(model, rows)
+        past = _passing_cache(model, rows, given)
         if inputs.get("attention_mask") is not None:
             mask = inputs["attention_mask"]
             before = mask.new_ones(rows, model.active_peft_config.num_virtual_tokens)
@@ -131,12 +150,22 @@ def _forward(model: nn.Module, *, input_ids: torch.Tensor, without_prefix: bool 
     return model.base_model(input_ids=input_ids, **inputs, **{key: past})
 
 
-def _passing_cache(model: nn.Module, rows: int) -> Any:
-    """PEFT's cache with the prefix in it, the same memory for all rows, whose layers forget what they are updated with."""
-    cache = model.get_prompt(1)
+def _passing_cache(model: nn.Module, rows: int, given: list[tuple[list[torch.Tensor], list[torch.Tensor]]]) -> Any:
+    """PEFT's cache with the prefix in it, whose layers forget what they are updated with. The same memory serves all rows,
+    unless gradients are wanted, which PEFT sums over copies. Then blocks get leaves, each its own."""
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in model.prompt_encoder.parameters())
+    cache = model.get_prompt(rows if trained else 1)
+    made: list[torch.Tensor] = []
     for layer in cache.layers:
-        layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in (layer.keys, layer.values))
+        pair = layer.keys, layer.values
+        if trained:
+            made += pair
+            layer.keys, layer.values = (x.detach().requires_grad_() for x in pair)
+        else:
+            layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in pair)
         layer.__class__ = _passing(type(layer))
+    if trained:
+        given.append((made, [x for layer in cache.layers for x in (layer.keys, layer.values)]))
     return cache
 
 

@@ -14,7 +14,7 @@ class AdapterEntry:
     words: str
     """What it is, in sentences."""
     peft_type: str
-    """PEFT's word for it, which stands in files of adapters."""
+    """PEFT's word for it, which stands in files of adapters; empty: that of any other kind."""
     perturbed_rate: float
     """Learning rate that suits forward passes alone (method zo)."""
     gradient_rate: float | None = None
@@ -37,5 +37,9 @@ ADAPTERS: dict[str, AdapterEntry] = {
     "prefix": AdapterEntry(
         "finetune.adapters.prefix:Prefix", "a prefix", "PREFIX_TUNING", 1e-3, one_text="which stands before one text",
         kept_initial=True,
+    ),  # fmt: skip
+    "adapter": AdapterEntry(
+        "finetune.adapters.tuners:Tuner", "any other adapter of PEFT (adapter.type)", "", 1e-4, gradient_rate=1e-3,
+        section="adapter", options="finetune.adapters.tuner_options:AdapterOptions",
     ),  # fmt: skip
 }

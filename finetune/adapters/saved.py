@@ -11,27 +11,23 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from finetune.adapters.base import Adapter
+from finetune.adapters.base import class_of
 from finetune.adapters.peft_files import task_type
-from finetune.adapters.registry import ADAPTERS
 from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
-from finetune.plugin import load as load_code
+from finetune.adapters.tuners import check_kind
 from memory.errors import UserError
 from offload.files.checkpoint import TensorEntry, read_header
 from offload.weights.formats import PlainTensor
 from offload.weights.formats.plain import TORCH_DTYPES
+from offload.weights.on_demand import weights_on_demand
 from offload.weights.parameter_map import ParameterMap
 from offload.weights.parts import ModelParts
-
-_TRAINED = {entry.peft_type: entry for entry in ADAPTERS.values()}
-KINDS = tuple(dict.fromkeys((*_TRAINED, "IA3", "LOHA", "LOKR", "VERA")))
-"""PEFT's words for the adapters that give plain PEFT's numbers on a streamed model, as tests hold."""
 
 
 def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
@@ -54,15 +50,16 @@ def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _code_of(config.peft_type).check_parts(parts.model, config)
-            model = get_peft_model(parts.model, config)
+            class_of(config.peft_type).check_parts(parts.model, config)
+            with weights_on_demand(parts):
+                model = get_peft_model(parts.model, config)
             with safe_open(directory / WEIGHTS, framework="pt") as file:
                 values = {entry.name: file.get_tensor(entry.name) for entry in entries if entry.name not in taken}
             result = set_peft_model_state_dict(model, values)
     except Exception as error:  # whatever PEFT's layers raise for files that are not theirs
         raise UserError(f"the adapter in {directory} does not fit this model: {_line(error)}") from error
     if not config.is_prompt_learning:
-        _check_complete(directory, config, _missing(model, result.missing_keys), result.unexpected_keys)
+        _check_complete(directory, config, _missing(model, {entry.name for entry in entries}), result.unexpected_keys)
     return model, parts.on(parts.checkpoint, sources) if tables else parts
 
 
@@ -127,23 +124,15 @@ def _read_config(directory: Path) -> Any:
 
     try:
         kind = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["peft_type"]
-        if kind not in KINDS:
-            raise UserError(
-                f"the adapter in {directory} is of kind {str(kind).lower()}, which cannot be streamed: expected one of "
-                f"{', '.join(KINDS).lower()}"
-            )
+        check_kind(kind, directory)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = PeftConfig.from_pretrained(str(directory))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory / CONFIG} cannot be read as PEFT's configuration: {_line(error)}") from error
     config.inference_mode = True
-    _code_of(kind).check_loaded(config, directory)
+    class_of(kind).check_loaded(config, directory)
     return config
-
-
-def _code_of(kind: str) -> type[Adapter]:
-    return load_code(_TRAINED[kind].code) if kind in _TRAINED else Adapter
 
 
 def _table_name(entry: TensorEntry, sources: ParameterMap) -> str | None:
@@ -185,12 +174,13 @@ def _is_part(parameter: str, module: str) -> bool:
     return f".{module}." in f".{parameter}"
 
 
-def _missing(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """Those of `keys` that are the adapter's, unless they are other names of tensors that were found."""
-    own = {key: value for key, value in model.state_dict().items() if model.active_adapter in key.split(".")}
-    absent = own.keys() & set(keys)
-    found = {value.data_ptr() for key, value in own.items() if key not in absent}
-    return [key for key in absent if own[key].data_ptr() not in found]
+def _missing(model: nn.Module, found: Collection[str]) -> list[str]:
+    """Names of tensors that PEFT would save of the adapter and that are not in `found`, nor other names of those."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    there = {value.data_ptr() for name, value in own.items() if name in found}
+    return [name for name, value in own.items() if name not in found and value.data_ptr() not in there]
 
 
 def _check_complete(directory: Path, config: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:

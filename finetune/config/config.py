@@ -90,6 +90,8 @@ class _Keys(Section):
 
     def __init__(self, **values: Any) -> None:
         values = expand_shorthands(values)
+        if "method" not in values and (values.get("adapter") or {}):
+            values["method"] = "adapter"
         problems: dict[str, str] = {}
         for key in sorted(SHORTHANDS.keys() & values.keys()):
             value = values.pop(key)
@@ -122,7 +124,7 @@ class _Keys(Section):
         return self.zo.objective if "zo" in METHODS[self.method].reads else self.training.objective
 
     @property
-    def adapter(self) -> str | None:
+    def adapter_kind(self) -> str | None:
         """The kind of adapter that is trained, one of `ADAPTERS`; None: the model's own weights are."""
         return METHODS[self.method].adapter(self)
 

@@ -27,7 +27,7 @@ class AdapterTraining(Method):
     """State directories hold the adapter with its moments."""
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
-        return trained_adapter_needs(session.trainable, session.parts.blocks, session.on_device), streamed
+        return trained_adapter_needs(session, batch.shape.micro_batches), streamed
 
     def opened(self, session: Session) -> None:
         if session.adapter.needs_first_visit:
@@ -53,7 +53,8 @@ class AdapterTraining(Method):
         self._updating = False  # True as well after an update that failed half-way
         self.first_step = 0
         if config.resume:
-            self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, self.about)
+            set_more = session.adapter.set_state
+            self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, self.about, set_more)
         self.scheduler = make_scheduler(options, self.optimizer, self.num_steps, self.first_step)
         return []
 
@@ -65,7 +66,12 @@ class AdapterTraining(Method):
         options = self.config.training
         batches = self._objective.lanes(groups, self._session.device.torch_device)
         seeds = [lane_seed(options.seed, step, i) for i in range(len(batches.inputs))]
-        loss = float(self._session.streamed.train_step(batches.inputs, batches.labels, seeds, batches.versions))
+        adapter = self._session.adapter
+        adapter.begin_step()
+        own = adapter.own_loss()
+        loss = self._session.streamed.train_step(batches.inputs, batches.labels, seeds, batches.versions)
+        adapter.after_backward()
+        loss = float(loss if own is None else loss + own)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
         check_finite(step, loss, grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -78,6 +84,7 @@ class AdapterTraining(Method):
             raise UserError(
                 f"the size of step {step + 1} is beyond what fp32 holds: lower training.learning_rate, {learning_rate:g}"
             ) from error
+        adapter.after_update(step)
         self._check_updated(step)
         self.scheduler.step()
         self._updating = False
@@ -93,7 +100,8 @@ class AdapterTraining(Method):
                 )
 
     def save(self, step: int) -> None:
-        save_state(self.config.output / "state", step, self._trainable, self.optimizer, self.about)
+        more = self._session.adapter.state()
+        save_state(self.config.output / "state", step, self._trainable, self.optimizer, self.about, more)
 
     def rescue(self, step: int) -> str:
         folder = self.config.output / "state"

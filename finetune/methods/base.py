@@ -59,7 +59,7 @@ class Method(Setup):
     def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
         if self.kind is None:
             return parts.model, parts
-        model, note = load(ADAPTERS[self.kind].code).attach(parts.model, self.config, self.only_plan)
+        model, note = load(ADAPTERS[self.kind].code).attach(parts, self.config, self.only_plan)
         self.notes += filter(None, [note])
         return model, parts
 

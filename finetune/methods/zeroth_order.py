@@ -145,7 +145,7 @@ class ZerothOrder(Method):
         parts, zo = session.parts, self.config.zo
         if self.kind is not None:
             keeps_initial = ADAPTERS[self.kind].kept_initial
-            needs = perturbed_adapter_needs(session.trainable, self.variants, session.on_device, keeps_initial)
+            needs = perturbed_adapter_needs(session, self.variants, keeps_initial)
             return needs, streamed
         perturbed = perturbed_sizes(parts, zo, self.num_steps)
         needs = perturbed.needs + fold_needs(parts, zo, self.num_steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from offload.files.sealed import SEAL, file_checksum, seal, unseal
 
 _PREFIX = "step-"
 _ABOUT, _TENSORS = "state.json", "tensors.safetensors"
+_MORE = "more/"  # no parameter's name has a slash
 
 
 def save_state(
@@ -32,8 +33,12 @@ def save_state(
     trainable: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     about: dict[str, Any],
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Commits the state after `step` updates. about: JSON values that say which run it is. Raises UserError: disk full."""
+    """Commits the state after `step` updates. about: JSON values that say which run it is. more: what else there is.
+
+    Raises UserError: disk full.
+    """
     from safetensors.torch import save_file
 
     final = folder / f"{_PREFIX}{step:08d}"
@@ -41,6 +46,7 @@ def save_state(
     for name, parameter in trainable.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach()
+    tensors |= {f"{_MORE}{name}": value for name, value in (more or {}).items()}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with new_directory(final) as temporary:
@@ -63,9 +69,14 @@ def saved_states(folder: Path) -> list[Path]:
 
 
 def load_state(
-    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, about: dict[str, Any]
+    folder: Path,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    about: dict[str, Any],
+    set_more: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
 ) -> int:
-    """Fills parameters and optimizer from the newest state; returns its step, 0 when there is none.
+    """Fills parameters and optimizer from the newest state; returns its step, 0 when there is none. set_more: takes what else
+    `save_state` was given.
 
     Raises UserError when the state is another run's, or damaged, saying whether the one before it is whole.
     """
@@ -78,7 +89,7 @@ def load_state(
     try:
         step, found = read_about(state)
         check_same_run(state, found, about)
-        _fill(state / _TENSORS, trainable, optimizer)
+        set_more(_fill(state / _TENSORS, trainable, optimizer))
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the saved state {state} is damaged ({error}): {_way_on(states)}") from error
     return step
@@ -98,7 +109,10 @@ def read_about(state: Path) -> tuple[int, dict[str, Any]]:
     return found.pop("step"), found
 
 
-def _fill(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def _fill(
+    path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Returns what else there is."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file, torch.no_grad():
@@ -111,6 +125,7 @@ def _fill(path: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.op
                 if f"{key}.{name}" in names:
                     value = file.get_tensor(f"{key}.{name}")
                     optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device, copy=True)
+        return {name.removeprefix(_MORE): file.get_tensor(name) for name in names if name.startswith(_MORE)}
 
 
 def _way_on(states: list[Path]) -> str:

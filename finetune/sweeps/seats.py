@@ -79,7 +79,8 @@ class Seat(Session):
         self.attached = shared.setup.adapters.attach(lambda: method.wrap(shared.parts)[0])
         self.model = self.attached.model
         self.adapter = adapter_of(self.model)
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = self.adapter_parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.adapter_buffers = []
         self._check_shares()
         method.prepare(self)
         if self.adapter.needs_first_visit:
@@ -99,7 +100,7 @@ class Seat(Session):
 
     def adapter_needs(self) -> Needs:
         """While its adapter is in place."""
-        return trained_adapter_needs(self.trainable, self.parts.blocks, self.on_device)
+        return trained_adapter_needs(self, micro_batches=1)  # LoRA shares nothing between blocks
 
     @property
     def num_layers(self) -> int:

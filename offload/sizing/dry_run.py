@@ -28,6 +28,7 @@ from offload.step.lanes import collected_keys, run_capturing
 from offload.step.own_loss import loss_in
 from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
+from offload.weights.skeleton import is_placeholder
 
 MOST_PASSES = 100
 """In which a block must have been called: in training, LayerDrop leaves them out at random, sometimes all of a pass."""
@@ -361,20 +362,35 @@ def block_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, 
 @contextlib.contextmanager
 def _on_meta(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Inside, the block's adapters, which are yielded, and its buffers are meta tensors."""
-    places = [(module._parameters, lambda p: p is not None and p.requires_grad) for module in block.modules()]
+    places = [(module._parameters, _is_adapters) for module in block.modules()]
     places += [(module._buffers, lambda b: b is not None) for module in block.modules()]
     held = [(place, name, tensor) for place, wanted in places for name, tensor in place.items() if wanted(tensor)]
+    # Layers may move what they keep beside parameters and buffers to where they compute.
+    moved = [(place, name, value) for module in block.modules() for place in _kept(module) for name, value in place.items()]
     adapters: list[nn.Parameter] = []
     try:
         for place, name, tensor in held:
             place[name] = torch.empty_like(tensor, device="meta")
             if isinstance(tensor, nn.Parameter):
-                place[name] = nn.Parameter(place[name])
+                place[name] = nn.Parameter(place[name], requires_grad=tensor.requires_grad)
                 adapters.append(place[name])
         yield adapters
     finally:
-        for place, name, tensor in held:
+        for place, name, tensor in (*held, *moved):
             place[name] = tensor
+
+
+def _kept(module: nn.Module) -> list[dict[str, Any]]:
+    """Mappings of tensors that are neither parameters nor buffers of a module."""
+    found = (value for name, value in vars(module).items() if type(value) is dict and name not in ("_parameters", "_buffers"))
+    return [value for value in found if any(isinstance(tensor, torch.Tensor) for tensor in value.values())]
+
+
+def _is_adapters(parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter of a block that is not bound is an adapter's: those of the base are placeholders."""
+    return parameter is not None and (
+        parameter.requires_grad or type(parameter) is nn.Parameter and not is_placeholder(parameter)
+    )
 
 
 def run_backward(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -399,6 +415,9 @@ def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
     outputs = sum(weight.shape[-2] for weight in matrices)
     decoded = [dense_bytes(weight.shape, parts.dtype) for weight in matrices if not weight.is_stored_as(parts.dtype)]
     decoded_bytes = max(2 * max(decoded, default=0), parts.bindings[index].decoded_bytes)
+    bases = (module._modules.get("base_layer") for module in parts.blocks[index].modules())
+    # Adapters may make other weights out of those that they are around: the change in fp32, the sum, and what that is made of.
+    decoded_bytes += sum(12 * base.weight.numel() for base in bases if isinstance(base, nn.Linear))
     flops = 2 * rows * sum(prod(weight.shape) for weight in matrices)
     stacks = [one for one in parts.experts if one.stack.block == index and one.trained]
     waiting = sum(sum(one.stack.weight.shape[1:]) * one.stack.experts_per_token for one in stacks)

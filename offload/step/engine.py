@@ -7,7 +7,7 @@ times. Gradients of a block's parameters are complete when its backward visit en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from offload.step.lane_storages import LaneStorages
 from offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
 from offload.step.mask_rows import with_whole_masks
 from offload.step.sequence_chunks import SequenceChunks
+from offload.step.shared_gradients import SharedGradients
 from offload.step.weights import Block, Weights
 
 
@@ -50,6 +51,7 @@ class AdaptedModel:
         self.model = model
         self.put_on = put_on
         self.needless = [Needless(block) for block in blocks]
+        self.shared = SharedGradients(blocks)
         first = len(blocks) - kept_graphs
         self.bound = [BoundTensors(block) if i >= first else None for i, block in enumerate(blocks)]
         self.has_trainable = [any(p.requires_grad for p in block.parameters()) for block in blocks]
@@ -158,15 +160,18 @@ class Engine:
             run = adapted.model if versions is None or i < versions.trained else adapted.forward_only
             variant = 0 if versions is None else versions.of_lanes[i]
             lanes.append(Lane(i, partial(run, **kwargs), seed, variant, around[i] if around else None, storages, adapted))
-        with torch.enable_grad():
-            self._run_forward(lanes, visits)
-            outputs = [lane.output for lane in lanes]
-            for lane in lanes:
-                lane.output = None
-            with nullcontext() if storages is None else storages.guarded():
-                loss = objective(outputs)
-        del outputs
-        self._run_backward(visits)
+        with ExitStack() as stack:
+            for adapted in {id(lane.adapted): lane.adapted for lane in lanes}.values():
+                stack.enter_context(adapted.shared.step())
+            with torch.enable_grad():
+                self._run_forward(lanes, visits)
+                outputs = [lane.output for lane in lanes]
+                for lane in lanes:
+                    lane.output = None
+                with nullcontext() if storages is None else storages.guarded():
+                    loss = objective(outputs)
+            del outputs
+            self._run_backward(visits)
         return loss
 
     def _enter(self, index: int, *args: Any, **kwargs: Any) -> Any:
@@ -260,6 +265,7 @@ class Engine:
                 for record in visit.records:
                     if record.output_grads:
                         self._enter_lane(record.lane)
+                        record.lane.adapted.shared.lane = record.lane.index
                         run_backward(record, self._forwards[visit.index], record.lane.adapted.needless[visit.index])
                 for bound in visit.bound:
                     bound.end_backward()

@@ -321,8 +321,10 @@ def release(record: Record) -> None:
 
 
 def requires_grad(call: BlockCall) -> bool:
+    """Whether gradients are wanted of what a block is called with, keys and values in a cache too."""
     flat, _ = tree_flatten((call.args, call.kwargs))
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in flat)
+    cached = (value for leaf in flat for layer in getattr(leaf, "layers", ()) for value in vars(layer).values())
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*flat, *cached))
 
 
 def _is_differentiable(value: Any) -> bool:

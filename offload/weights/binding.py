@@ -208,14 +208,15 @@ class Binding:
             self._lazy[name] = owner.forward = forward
             owner._parameters["weight"] = nn.Parameter(owner.weight.as_subclass(_InItsSlot), requires_grad=False)
 
-    def convert_at_bind(self) -> None:
-        """From now on every weight is decoded when it is bound: for code that reads `weight` itself (DoRA's norm)."""
-        for name in self._lazy:
+    def convert_at_bind(self, modules: Collection[nn.Module] | None = None) -> None:
+        """From now on the weights of these linear layers, or of all, are decoded when they are bound: for code that reads
+        `weight` itself (DoRA's norm)."""
+        for name in [name for name in self._lazy if modules is None or self.linear_weights[name] in modules]:
             owner = self.linear_weights[name]
             owner.__dict__.pop("forward", None)
             self._targets.append((name, owner, "weight", owner.weight.dtype))
             self._empty.append((owner._parameters, "weight", owner.weight))
-        self._lazy, self.lazy_bytes = {}, {}
+            del self._lazy[name], self.lazy_bytes[name]
 
 
 _WITHOUT_NUMBERS = {

@@ -1,0 +1,153 @@
+"""Every tuner of PEFT through `adapter.type`: three steps with the bits of plain PEFT, or a refusal with its reason."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from tiny_models import IDS, VOCAB, assert_same_bits, make_config, reference_run, streamed_run
+
+from finetune.adapters.tuner_options import REFUSED
+from finetune.config import Config, ConfigError
+from finetune.methods.base import make_method
+from finetune.session import Session
+from memory.errors import UserError
+
+QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+
+SAME: dict[str, dict[str, Any]] = {
+    "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "loha": {**QV, "r": 3, "alpha": 4, "rank_dropout": 0.1, "module_dropout": 0.1, "init_weights": False},
+    "lokr": {**QV, "r": 3, "alpha": 4, "decompose_both": True, "init_weights": False},
+    "vera": {**QV, "r": 4, "vera_dropout": 0.1},
+    "oft": {**QV, "oft_block_size": 4, "module_dropout": 0.1},
+    "boft": {**QV, "boft_block_size": 4},
+    "adalora": {**QV, "init_r": 4, "target_r": 2, "total_step": 4, "tfinal": 1, "lora_dropout": 0.1},
+    "vblora": {**QV, "num_vectors": 10, "vector_length": 4, "r": 2, "topk": 2, "init_vector_bank_bound": 0.1},
+    "randlora": {**QV, "r": 3},
+    "miss": {**QV, "r": 4},
+    "fourierft": {**QV, "n_frequency": 20, "init_weights": False},
+    "hra": {**QV, "r": 4},
+    "c3a": {**QV, "block_size": 4},
+    "shira": {**QV, "r": 2},
+    "waveft": {**QV, "n_frequency": 20},
+    "delora": {**QV, "r": 3},
+    "gralora": {**QV, "r": 4, "gralora_k": 2},
+    "road": {**QV, "group_size": 4},
+    "ln_tuning": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
+    "trainable_tokens": {"token_indices": [3, 5, 90]},
+    "adamss": {**QV, "r": 6, "num_subspaces": 2, "subspace_rank": 2},
+    "adaption_prompt": {"adapter_len": 3, "adapter_layers": 2},
+    "beft": {**QV},
+    "lily": {**QV, "r": 3, "num_B": 2},
+    "frod": {**QV},
+    "pvera": {**QV, "r": 4},
+    "glora": {**QV},
+    "unilora": {**QV, "r": 2, "theta_d_length": 20},
+    "hira": {**QV, "r": 3},
+    "osf": {**QV, "effective_rank": 4},
+    "tinylora": {**QV, "r": 2, "u": 3, "weight_tying": 1.0},
+    "psoft": {**QV, "r": 4},
+    "peanut": {**QV, "r": 4},
+    "supertuning": {**QV},
+    "deft": {**QV, "r": 4},
+    "prompt_tuning": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "prefix_tuning": {"num_virtual_tokens": 3},
+    "cartridge": {"num_virtual_tokens": 3},
+}
+
+
+TINY = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **IDS}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(3)
+    config = tf.LlamaConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    base = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.06)
+    base.save_pretrained(tmp_path_factory.mktemp("base") / "model")
+    return tmp_path_factory.getbasetemp() / "base0" / "model"
+
+
+def orthogonality(model: Any) -> torch.Tensor:
+    """AdaLoRA's own loss: how far its A A^T and B^T B are from the identity, on average (Zhang et al. 2023, equation 4)."""
+    grams = [p @ p.T for name, p in model.named_parameters() if "lora_A" in name]
+    grams += [p.T @ p for name, p in model.named_parameters() if "lora_B" in name]
+    norms = [torch.norm(gram - torch.eye(len(gram)), p="fro") for gram in grams]
+    return model.active_peft_config.orth_reg_weight * (sum(norms) / len(norms))
+
+
+def configure(model: Path, tokens: Any, output: Path, word: str, **changes: Any) -> Config:
+    training = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2, **changes.pop("training", {})}
+    adapter = {"type": word, **SAME[word]}
+    return make_config(model, tokens, output, method="adapter", adapter=adapter, training=training, **changes)
+
+
+@pytest.mark.parametrize("word", SAME)
+def test_gives_plain_pefts_bits(word, model, tokens, tmp_path):
+    """What is left loads in PEFT again and computes the same."""
+    if word == "adamss":
+        pytest.importorskip("sklearn")
+    config = configure(model, tokens, tmp_path / "out", word)
+    found, trained = streamed_run(config), []
+
+    def after_update(model: Any, step: int) -> None:
+        if word == "adalora":
+            model.base_model.update_and_allocate(step)
+        trained[:] = [model]
+
+    expected = reference_run(config, orthogonality if word == "adalora" else None, after_update)
+    assert len(set(found.losses)) == 3
+    assert_same_bits(found, expected)
+    loaded = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(model), config.output / "adapter")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = [one.eval()(input_ids=ids).logits for one in (*trained, loaded)]
+    assert torch.allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_says_what_there_is():
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    section = text.split("\n## Every adapter of PEFT\n")[1].split("\n## ")[0]
+    runs, refused = (re.findall(r"^\| `(\w+)` \|", part, re.M) for part in section.split("| refused | why |"))
+    assert set(runs) == SAME.keys()
+    assert re.findall(r"^\| `(\w+)` \| (.*) \|$", section.split("| refused | why |")[1], re.M) == list(REFUSED.items())
+    assert {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"lora"} == {*runs, *refused}
+    assert len(refused) <= 5
+
+
+WRONG = {
+    "unknown type": ({"type": "vra"}, r"adapter\.type: expected a tuner of PEFT \(.*\), found 'vra'; nearest: vera"),
+    "lora": ({"type": "lora"}, "LoRA is method lora"),
+    "unknown key": ({"type": "vera", "rr": 3}, r"adapter\.rr: unknown key of vera; nearest: adapter\.r \(value 3\)"),
+    "type": ({"type": "vera", "r": "4"}, r"adapter\.r: expected a valid integer, found '4'"),
+    "value": ({"type": "vera", **QV, "r": -1}, "PEFT refuses the options of adapter vera"),
+    "of the run": ({"type": "vera", "inference_mode": True}, r"adapter\.inference_mode: expected no value, found True"),
+    "biases": ({"type": "vera", **QV, "bias": "all"}, r"adapter\.bias: expected none, found 'all'"),
+    "nowhere": ({"type": "vera", "target_modules": ["nothing"]}, "PEFT refuses .* were found"),
+    "the head": ({"type": "oft", "target_modules": ["lm_head"], "oft_block_size": 4}, "oft can't have the model's head"),
+    **{word: ({"type": word}, f"{word} can't be trained on a streamed model: {reason}") for word, reason in REFUSED.items()},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_is_refused_by_name(case, model, tokens, tmp_path):
+    adapter, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        Session(make_method(make_config(model, tokens, tmp_path, adapter=adapter, method="adapter")))
+
+
+def test_a_type_is_asked_for_and_says_the_method(tmp_path):
+    assert Config(model="m", adapter={"type": "vera", "r": 4}).method == "adapter"
+    with pytest.raises(ConfigError, match=r"expected adapter\.type, PEFT's word"):
+        Config(model="m", adapter={"r": 4})
