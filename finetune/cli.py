@@ -7,9 +7,8 @@ number: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
-import shlex
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from finetune.cli_messages import how_to_go_on, message_of
 from finetune.cli_options import KEYS, OTHER, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
@@ -33,11 +33,17 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Fine-tune models that are larger than memory.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",  # square brackets in help texts stay
     pretty_exceptions_enable=False,
 )
 
+_MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+_Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+_TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+]
+_SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 _PLACES = ("quantize", "output", "host_memory", "device_memory", "disk", "device")
 _LAST = ("trust_remote_code", "settings", ..., "debug")
 _RUN = (
@@ -63,48 +69,20 @@ def _command(*options: str | EllipsisType, name: str | None = None, **renamed: s
                     flags["runs"] = _read_sweep(flags["runs"], keys, flags.pop("settings"))
                 command(**flags)
             except KeyboardInterrupt as stop:
-                typer.echo(f"\nInterrupted.{_how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
+                typer.echo(f"\nInterrupted.{how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
                 raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
             except (typer.Exit, BrokenPipeError):
                 raise
             except Exception as error:
                 if debug:
                     raise
-                typer.echo(_message(error), err=True)
+                typer.echo(message_of(error), err=True)
                 raise typer.Exit(1) from None
 
         app.command(name)(with_options(run, command, options))
         return command
 
     return add
-
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, OSError) and error.strerror and (error.filename or error.errno in _DISK_ERRORS):
-        return f"error: {error.filename or 'a file'}: {error.strerror}. Mend it, or make room, and try again"
-    kind = type(error).__name__
-    detail = " ".join(str(error).split())
-    if kind == "OutOfMemoryError":  # torch's, which must not be imported for this
-        return (
-            f"error: the accelerator ran out of memory ({detail}). Raise --device-memory, lower --micro-batch-size or "
-            "--sequence-length, or end what else uses it"
-        )
-    return f"error: {kind}{f': {detail}' if detail else ''} (run with FINETUNE_DEBUG=1 for the traceback)"
-
-
-def _how_to_go_on(command: str, step: int) -> str:
-    """step: the last whole one that is saved; 0: none was done."""
-    if command not in ("run", "sweep"):
-        return ""
-    if not step:
-        return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
-    return f" Go on from the last committed step with:\n  finetune {shlex.join(words)} --resume"
 
 
 def _load_config(source: str | None, keys: Mapping[str, Any], settings: list[str] | None) -> Config:
@@ -140,10 +118,36 @@ def _named_run(config: Config) -> Path | None:
     return None
 
 
+@app.callback(invoke_without_command=True)
+def _of_all(
+    shows_version: Annotated[bool, typer.Option("--version", help="Print the versions, and exit.")] = False,
+) -> None:
+    if shows_version:
+        _print_versions()
+        raise typer.Exit
+
+
 @_command(*_RUN)
 def run(config: Config) -> None:
     """Train. The adapter or the tuned weights, metrics and a report are written into the output directory."""
+    _train(config)
+
+
+@_command(
+    "config", "max_steps", "epochs", "data", "eval_data", "host_memory", "device_memory", "disk", "device", "trace", *_LAST
+)  # fmt: skip
+def resume(config: Config) -> None:
+    """Go on with the run in a directory, as in finetune resume out, with its settings and what you change of them."""
+    if not (config.output / "run.json").is_file():
+        raise UserError(f"expected the directory of a run, found none in {config.output}: finetune resume DIRECTORY")
+    _train(config.model_copy(update={"resume": True}))
+
+
+def _train(config: Config) -> None:
     _require(config.data, "data to train on", "--data FILE")
+    data = os.path.basename(config.data) if isinstance(config.data, str) else "rows"
+    model = os.path.basename(config.model.rstrip("/"))
+    typer.echo(f"{model}: method {config.method}, data {data}, output {config.output}", err=True)
     with _no_garbage_search():
         from finetune.reporting.progress import LastingStream
         from finetune.trainer import Trainer
@@ -192,6 +196,7 @@ def plan(
     """Show whether the run fits, what is placed where, and how long a step takes. Nothing is trained."""
     with _no_garbage_search():
         from finetune.questions import compare_methods, describe_costs, find_limits
+        from finetune.reporting.progress import fitted
         from finetune.reporting.report import to_json
         from finetune.trainer import Trainer
 
@@ -203,7 +208,7 @@ def plan(
         found = planned.values | ({} if fits is None else {"limits": asdict(fits)})
         typer.echo(to_json(found | ({} if costs is None else {"methods": [cost.values for cost in costs]}), indent=2))
         return
-    typer.echo(planned.describe())
+    typer.echo(fitted(planned.describe(), sys.stdout))
     if fits is not None:
         typer.echo(fits.describe())
     if costs is not None:
@@ -239,12 +244,10 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue. [default: read from standard input]")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    sampling_seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 42,
+    max_new_tokens: _MaxNewTokens = 128,
+    temperature: _Temperature = 0.0,
+    top_p: _TopP = 1.0,
+    sampling_seed: _SamplingSeed = 42,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. [default: as the run was trained, else if there is one]"),
@@ -263,6 +266,35 @@ def generate(
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+@_command("config", "model", "adapter", ..., *_PLACES, "trust_remote_code", "settings", "debug")
+def chat(
+    config: Config,
+    adapter: str | None,
+    max_new_tokens: _MaxNewTokens = 256,
+    temperature: _Temperature = 0.0,
+    top_p: _TopP = 1.0,
+    sampling_seed: _SamplingSeed = 42,
+) -> None:
+    """Talk with the model: a line is a turn, an empty one or Ctrl-D ends. What it says comes token by token."""
+    from finetune.chat import Conversation
+
+    how = {"temperature": temperature, "top_p": top_p, "seed": sampling_seed}
+    with Conversation(config, adapter or _named_run(config), max_new_tokens, **how) as conversation:
+        while turn := _read_turn():
+            for piece in conversation.say(turn):
+                typer.echo(piece, nl=False)
+            typer.echo()
+
+
+def _read_turn() -> str:
+    """Empty at the end."""
+    with contextlib.suppress(EOFError, ImportError):
+        import readline  # noqa: F401  # lines can be edited then
+
+        return input("> " if sys.stdin.isatty() else "").strip()
+    return ""
 
 
 @_command(
@@ -419,9 +451,39 @@ def presets() -> None:
         typer.echo(f"{preset.name:{width}}  {preset.goal}")
 
 
+@_command(..., "debug")
+def runs(
+    directories: Annotated[
+        list[str] | None, typer.Argument(help="Directories of runs, or with runs somewhere in them. [default: this one]")
+    ] = None,
+) -> None:
+    """List runs: their method, steps, losses and state; of several runs also the settings in which they differ."""
+    from pathlib import Path
+
+    from finetune.runs.listing import describe_runs, find_runs
+
+    places = [Path(name).expanduser() for name in directories or ["."]]
+    typer.echo(describe_runs(find_runs(places)))
+
+
+@_command(..., "debug", name="config")
+def configuration(
+    words: Annotated[list[str] | None, typer.Argument(help="Print only keys whose names have one of these words.")] = None,
+    as_page: Annotated[bool, typer.Option("--markdown", help="Print docs/configuration.md.")] = False,
+) -> None:
+    """Print all keys of a configuration, with their defaults and what they are for."""
+    from finetune.config.reference import keys_page, keys_text
+
+    typer.echo(keys_page(KEYS) if as_page else keys_text(words or (), KEYS))
+
+
 @_command("debug")
 def version() -> None:
     """Print the versions of this tool and of what it stands on."""
+    _print_versions()
+
+
+def _print_versions() -> None:
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed_version
 

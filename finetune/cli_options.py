@@ -64,7 +64,9 @@ KEYS = {
     ),
 }
 OPTIONS = KEYS | {
-    "config": Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file or the name of a preset.")],
+    "config": Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML file, a preset's name, or the directory of a run.")
+    ],
     "runs": Annotated[
         list[str] | None,
         typer.Argument(metavar="FILE|KEY=VALUES", help="YAML files or presets, and keys with values: lora.r=8,16."),

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from finetune.reporting.progress import Progress
 from finetune.runs.prompts import as_trained
 from finetune.session import Session
 from memory.errors import UserError
+from memory.meter import MemoryMeter
 from memory.plan import PlanRefused
 from offload.sizing.needs import HIDDEN_STATES
 from offload.streamed_model import StreamedModel
@@ -59,11 +61,9 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
         text = not isinstance(rows, TensorRows)
         with nearest_named(session, lambda config: _least_plan(session, rows, config), Knobs(text, False)):
             planned = _plan(session, rows, config.training.least_micro_batch_size)
-        with Progress(1, host_budget_bytes=planned.plan.host_budget_bytes) as progress:
-            streamed = session.open(planned, config.output / "scratch")
-            result = _measure(
-                streamed, rows, planned.shape, lambda done, total: progress.inside("evaluate", done, total)
-            )
+        with MemoryMeter() as meter, _progress(planned, meter) as progress:
+            streamed = session.open(planned, config.output / "scratch", progress.inside)
+            result = _measure(streamed, rows, planned.shape, partial(progress.work, "evaluate"))
         if not math.isfinite(result["loss"]):
             raise UserError(f"the loss on the evaluation data is {result['loss']}. {session.faulty_weight()}")
     finally:
@@ -118,11 +118,19 @@ def plan_with_evaluation(
     )
 
 
-def evaluate_open(session: Session, held_out: HeldOut) -> dict[str, float]:
-    """As `evaluate`, on the model that is open in the middle of a training run. It is left in eval mode."""
+def _progress(planned: PlannedRun, meter: MemoryMeter) -> Progress:
+    budget = planned.plan.host_budget_bytes
+    return Progress(None, host_budget_bytes=budget, peak_bytes=lambda: meter.peak_bytes)
+
+
+def evaluate_open(
+    session: Session, held_out: HeldOut, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, float]:
+    """As `evaluate`, on the model that is open in the middle of a training run. It is left in eval mode. progress: is told the
+    rows that are done, and all."""
     started = time.perf_counter()
     session.set_training(False)
-    measured = _measure(session.streamed, held_out.rows, held_out.shape)
+    measured = _measure(session.streamed, held_out.rows, held_out.shape, progress)
     return measured | {"seconds": time.perf_counter() - started}
 
 
@@ -218,6 +226,7 @@ def _measure(
     shape: BatchShape,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
+    progress(0, len(rows))
     if isinstance(rows, TensorRows):
         return _measure_tensors(streamed, rows, shape, progress)
     if not isinstance(rows, TextRows):

@@ -15,9 +15,11 @@ from finetune.data.encode import check_ids, prompt_ids
 from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
 from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape, PlannedRun
+from finetune.reporting.progress import Progress
 from finetune.runs.prompts import as_trained, was_trained_on_plain_prompts
 from finetune.session import Session
 from memory.errors import UserError
+from memory.meter import host_bytes
 from memory.plan import PlanRefused
 
 
@@ -42,15 +44,8 @@ def generate(
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
     how = Sampling(**sampling)
-    config = as_trained(config, adapter)
-    # Nothing waits for a backward pass.
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
-    session = Session(find_result(config, adapter))
+    session, config, tokenizer = open_speaker(config, adapter)
     try:
-        if session.parts.head is None:
-            found = type(session.parts.model).__name__
-            raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
-        tokenizer = load_tokenizer(session.parts.directory, config)
         if chat is None and tokenizer.chat_template and adapter is not None and was_trained_on_plain_prompts(adapter):
             chat = False
             words = "note: the run was trained without the chat template, so the prompt is not put into it; --chat does that"
@@ -59,7 +54,8 @@ def generate(
         check_ids(tokenizer, list(chain.from_iterable(ids)), session.model.get_input_embeddings().weight.shape[0])
         max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)
         planned = _plan(session, ids, max_new_tokens)
-        streamed = session.open(planned, config.output / "scratch")
+        waiting = Waiting(planned)
+        streamed = session.open(planned, config.output / "scratch", waiting)
         ends = end_tokens(session.parts.directory, tokenizer.eos_token_id)
         together, counted = planned.shape.micro_batches, _Counted()
         for first in range(0, len(ids), together):
@@ -68,11 +64,57 @@ def generate(
             passes = decode(streamed, group, choosers, ends, max_new_tokens)
             if first:
                 yield "\n\n"
-            yield from _texts(counted(passes), [TextPieces(tokenizer, one) for one in group], ends)
+            yield from _texts(waiting.until_the_first(counted(passes)), [TextPieces(tokenizer, one) for one in group], ends)
         if streamed.guesses.chosen:
             print(f"note: {counted.words}; {streamed.guesses.words}", file=sys.stderr)
     finally:
         session.close()
+
+
+def open_speaker(config: Config, adapter: Path | str | None) -> tuple[Session, Config, Any]:
+    """A session with what `adapter` names, the configuration that goes with it, and the tokenizer. Raises UserError."""
+    config = as_trained(config, adapter)
+    # Nothing waits for a backward pass.
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"activations": "host"})})
+    session = Session(find_result(config, adapter))
+    try:
+        if session.parts.head is None:
+            found = type(session.parts.model).__name__
+            raise UserError(f"{config.model}: expected a language model to generate with, found {found}")
+        return session, config, load_tokenizer(session.parts.directory, config)
+    except BaseException:
+        session.close()
+        raise
+
+
+class Waiting:
+    """Says what is waited for until the first token is there; then the line is the text's."""
+
+    def __init__(self, planned: PlannedRun) -> None:
+        self._budget_bytes = planned.plan.host_budget_bytes
+        self._progress: Progress | None = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress.inside("first token, block", done, total)
+
+    def until_the_first(self, passes: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        """The same passes, as `decode` yields them."""
+        self._progress = Progress(None, host_budget_bytes=self._budget_bytes, peak_bytes=host_bytes)
+        try:
+            yield from self._ending(passes)
+        finally:
+            self._end()
+
+    def _ending(self, passes: Iterator[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+        for tokens in passes:
+            self._end()
+            yield tokens
+
+    def _end(self) -> None:
+        if self._progress is not None:
+            self._progress.clear()
+            self._progress = None
 
 
 class _Counted:

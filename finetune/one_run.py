@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
 from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
+from finetune.reporting.ending import describe_values
 from finetune.reporting.progress import LastingStream, Progress
 from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
@@ -167,6 +169,7 @@ class Run:
             check_texts_stay_apart(session.streamed, shape.rows)
             session.set_training(True)
         self.say(method.begin(session, ready.objective))
+        self.progress.begin_at(method.first_step)
         if method.first_step:
             self.say([f"resumed after step {method.first_step}"])
         config, output = session.config, session.config.output
@@ -180,9 +183,9 @@ class Run:
         return loop, report
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        results = evaluate_open(self.session, self.ready.held_out)
+        results = evaluate_open(self.session, self.ready.held_out, partial(self.progress.work, "evaluate"))
         self.session.set_training(True)
-        self.say([f"step {step}: " + ", ".join(f"eval {key} {value:.4f}" for key, value in results.items())])
+        self.say([f"step {step}: evaluation: {describe_values(results)}"])
         return results
 
 

@@ -29,9 +29,10 @@ from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective
 from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, take_rows
 from finetune.planned_run import PlannedRun
-from finetune.prediction import with_prediction
+from finetune.prediction import predict_step, with_prediction
 from finetune.quantization.base import is_quantized
-from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.ending import describe_ending
+from finetune.reporting.progress import LastingStream, Progress, fitted
 from finetune.reporting.report import summary_table
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
@@ -61,8 +62,11 @@ class Trainer:
     sequences of dicts of tensors for models that do not read text.
     """
 
-    def __init__(self, config: Config, callbacks: Sequence[Any] = ()) -> None:
-        self.config = config
+    def __init__(self, config: Config | None = None, callbacks: Sequence[Any] = (), **values: Any) -> None:
+        """values: in place of a configuration, what it is made of: `Trainer(model=..., data=...)`."""
+        if config is not None and values:
+            raise UserError(f"expected a configuration or its values, found both ({', '.join(values)})")
+        self.config = Config(**values) if config is None else config
         self.callbacks = list(callbacks)
         for callback in self.callbacks:
             if not hasattr(callback, "on_init_end"):
@@ -161,9 +165,11 @@ class Trainer:
         planned = with_prediction(session, ready.planned, needs_rates=True)
         check_disk(config, planned.plan, directory.earlier_bytes)
         method.about = directory.begin(identity, num_steps)
-        budgets = {name: getattr(planned.plan, name) for name in ("host_budget_bytes", "device_budget_bytes")}
-        meter, progress = MemoryMeter().start(), Progress(num_steps, **budgets)
-        stop = StopRequest()
+        meter, stop = MemoryMeter().start(), StopRequest()
+        progress = Progress(
+            num_steps, host_budget_bytes=planned.plan.host_budget_bytes, device_budget_bytes=planned.plan.device_budget_bytes,
+            step_seconds=predict_step(planned, planned.rates, planned.timing).seconds, peak_bytes=lambda: meter.peak_bytes,
+        )  # fmt: skip
         run = Run(session, method, ready, planned, meter, progress, stop.stop_if_asked)
         run.say([planned.describe(), *directory.notes, *ready.notes])
         try:
@@ -181,10 +187,7 @@ class Trainer:
         if trace is not None:
             write_traces(config.trace, run.planned, trace)
         run.progress.close()
-        words = summary_table(report)
-        if run.method.adapter_directory is None:
-            quantized = f" --quantize {config.quantize}" if config.quantize else ""
-            named = f"--model {config.model}{quantized} --output {config.output}"
-            words += f"\nThe tuned model: finetune export {named} --to DIRECTORY"
-        print(words, file=LastingStream(sys.stdout), flush=True)
+        is_text = run.planned.shape.samples is None and session.parts.head is not None
+        ending = describe_ending(report, config.output, run.method.adapter_directory is not None, is_text)
+        print(fitted(f"{summary_table(report)}\n\n{ending}", sys.stdout), file=LastingStream(sys.stdout), flush=True)
         return TrainResult(loop.step, loop.training_loss, report)

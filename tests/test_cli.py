@@ -98,7 +98,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_version_and_presets() -> None:
     import finetune as package
 
-    assert finetune("version").stdout.startswith(f"finetune {package.__version__}\npython 3.")
+    assert finetune("--version").stdout.startswith(f"finetune {package.__version__}\npython 3.")
+    assert invoke("-h").stdout == invoke("--help").stdout and "Usage" in invoke("run", "-h").stdout
     lines = finetune("presets").stdout.splitlines()
     goals = {preset.name: preset.goal for preset in read_presets()}
     assert dict(line.split(maxsplit=1) for line in lines) == goals
@@ -147,7 +148,7 @@ def test_flags_reach_the_trainer(trainer: type[Recorder], command: str) -> None:
         disk="7GB", device="cpu", resume=True, trust_remote_code=True, max_steps=5, epochs=0.5, batch_size=6,
         micro_batch_size=2, sequence_length=99, learning_rate=1e-3, seed=0, lora={"r": 3}, training={"save_steps": 7},
     )  # fmt: skip
-    assert result.output == ("a plan [/bold]\n" if command == "plan" else "")
+    assert result.output == ("a plan [/bold]\n" if command == "plan" else "m: method lora, data d, output o\n")
 
 
 def test_flags_win_over_the_file(trainer: type[Recorder], tmp_path: Path) -> None:
@@ -162,6 +163,51 @@ def test_flags_win_over_the_file(trainer: type[Recorder], tmp_path: Path) -> Non
 def test_preset_by_name(trainer: type[Recorder]) -> None:
     assert invoke("run", "laptop-8gb", "--model", "m", "--data", "d").exit_code == 0
     assert trainer.config == Config.load("laptop-8gb", {"model": "m", "data": "d"})
+
+
+def test_a_run_is_named_by_its_directory(trainer: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`resume` goes on with its settings and what is changed; `eval` measures what it has left."""
+    out, found = tmp_path / "out", []
+    (out / "adapter").mkdir(parents=True)
+    (out / "config.yaml").write_text("model: m\ndata: d\noutput: elsewhere\ntraining: {max_steps: 9}\n")
+    assert "expected the directory of a run, found none in" in invoke("resume", str(out)).stderr
+    (out / "run.json").write_text("{}")
+    assert invoke("resume", str(out), "--max-steps", "20").exit_code == 0
+    assert trainer.config == Config(model="m", data="d", output=out, max_steps=20, resume=True)
+    replace_module(monkeypatch, "finetune.evaluate", evaluate=lambda *given: found.append(given) or {})
+    assert invoke("eval", str(out), "--data", "e").exit_code == 0
+    assert found == [(Config(model="m", data="d", eval_data="e", output=out, max_steps=9), out)]
+
+
+def test_keys_are_printed() -> None:
+    lines = invoke("config", "batch_size", "adam_beta1").stdout.splitlines()
+    assert lines[0] == "training.batch_size: 8  (whole number from 1, --batch-size)" and lines[1] == "    Rows a step."
+    assert [line.split(":")[0] for line in lines if line[0] != " "] == [
+        "training.batch_size", "training.micro_batch_size", "training.adam_beta1"
+    ]  # fmt: skip
+    assert invoke("config", "nothing").stdout == "no key has nothing in its name\n"
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert invoke("config", "--markdown").stdout == page, "write it again: finetune config --markdown > docs/configuration.md"
+
+
+def test_chat_takes_turn_after_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Conversation:
+        def __init__(self, config: Config, adapter: str | None, max_new_tokens: int, **how: Any) -> None:
+            assert (config, adapter, max_new_tokens) == (Config(model="m"), "x", 9)
+            assert how == {"temperature": 0.5, "top_p": 1.0, "seed": 42}
+
+        def __enter__(self) -> Conversation:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def say(self, turn: str) -> Iterator[str]:
+            yield from (turn, "!")
+
+    replace_module(monkeypatch, "finetune.chat", Conversation=Conversation)
+    words = ["chat", "--model", "m", "--adapter", "x", "--max-new-tokens", "9", "--temperature", "0.5"]
+    assert invoke(*words, text="hello\nyou\n\nnever").stdout == "hello!\nyou!\n"
 
 
 def test_configuration_errors_come_as_one_message() -> None:
@@ -180,7 +226,7 @@ def test_configuration_errors_come_as_one_message() -> None:
         (["run", "--model", "m"], "error: expected data to train on, found none: give --data FILE\n"),
         (["eval", "--model", "m"], "error: expected data to evaluate on, found none: give --data FILE\n"),
         (["generate", "--model", "m"], "error: expected a prompt, found none: give --prompt TEXT, or text on standard"),
-        (["run", "nowhere.yaml"], "error: 1 problem in 'nowhere.yaml':\n  expected a YAML file or one of the presets"),
+        (["run", "nowhere.yaml"], "error: 1 problem in 'nowhere.yaml':\n  expected a YAML file, a run's directory, or one"),
     ],
 )
 def test_what_is_missing_is_named(words: list[str], message: str) -> None:
@@ -209,7 +255,8 @@ def test_wrong_usage(words: list[str]) -> None:
 def test_errors_end_in_one_message(trainer: type[Recorder], command: str, error: Exception, message: str) -> None:
     trainer.error = error
     result = invoke(command, "--model", "m", "--data", "d")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+    first = "m: method lora, data d, output out\n" if command == "run" else ""
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", first + message)
 
 
 @pytest.mark.parametrize("way", ["flag", "environment"])
@@ -273,7 +320,8 @@ def test_a_signal_says_how_to_go_on(number: signal.Signals, step: int, given: li
         process.kill()
         process.wait()
     assert process.returncode == 128 + number
-    assert message == "\nInterrupted. " + said.format("--model 'a model' --data d") + "\n"
+    first = "a model: method lora, data d, output out\n"
+    assert message == first + "\nInterrupted. " + said.format("--model 'a model' --data d") + "\n"
 
 
 def test_ctrl_c_elsewhere(trainer: type[Recorder]) -> None:

@@ -16,6 +16,8 @@ from finetune.config.config import KEYS
 from finetune.config.errors import OTHER_NAMES
 from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import find_preset, preset_names, read_presets
+from finetune.config.reference import all_keys
+from finetune.config.run_file import may_be_replaced, run_text
 from finetune.config.sections import SECTIONS
 from finetune.config.training_options import TrainingOptions
 from finetune.config.unused_keys import unused_adapter_note
@@ -385,7 +387,7 @@ def test_keys_that_an_optimizer_does_not_read(name: str, read: set[str]) -> None
 def test_source_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)'laptop-16g'.*did you mean laptop-16gb\?"):
         Config.load("laptop-16g")
-    with pytest.raises(ConfigError, match="found neither"):
+    with pytest.raises(ConfigError, match="found none in it: name --model and --output"):
         Config.load(tmp_path)
 
 
@@ -397,6 +399,47 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         engine={"simulated_copy_gbps": 0.5},
     )  # fmt: skip
     assert Config.load(write(tmp_path / "saved.yaml", config.to_yaml())) == config
+
+
+def test_settings_of_a_run_serve_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are whole, but of hub ids; what was for one call is left out, and the directory may be another."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "d.jsonl", "template.jinja", "rewards.py"):
+        write(tmp_path / name, "")
+    config = Config(
+        model="m", data="d.jsonl[:90%]", eval_data="owner/set:test[:5]", method="zo", output="out", resume=True, trace="t.json",
+        quantize="nf4", quantization={"cache": "cache"}, zo={"objective": "rewards.py:score"},
+        dataset={"chat_template": "template.jinja"}, training={"report_to": "tensorboard"},
+    )  # fmt: skip
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    write(moved / "config.yaml", run_text(config))
+    assert may_be_replaced(moved / "config.yaml") and may_be_replaced(moved / "none")
+    assert not may_be_replaced(tmp_path / "d.jsonl")
+    monkeypatch.chdir("/")
+    expected = config.model_copy(update={
+        "model": str(tmp_path / "m"), "data": f"{tmp_path}/d.jsonl[:90%]", "output": moved, "resume": False, "trace": None,
+        "quantization": config.quantization.model_copy(update={"cache": tmp_path / "cache"}),
+        "zo": config.zo.model_copy(update={"objective": f"{tmp_path}/rewards.py:score"}),
+        "dataset": config.dataset.model_copy(update={"chat_template": str(tmp_path / "template.jinja")}),
+    })  # fmt: skip
+    assert Config.load(moved) == expected
+    assert Config.load(moved, {"max_steps": 3}).training.max_steps == 3
+    rows = Config(model="m", data=[{"text": "long " * 999}] * 7)
+    assert "data=<7 rows>" in repr(rows) and len(repr(rows)) < 5000
+    assert "# data was a Python object (list)" in run_text(rows)
+
+
+def test_every_key_has_a_sentence_and_a_default_that_is_read_again() -> None:
+    keys = list(all_keys())
+    assert [key.name for key in keys] == KEYS
+    assert all(len(key.sentence) > 9 for key in keys), [key.name for key in keys if len(key.sentence) < 10]
+    defaults = [f"{key.name}={key.default}" for key in keys if key.default is not None]
+    assert Config.load(None, {"model": "m"}, defaults) == Config(model="m")
+    values = {key.name: key.values for key in keys}
+    assert values["engine.queue_depth"] == "whole number from 1 or null"
+    assert values["training.adam_beta1"] == "number"
+    assert values["engine.activations"] == "auto, host, disk"
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -223,7 +224,10 @@ def test_truncated_and_dropped_are_counted(plain, tmp_path, here):
     data = make(rows, plain, tmp_path, sequence_length=20)
     assert len(data) == 2 and data.lengths.max() == 20
     assert [data.meta[key] for key in ("rows", "truncated", "dropped")] == [3, 1, 1]
-    assert describe(data) == ["data: 3 rows, 1 cut at 20 tokens, 1 of 3 left out: no token of them would be trained"]
+    assert describe(data) == [
+        "data: 3 rows, 1 cut at 20 tokens, 1 of 3 left out: no token of them would be trained, "
+        "25 tokens, 83% of them trained"
+    ]  # fmt: skip
     with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token in its first 20"):
         make(rows[1:2], plain, tmp_path, sequence_length=20)
     with pytest.raises(DataError, match="no example is left of 1 rows: none has a trained token$"):
@@ -413,3 +417,25 @@ def test_every_form_is_found_by_its_columns_and_reads_them():
             assert set(needed) <= form.reads <= rows.COLUMNS
     assert rows.detect_form({"input_ids": [1], "messages": [], "text": ""}, "place") == "input_ids"
     assert rows.detect_form({"messages": [], "text": "", "prompt": "", "completion": ""}, "place") == "messages"
+
+
+def test_tables_are_read_as_the_rows_that_csv_has(plain, tmp_path, here):
+    rows = [{"prompt": 'the "cat", sat', "completion": " on\n\nthe mat"}, {"prompt": "hello", "completion": " 7"}]
+    for suffix, separator in ((".csv", ","), (".csv", ";"), (".tsv", "\t")):
+        path = tmp_path / f"rows{suffix}"
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["completion", "prompt"], delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert make(path, plain, tmp_path).digest == make(rows, plain, tmp_path).digest
+
+
+def test_parts_of_a_file(plain, tmp_path, here):
+    rows = [{"text": f"the cat sat on {i} mats"} for i in range(11)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for part, wanted in (
+        ("[:3]", rows[:3]), ("[3:]", rows[3:]), ("[:90%]", rows[:9]), ("[90%:]", rows[9:]), ("[2:50%]", rows[2:5]),
+        ("[:]", rows),
+    ):  # fmt: skip
+        data = make(f"{path}{part}", plain, tmp_path)
+        assert data.digest == make(wanted, plain, tmp_path).digest and data.meta["rows"] == len(wanted)

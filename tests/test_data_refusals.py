@@ -174,8 +174,16 @@ def test_bad_files(plain, chatml, tmp_path, here):
     assert message(tmp_path / "p.parquet") == 'p.parquet:2: expected "text", found no keys'
     (tmp_path / "e.jsonl").write_text("\n")
     assert message(tmp_path / "e.jsonl") == "e.jsonl: no example is left of 0 rows: the data is empty"
-    (tmp_path / "x.csv").write_text("a,b")
-    assert "expected a file ending in .jsonl, .json, .parquet, .txt, found '.csv'" in message(tmp_path / "x.csv")
+    (tmp_path / "x.xml").write_text("a,b")
+    assert "expected a file ending in .jsonl, .json, .csv, .tsv, .parquet, .txt, found '.xml'" in message(tmp_path / "x.xml")
+    (tmp_path / "a.csv").write_text("prompt,completion\nthe,cat\nthe,cat,sat\n")
+    assert message(tmp_path / "a.csv") == "a.csv:3: expected 2 cells as in the first line, found 3"
+    (tmp_path / "a.csv").write_text('text\n"the cat\n')
+    assert message(tmp_path / "a.csv") == "a.csv:2: expected CSV in UTF-8: unexpected end of data"
+    (tmp_path / "a.csv").write_text("text,text\nthe,cat\n")
+    assert message(tmp_path / "a.csv") == "a.csv:1: expected a name for each column, found one twice in text, text"
+    (tmp_path / "a.txt").write_text("the cat")
+    assert "a.txt[:1]: a .txt file is one document" in message(f"{tmp_path / 'a.txt'}[:1]")
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "expected a file, for it is read more than once, found a pipe" in message(tmp_path / "pipe.jsonl")
     assert message(str(tmp_path / "no.jsonl")) == f"data file not found: {tmp_path / 'no.jsonl'}"
@@ -209,7 +217,7 @@ def flip(path: Path) -> None:
 def test_cache_is_used_again_until_something_changes(chatml, tmp_path, here, monkeypatch, capfd):
     made = []
     run = preparation._run_worker
-    monkeypatch.setattr(preparation, "_run_worker", lambda job, path: (made.append(1), run(job, path)))
+    monkeypatch.setattr(preparation, "_run_worker", lambda *given: (made.append(1), run(*given)))
     model = tmp_path / "model"
     model.mkdir()
     for file in Path(chatml).iterdir():

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetune.chat import Conversation
 from finetune.decoding import TextPieces, chooser, decode, end_tokens
 from finetune.evaluate import evaluate
 from finetune.generate import _encode as encode_prompt
@@ -286,3 +287,30 @@ def test_no_more_tokens_than_positions(tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=True) + text == whole
     with pytest.raises(UserError, match="64 positions"):
         list(generate(make_config(model, tmp_path), None, [prompt * 3], max_new_tokens=5))
+
+
+def test_a_conversation_is_one_text(llama: Path, tmp_path: Path, capsys) -> None:
+    """Each answer is what Transformers says to all turns before it; the oldest are forgotten when they have no room."""
+    config = make_config(llama, tmp_path)
+    plain, tokenizer = plain_model(llama), AutoTokenizer.from_pretrained(llama)
+    messages: list[dict[str, str]] = []
+    with Conversation(config, None, max_new_tokens=6) as conversation:
+        conversation._most_prompt = 60
+        for turn in ("hello there", "the cat sat on the mat", "what is it", "hello"):
+            messages.append({"role": "user", "content": turn})
+            while len(ids := tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]) > 60:
+                del messages[:2]
+            said = greedy(plain, ids, 6)
+            expected = tokenizer.decode(said, skip_special_tokens=True)
+            answer = "".join(conversation.say(turn))
+            assert answer == expected
+            messages.append({"role": "assistant", "content": answer})
+        assert len(messages) < 8 and "no longer fit and are forgotten" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"a turn has \d+ tokens, 60 have room"):
+            list(conversation.say("hello " * 60))
+        assert "".join(conversation.say("hello"))
+
+
+def test_a_model_without_a_chat_template_does_not_chat(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template: use finetune generate"):
+        Conversation(make_config(model, tmp_path), None)

@@ -42,10 +42,10 @@ ROOMS = [
     {"methods"},
     {"micro_batch_choice", "nearest_plans"},
     {"training"},
-    {"bench", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions"},
+    {"bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions"},
     {"one_run", "trainer"},
     {"sweep", "sweeps"},
-    {"cli", "demo"},
+    {"cli", "cli_messages", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""
 

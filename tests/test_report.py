@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import finetune.reporting.progress
-from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.ending import describe_ending
+from finetune.reporting.progress import LastingStream, Progress, fitted
 from finetune.reporting.report import (
     METRIC_KEYS,
     MetricsError,
@@ -167,6 +168,33 @@ def test_summary_lines_up_plan_and_outcome() -> None:
     ]
 
 
+REPORT = {
+    "steps": 30, "first_step": 10, "seconds": 75.0, "first_loss": 0.75, "last_loss": 0.25, "training_loss": 0.5,
+    "evaluation": {"loss": 0.3, "perplexity": 1.35, "tokens": 1200, "examples": 2000, "accuracy": 0.875, "seconds": 1.0},
+}  # fmt: skip
+
+
+def test_the_end_of_a_run_says_what_to_do_next() -> None:
+    assert describe_ending(REPORT, Path("my out"), has_adapter=True, is_text=True).splitlines() == [
+        "20 steps in 75 s; loss 0.7500 in the first and 0.2500 in the last, 0.5000 on average",
+        "evaluation: loss 0.3000, examples 2,000, accuracy 0.8750",
+        "my out/adapter: the adapter, in PEFT's format",
+        "Next:",
+        "  finetune eval 'my out' --data FILE",
+        "  finetune generate 'my out' --prompt \"...\"",
+        "  finetune chat 'my out'",
+        "  finetune export 'my out' --merge plain --to DIRECTORY",
+    ]
+    nothing = REPORT | {"steps": 10, "first_loss": None, "last_loss": None, "training_loss": None, "evaluation": None}
+    assert describe_ending(nothing, Path("out"), has_adapter=False, is_text=False).splitlines() == [
+        "0 steps in 75 s",
+        "out: the tuned model, until it is exported",
+        "Next:",
+        "  finetune eval out --data FILE",
+        "  finetune export out --to DIRECTORY",
+    ]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -194,12 +222,79 @@ MEASURED = {
 
 def test_line_of_a_step(clock: list[float]) -> None:
     stream = io.StringIO()
-    progress = Progress(1000, host_budget_bytes=2**30, device_budget_bytes=2**32, first_step=10, stream=stream)
+    progress = Progress(1000, host_budget_bytes=2**30, device_budget_bytes=2**32, stream=stream)
+    progress.begin_at(10)
     progress.step(row(11, **MEASURED))
     assert stream.getvalue() == (
-        "step 11/1000  loss 1.2346  833 tok/s  disk 1.20 GB/s  stall 25%  host 0.50/1.00 GiB  "
-        "device 3.00/4.00 GiB  ETA 32:58\n"
+        "step 11/1000  ETA 32:58  loss 1.2346  device 3.00/4.00 GiB  host 0.50/1.00 GiB  833 tok/s  disk 1.20 GB/s  stall 25%\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "device", "expected"),
+    [
+        (60, False, "step 12/300  ETA 9:34  backward 14/30  host 0.50/1.00 GiB"),
+        (80, False, "step 12/300  ETA 9:34  backward 14/30  loss 1.2346  host 0.50/1.00 GiB"),
+        (80, True, "step 12/300  ETA 9:34  backward 14/30  loss 1.2346  device 3.00/4.00 GiB"),
+        (
+            200, True, "step 12/300  ETA 9:34  backward 14/30  loss 1.2346  device 3.00/4.00 GiB  host 0.50/1.00 GiB"
+            "  833 tok/s  disk 1.20 GB/s  stall 25%",
+        ),
+        (9, False, "ETA 9:34"),
+    ],
+)  # fmt: skip
+def test_a_terminal_shows_what_matters_most(clock, monkeypatch, columns: int, device: bool, expected: str) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    progress = Progress(300, host_budget_bytes=2**30, device_budget_bytes=2**32 if device else None, stream=stream)
+    progress.step(row(12, **MEASURED))
+    clock[0] += 1.6
+    progress.inside("backward", 14, 30)
+    assert stream.getvalue().split("\r\x1b[K")[-1] == expected
+
+
+def test_time_left_is_known_before_the_first_step(clock: list[float]) -> None:
+    """From the prediction, and from where a run goes on; what has passed of a step counts, an evaluation does not."""
+    stream = Terminal()
+    progress = Progress(100, host_budget_bytes=2**30, step_seconds=10.0, peak_bytes=lambda: 2**29, stream=stream)
+    progress.begin_at(90)
+    clock[0] += 4
+    progress.inside("forward", 1, 30)
+    clock[0] += 60  # longer than predicted
+    progress.inside("forward", 2, 30)
+    progress.step(row(91, seconds=20.0))
+    for done in (0, 5, 10):
+        clock[0] += 30
+        progress.work("evaluate", done, 10)
+    clock[0] += 3
+    progress.inside("forward", 1, 30)
+    clock[0] += 1
+    progress.inside("fold", 3 << 30, 4 << 30)
+    frames = [frame.partition("  host")[0] for frame in stream.getvalue().split("\r\x1b[K")[1:]]
+    assert frames == [
+        "step 90/100  ETA ~1:36  forward 1/30",
+        "step 90/100  ETA ~1:30  forward 2/30",
+        "step 91/100  ETA 3:00  loss 22.7500",
+        "step 91/100  ETA 3:00  evaluate 0/10  loss 22.7500",
+        "step 91/100  ETA 3:00  evaluate 5/10  loss 22.7500",
+        "step 91/100  ETA 3:00  evaluate 10/10  loss 22.7500",
+        "step 91/100  ETA 2:40  forward 1/30  loss 22.7500",
+        "step 91/100  ETA 2:40  fold 75%  loss 22.7500",
+    ]
+
+
+def test_a_measurement_has_no_steps(clock: list[float]) -> None:
+    stream = Terminal()
+    progress = Progress(None, host_budget_bytes=2**30, peak_bytes=lambda: 2**28, stream=stream)
+    progress.work("evaluate", 0, 40)
+    clock[0] += 1
+    progress.inside("forward", 3, 30)
+    clock[0] += 9
+    progress.work("evaluate", 10, 40)
+    progress.clear()
+    assert stream.getvalue().split("\r\x1b[K")[1:] == [
+        "evaluate 0/40, forward 3/30  host 0.25/1.00 GiB", "ETA 0:30  evaluate 10/40  host 0.25/1.00 GiB", ""
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -212,7 +307,7 @@ def test_time_left_is_the_mean_of_recent_steps(clock: list[float], seconds: floa
     for step in range(2, 13):
         clock[0] += 20
         progress.step(row(step, seconds=seconds))
-    assert stream.getvalue().splitlines()[-1].endswith(f"ETA {expected}")
+    assert f"ETA {expected}  " in stream.getvalue().splitlines()[-1]
 
 
 def test_log_has_a_line_now_and_then(clock: list[float]) -> None:
@@ -233,12 +328,9 @@ def test_log_shows_the_inside_of_a_long_step(clock: list[float]) -> None:
     stream = io.StringIO()
     progress = Progress(2, host_budget_bytes=2**30, stream=stream)
     for visit in range(61):
-        progress.inside("backward", visit, 61, waiting_for="disk" if visit == 30 else None)
+        progress.inside("backward", visit, 61)
         clock[0] += 1
-    assert stream.getvalue().splitlines() == [
-        "step 0/2  | backward 30/61, waiting for disk",
-        "step 0/2  | backward 60/61",
-    ]
+    assert stream.getvalue().splitlines() == ["step 0/2  backward 30/61", "step 0/2  backward 60/61"]
 
 
 def test_live_line_is_rewritten_at_most_five_times_a_second(clock: list[float]) -> None:
@@ -251,7 +343,7 @@ def test_live_line_is_rewritten_at_most_five_times_a_second(clock: list[float]) 
     frames = stream.getvalue().split("\r\x1b[K")
     assert len(frames) == 1 + 1 + 25  # 100/16 s; the first tick after 0.2 s is the fourth
     assert "\n" not in stream.getvalue()
-    assert frames[-1].startswith("step 1/2  ") and "| forward " in frames[-1]
+    assert frames[-1].startswith("step 1/2  ") and "  forward 9" in frames[-1]
     progress.message("saved")
     progress.close()
     progress.close()
@@ -259,18 +351,20 @@ def test_live_line_is_rewritten_at_most_five_times_a_second(clock: list[float]) 
     assert stream.getvalue().count("\n") == 2 and stream.getvalue().endswith("\n")
 
 
-def test_live_line_fits_a_narrow_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
-    stream = Terminal()
-    Progress(2, host_budget_bytes=2**30, stream=stream).step(row(1))
-    assert stream.getvalue() == "\r\x1b[Kstep 1/2  loss 0.25"
-
-
 def test_dumb_terminal_gets_plain_lines(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
     Progress(2, host_budget_bytes=2**30, stream=stream).step(row(1))
     assert stream.getvalue().endswith("\n") and "\r" not in stream.getvalue()
+
+
+def test_long_lines_are_broken_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "  a line of more words than thirty columns have\nshort\n\n" + "x" * 40
+    assert fitted(text, io.StringIO()) == text
+    assert fitted(text, Terminal()) == (
+        "  a line of more words than\n    thirty columns have\nshort\n\n" + "x" * 40
+    )
 
 
 def test_a_stream_that_was_closed_takes_everything() -> None:

@@ -20,6 +20,7 @@ from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.runs.directory import RunDirectory, reading
 from finetune.runs.identity import RunIdentity, model_name, settings
+from finetune.runs.listing import describe_runs, find_runs
 from memory.errors import UserError
 from offload.files.checkpoint import read_checkpoint
 from offload.files.lock import lock
@@ -67,6 +68,35 @@ def copied(stopped, tmp_path):
         return Path(shutil.copytree(stopped[method], tmp_path / method))
 
     return copy
+
+
+def test_runs_are_listed_and_compared(model, data, copied, tmp_path):
+    copied("lora"), copied("zo")
+    Trainer(config_of(model, data, tmp_path / "deep" / "er", training={"learning_rate": 3e-3}, eval_data=data)).train()
+    shutil.rmtree(tmp_path / "zo" / "tokens")
+    runs = find_runs([tmp_path])
+    assert [(str(run.directory.relative_to(tmp_path)), run.step, run.state) for run in runs] == [
+        ("deep/er", 4, "finished"), ("lora", 2, "finished"), ("zo", 2, "finished")
+    ]  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "er" / "metrics.jsonl").open()]
+    assert runs[0].loss == rows[-1]["loss"] and runs[0].measured["loss"] == rows[-1]["eval_loss"]
+    lines = describe_runs(runs).splitlines()
+    assert lines[0].split()[:4] == ["run", "method", "model", "step"] and "accuracy" in lines[0]
+    assert [line.split()[:4] for line in lines[2:4]] == [
+        [str(tmp_path / method), method, "llama", "2/4"] for method in ("lora", "zo")
+    ]
+    assert "settings that differ:" in lines and any(
+        line.split() == ["training.learning_rate", "0.003", "0.01", "0.01"] for line in lines
+    )
+    held = RunDirectory(tmp_path / "zo")
+    held.take(config_of(model, data, tmp_path / "zo", "zo", resume=True))
+    assert find_runs([tmp_path / "zo"])[0].state == "running"
+    held.close()
+    (tmp_path / "zo" / "report.json").unlink()
+    assert find_runs([tmp_path / "zo"])[0].state == "stopped"
+    assert "settings" not in describe_runs(runs[:1])
+    with pytest.raises(UserError, match="expected the directory of a run, or one with runs in it, found none"):
+        find_runs([tmp_path / "zo" / "state"])
 
 
 class TestOneProcess:
@@ -182,7 +212,7 @@ class TestAnEarlierRun:
         report = Trainer(config.model_copy(update={"resume": True})).train().report
         assert report["first_step"] == 0
         kept = {path.name for path in (config.output / "previous" / "1").iterdir()}
-        assert kept == {"run.json", "state", "adapter", "metrics.jsonl", "report.json"}
+        assert kept == {"run.json", "config.yaml", "state", "adapter", "metrics.jsonl", "report.json"}
 
     def test_is_not_moved_from_under_the_new_one(self, model, data, copied):
         output = copied("zo")

@@ -104,6 +104,8 @@ def test_a_run_is_measured_and_speaks_without_an_export(method, dtype, models, d
     first = trainer.train().report
     held_bytes = host_bytes()
     found = trainer.evaluate()["loss"]
+    again = Config.load(config.output, {"eval_data": other_rows})  # of which nothing else need be named
+    assert evaluate(again, config.output)["loss"] == found
     base, exported = make_config(config.model, tmp_path / "eval", eval_data=other_rows), measured(config, other_rows, tmp_path)
     assert found != evaluate(base)["loss"]
     rounded = config.method == "zo" and dtype == "bfloat16"  # an export has the dtypes of the original

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, creat
 
 from finetune.config.errors import ConfigError, explain
 from finetune.config.loading import (
+    RUN_FILE,
     SHORTHANDS,
     assign,
     expand_shorthands,
@@ -43,17 +44,23 @@ def _check_output(path: Any) -> Any:
 ModelName = Annotated[str, BeforeValidator(expand_path), Field(min_length=1)]
 
 
+class _Rows(int):
+    def __repr__(self) -> str:
+        return f"<{int(self)} rows>"
+
+
 class _Keys(Section):
     """The keys at the top level; `Config` has the sections too."""
 
     model: ModelName
-    """A directory with config.json and safetensors files, or a hub id."""
+    """A directory with config.json and safetensors files, a .gguf file, or a hub id."""
     data: Data = None
-    """What is trained on; see `Data`."""
+    """What is trained on: a file, a directory, a pattern of files, a hub data set, sample:NAME, in Python rows too; or
+    some rows of a file, as in train.jsonl[:90%]."""
     eval_data: Data = None
-    """What is evaluated on; see `Data`."""
+    """What is evaluated on, named as `data`. None: nothing is, but by `finetune eval`."""
     method: Literal[*METHODS] = "lora"
-    """How, and what of the model; see `finetune.methods.registry`."""
+    """How it is trained, and what of the model: see docs/methods.md."""
     quantize: Quantize = None
     """Goes over the model's linear layers in 4 or 8 bits, made once and kept in a cache; see `quantization`. A number: bits a
     weight on average, with scales, spread over the matrices by what each loses."""
@@ -112,6 +119,12 @@ class _Keys(Section):
         if found:
             raise ConfigError(found)
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Rows are counted, not shown."""
+        for key, value in super().__repr_args__():
+            is_rows = key in ("data", "eval_data") and not isinstance(value, (str, Path, type(None)))
+            yield key, _Rows(len(value)) if is_rows else value
+
     @property
     def learning_rate(self) -> float:
         """`training.learning_rate`, or what suits the method."""
@@ -140,10 +153,10 @@ class _Keys(Section):
         overrides: Mapping[str, Any] | None = None,
         settings: Sequence[str] = (),
     ) -> Config:
-        """The configuration in a YAML file or preset, with changes on top.
+        """The configuration in a YAML file or preset, or of a run, with changes on top.
 
-        `source`: a path, or a preset's name where no such file exists. `overrides`: keys to values; a key may be dotted
-        (`training.max_steps`) or a shorthand. `settings`: "key=value" words, the value as
+        `source`: a path, a run's directory, or a preset's name where nothing has that path. `overrides`: keys to values; a key
+        may be dotted (`training.max_steps`) or a shorthand. `settings`: "key=value" words, the value as
         `finetune.config.yaml_text.read_word` has it; they come last.
 
         Raises ConfigError.
@@ -154,6 +167,8 @@ class _Keys(Section):
         values = read_yaml(path)
         if "sweep" in values:
             raise ConfigError(["sweep: expected one run, found those of a sweep: use `finetune sweep`"], str(path))
+        if path.name == RUN_FILE and path.parent == Path(source).expanduser():  # which may have been moved
+            values["output"] = os.fspath(source)
         return cls.of_values(values, str(path), overrides, settings)
 
     @classmethod
@@ -182,7 +197,7 @@ class _Keys(Section):
 
         Data given as a Python object has no place in a file: its key is null, and a comment says so.
         """
-        values = self.model_dump() | {"output": str(self.output)}
+        values = self.model_dump()
         comments = ""
         if callable(self.zo.objective):
             comments += "# zo.objective was a Python function\n"

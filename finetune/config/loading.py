@@ -25,17 +25,26 @@ SHORTHANDS = {
     "sequence_length": "dataset",
 }
 
+RUN_FILE = "config.yaml"
+"""In the directory of a run: its settings, see `finetune.config.run_file`."""
+
 
 def find_source(source: str) -> Path:
+    """A file; that of a run where its directory is named."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
+    if (path / RUN_FILE).is_file():
+        return path / RUN_FILE
     preset = find_preset(source)
+    if preset is None and path.is_dir():
+        found = "a run of an earlier version, without one" if (path / "run.json").exists() else "none in it"
+        raise ConfigError([f"expected config.yaml, as runs write it, found {found}: name --model and --output"], str(path))
     if preset is None:
         near = difflib.get_close_matches(source, preset_names(), n=1)
         raise ConfigError(
             [
-                f"expected a YAML file or one of the presets {', '.join(preset_names())}; found neither"
+                f"expected a YAML file, a run's directory, or one of the presets {', '.join(preset_names())}; found none"
                 + (f"; did you mean {near[0]}?" if near else "")
             ],
             origin=repr(source),

@@ -20,6 +20,13 @@ def _check_micro_batch_size(value: Any) -> Any:
     return value
 
 
+def _check_report_to(value: Any) -> Any:
+    """One word stands for a list of it, none for an empty one, as in Transformers."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
 class TrainingOptions(Section):
     """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
 
@@ -70,8 +77,8 @@ class TrainingOptions(Section):
     """Evaluates every so many steps. None: only at the end."""
     save_steps: Count = 50
     """Saves the state, from which `resume` continues, every so many steps. Ctrl-C saves it too."""
-    report_to: list[Literal["tensorboard"]] = []
-    """Where metrics go besides `metrics.jsonl`."""
+    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(_check_report_to)] = []
+    """Where metrics go besides `metrics.jsonl`: tensorboard, or none."""
 
     @property
     def least_micro_batch_size(self) -> int:

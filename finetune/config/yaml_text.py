@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -37,6 +38,9 @@ for _kind in (Loader, Dumper):
         _kind.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern.pattern})$"), list("-+.0123456789")
         )
+
+
+Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def read_document(text: str) -> tuple[Any, list[str]]:

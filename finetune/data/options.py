@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,11 +45,18 @@ def _check_data(data: Any) -> Any:
     return data
 
 
-def _sample_path(name: str) -> str:
+def split_part(source: str) -> tuple[str, str]:
+    """A source's name, and which of its rows are meant: "a.jsonl[:90%]" is a.jsonl and [:90%]; of all rows it is empty."""
+    found = re.fullmatch(r"(.+?)(\[\d*%?:\d*%?\])", source)
+    return (found[1], found[2]) if found else (source, "")
+
+
+def _sample_path(source: str) -> str:
+    name, part = split_part(source)
     names = sorted(path.stem for path in SAMPLES.glob("*.jsonl"))
     if name not in names:
         raise ValueError(f"expected one of the samples shipped here ({', '.join(names)}), found {name!r}")
-    return str(SAMPLES / f"{name}.jsonl")
+    return str(SAMPLES / f"{name}.jsonl") + part
 
 
 Data = Annotated[Any, BeforeValidator(_check_data)]

@@ -28,7 +28,7 @@ from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.job import Job, TokenOptions
 from finetune.data.rows import COLUMNS, MEDIA
-from finetune.data.sources import File, HubSplit, resolve, without_added_nulls
+from finetune.data.sources import File, HubSplit, resolve, source_of, without_added_nulls
 from finetune.data.tokenizer_files import tokenizer_folder, write_tokenizer
 from offload.files.checkpoint import is_gguf
 from offload.files.gguf_file import metadata_digest
@@ -48,8 +48,8 @@ def prepare(
 ) -> TokenDataset:
     """Return the token cache of `source`, made now or earlier.
 
-    source            path of a .jsonl, .json, .parquet or .txt file, a folder or glob of them, "hubid", "hubid:split",
-                      "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
+    source            path of a .jsonl, .json, .csv, .tsv, .parquet or .txt file, "FILE[:90%]", a folder or glob of files,
+                      "hubid", "hubid:split", "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
     model             folder, GGUF file or hub id of the tokenizer
     options           the fields of `finetune.data.job.TokenOptions`, of which sequence_length must be given
 
@@ -134,7 +134,14 @@ def describe(data: TokenDataset) -> list[str]:
         longer = f"longer than sequence_length ({meta['sequence_length']:,})"
         why = longer if compared else "no token of them would be trained"
         parts.append(f"{meta['dropped']:,} of {count:,} left out: {why}")
+    if not compared:
+        can_be = max(1, meta["tokens"] - meta["examples"])  # nothing predicts a first token
+        parts.append(f"{meta['tokens']:,} tokens, {_percent(meta['label_tokens'] / can_be)} of them trained")
     return [f"{'+'.join(meta['sources'])}: {', '.join(parts)}", *(f"note: {note}" for note in meta["notes"])]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 or not share else f"{100 * share:.2g}%"
 
 
 @contextmanager
@@ -256,6 +263,7 @@ def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
     home = str(Path(finetune.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     error, line_open = None, False
+    name = "+".join(source_of(one).label for one in job["sources"])
     with (
         open(stderr_path, "wb") as stderr,
         subprocess.Popen(
@@ -280,12 +288,12 @@ def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
                 if "rows" in message and sys.stderr.isatty():
                     line_open = True
                     counts = f"{message['rows']:,} rows, {message['tokens']:,} tokens"
-                    print(f"\rpreparing data: {counts}", end="", file=sys.stderr, flush=True)
+                    print(f"\rpreparing {name:.40}: {counts}", end="", file=sys.stderr, flush=True)
             code = process.wait()
         finally:
             process.kill()  # Ctrl-C here must not leave it running; does nothing once it has ended
             if line_open:
-                print(file=sys.stderr)
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     if error is not None:
         raise DataError(error)
     if code == 0:

@@ -1,32 +1,36 @@
 """Where rows come from: files, folders, globs and hub datasets, read as a stream.
 
 A row's place is "file:line" for text formats and "file:row" (from 1) for Parquet and hub data.
-Memory does not grow with a file's size: JSONL is read by line, JSON arrays by element, Parquet by row group, and
+Memory does not grow with a file's size: JSONL and CSV are read by line, JSON arrays by element, Parquet by row group, and
 a .txt file, which is one document, in pieces cut at line ends. What gzip, bzip2 and xz wrote is read through them.
+"train.jsonl[:90%]" are the first rows of a file, "train.jsonl[90%:]" the others, as `datasets` writes parts of a split.
 """
 
 from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import glob
 import gzip
 import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from finetune.data.errors import DataError
 from finetune.data.forms.text import TextPiece
 from finetune.data.json_rows import MAX_ROW_CHARS, json_documents, parse_json
+from finetune.data.options import split_part
 from finetune.data.rows import COLUMNS, MEDIA
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 TEXT_PIECE_CHARS = 1 << 18
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = (*_OPENERS, ".zst", ".zip", ".lz4", ".br")
@@ -41,10 +45,16 @@ class File:
     size: int  # in bytes
     mtime_ns: int  # of the last change, in nanoseconds
     sha256: str | None = None  # set for rows handed over in memory, whose temporary file has no lasting identity
+    part: str = ""  # of its rows, such as [:90%]; empty: all
 
     @property
     def name(self) -> str:
         return "data" if self.sha256 else Path(self.path).name
+
+    @property
+    def label(self) -> str:
+        """The name, with the part that is read."""
+        return self.name + self.part
 
     @property
     def format(self) -> str:
@@ -68,8 +78,18 @@ class HubSplit:
     def name(self) -> str:
         return f"{self.id}:{self.split}"
 
+    @property
+    def label(self) -> str:
+        """The name, which has the split."""
+        return self.name
+
     def identity(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def source_of(fields: dict[str, Any]) -> File | HubSplit:
+    """The source with these fields."""
+    return File(**fields) if "path" in fields else HubSplit(**fields)
 
 
 def resolve(source: str | Path) -> list[File | HubSplit]:
@@ -84,6 +104,9 @@ def resolve(source: str | Path) -> list[File | HubSplit]:
         return _files_in(path, text)
     if path.exists():
         return [_file(path)]
+    name, part = split_part(text)
+    if part and Path(name).expanduser().is_file():
+        return [replace(_file(Path(name).expanduser()), part=part)]
     hub = None if isinstance(source, Path) else _HUB.fullmatch(text)
     if hub and _format(Path(hub["id"])) in SUFFIXES:
         hub = None
@@ -122,13 +145,27 @@ def read_rows(source: File | HubSplit, every_column: bool = False) -> Iterator[t
         yield from _hub_rows(source, every_column)
         return
     parquet_rows = partial(_parquet_rows, every_column=every_column)
-    reader = {".txt": _text_pieces, ".parquet": parquet_rows}.get(source.format, _json_rows)
+    readers = {".txt": _text_pieces, ".parquet": parquet_rows, ".csv": _table_rows, ".tsv": _table_rows}
+    reader = readers.get(source.format, _json_rows)
     try:
-        yield from reader(source)
+        if not source.part:
+            yield from reader(source)
+            return
+        if source.format == ".txt":
+            raise DataError(f"{source.name}{source.part}: a .txt file is one document, not rows: leave {source.part} out")
+        yield from islice(reader(source), *_bounds(source.part, lambda: sum(1 for _ in reader(source))))
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error.strerror or error}") from error
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot decompress {source.path}: {error}: the file is damaged or was cut") from error
+
+
+def _bounds(part: str, count: Callable[[], int]) -> tuple[int, int | None]:
+    """The rows of [start:stop], from 0. count: how many there are, asked for where a bound is a share."""
+    num_rows = count() if "%" in part else 0
+    words = part[1:-1].split(":")
+    first, last = (num_rows * int(word[:-1]) // 100 if word[-1:] == "%" else int(word or -1) for word in words)
+    return max(first, 0), None if last < 0 else last
 
 
 def without_added_nulls(value: Any) -> Any:
@@ -200,6 +237,32 @@ def _lines(file: File) -> Iterator[tuple[str, Any]]:
             except ValueError as error:
                 row = DataError(f"{place}: expected one JSON object, found what is not JSON: {error}")
             yield place, row
+
+
+def _table_rows(file: File) -> Iterator[tuple[str, Any]]:
+    """Of CSV, whose first line names the columns: every cell is text."""
+    csv.field_size_limit(MAX_ROW_CHARS)
+    with _open(file) as binary:
+        stream = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        header = stream.readline()
+        separator = "\t" if file.format == ".tsv" else ";" if ";" in header and "," not in header else ","
+        names = next(csv.reader([header], delimiter=separator), [])
+        if len(set(names)) < len(names):
+            raise DataError(f"{file.name}:1: expected a name for each column, found one twice in {', '.join(names)}")
+        reader = csv.reader(stream, delimiter=separator, strict=True)
+        while True:
+            line = reader.line_num + 2
+            try:
+                cells = next(reader, None)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{file.name}:{line}: expected CSV in UTF-8: {error}") from error
+            if cells is None:
+                return
+            if len(cells) not in (0, len(names)):
+                found = f"expected {len(names)} cells as in the first line, found {len(cells)}"
+                yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {found}")
+            elif cells:
+                yield f"{file.name}:{line}", dict(zip(names, cells, strict=True))
 
 
 def _text_pieces(file: File) -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from finetune.data.forms.base import ParsedRow
 from finetune.data.forms.prompt_completion import Pair
 from finetune.data.job import Job
 from finetune.data.rows import check_judged, detect_form, parse
-from finetune.data.sources import File, HubSplit, read_rows
+from finetune.data.sources import File, HubSplit, read_rows, source_of
 
 BATCH_ROWS = 256
 BATCH_CHARS = 1 << 18
@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:
     """Write the cache of `job`. `report(rows, tokens)` is called after each batch. Raises DataError."""
-    sources = [File(**source) if "path" in source else HubSplit(**source) for source in job.sources]
+    sources = [source_of(fields) for fields in job.sources]
     if any(isinstance(source, HubSplit) and source.commit is None for source in sources):
         # The hub was just found out of reach: take what was downloaded before, without minutes of trying again.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,7 +60,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     for batch in _batches(rows):
         examples.add(batch)
         report(rows.count, writer.tokens)
-    names = [source.name for source in sources]
+    names = [source.label for source in sources]
     if not writer.examples:
         why = "none has a trained token" if examples.dropped else "the data is empty"
         if examples.dropped > examples.dropped_short:

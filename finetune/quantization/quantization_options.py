@@ -39,7 +39,7 @@ class QuantizationOptions(Section):
     """Of nf4: scales in 8 bits too (double quantization, Dettmers et al. 2023). 4.13 bits a weight in place of 4.5 are read
     from the disk at every pass."""
     cache: Annotated[Path | None, BeforeValidator(expand_path)] = None
-    """Directory of quantised models. None: finetune/quantized in the user's cache directory."""
+    """Directory of quantised models. None: in the user's cache directory, see `finetune cache`."""
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
         if not self.nested and config.quantize in (None, "int8"):

@@ -6,11 +6,12 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from memory.units import format_seconds
 
@@ -19,7 +20,8 @@ _LOG_STEP_SECONDS = 10.0
 _LOG_PHASE_SECONDS = 30.0
 _STEPS_AVERAGED = 10
 
-Phase = Literal["forward", "head", "backward", "update", "fold", "evaluate"]
+_SHOWN = ("step", "eta", "inside", "loss", "memory", "host", "tokens", "disk", "stall")  # parts of a line, in their order
+_WORTH = ("step", "eta", "inside", "memory", "loss", "host", "tokens", "stall", "disk")  # where not all have room
 
 
 class LastingStream:
@@ -52,65 +54,93 @@ class LastingStream:
 
 
 class Progress:
-    """Shows where a run is. `step` after each step, `inside` as often as one likes (a clock is read, rarely more).
+    """Shows where a run is, or where a measurement is, which has no steps. `step` after each step, `inside` as often as one
+    likes (a clock is read, rarely more).
 
-    On a terminal the line is redrawn at most five times a second. Elsewhere a step is written when ten seconds have
-    passed since the last line (the first and the last always), and the inside of a step when thirty have.
+    On a terminal the line is redrawn at most five times a second, with as much as its width has room for. Elsewhere a step is
+    written when ten seconds have passed since the last line (the first and the last always), and the inside of a step when
+    thirty have.
     """
 
     def __init__(
         self,
-        total_steps: int,
+        total_steps: int | None,
         *,
         host_budget_bytes: int,
         device_budget_bytes: int | None = None,
-        first_step: int = 0,
+        step_seconds: float | None = None,
+        peak_bytes: Callable[[], int] | None = None,
         stream: TextIO | None = None,
         name: str = "",
     ) -> None:
-        """`first_step`: steps done before this run, when it goes on from an earlier one. `name`: of the run, where it is one of
-        several that are shown."""
+        """total_steps: None: there are none. step_seconds: as predicted, until steps were measured. peak_bytes: of host memory,
+        asked for whenever a line is written. name: of the run, where it is one of several that are shown."""
         self._name = f"{name}: " if name else ""
         self._stream = LastingStream(sys.stderr if stream is None else stream)
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._total_steps = total_steps
         self._host_budget_bytes = host_budget_bytes
         self._device_budget_bytes = device_budget_bytes
+        self._predicted_seconds = step_seconds
+        self._peak_bytes = peak_bytes
         self._recent_seconds: deque[float] = deque(maxlen=_STEPS_AVERAGED)
-        self._done_steps = first_step
-        self._line = f"{self._name}step {first_step}/{total_steps}"
-        self._last_shown = monotonic()
+        self._done_steps = 0
+        self._row: Mapping[str, Any] = {}
+        self._work = self._inside = ""
+        self._work_share = 0.0
+        self._last_shown = self._step_began = self._work_began = monotonic()
         self._shown = False
+
+    def begin_at(self, step: int) -> None:
+        """So many steps were done by earlier processes."""
+        self._done_steps = step
+        self._step_began = monotonic()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """A step has ended; `row` has the keys of `report.METRIC_KEYS`."""
-        self._done_steps = row["step"]
+        self._done_steps, self._row, self._inside = row["step"], row, ""
         self._recent_seconds.append(row["seconds"])
-        self._line = self._describe(row)
+        self._step_began = monotonic()
         waited_enough = monotonic() - self._last_shown >= (_REDRAW_SECONDS if self._live else _LOG_STEP_SECONDS)
         if waited_enough or len(self._recent_seconds) == 1 or self._done_steps >= self._total_steps:
-            self._show(self._line)
+            self._show()
 
-    def inside(self, phase: Phase, done: int, total: int, waiting_for: str | None = None) -> None:
-        """`done` of `total` visits of this phase are over; `waiting_for` names the link that is waited for, if any."""
-        if monotonic() - self._last_shown < (_REDRAW_SECONDS if self._live else _LOG_PHASE_SECONDS):
-            return
-        waiting = f", waiting for {waiting_for}" if waiting_for else ""
-        self._show(f"{self._line}  | {phase} {done}/{total}{waiting}")
+    def inside(self, phase: str, done: int, total: int) -> None:
+        """`done` of `total` visits (of a fold: bytes) of this phase are over."""
+        self._inside = f"{phase} {done / max(1, total):.0%}" if phase == "fold" else f"{phase} {done}/{total}"
+        self._show_now_and_then()
+
+    def work(self, words: str, done: int, total: int) -> None:
+        """From now on steps wait for something else, of which `done` of `total` is over; all of it: they go on."""
+        if not self._work:
+            self._work_began = monotonic()
+        self._work, self._inside, self._work_share = f"{words} {done}/{total}", "", done / max(1, total)
+        self._show_now_and_then()
+        if done >= total:
+            self._step_began += monotonic() - self._work_began
+            self._work = ""
 
     def message(self, text: str) -> None:
         """A lasting line, above the live one."""
-        text = f"{self._name}{text}"
+        text = fitted(f"{self._name}{text}", self._stream)
         self._stream.write(f"\r\x1b[K{text}\n" if self._live else f"{text}\n")
         if self._live:
-            self._show(self._line)
+            self._show()
         self._stream.flush()
 
     def close(self) -> None:
         """Ends the live line; what is written next starts on a line of its own."""
         if self._live and self._shown:
-            self._show(self._line)
+            self._inside = self._work = ""
+            self._show()
             self._stream.write("\n")
+            self._stream.flush()
+            self._shown = False
+
+    def clear(self) -> None:
+        """Takes the live line away: what is written next stands in its place."""
+        if self._live and self._shown:
+            self._stream.write("\r\x1b[K")
             self._stream.flush()
             self._shown = False
 
@@ -120,32 +150,68 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _describe(self, row: Mapping[str, Any]) -> str:
-        seconds = max(row["seconds"], 1e-9)
-        disk_gbps = (row["disk_read_bytes"] + row["disk_write_bytes"]) / seconds / 1e9
-        parts = [
-            f"{self._name}step {row['step']}/{self._total_steps}",
-            f"loss {row['loss']:.4f}",
-            f"{row['tokens_per_s']:.0f} tok/s",
-            f"disk {disk_gbps:.2f} GB/s",
-            f"stall {100 * row['stall_seconds'] / seconds:.0f}%",
-            f"host {_of_budget(row['host_peak_bytes'], self._host_budget_bytes)}",
-        ]
-        if self._device_budget_bytes is not None:
-            parts.append(f"device {_of_budget(row['device_peak_bytes'], self._device_budget_bytes)}")
-        left_steps = self._total_steps - self._done_steps
-        parts.append(f"ETA {_clock(left_steps * sum(self._recent_seconds) / len(self._recent_seconds))}")
-        return "  ".join(parts)
+    def _show_now_and_then(self) -> None:
+        if monotonic() - self._last_shown >= (_REDRAW_SECONDS if self._live else _LOG_PHASE_SECONDS):
+            self._show()
 
-    def _show(self, line: str) -> None:
+    def _show(self) -> None:
+        parts = self._parts()
         if self._live:
-            columns = shutil.get_terminal_size().columns
-            self._stream.write(f"\r\x1b[K{line[: columns - 1]}")
+            columns = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[K{_fitting(parts, columns)}")
         else:
-            self._stream.write(f"{line}\n")
+            self._stream.write("  ".join(parts[name] for name in _SHOWN if name in parts) + "\n")
         self._stream.flush()
         self._last_shown = monotonic()
         self._shown = True
+
+    def _parts(self) -> dict[str, str]:
+        """What there is to say, by the names of `_SHOWN`."""
+        row, parts = self._row, {}
+        if self._total_steps is not None:
+            parts["step"] = f"{self._name}step {self._done_steps}/{self._total_steps}"
+        if (left := self._seconds_left()) is not None:
+            is_predicted = self._total_steps is not None and not self._recent_seconds
+            parts["eta"] = f"ETA {'~' * is_predicted}{_clock(left)}"
+        if inside := ", ".join(filter(None, [self._work, self._inside])):
+            parts["inside"] = inside
+        peak_bytes = max(row.get("host_peak_bytes", 0), self._peak_bytes() if self._peak_bytes else 0)
+        if peak_bytes:
+            parts["memory"] = f"host {_of_budget(peak_bytes, self._host_budget_bytes)}"
+        if row:
+            seconds = max(row["seconds"], 1e-9)
+            disk_gbps = (row["disk_read_bytes"] + row["disk_write_bytes"]) / seconds / 1e9
+            parts["loss"] = f"loss {row['loss']:.4f}"
+            parts["tokens"] = f"{row['tokens_per_s']:.0f} tok/s"
+            parts["disk"] = f"disk {disk_gbps:.2f} GB/s"
+            parts["stall"] = f"stall {100 * row['stall_seconds'] / seconds:.0f}%"
+            if self._device_budget_bytes is not None:
+                parts["host"] = parts["memory"]
+                parts["memory"] = f"device {_of_budget(row['device_peak_bytes'], self._device_budget_bytes)}"
+        return parts
+
+    def _seconds_left(self) -> float | None:
+        """None: nothing is known of it yet."""
+        if self._total_steps is None:
+            waited, share = monotonic() - self._work_began, self._work_share
+            return waited * (1 - share) / share if share else None
+        recent = self._recent_seconds
+        seconds = sum(recent) / len(recent) if recent else self._predicted_seconds
+        if seconds is None:
+            return None
+        left_steps = self._total_steps - self._done_steps
+        under_way = 0.0 if self._work or not left_steps else min(seconds, monotonic() - self._step_began)
+        return left_steps * seconds - under_way
+
+
+def _fitting(parts: Mapping[str, str], columns: int) -> str:
+    """As many of the parts as so many columns have room for, those of the most worth first."""
+    room, chosen = columns, set()
+    for name in _WORTH:
+        if name in parts and len(parts[name]) <= room:
+            chosen.add(name)
+            room -= len(parts[name]) + 2
+    return "  ".join(parts[name] for name in _SHOWN if name in chosen)
 
 
 class Ticker:
@@ -161,6 +227,18 @@ class Ticker:
             self._said = now
             left = (now - self._started) * (total - done) / done
             say(f"{self._work}: {done / total:.0%}, about {format_seconds(left)} left")
+
+
+def fitted(text: str, stream: Any) -> str:
+    """`text`, with lines that are too long for a terminal broken between words. stream: where it will be written."""
+    if not stream.isatty():
+        return text
+    columns, lines = shutil.get_terminal_size().columns, []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())] + "  "
+        wrapped = textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines += wrapped if len(line) > columns else [line]
+    return "\n".join(lines)
 
 
 def say(words: str) -> None:

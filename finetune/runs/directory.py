@@ -1,7 +1,8 @@
 """The directory of a run: which files are the run's, which process is at it, and what becomes of an earlier run's.
 
     run.lock        while a process runs or reads there
-    run.json        the run's identity, which its states, journal and store repeat
+    run.json        the run's identity, which its states, journal and store repeat, and what it was made with
+    config.yaml     its settings, for later commands; one that the user has put there stays
     previous/N/     earlier runs, whole, that a new run found in its place
 
 Of what stands under the names that a run writes, an earlier run's files are set aside; for what no run has made, the new run
@@ -16,14 +17,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import finetune
 from finetune.config import Config
+from finetune.config.loading import RUN_FILE
+from finetune.config.run_file import may_be_replaced, run_text
 from finetune.methods.registry import METHODS
 from finetune.runs.identity import RunIdentity, check_same_run, recorded_setting
 from finetune.runs.state import saved_states
@@ -48,6 +54,7 @@ _CONTENT: Mapping[str, str | None] = {
     "store": r"data|manifest\.json|lock|\.manifest\.json\.tmp",
     "initial-adapter": _ADAPTER,
     "adapter": _ADAPTER,
+    RUN_FILE: None,
     "metrics.jsonl": None,
     "report.json": None,
     "tensorboard": r"events\.out\.tfevents\..*|\d+(\.\d+)?",
@@ -55,7 +62,7 @@ _CONTENT: Mapping[str, str | None] = {
 _WRITTEN_INTO = ("state", "weights", "store", "tensorboard", "tokens", "scratch", PREVIOUS)  # may be links to directories
 # Names of what a process that was killed has left half written, by folder.
 _HALF_WRITTEN = {
-    "": re.compile(r"\.(adapter|initial-adapter|metrics\.jsonl|report\.json|run\.json|journal\.zo)(\.\d+)?\.tmp"),
+    "": re.compile(r"\.(adapter|initial-adapter|metrics\.jsonl|(report|run)\.json|config\.yaml|journal\.zo)(\.\d+)?\.tmp"),
     "state": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "weights": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "scratch": re.compile(r"activations-\d+\.scratch|gradients"),
@@ -129,7 +136,7 @@ class RunDirectory:
                     f"note: learning rates are from here on those of a run of {num_steps} steps; they were those of {before}"
                 )
         self._clean()
-        run = {"format": FORMAT, "num_steps": num_steps, **about}
+        run = {"format": FORMAT, "num_steps": num_steps, "versions": _versions(), **about}
         if self._aside:
             place, moved_bytes = self._next_place(), sum(_num_bytes(self.path / name) for name in self._aside)
             run["setting_aside"] = {"place": place.name, "names": self._aside}
@@ -141,6 +148,8 @@ class RunDirectory:
             )
         else:
             self._write(run)
+        if may_be_replaced(self.path / RUN_FILE):
+            self._replace(RUN_FILE, run_text(identity.config))
         return about
 
     def close(self) -> None:
@@ -202,10 +211,13 @@ class RunDirectory:
         return run
 
     def _write(self, run: Mapping[str, Any]) -> None:
+        self._replace(RUN, json.dumps(seal(run), indent=1) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
         try:
-            replace_file(self.path / RUN, (json.dumps(seal(run), indent=1) + "\n").encode())
+            replace_file(self.path / name, text.encode())
         except OSError as error:
-            raise UserError(f"cannot write {self.path / RUN}: {error.strerror}. Make room, or mend it") from error
+            raise UserError(f"cannot write {self.path / name}: {error.strerror}. Make room, or mend it") from error
 
     def _clean(self) -> None:
         for folder, pattern in _HALF_WRITTEN.items():
@@ -278,6 +290,12 @@ def _close_lock(directory: Path, descriptor: int) -> None:
     except OSError:
         pass  # others read on, or the directory is gone
     os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    """Of what the steps are computed with."""
+    found = {"finetune": finetune.__version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")}
 
 
 def _holder(directory: Path) -> str:
@@ -363,7 +381,8 @@ def _strange(path: Path, inside: bool = True) -> list[Path]:
         return [path]
     pattern = _CONTENT.get(path.name, "")
     if pattern is None:
-        return [] if path.is_file() else [path]
+        is_own = path.is_file() and (path.name != RUN_FILE or may_be_replaced(path))
+        return [] if is_own else [path]
     if not path.is_dir():
         return [path]
     half_written = _HALF_WRITTEN.get(path.name)

@@ -166,11 +166,12 @@ def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _differences(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
@@ -183,13 +184,13 @@ def _differences(found: Mapping[str, Any], about: Mapping[str, Any]) -> list[str
     if not same_data:
         old, new = (f"{x['examples']} examples ({x['digest'][:8]})" for x in (found["data"], about["data"]))
         words.append(f"data: {old} then, {new} now")
-    then, now = _flat(found["settings"]), _flat(about["settings"])
+    then, now = flat(found["settings"]), flat(about["settings"])
     if same_data:
         for key in _ACTS_THROUGH_TOKENS:
             if key != "sequence_length" or not about["settings"]["dataset"]["packing"]:
                 then.pop(f"dataset.{key}", None), now.pop(f"dataset.{key}", None)
     # A key that did not exist then had the effect of its default.
-    defaults = _flat(Config(model="any").model_dump()) if then.keys() != now.keys() else {}
+    defaults = flat(Config(model="any").model_dump()) if then.keys() != now.keys() else {}
     if found["method"] == about["method"]:
         words += _unequal({key: then.get(key, defaults.get(key)) for key in then.keys() | now.keys()}, now)
     return words
@@ -228,8 +229,8 @@ def _differences_of_earlier_versions(found: Mapping[str, Any], config: Config, e
         "decay_norms_and_biases": options.decay_norms_and_biases or not options.weight_decay,
         "zo": zo,
     }
-    now = _flat(json.loads(json.dumps(now, default=str)))
-    then = _flat(found)
+    now = flat(json.loads(json.dumps(now, default=str)))
+    then = flat(found)
     if "zo" in found:
         then.setdefault("zo.perturb", "weights")  # there was no choice, or it was this one
     if _keeps_a_store(config):
