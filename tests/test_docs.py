@@ -9,6 +9,8 @@ import pytest
 from typer.main import get_command
 
 from finetune.cli import app
+from finetune.cli_options import KEYS
+from finetune.config.reference import keys_page
 from finetune.config.sections import SECTIONS
 from finetune.plugin import load
 
@@ -81,6 +83,11 @@ def test_keys_in_a_document_are_keys_of_the_configuration(document):
     known = {f"{section}.{key}" for section, options in SECTIONS.items() for key in options.model_fields}
     named = re.findall(rf"[`'\s]((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+)", document.read_text(encoding="utf-8"))
     assert {name for name in named if not name.endswith("py")} <= known
+
+
+def test_the_page_of_keys_is_that_of_the_source():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == keys_page(KEYS) + "\n", "write it again: python -m finetune config --markdown > docs/configuration.md"
 
 
 def test_commands_are_found_in_all_kinds_of_code():

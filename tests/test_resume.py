@@ -119,7 +119,7 @@ def test_evaluating_in_the_middle_changes_nothing(models, data, tmp_path, capsys
     Trainer(config.model_copy(update={"eval_data": data})).train()
     assert_same(Left.by(config), Left.by(plain))
     said = capsys.readouterr().err
-    assert [line.split(":")[0] for line in said.splitlines() if "eval loss" in line] == ["step 2", "step 4"]
+    assert [line.split(":")[0] for line in said.splitlines() if "evaluation: loss" in line] == ["step 2", "step 4"]
 
 
 def test_resume_with_nothing_saved_starts_afresh(models, data, tmp_path):
