@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli_messages import how_to_go_on, message_of
-from finetune.cli_options import KEYS, OTHER, with_options
+from finetune.cli_messages import how_to_go_on, message_of, print_versions
+from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
 from memory.errors import UserError
@@ -38,12 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
-_Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
-_TopP = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-]
-_SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 _PLACES = ("quantize", "output", "host_memory", "device_memory", "disk", "device")
 _LAST = ("trust_remote_code", "settings", ..., "debug")
 _RUN = (
@@ -123,7 +117,7 @@ def _of_all(
     shows_version: Annotated[bool, typer.Option("--version", help="Print the versions, and exit.")] = False,
 ) -> None:
     if shows_version:
-        _print_versions()
+        print_versions()
         raise typer.Exit
 
 
@@ -244,10 +238,10 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue. [default: read from standard input]")
     ] = None,
-    max_new_tokens: _MaxNewTokens = 128,
-    temperature: _Temperature = 0.0,
-    top_p: _TopP = 1.0,
-    sampling_seed: _SamplingSeed = 42,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    sampling_seed: SamplingSeed = 42,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. [default: as the run was trained, else if there is one]"),
@@ -272,10 +266,10 @@ def generate(
 def chat(
     config: Config,
     adapter: str | None,
-    max_new_tokens: _MaxNewTokens = 256,
-    temperature: _Temperature = 0.0,
-    top_p: _TopP = 1.0,
-    sampling_seed: _SamplingSeed = 42,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    sampling_seed: SamplingSeed = 42,
 ) -> None:
     """Talk with the model: a line is a turn, an empty one or Ctrl-D ends. What it says comes token by token."""
     from finetune.chat import Conversation
@@ -480,22 +474,7 @@ def configuration(
 @_command("debug")
 def version() -> None:
     """Print the versions of this tool and of what it stands on."""
-    _print_versions()
-
-
-def _print_versions() -> None:
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed_version
-
-    from finetune import __version__
-
-    typer.echo(f"finetune {__version__}")
-    typer.echo(f"python {sys.version.split()[0]}")
-    for package in ("torch", "transformers", "peft"):
-        try:
-            typer.echo(f"{package} {installed_version(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"{package} is not installed")
+    print_versions()
 
 
 def _require(value: object, what: str, remedy: str) -> None:

@@ -1,11 +1,16 @@
-"""What a command that ends early says: an error in one message, after a signal how to go on."""
+"""What the command line says of itself: an error in one message, after a signal how to go on, versions."""
 
 from __future__ import annotations
 
 import errno
 import shlex
 import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 
+import typer
+
+from finetune import __version__
 from memory.errors import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
@@ -35,3 +40,13 @@ def how_to_go_on(command: str, step: int) -> str:
         return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
     return f" Go on from the last committed step with:\n  finetune {shlex.join(words)} --resume"
+
+
+def print_versions() -> None:
+    typer.echo(f"finetune {__version__}")
+    typer.echo(f"python {sys.version.split()[0]}")
+    for package in ("torch", "transformers", "peft"):
+        try:
+            typer.echo(f"{package} {installed_version(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} is not installed")

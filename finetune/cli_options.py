@@ -81,6 +81,14 @@ OPTIONS = KEYS | {
 }
 
 
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
+
+
 def own_options(command: Callable[..., None]) -> list[Parameter]:
     """Parameters of `command` that no other command has, with what typer is to know of them."""
     hints = get_type_hints(command, localns={"Config": Any, "RunOfSweep": Any}, include_extras=True)
