@@ -111,6 +111,8 @@ def batch_needs(
         # One recomputed graph at a time is a part of the visit. Kept ones are all gone when the first one is recomputed.
         Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=GRAPHS),
         Item(VISIT, visit.peak_bytes - visit.graph_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=GRAPHS),
+        # Of a text that is cut, what comes before the head and its gradient: no part of it is in fp32.
+        Item(VISIT, 0 if batch.chunk is None else batch.loss_bytes + 3 * visit.boundary_bytes, Tier.COMPUTE, Lasts.MOMENT),
         Item(STEP, shape.kept_bytes, Tier.COMPUTE, Lasts.STEP),
         Item(STEP, all_rows, Tier.COMPUTE, Lasts.STEP, without_pool=HIDDEN_STATES),
         Item(RUNNING, lane_rows if rows_by_lane else all_rows, Tier.COMPUTE, Lasts.STEP, with_pool=HIDDEN_STATES),
@@ -214,7 +216,9 @@ def _lane_size(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, more_b
     """more_bytes: that a lane holds beside its hidden states."""
     logits_bytes, boundary = _logits_bytes(parts, model, batch.shape), batch.visit.boundary_bytes
     # The norm before the head in fp32, forward and backward; what a tile's rows are chosen into; sums of a head in chunks.
-    end_bytes = logits_bytes + more_bytes + 6 * boundary + 6 * boundary * 4 // parts.dtype.itemsize
+    end_bytes = logits_bytes + more_bytes + 6 * boundary
+    if batch.chunk is None:
+        end_bytes += 6 * boundary * 4 // parts.dtype.itemsize
     return LaneSize(
         boundary, logits_bytes + more_bytes, 3 * boundary + more_bytes, end_bytes, logits_bytes + 4 * boundary
     )

@@ -30,6 +30,7 @@ from offload.step.head import TiledHead
 from offload.step.head_visits import HeadVisits
 from offload.step.lane_storages import LaneActivations, LaneStorages
 from offload.step.own_loss import MakeLoss, StepLoss, StepLosses, models_own_loss
+from offload.step.tiled_modules import TiledModules
 from offload.step.traced_weights import TracedWeights
 from offload.step.weights import Block, HeadChunk, Weights
 from offload.weights.embedding import RowsOnDemand
@@ -143,6 +144,9 @@ class StreamedModel:
                 options.sequence_chunk,
             )
             closing.callback(self.engine.close)
+            if options.sequence_chunk is not None:
+                outside = [module for module in self._outside_of_blocks() if isinstance(module, nn.Module)]
+                closing.callback(TiledModules(outside, options.sequence_chunk).close)
             self._closing = closing.pop_all()
 
     def _open_activations(self, plan: Plan, host: Slab, scratch: Path) -> Activations:

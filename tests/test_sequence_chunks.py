@@ -8,12 +8,14 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from test_engine import Weights
 from tiny_models import CONFIGS, HEADS, IDS, TEXT
+from torch import nn
 from torch.nn import functional
 
 from memory.errors import UserError
 from offload.step.activations import Activations
 from offload.step.engine import Engine
 from offload.step.sequence_chunks import SequenceChunks
+from offload.step.tiled_modules import TiledModules
 from offload.weights.skeleton import find_blocks
 
 LENGTH, CHUNK = 23, 7
@@ -185,6 +187,40 @@ def test_blocks_that_do_not_go_with_chunks_are_refused():
     model.config.is_causal = False
     assert "attend to later ones" in refused(model)
     assert "BloomBlock can't be run in chunks" in refused(built("bloom"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norms_outside_of_blocks_run_in_chunks(dtype):
+    """Without what they keep in fp32 for a whole text; the bits of each token are the same."""
+    torch.manual_seed(0)
+    norm, hidden = nn.LayerNorm(8).to(dtype), torch.randn(2, 40, 8).to(dtype)
+    found = []
+    for tiles in (None, TiledModules([norm], 16)):
+        value = hidden.clone().requires_grad_()
+        output = norm(value)
+        output.backward(hidden.flip(-1))
+        found.append((output, value.grad, norm.weight.grad.clone()))
+        norm.zero_grad()
+        if tiles is not None:
+            assert type(output.grad_fn).__name__ == "_InChunksBackward"
+            tiles.close()
+    (plain, plain_grad, plain_weight), (tiled, tiled_grad, tiled_weight) = found
+    assert tiled.equal(plain) and tiled_grad.equal(plain_grad)
+    torch.testing.assert_close(tiled_weight, plain_weight, rtol=1e-12 if dtype == torch.float64 else 0.02, atol=1e-12)
+    assert norm(hidden).equal(plain) and "forward" not in vars(norm)
+
+
+def test_modules_that_mix_tokens_or_train_alone_run_whole():
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x.roll(1, 1)
+
+    shift, norm, hidden = Shift(), nn.LayerNorm(8), torch.randn(1, 40, 8)
+    tiles = TiledModules([shift, norm], 16)
+    assert shift(hidden).equal(hidden.roll(1, 1))
+    norm(hidden).sum().backward()  # the input has no gradient, the norm's own weights have
+    assert norm.bias.grad.equal(torch.full((8,), 40.0))
+    tiles.close()
 
 
 def test_passes_that_fill_a_cache_are_not_cut():

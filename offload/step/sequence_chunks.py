@@ -77,7 +77,7 @@ class SequenceChunks:
 
         grads: of outputs, flattened, by number. recompute: calls what it is given, with a graph.
         """
-        visit, sums = _Visit(block, forward, *inputs, self.tokens), _WideSums(block)
+        visit, sums = _Visit(block, forward, *inputs, self.tokens), WideSums(block)
         with visit.running():
             visit.begin_backward()
             for index in reversed(visit.indices):
@@ -229,8 +229,8 @@ class _Visit:
             raise refusal(self._name, "it mixes tokens outside of its attention")
 
 
-class _WideSums:
-    """Gradients of a block's parameters in 16 bits, summed in fp32 over the chunks of a visit: each sum in 16 bits would round,
+class WideSums:
+    """Gradients of a module's parameters in 16 bits, summed in fp32 over the chunks of a visit: each sum would round,
     and there are many chunks."""
 
     def __init__(self, block: nn.Module) -> None:
