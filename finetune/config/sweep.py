@@ -80,8 +80,8 @@ def check_together(configs: Mapping[str, Config]) -> None:
     for name, config in configs.items():
         if config.method != "lora":
             problems.append(
-                f"{name}: expected method lora, found {config.method} ({METHODS[config.method].goal}): only adapters of a "
-                "model that stays as it is can share a read of it. Start it by itself"
+                f"{name}: expected method lora, found {config.method} ({METHODS[config.method].goal}), which does not share a "
+                "read of the model with other runs: start it by itself"
             )
     for name, config in others:
         problems += [
