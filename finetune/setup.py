@@ -98,7 +98,7 @@ class Setup:
         peft_config = getattr(session.model, "active_peft_config", None)
         if self.tuned:
             raise _no_reference(self.config.objective, "one whose own weights were tuned")
-        if peft_config is not None and peft_config.is_prompt_learning:
+        if peft_config is not None and (peft_config.is_prompt_learning or peft_config.is_adaption_prompt):
             raise _no_reference(self.config.objective, "one with a prefix or prompt")
 
     def opened(self, session: Session) -> None:

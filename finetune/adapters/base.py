@@ -45,6 +45,11 @@ class Adapter:
         return 0
 
     @property
+    def needs_whole_texts(self) -> bool:
+        """Whether its layers may compute other numbers where they get a part of a text."""
+        return False
+
+    @property
     def reads_weights(self) -> frozenset[nn.Module]:
         """Modules of the base whose weights it computes with itself, besides calling them."""
         return frozenset(self.model.modules()) if self.needs_first_visit else frozenset()

@@ -53,7 +53,8 @@ class Prefix(Adapter):
         return self._values.numel() * itemsize
 
     def take_over(self) -> None:
-        """Lets the model drop keys and values, and take caches."""
+        """Lets the model drop keys and values, and take caches. Raises UserError for a model that cannot have a prefix."""
+        _check_attends(self.model.get_base_model())
         self.model.forward = partial(_forward, self.model, self._given)
 
     def begin_step(self) -> None:
@@ -107,17 +108,8 @@ class Prefix(Adapter):
 def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
     """`model` wrapped by PEFT with a fresh prefix of so many positions. Raises UserError for models that cannot have one."""
     from peft import PrefixTuningConfig, get_peft_model
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    if task_type(model) is None:
-        raise UserError(f"zo.parameters prefix: expected a language model, found {type(model).__name__}")
-    layers = DynamicCache(config=model.config).layers
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        raise UserError(
-            f"zo.parameters prefix: expected a model whose layers all attend, found {type(model).__name__}: use zo.parameters "
-            "lora"
-        )
+    _check_attends(model)
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -125,6 +117,20 @@ def attach(model: nn.Module, num_tokens: int, seed: int) -> nn.Module:
             return get_peft_model(model, PrefixTuningConfig(task_type=task_type(model), num_virtual_tokens=num_tokens))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"PEFT has no prefix for {type(model).__name__}: {error}") from error
+
+
+def _check_attends(model: nn.Module) -> None:
+    """Raises UserError unless `model` is a language model all of whose layers have keys and values."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if task_type(model) is None:
+        raise UserError(f"a prefix: expected a language model, found {type(model).__name__}")
+    layers = DynamicCache(config=model.config).layers
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise UserError(
+            f"a prefix: expected a model whose layers all attend, found {type(model).__name__}: use another kind of adapter"
+        )
 
 
 def _forward(

@@ -18,6 +18,10 @@ from offload.weights.skeleton import cache_argument
 
 class Prompt(Adapter):
     @property
+    def needs_whole_texts(self) -> bool:
+        return True
+
+    @property
     def positions(self) -> int:
         return self.model.active_peft_config.num_virtual_tokens
 

@@ -21,6 +21,9 @@ REFUSED = {
 }
 """Tuners that can't be trained on a streamed model, and why."""
 
+BEFORE_TEXTS = ("prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")
+"""Those that stand before a text."""
+
 
 class AdapterOptions(Section):
     """Beside `type`, all keys are options of that tuner's configuration in PEFT."""
@@ -38,3 +41,12 @@ class AdapterOptions(Section):
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
         if config.adapter_kind == "adapter" and self.type is None:
             yield Conflict(("adapter.type", "method"), "expected adapter.type, PEFT's word for the adapter, such as vera")
+        if config.adapter_kind == "adapter" and self.type in BEFORE_TEXTS and config.dataset.packing:
+            yield Conflict(
+                ("adapter.type", "dataset.packing"),
+                f"expected dataset.packing off with adapter.type {self.type}, which stands before one text, found it on",
+            )
+        if config.method == "zo" and config.adapter_kind == "adapter" and self.type == "adalora":
+            yield Conflict(
+                ("adapter.type", "method"), "expected another adapter.type with zo than adalora, which goes by gradients"
+            )

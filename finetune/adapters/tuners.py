@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import typing
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from finetune.config import Config
 from finetune.config.errors import ConfigError
 from finetune.options import show
 from memory.errors import UserError
+from memory.meter import host_bytes
+from memory.units import format_bytes, parse_bytes, total_host_bytes
 from offload.weights.on_demand import weights_on_demand
 from offload.weights.parts import ModelParts
 
@@ -43,10 +46,15 @@ _OF_THE_RUN = {
 _NOT_STREAMED = {
     "bias": ("none", "the biases of the model itself are streamed and not trained"),
     "target_parameters": (None, "only lora has adapters of parameters here: use method lora"),
+    "use_asa": (False, "it changes after a step which parameters are trained"),
 }
 """Options of which only one value can be had."""
 _OWN_FORWARD = ("adalora",)
 """Tuners whose model has a forward of its own that is honoured here."""
+_ALLOCATE = ("adalora", "adamss")
+"""Tuners that change themselves after a step, as they are told here or are told not to."""
+_COPIES = 4
+"""Matrices in fp32 that are taken to be there at once where an adapter is made of the base's weights: decompositions."""
 
 
 class Tuner(Adapter):
@@ -58,7 +66,7 @@ class Tuner(Adapter):
         peft_config = make_config(word, config.adapter.peft_arguments, task_type(model))
         torch.manual_seed(config.training.seed)
         try:
-            with warnings.catch_warnings(), weights_on_demand(parts):
+            with warnings.catch_warnings(), weights_on_demand(parts, partial(_check_memory, config)):
                 warnings.simplefilter("ignore")
                 adapted = get_peft_model(model, peft_config)
         except UserError:
@@ -77,6 +85,10 @@ class Tuner(Adapter):
         if isinstance(head, BaseTunerLayer) and not isinstance(head, TrainableTokensLayer):
             word = self.model.active_peft_config.peft_type.lower()
             raise UserError(f"adapter.target_modules: {word} can't have the model's head, which is streamed in tiles; lora can")
+
+    @property
+    def needs_whole_texts(self) -> bool:
+        return True  # some take a mean over tokens, and nothing is known of those that come
 
     @property
     def reads_weights(self) -> frozenset[nn.Module]:
@@ -151,6 +163,18 @@ def _mismatch(hint: Any, value: Any) -> str | None:
     return None
 
 
+def _check_memory(config: Config, num_numbers: int) -> None:
+    """Raises UserError where the limit has no room for what is made of a matrix of so many numbers."""
+    if config.host_memory is None:
+        return
+    limit, need = parse_bytes(config.host_memory, total_host_bytes()), host_bytes() + _COPIES * 4 * num_numbers
+    if need > limit:
+        raise UserError(
+            f"host_memory: expected at least {format_bytes(need)}, for adapter {config.adapter.type} is made of the base's "
+            f"weights, one matrix at a time, found {config.host_memory}"
+        )
+
+
 def check_tuner(adapted: nn.Module, word: str) -> None:
     """Raises UserError for a tuner that does more than its layers do."""
     from peft.tuners.tuners_utils import BaseTuner
@@ -162,6 +186,8 @@ def check_tuner(adapted: nn.Module, word: str) -> None:
             f"adapter.type {word} can't be trained on a streamed model: its model has a forward of its own, of which nothing "
             "is known here"
         )
+    if hasattr(tuner, "update_and_allocate") and word not in _ALLOCATE:
+        raise UserError(f"adapter.type {word} can't be trained on a streamed model: it changes itself after every step")
 
 
 def check_kind(kind: Any, place: Path) -> None:

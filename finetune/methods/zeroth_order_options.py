@@ -19,8 +19,8 @@ class ZerothOrderOptions(Section):
     """Zeroth-order tuning."""
 
     parameters: Literal["all", "scales", *ADAPTERS] = "all"
-    """What is tuned: all weights of the model, the scales of packed weights (QZO), a LoRA adapter, or a prefix of keys and
-    values before those of every layer."""
+    """What is tuned: all weights of the model, the scales of packed weights (QZO), a LoRA adapter, that of `adapter.type`, or a
+    prefix of keys and values before those of every layer."""
     prefix_tokens: Count = 5
     """Positions of a prefix. It starts as the keys and values of random tokens."""
     objective: Annotated[Any, BeforeValidator(check_objective)] = "loss"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -87,14 +88,15 @@ def _changed(weight: OnDemand) -> UserError:
 
 
 @contextlib.contextmanager
-def weights_on_demand(parts: ModelParts) -> Iterator[None]:
-    """Inside, the parameters of `parts.model` that are placeholders are read by code that computes with them."""
+def weights_on_demand(parts: ModelParts, check: Callable[[int], None] = lambda num_numbers: None) -> Iterator[None]:
+    """Inside, the parameters of `parts.model` that are placeholders are read by code that computes with them. check: called
+    with how many numbers a weight has, before it is read."""
     held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for name, parameter in list(parts.model.named_parameters(remove_duplicate=False)):
         if name not in parts.sources or not is_placeholder(parameter) or type(parameter.data) is not torch.Tensor:
             continue
         home = parts.model.get_submodule(name.rpartition(".")[0])._parameters
-        numbers = partial(_numbers, parts.sources[name], parameter.dtype)
+        numbers = partial(_numbers, parts.sources[name], parameter.dtype, check)
         held.append((home, name.rpartition(".")[2], parameter))
         home[held[-1][1]] = nn.Parameter(OnDemand.of(parameter, name, numbers), requires_grad=False)
     try:
@@ -104,7 +106,8 @@ def weights_on_demand(parts: ModelParts) -> Iterator[None]:
             home[attribute] = parameter
 
 
-def _numbers(weight: StoredWeight, dtype: torch.dtype) -> torch.Tensor:
+def _numbers(weight: StoredWeight, dtype: torch.dtype, check: Callable[[int], None]) -> torch.Tensor:
+    check(prod(weight.shape))
     return weight.decode(weight.load(_read), dtype)
 
 

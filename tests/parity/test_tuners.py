@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel
+from packed_bases import BASES, write
+from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny_models import IDS, VOCAB, assert_same_bits, make_config, reference_run, streamed_run
+from tiny_models import IDS, VOCAB, Run, assert_same_bits, load_plain, make_config, reference_run, streamed_run
 
+import offload.weights.binding
 from finetune.adapters.tuner_options import REFUSED
 from finetune.config import Config, ConfigError
+from finetune.decoding import decode
 from finetune.methods.base import make_method
+from finetune.methods.results import find_result
+from finetune.needs_of_model import ADAPTERS
+from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 
@@ -151,3 +157,68 @@ def test_a_type_is_asked_for_and_says_the_method(tmp_path):
     assert Config(model="m", adapter={"type": "vera", "r": 4}).method == "adapter"
     with pytest.raises(ConfigError, match=r"expected adapter\.type, PEFT's word"):
         Config(model="m", adapter={"r": 4})
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+@pytest.mark.parametrize("word", ["hra", "vblora"])
+def test_over_a_packed_base(word, device, model, tokens, tmp_path, monkeypatch):
+    """HRA multiplies the weight itself, VB-LoRA's bank is shared by blocks. One block is in each memory, lanes are on disk."""
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    packed, decoded = write(BASES["fp8"], model, tmp_path)
+    engine = {"kept_graphs": 0, "resident_blocks": 1, **({} if device == "simulated" else {"hidden_states": "disk"})}
+    found = streamed_run(configure(packed, tokens, tmp_path / "out", word, device=device, engine=engine))
+    assert_same_bits(found, reference_run(configure(decoded, tokens, tmp_path / "plain", word)))
+
+
+@pytest.mark.parametrize("word", ["adalora", "vblora", "prefix_tuning"])
+def test_goes_on_with_the_same_bits(word, model, tokens, tmp_path):
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    training = {"lr_scheduler": "constant"}
+    expected = streamed_run(configure(model, tokens, whole, word, training=training))
+    streamed_run(configure(model, tokens, parts, word, training=training | {"max_steps": 2}))
+    again = streamed_run(configure(model, tokens, parts, word, training=training, resume=True))
+    assert again.losses[-1:] == expected.losses[-1:]
+    assert_same_bits(Run(expected.losses, again.adapter), expected)
+
+
+@pytest.mark.parametrize("word", ["vblora", "prompt_tuning"])
+def test_by_forward_passes_alone(word, model, tokens, tmp_path):
+    """What is left loads in PEFT, and is not what the run began with."""
+    adapter, training = {"type": word, **SAME[word]}, {"max_steps": 2, "learning_rate": 1e-2}
+    zo = {"parameters": "adapter"}
+    config = make_config(model, tokens, tmp_path / "out", method="zo", zo=zo, adapter=adapter, training=training)
+    found = streamed_run(config)
+    plain = tf.AutoModelForCausalLM.from_pretrained(model)
+    fresh = get_peft_model_state_dict(load_plain(configure(model, tokens, tmp_path, word)), save_embedding_layers=False)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(plain, config.output / "adapter"))
+    assert loaded.keys() == fresh.keys()
+    assert any(not loaded[name].equal(fresh[name]) for name in fresh)
+    assert all(loaded[name].equal(found.adapter[name]) for name in fresh)
+
+
+def test_a_prompt_is_before_the_text_once(model, tokens, tmp_path):
+    """Greedy tokens in a cache are those of plain PEFT over whole texts."""
+    config = configure(model, tokens, tmp_path / "out", "prompt_tuning", training={"learning_rate": 0.3})
+    streamed_run(config)
+    loaded = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(model), config.output / "adapter").eval()
+    expected = [5, 9, 4]
+    with torch.no_grad():
+        for _ in range(4):
+            expected.append(int(loaded(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+    session = Session(find_result(config, config.output))
+    try:
+        streamed = session.open(session.plan(BatchShape.of_text(1, 3, 1, train=False)), tmp_path)
+        steps = list(decode(streamed, [[5, 9, 4]], [lambda logits: int(logits.argmax())], frozenset(), 4))
+    finally:
+        session.close()
+    assert [5, 9, 4, *(token for ((_, token),) in steps)] == expected
+
+
+def test_a_plan_counts_what_blocks_share_for_every_micro_batch(model, tokens, tmp_path):
+    sizes = {}
+    for micro_batches in (1, 5):
+        session = Session(make_method(configure(model, tokens, tmp_path, "vblora")), only_plan=True)
+        needs = session.plan(BatchShape.of_text(1, 20, micro_batches, train=True)).needs
+        sizes[micro_batches] = sum(item.num_bytes for item in needs.items if item.name == ADAPTERS)
+        session.close()
+    assert sizes[5] - sizes[1] == 4 * SAME["vblora"]["num_vectors"] * SAME["vblora"]["vector_length"] * 4
