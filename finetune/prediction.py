@@ -28,7 +28,7 @@ from offload.sizing.needs import (
     LANES_NEAR,
     STATE,
 )
-from offload.sizing.timing import Timing, Workload, time_visits
+from offload.sizing.timing import Timing, Workload, time_chunked_visits, time_visits
 
 if TYPE_CHECKING:
     from finetune.planned_run import PlannedRun, StoreSize
@@ -76,7 +76,7 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     planned = replace(planned, rates=rates)
     if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
         return planned
-    device, look = session.device, time_visits
+    device, look = session.device, time_visits if planned.batch.chunk is None else time_chunked_visits
     if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates):
         if (device := described_device(session)) is None:
             return planned
@@ -137,11 +137,10 @@ def _rates(session: Session, planned: PlannedRun, needed: bool) -> Rates | NoRat
 
 
 def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
-    """Whether visits can be timed. Texts that run in chunks are long, and whole ones are run for that."""
-    if planned.batch.chunk is not None:
-        return False
-    visits = 2 * (4 if planned.shape.train else 1)
-    return planned.batch.visit.flops * visits / rates.flops_per_second < MOST_SECONDS
+    """Whether visits can be timed. Of texts that run in chunks, one chunk is."""
+    visits, chunk = 2 * (4 if planned.shape.train else 1), planned.batch.chunk
+    share = 1 if chunk is None else chunk / planned.shape.inputs["input_ids"].shape[1]
+    return planned.batch.visit.flops * share * visits / rates.flops_per_second < MOST_SECONDS
 
 
 def predict_compressed(planned: PlannedRun, rates: Rates, found: Compression, timing: Timing | None = None) -> StepTime:

@@ -61,7 +61,8 @@ def _run_on_meta(
     def forward(args: tuple, kwargs: dict[str, Any]) -> Any:
         return block(*args, **kwargs)
 
-    with counted_on_meta(parts, index, args, kwargs, trained or frozenset()) as (counter, args, kwargs):
+    counting = counted_on_meta(parts, index, args, kwargs, trained or frozenset())
+    with torch.random.fork_rng(devices=[]), counting as (counter, args, kwargs):
         hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         output = chunks.forward(block, forward, args, kwargs)
         length = hidden.shape[1]

@@ -24,11 +24,13 @@ from memory.plan import Plan, Slots
 from memory.slots import Slab
 from offload.devices import Device
 from offload.residency.io import IOEngine
-from offload.sizing.dry_run import first_call
+from offload.sizing.dry_run import block_on_meta, first_call
 from offload.sizing.needs import DECODED, HEAD_VARIANTS, VARIANTS
+from offload.step.chunked_attention import ChunkAttention, attending_by
 from offload.step.deferred_logits import DeferredLogits
 from offload.step.deferred_products import Needless
 from offload.step.lanes import run_capturing
+from offload.step.mask_rows import Span
 from offload.step.tiled_loss import TiledCrossEntropy
 from offload.step.weights import Block, HeadChunk
 from offload.weights.layout import BlockLayout
@@ -55,8 +57,11 @@ class PassSeconds:
 
     def longer(self, factor: float) -> PassSeconds:
         """Where lanes take so many times as long, and decoding as long as before."""
-        more = (factor - 1) * self.other
-        return PassSeconds(self.first + more, self.other + more)
+        return self.plus((factor - 1) * self.other)
+
+    def plus(self, seconds: float) -> PassSeconds:
+        """Where every lane takes so much longer."""
+        return PassSeconds(self.first + seconds, self.other + seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,70 @@ def time_visits(work: Workload, device: Device) -> Timing:
         rows = hidden.numel() // hidden.shape[-1]
         head = 0.0 if parts.head is None else _time_head(parts, model, streamed, device, hidden.dtype, rows, work.train)
         return Timing(tuple(kinds.get(key, kinds[wanted[0]]) for key in keys), head)
+
+
+def time_chunked_visits(work: Workload, device: Device) -> Timing:
+    """As `time_visits`, of visits in chunks of a text: one chunk is run as a text of its own, and the attention of a chunk to
+    an earlier one, as if there were no windows."""
+    length, chunk = work.inputs["input_ids"].shape[1], work.chunk
+    inputs = {name: x[:, :chunk] if isinstance(x, torch.Tensor) and x.ndim > 1 else x for name, x in work.inputs.items()}
+    alone = replace(work, inputs=inputs, chunk=None)
+    timing = time_visits(alone, device).longer(length / chunk)
+    with torch.random.fork_rng(devices=[]):
+        forward, backward = _attention_to_another_chunk(alone)
+    times = (length / chunk) * (length / chunk - 1) / 2
+
+    def with_attention(block: BlockSeconds) -> BlockSeconds:
+        if not work.train:
+            return replace(block, forward=block.forward.plus(times * forward))
+        more = (forward, forward, backward)
+        passes = zip((block.forward, block.recomputed, block.backward), more, strict=True)
+        return BlockSeconds(*(one.plus(times * seconds) for one, seconds in passes))
+
+    return replace(timing, blocks=tuple(map(with_attention, timing.blocks)))
+
+
+def _attention_to_another_chunk(work: Workload) -> tuple[float, float]:
+    """Seconds of forward and backward, of a block's queries to so many keys before them. work: with texts of a chunk."""
+    query, key, value = (torch.randn(shape).to(work.parts.dtype) for shape in _attention_shapes(work))
+    length = query.shape[2]
+
+    def seconds(earlier: int) -> list[float]:
+        """Of forward and backward."""
+        spans = [Span(i * length, (i + 1) * length) for i in range(earlier + 1)]
+        attention, given = ChunkAttention(spans, ""), [x.clone().requires_grad_() for x in (query, key, value)]
+        for attention.span in spans:
+            attention.put(key, value)
+        attention.begin_gradients()
+        started = time.perf_counter()
+        output = attention.attend(*given, None, None)
+        middle = time.perf_counter()
+        output.backward(output.detach())
+        return [middle - started, time.perf_counter() - middle]
+
+    seconds(1)
+    found = [sorted(column)[1] for column in zip(*(_less(seconds(3), seconds(1)) for _ in range(3)), strict=True)]
+    return max(0.0, found[0] / 2), max(0.0, found[1] / 2)
+
+
+def _less(first: list[float], second: list[float]) -> list[float]:
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def _attention_shapes(work: Workload) -> list[torch.Size]:
+    """Of query, key and value in the first block."""
+    index, args, kwargs = first_call(work.parts, work.model, work.inputs)
+    shapes: list[torch.Size] = []
+
+    def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any) -> Any:
+        shapes.extend(x.shape for x in (query, key, value))
+        rows, heads, length, _ = query.shape
+        return query.new_empty(rows, length, heads, value.shape[-1]), None
+
+    with block_on_meta(work.parts, index, args, kwargs) as (args, kwargs, views, _), attending_by(note), torch.no_grad():
+        work.parts.bindings[index].bind(views)
+        work.parts.blocks[index](*args, **kwargs)
+    return shapes
 
 
 def _open(parts: ModelParts, model: nn.Module, device: Device, plan: Plan, closing: ExitStack) -> StreamedParts:

@@ -66,11 +66,11 @@ class ChunkAttention:
         self._value_grads: torch.Tensor | None = None
 
     def installed(self) -> contextlib.AbstractContextManager:
-        return _sdpa(self._call)
+        return attending_by(self._call)
 
     def of_themselves(self) -> contextlib.AbstractContextManager:
         """Inside, tokens attend to nothing but themselves, however many there are."""
-        return _sdpa(_own_values)
+        return attending_by(_own_values)
 
     def _call(
         self,
@@ -86,12 +86,17 @@ class ChunkAttention:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         self._check(query, key, attention_mask, is_causal, options)
         self.calls += 1
-        self._put(key.detach(), value.detach())
+        self.put(key.detach(), value.detach())
         if self.only_keys:
             raise KeysKnown
-        scale = options.get("scaling")
-        output = _Attend.apply(query, key, value, self, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+        output = self.attend(query, key, value, attention_mask, options.get("scaling"))
         return output.transpose(1, 2).contiguous(), None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskRows | None, scale: float | None
+    ) -> torch.Tensor:
+        """[B, heads, chunk, width], where key and value have been put."""
+        return _Attend.apply(query, key, value, self, mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
     def _check(
         self, query: torch.Tensor, key: torch.Tensor, mask: MaskRows | None, is_causal: bool, options: dict[str, Any]
@@ -114,7 +119,8 @@ class ChunkAttention:
     def _after(self) -> Sequence[Span]:
         return self._spans[self._spans.index(self.span) + 1 :]
 
-    def _put(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def put(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Of the chunk that runs."""
         if self._keys is None:
             length = self._spans[-1].end
             self._keys, self._values = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in (key, value))
@@ -166,7 +172,7 @@ class ChunkAttention:
 
 
 @contextlib.contextmanager
-def _sdpa(function: Callable) -> Iterator[None]:
+def attending_by(function: Callable) -> Iterator[None]:
     """Inside, what Transformers' models call for their attention."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
