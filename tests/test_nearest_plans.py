@@ -112,13 +112,14 @@ def test_every_named_plan_fits_and_the_next_one_does_not(model, tmp_path, least)
     assert least(config) <= memory * MIB - SPREAD_BYTES < least(config) + MIB
 
 
-def test_the_largest_chunk_of_a_text_that_fits_is_named(model, tmp_path, least):
-    training, rows = {"batch_size": 1, "micro_batch_size": 1}, {"sequence_length": 600}
+def test_the_largest_chunk_of_a_text_that_fits_is_named(model, tmp_path, least, monkeypatch):
+    monkeypatch.setattr(finetune.nearest_plans, "MOST_PLANS", 2)
+    training, rows = {"batch_size": 1, "micro_batch_size": 1}, {"sequence_length": 2048}
     config = make_config(model, None, tmp_path, training=training, dataset=rows)
-    budget = least(changed(config, ["--set", "engine.sequence_chunk=256"])) + SPREAD_BYTES
+    budget = least(changed(config, ["--set", "engine.sequence_chunk=512"])) + SPREAD_BYTES
     words = [" ".join(words) for words, _ in named(refusal(changed(config, ["--host-memory", str(budget)])))]
-    assert words[1] == "--set engine.sequence_chunk=256"
-    assert least(changed(config, ["--set", "engine.sequence_chunk=512"])) > budget - SPREAD_BYTES
+    assert words[1] == "--set engine.sequence_chunk=512"
+    assert least(changed(config, ["--set", "engine.sequence_chunk=1024"])) > budget - SPREAD_BYTES
 
 
 def test_what_the_user_has_set_too_high_is_named(model, tmp_path, least, monkeypatch):
