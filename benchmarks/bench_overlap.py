@@ -2,10 +2,10 @@
 
     python benchmarks/bench_overlap.py --model DIR --data FILE [--host-memory 2GiB] [--device-memory 1GiB] [--rounds 5]
 
-The device is the simulated one. Two first runs find the length of rows with which it computes as long as the disk reads, and the
-speed of the link with which copies take as long; rows of `--data` must be longer than that. Each round is a run of its own. Printed
-of each round's last step: how long every link was in use, the step against the slowest of them, and against the prediction; then
-medians.
+The device is the simulated one. Two first runs find the length of rows with which it computes as long as the disk reads, and
+the speed of the link with which copies take as long; rows of `--data` must be longer than that. Each round is a run of its own.
+Printed of each round's last step: how long every link was in use, the step against the slowest of them, and against the
+prediction; then medians.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace, length: int, gbps: float | None) -> tuple
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"finetune run failed:\n{result.stderr[-3000:]}")
-        return busy_seconds(json.loads(trace.read_text())["traceEvents"]), json.loads(Path(folder, "run", "report.json").read_text())
+        report = json.loads(Path(folder, "run", "report.json").read_text())
+        return busy_seconds(json.loads(trace.read_text())["traceEvents"]), report
 
 
 def main() -> None:
