@@ -230,8 +230,10 @@ def reference_run(
     config: Config,
     own_loss: Callable[[Any], torch.Tensor] | None = None,
     after_update: Callable[[Any, int], None] = lambda model, step: None,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
 ) -> Run:
-    """See [Note: the reference]. own_loss: of the adapter, once a step. after_update: called with the model and the step."""
+    """See [Note: the reference]. own_loss: of the adapter, once a step. after_update: called with the model and the step.
+    make_optimizer: of the model; None: AdamW."""
     options = config.training
     torch.set_num_threads(config.engine.num_threads)  # sums are cut at other places for another number
     model = load_plain(config)
@@ -244,6 +246,8 @@ def reference_run(
     optimizer = torch.optim.AdamW(
         [{"params": params, "weight_decay": decay} for decay, params in groups.items()], lr=options.learning_rate
     )
+    if make_optimizer is not None:
+        optimizer = make_optimizer(model)
     scheduler = get_scheduler("linear", optimizer, options.warmup_steps, options.max_steps)
     losses = []
     for step, batches in enumerate(plain_batches(config)):

@@ -72,6 +72,10 @@ class Adapter:
     def first_visit(self, modules: Iterable[nn.Module]) -> None:
         """Gives adapters among `modules`, whose base weights are bound, the values that follow from these."""
 
+    def own_rates(self, config: Config) -> dict[str, float]:
+        """Names of parameters that have another learning rate than the run's, at its highest, and that rate."""
+        return {}
+
     @property
     def gradients_rise(self) -> bool:
         """Whether a block's parameters have no gradients before its backward."""

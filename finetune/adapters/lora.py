@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from finetune.adapters.lora_targets import (
     choose_targets,
 )
 from finetune.adapters.peft_files import task_type
+from finetune.adapters.tuners import check_memory
 from finetune.config import Config
 from memory.errors import UserError
+from offload.weights.on_demand import weights_on_demand
 from offload.weights.parts import ModelParts
 
 
@@ -38,7 +42,9 @@ class Lora(Adapter):
         arguments = options.peft_arguments()
         on_meta = only_shapes and arguments.get("init_lora_weights", True) is True
         on_meta = on_meta and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
-        model, targets = attach(parts.model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
+        made_of_base = arguments.get("init_lora_weights") in _MADE_OF_BASE
+        with weights_on_demand(parts, partial(check_memory, config)) if made_of_base else nullcontext():
+            model, targets = attach(parts.model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
         return model, targets.note
 
     @classmethod
@@ -48,6 +54,19 @@ class Lora(Adapter):
     @classmethod
     def check_parts(cls, model: nn.Module, peft_config: Any) -> None:
         check_parameters(model, peft_config)
+
+    def own_rates(self, config: Config) -> dict[str, float]:
+        """LoRA+, with the groups that PEFT makes of parameters."""
+        from peft.tuners.lora import Embedding
+
+        ratio = config.lora.loraplus_lr_ratio
+        rates: dict[str, float] = {}
+        for name, parameter in self.model.named_parameters() if ratio is not None else ():
+            if isinstance(self.model.get_submodule(".".join(name.split(".")[:-2])), Embedding):
+                rates[name] = config.lora.loraplus_lr_embedding
+            elif "lora_B" in name or parameter.ndim == 1:
+                rates[name] = config.learning_rate * ratio
+        return rates
 
     @property
     def needs_first_visit(self) -> bool:
@@ -66,6 +85,8 @@ class Lora(Adapter):
                 copy.load_state_dict(module.original_module.state_dict())
 
 
+_MADE_OF_BASE = ("mica",)
+"""Values of init_lora_weights with which PEFT computes from the base's weights."""
 _MADE_OF_WEIGHTS = ("use_dora", "use_bdlora", "velora_config", "modules_to_save", "trainable_token_indices")
 """Arguments with which PEFT looks at what it wraps."""
 

@@ -15,17 +15,21 @@ test, which fails for options that stand in no list.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Strict, field_validator
 
-from finetune.options import Count, Section, Share, Switch
+from finetune.options import Conflict, Count, NonNegative, Positive, Section, Share, Switch
 from memory.errors import UserError
 
 
 def _peft_name(key: str) -> str:
     """What `peft.LoraConfig` calls a key of the section."""
     return {"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(key, key)
+
+
+_OF_THE_OPTIMIZER = ("loraplus_lr_ratio", "loraplus_lr_embedding")
 
 
 class LoraOptions(Section):
@@ -48,7 +52,11 @@ class LoraOptions(Section):
     use_dora: Switch = False
     """Liu et al. 2024."""
     init_lora_weights: Annotated[bool, Strict()] | str = True
-    """How PEFT makes the first values: true, false, gaussian or orthogonal."""
+    """How PEFT makes the first values: true, false, gaussian, orthogonal or mica."""
+    loraplus_lr_ratio: Positive | None = None
+    """LoRA+ (Hayou et al. 2024): how many times the learning rate of others that of the B matrices is."""
+    loraplus_lr_embedding: NonNegative = 1e-6
+    """With LoRA+, the learning rate of an embedding's adapter."""
     extra: dict[str, Any] = {}
     """Other arguments of `peft.LoraConfig`, by PEFT's names."""
 
@@ -63,9 +71,16 @@ class LoraOptions(Section):
                 )
         return extra
 
+    def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        if config.method == "zo" and config.adapter_kind == "lora" and self.loraplus_lr_ratio is not None:
+            yield Conflict(
+                ("lora.loraplus_lr_ratio", "method"),
+                f"expected only with method lora, found {self.loraplus_lr_ratio:g} with zo, which has one learning rate",
+            )
+
     def peft_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `peft.LoraConfig`."""
-        own = {_peft_name(key): value for key, value in self if key != "extra"}
+        own = {_peft_name(key): value for key, value in self if key != "extra" and key not in _OF_THE_OPTIMIZER}
         modules = "all-linear" if self.target_modules is None else self.target_modules
         return own | {"target_modules": modules, "target_parameters": self.target_parameters or None} | self.extra
 
@@ -79,12 +94,13 @@ EQUAL = frozenset({
 })  # fmt: skip
 
 EQUAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "mica"),
     "velora_config.init_type": ("batch_average", "random"),
 }
 
 NOT_OF_PARAMETERS = frozenset({
     "lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bdlora", "velora_config", "init_lora_weights=orthogonal",
+    "init_lora_weights=mica",
 })  # fmt: skip
 """Options that PEFT has for modules only, not for adapters of parameters such as stacked experts."""
 
@@ -97,7 +113,8 @@ REFUSED = {
     "task_type": "the model determines it",
     "inference_mode": "an adapter in inference mode is not trained",
     "bias": "the biases of the model itself are streamed and not trained",
-    "init_lora_weights": f"{_NEEDS_WEIGHTS}. True, false, gaussian and orthogonal do not",
+    "init_lora_weights": "it changes the base weights, which are read from their files in every step, or computes from data or "
+    "from weights before they were quantised. True, false, gaussian, orthogonal and mica do not",
     "megatron_config": "models of Megatron are not streamed",
     "megatron_core": "models of Megatron are not streamed",
     "loftq_config": "it computes from the base weights as they were before they were quantised",

@@ -34,6 +34,7 @@ from finetune.options import show
 from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.units import format_bytes, parse_bytes, total_host_bytes
+from offload.weights.binding import LinearInSlot
 from offload.weights.on_demand import weights_on_demand
 from offload.weights.parts import ModelParts
 
@@ -64,9 +65,10 @@ class Tuner(Adapter):
 
         word, model = config.adapter.type, parts.model
         peft_config = make_config(word, config.adapter.peft_arguments, task_type(model))
+        own = set(model.modules())
         torch.manual_seed(config.training.seed)
         try:
-            with warnings.catch_warnings(), weights_on_demand(parts, partial(_check_memory, config)):
+            with warnings.catch_warnings(), weights_on_demand(parts, partial(check_memory, config)):
                 warnings.simplefilter("ignore")
                 adapted = get_peft_model(model, peft_config)
         except UserError:
@@ -74,6 +76,9 @@ class Tuner(Adapter):
         except Exception as error:  # whatever its layers raise for options that do not go together
             raise UserError(f"PEFT refuses the options of adapter {word}: {error or type(error).__name__}") from error
         check_tuner(adapted, word)
+        for module in adapted.modules():
+            if module not in own and isinstance(module.__dict__.get("forward"), LinearInSlot):
+                del module.forward  # a copy of a layer: it would look for its weight in a slot
         return adapted, None
 
     def take_over(self) -> None:
@@ -163,15 +168,15 @@ def _mismatch(hint: Any, value: Any) -> str | None:
     return None
 
 
-def _check_memory(config: Config, num_numbers: int) -> None:
+def check_memory(config: Config, num_numbers: int) -> None:
     """Raises UserError where the limit has no room for what is made of a matrix of so many numbers."""
     if config.host_memory is None:
         return
     limit, need = parse_bytes(config.host_memory, total_host_bytes()), host_bytes() + _COPIES * 4 * num_numbers
     if need > limit:
         raise UserError(
-            f"host_memory: expected at least {format_bytes(need)}, for adapter {config.adapter.type} is made of the base's "
-            f"weights, one matrix at a time, found {config.host_memory}"
+            f"host_memory: expected at least {format_bytes(need)}, for this adapter is made of the base's weights, one matrix "
+            f"at a time, found {config.host_memory}"
         )
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from finetune.adapters import peft_files as adapters
 from finetune.data.batches import Row
@@ -41,11 +42,15 @@ class AdapterTraining(Method):
         self._trainable = {name: p for name, p in session.model.named_parameters() if p.requires_grad}
         self._parameters = list(self._trainable.values())
         left_alone = undecayed(session.model, self._trainable, options)
-        groups = {options.weight_decay: [], 0.0: []}
+        rates = session.adapter.own_rates(config)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by decay and learning rate; those of the run come first
+        for decay in (options.weight_decay, 0.0):
+            groups[decay, config.learning_rate] = []
         for name, parameter in self._trainable.items():
-            groups[0.0 if name in left_alone else options.weight_decay].append(parameter)
+            decay = 0.0 if name in left_alone else options.weight_decay
+            groups.setdefault((decay, rates.get(name, config.learning_rate)), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group],
+            [{"params": group, "weight_decay": decay, "lr": rate} for (decay, rate), group in groups.items() if group],
             lr=config.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,

@@ -7,7 +7,9 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft import LoraConfig
+from peft.optimizers import create_loraplus_optimizer
 from tiny_models import aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
 import offload.weights.parts
@@ -38,6 +40,7 @@ SAME = {
     "not zero at first": ("llama", own(**QV, init_lora_weights=False)),
     "gaussian": ("llama", own(**QV, init_lora_weights="gaussian")),
     "orthogonal": ("llama", own(**QV, r=4, init_lora_weights="orthogonal")),
+    "mica": ("llama", own(**QV, r=4, init_lora_weights="mica")),
     "embedding": ("llama", own(target_modules=["embed_tokens", "q_proj"])),
     "head": ("llama", own(target_modules=["lm_head", "q_proj"])),
     "both ends, tied weights": ("llama-tied", own(target_modules=["embed_tokens", "lm_head", "q_proj"])),
@@ -84,6 +87,20 @@ def test_gives_plain_pefts_bits(case, checkpoint, tokens, tmp_path, monkeypatch)
     assert_same_bits(found, reference_run(config))
 
 
+def test_lora_plus_has_pefts_groups(checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    plus = {"loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 1e-3}
+    lora = own(target_modules=["embed_tokens", "q_proj"]) | plus
+    training = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2}
+    config = make_config(checkpoint("llama"), tokens, tmp_path / "out", lora=lora, training=training)
+
+    def make_optimizer(model: Any) -> torch.optim.Optimizer:
+        decay = {"loraplus_weight_decay": config.training.weight_decay}
+        return create_loraplus_optimizer(model, torch.optim.AdamW, lr=config.learning_rate, **plus, **decay)
+
+    assert_same_bits(streamed_run(config), reference_run(config, make_optimizer=make_optimizer))
+
+
 WRONG = {
     "task_type": {"task_type": "SEQ_CLS"},
     "inference_mode": {"inference_mode": True},
@@ -106,7 +123,7 @@ WRONG = {
     "arrow_config": {"arrow_config": {}},
 } | {
     word: {"init_lora_weights": word}
-    for word in ("pissa", "pissa_niter_2", "olora", "loftq", "eva", "corda", "lora_ga", "mica", "PiSSA")
+    for word in ("pissa", "pissa_niter_2", "olora", "loftq", "eva", "corda", "lora_ga", "PiSSA")
 }  # fmt: skip
 
 

@@ -159,6 +159,16 @@ def test_a_type_is_asked_for_and_says_the_method(tmp_path):
         Config(model="m", adapter={"r": 4})
 
 
+def test_modules_are_trained_whole_beside_a_tuner(model, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    packed, decoded = write(BASES["fp8"], model, tmp_path)
+    adapter = {"type": "ia3", **SAME["ia3"], "modules_to_save": ["o_proj", "model.norm", "lm_head"]}
+    training = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2}
+    changes = {"method": "adapter", "adapter": adapter, "training": training}
+    found = streamed_run(make_config(packed, tokens, tmp_path / "out", **changes))
+    assert_same_bits(found, reference_run(make_config(decoded, tokens, tmp_path / "plain", **changes)))
+
+
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("word", ["hra", "vblora"])
 def test_over_a_packed_base(word, device, model, tokens, tmp_path, monkeypatch):
