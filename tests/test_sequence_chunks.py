@@ -170,6 +170,12 @@ class Mixing(tf.models.llama.modeling_llama.LlamaDecoderLayer):
         return super().forward(hidden_states + 0.1 * hidden_states.roll(1, 1), **kwargs)
 
 
+class Numbering(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        angles = torch.arange(hidden_states.shape[1])[:, None] * torch.logspace(0, -2, 12)
+        return super().forward(hidden_states, position_embeddings=(angles.cos()[None], angles.sin()[None]), **kwargs)
+
+
 def refused(model: torch.nn.Module) -> str:
     with pytest.raises(UserError) as error:
         chunked(model, rows("whole"))
@@ -179,10 +185,11 @@ def refused(model: torch.nn.Module) -> str:
 def test_blocks_that_do_not_go_with_chunks_are_refused():
     assert "is given a tensor of shape [2, 1, 23, 23]" in refused(built("gemma2"))  # attends without sdpa
     assert "attention dropout" in refused(built("opt").train())
-    model = built("llama")
-    for block in find_blocks(model).values():
-        block.__class__ = Mixing
-    assert "mixes tokens outside of its attention" in refused(model)
+    for kind, why in ((Mixing, "mixes tokens outside of its attention"), (Numbering, "depends on how many stand before")):
+        model = built("llama", torch.bfloat16)
+        for block in find_blocks(model).values():
+            block.__class__ = kind
+        assert why in refused(model)
     model = built("llama")
     model.config.is_causal = False
     assert "attend to later ones" in refused(model)
@@ -210,14 +217,19 @@ def test_norms_outside_of_blocks_run_in_chunks(dtype):
     assert norm(hidden).equal(plain) and "forward" not in vars(norm)
 
 
-def test_modules_that_mix_tokens_or_train_alone_run_whole():
+def test_modules_that_mix_or_number_tokens_or_train_alone_run_whole():
     class Shift(nn.Module):
         def forward(self, x):
             return x.roll(1, 1)
 
-    shift, norm, hidden = Shift(), nn.LayerNorm(8), torch.randn(1, 40, 8)
-    tiles = TiledModules([shift, norm], 16)
+    class Number(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(x.shape[1])[:, None]
+
+    shift, number, norm, hidden = Shift(), Number(), nn.LayerNorm(8), torch.randn(1, 40, 8)
+    tiles = TiledModules([shift, number, norm], 16)
     assert shift(hidden).equal(hidden.roll(1, 1))
+    assert number(hidden).equal(hidden + torch.arange(40)[:, None])
     norm(hidden).sum().backward()  # the input has no gradient, the norm's own weights have
     assert norm.bias.grad.equal(torch.full((8,), 40.0))
     tiles.close()

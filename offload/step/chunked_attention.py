@@ -68,10 +68,6 @@ class ChunkAttention:
     def installed(self) -> contextlib.AbstractContextManager:
         return attending_by(self._call)
 
-    def of_themselves(self) -> contextlib.AbstractContextManager:
-        """Inside, tokens attend to nothing but themselves, however many there are."""
-        return attending_by(_own_values)
-
     def _call(
         self,
         module: nn.Module,
@@ -184,9 +180,10 @@ def attending_by(function: Callable) -> Iterator[None]:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
 
 
-def _own_values(
+def own_values(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
+    """Attention of every token to itself alone."""
     return _expanded(value, query.shape[1]).transpose(1, 2).contiguous(), None
 
 

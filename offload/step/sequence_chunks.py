@@ -9,9 +9,10 @@ it takes the chunks from the last to the first: recomputes one with a graph and 
 chunk's keys and values get come from itself and later chunks, so they are complete then. Gradients of parameters add up
 over the chunks.
 
-A block that mixes tokens otherwise (convolutions, recurrences) would give other numbers without a word. So at the first visit
-of each kind of block, its attention is replaced by one of every token to itself, and some of the tokens by others: what the
-block says of the rest may not change by a bit.
+A block that mixes tokens otherwise (convolutions, recurrences) or numbers them itself would give other numbers without a
+word. So at the first visit of each kind of block, its attention is replaced by one of every token to itself. Some of the
+tokens are replaced by others: queries, keys, values and output of the rest may not change by a bit. And some are left out
+from the beginning: those of the rest may not change but for rounding.
 
 Dropout draws other numbers than in a whole visit: each chunk begins with a seed of its own.
 """
@@ -27,11 +28,13 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from offload.step.chunked_attention import ChunkAttention, KeysKnown, refusal
+from offload.step.chunked_attention import ChunkAttention, KeysKnown, attending_by, own_values, refusal
 from offload.step.mask_rows import MasksInParts, Span
 from offload.step.random_state import get_random_state, set_random_state
 
 TRIED_TOKENS = 16  # by which it is found out whether a block treats every token by itself
+APART_ERROR = 0.03  # of the norm, in 16 bits: products of fewer tokens round otherwise; other positions change half of it
+APART_ERROR_32 = 1e-4  # in 32 bits and more
 
 META_CHUNKS = 2  # that run on meta: the second one when there is room for the first one's results
 
@@ -59,7 +62,8 @@ class SequenceChunks:
         visit = _Visit(block, forward, args, kwargs, self.tokens)
         with torch.no_grad(), visit.running():
             if type(block) not in self._tried and not visit.hidden.is_meta:
-                visit.try_tokens_apart()
+                with _without_dropout(block):
+                    visit.try_tokens_apart()
                 self._tried.add(type(block))
             for index in visit.indices:
                 visit.write_output(index, visit.run(index))
@@ -207,26 +211,41 @@ class _Visit:
         raise refusal(self._name, f"of {length} tokens, it gives a tensor of shape {list(value.shape)}")
 
     def try_tokens_apart(self) -> None:
-        """Raises UserError for a block that mixes tokens outside of its attention. See [Note: chunks of a text]."""
-        first = self._spans[0]
-        span = Span(0, min(TRIED_TOKENS, first.length))
-        middle = span.length // 2
-        pairs = zip(self._flat, self._dims, strict=True)
-        plain = [value if dim is None else value.narrow(dim, 0, span.length) for value, dim in pairs]
+        """Raises UserError for a block that does not treat every token by itself. See [Note: chunks of a text]."""
+        length = min(TRIED_TOKENS, self._length)
+        middle = length // 2
+        plain = self._of_tokens(slice(0, length))
         place = next(i for i, value in enumerate(plain) if isinstance(value, torch.Tensor))
-        outputs = []
-        for changed in (slice(0, 0), slice(0, middle), slice(middle, None)):
+        found = self._seen(plain)
+        for changed, others in ((slice(0, middle), slice(middle, None)), (slice(middle, None), slice(0, middle))):
             flat = list(plain)
             flat[place] = plain[place].clone()
-            flat[place][:, changed] = flat[place].flip(-1)[:, changed]
-            self._begin(0)
-            args, kwargs = tree_unflatten(flat, self._spec)
-            with self.attention.of_themselves():
-                outputs.append(_first_tensor(self._forward(args, kwargs)))
-        unchanged, first_changed, last_changed = outputs
-        same = torch.equal(unchanged[:, middle:], first_changed[:, middle:])
-        if not same or not torch.equal(unchanged[:, :middle], last_changed[:, :middle]):
-            raise refusal(self._name, "it mixes tokens outside of its attention")
+            flat[place][:, changed] = plain[place].flip(-1)[:, changed]
+            if not all(torch.equal(a[:, others], b[:, others]) for a, b in zip(found, self._seen(flat), strict=True)):
+                raise refusal(self._name, "it mixes tokens outside of its attention")
+        alone = self._seen(self._of_tokens(slice(middle, length)))
+        error = APART_ERROR if self.hidden.dtype.itemsize < 4 else APART_ERROR_32
+        if any((a[:, middle:] - b).norm() > error * b.norm() for a, b in zip(found, alone, strict=True)):
+            raise refusal(self._name, "what it computes of a token depends on how many stand before it in a chunk")
+
+    def _of_tokens(self, span: slice) -> list[Any]:
+        """Arguments for these tokens alone, flattened."""
+        pairs = zip(self._flat, self._dims, strict=True)
+        return [value if dim is None else value[(slice(None),) * dim + (span,)] for value, dim in pairs]
+
+    def _seen(self, flat: list[Any]) -> list[torch.Tensor]:
+        """Query, key, value and output, where tokens attend to themselves alone: fp32 or wider [B, tokens, ...]."""
+        seen: list[torch.Tensor] = []
+
+        def attend(module: nn.Module, *given: Any, **options: Any) -> tuple[torch.Tensor, None]:
+            seen.extend(x.transpose(1, 2) for x in given[:3])
+            return own_values(module, *given, **options)
+
+        args, kwargs = tree_unflatten(flat, self._spec)
+        with attending_by(attend):
+            output = self._forward(args, kwargs)
+        seen.append(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)))
+        return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in seen]
 
 
 class WideSums:
@@ -258,10 +277,19 @@ class WideSums:
                 parameter.grad = before
 
 
+@contextlib.contextmanager
+def _without_dropout(block: nn.Module) -> Iterator[None]:
+    # DoRA's layers would keep matrices of the weight's size.
+    modules = [module for module in block.modules() if module.training and not hasattr(module, "_cache_clear")]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
 def _hidden(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """[B, T, width]: a block's first argument."""
     return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None)
-
-
-def _first_tensor(tree: Any) -> torch.Tensor:
-    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

@@ -61,13 +61,13 @@ def _treats_tokens_apart(forward: Forward, value: torch.Tensor) -> bool:
             other = plain.clone()
             other[:, changed] = plain.flip(-1)[:, changed]
             found.append(forward(other))
+        alone = forward(plain[:, middle:].clone())
     set_random_state(state)
     if not isinstance(found[0], torch.Tensor) or found[0].shape[:2] != plain.shape[:2]:
         return False
     unchanged, first_changed, last_changed = found
-    return torch.equal(unchanged[:, middle:], first_changed[:, middle:]) and torch.equal(
-        unchanged[:, :middle], last_changed[:, :middle]
-    )
+    rest = unchanged[:, middle:]
+    return rest.equal(first_changed[:, middle:]) and unchanged[:, :middle].equal(last_changed[:, :middle]) and rest.equal(alone)
 
 
 class _InChunks(torch.autograd.Function):
