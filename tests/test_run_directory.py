@@ -412,7 +412,7 @@ class TestTheSameRun:
         }  # fmt: skip
         assert kept["dataset"].keys() == config.dataset.model_dump().keys()
         assert kept["optimizer"].keys() == config.optimizer.model_dump().keys() - {"versions"}
-        assert kept["engine"].keys() == {"dtype", "loss_tile_tokens", "loss_tile_vocab"}
+        assert kept["engine"].keys() == {"dtype", "loss_tile_tokens", "loss_tile_vocab", "sequence_chunk"}
         assert "lora" not in kept and "zo" not in kept
         assert settings(Config(model="m"), torch.float32)["training"]["learning_rate"] == 2e-4
 
