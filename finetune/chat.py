@@ -13,6 +13,7 @@ from finetune.data.encode import check_ids
 from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens
 from finetune.generate import Waiting, open_speaker
 from finetune.planned_run import BatchShape
+from finetune.runs.prompts import was_trained_on_plain_prompts
 from memory.errors import UserError
 
 LEAST_TOKENS = 1024
@@ -30,12 +31,12 @@ class Conversation:
         self._how = Sampling(**sampling)
         self._session, self._config, self._tokenizer = open_speaker(config, adapter)
         try:
-            self._open(max_new_tokens)
+            self._open(adapter, max_new_tokens)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, max_new_tokens: int) -> None:
+    def _open(self, adapter: Path | str | None, max_new_tokens: int) -> None:
         session, config = self._session, self._config
         if not self._tokenizer.chat_template:
             raise UserError(
@@ -50,6 +51,8 @@ class Conversation:
         planned = session.plan(BatchShape.of_text(1, self._most_prompt, 1, train=False).keeping(kept))
         self._waiting = Waiting(planned)
         self._streamed = session.open(planned, config.output / "scratch", self._waiting)
+        if adapter is not None and was_trained_on_plain_prompts(adapter):
+            print("note: the run was trained without the chat template, which a conversation is written with", file=sys.stderr)
         self._ends = end_tokens(session.parts.directory, self._tokenizer.eos_token_id)
         self._template = ChatTemplate(self._tokenizer)
         self._messages: list[dict[str, str]] = []

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli_messages import how_to_go_on, message_of, print_versions
+from finetune.cli_messages import how_to_go_on, message_of, print_versions, read_turn
 from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
@@ -70,7 +70,9 @@ def _command(*options: str | EllipsisType, name: str | None = None, **renamed: s
             except Exception as error:
                 if debug:
                     raise
-                typer.echo(message_of(error), err=True)
+                from finetune.reporting.progress import fitted
+
+                typer.echo(fitted(message_of(error), sys.stderr), err=True)
                 raise typer.Exit(1) from None
 
         app.command(name)(with_options(run, command, options))
@@ -100,6 +102,16 @@ def _no_garbage_search() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _name(config: Config) -> str:
+    return os.path.basename(config.model.rstrip("/"))
+
+
+def _say_first(doing: str, config: Config) -> None:
+    """On a terminal, while libraries are imported."""
+    if sys.stderr.isatty():
+        typer.echo(f"{doing} {_name(config)}", err=True)
 
 
 def _named_run(config: Config) -> Path | None:
@@ -140,8 +152,7 @@ def resume(config: Config) -> None:
 def _train(config: Config) -> None:
     _require(config.data, "data to train on", "--data FILE")
     data = os.path.basename(config.data) if isinstance(config.data, str) else "rows"
-    model = os.path.basename(config.model.rstrip("/"))
-    typer.echo(f"{model}: method {config.method}, data {data}, output {config.output}", err=True)
+    typer.echo(f"{_name(config)}: method {config.method}, data {data}, output {config.output}", err=True)
     with _no_garbage_search():
         from finetune.reporting.progress import LastingStream
         from finetune.trainer import Trainer
@@ -220,6 +231,7 @@ def evaluate(
 ) -> None:
     """Print the loss on data, and the accuracy where each row has a prompt and one of a few completions."""
     _require(config.eval_data, "data to evaluate on", "--data FILE")
+    _say_first("measuring", config)
     from finetune.evaluate import evaluate as evaluate_model
     from finetune.reporting.report import to_json
 
@@ -251,6 +263,7 @@ def generate(
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")  # as a shell's $(...) would: echo's line end is no part of it
     _require(prompt, "a prompt", "--prompt TEXT, or text on standard input")
+    _say_first("opening", config)
     from finetune.generate import generate as generate_text
 
     pieces = generate_text(
@@ -271,24 +284,16 @@ def chat(
     top_p: TopP = 1.0,
     sampling_seed: SamplingSeed = 42,
 ) -> None:
-    """Talk with the model: a line is a turn, an empty one or Ctrl-D ends. What it says comes token by token."""
+    """Talk with the model: a line is a turn, an empty one ends. What it says comes token by token."""
+    _say_first("opening", config)
     from finetune.chat import Conversation
 
     how = {"temperature": temperature, "top_p": top_p, "seed": sampling_seed}
     with Conversation(config, adapter or _named_run(config), max_new_tokens, **how) as conversation:
-        while turn := _read_turn():
+        while turn := read_turn():
             for piece in conversation.say(turn):
                 typer.echo(piece, nl=False)
             typer.echo()
-
-
-def _read_turn() -> str:
-    """Empty at the end."""
-    with contextlib.suppress(EOFError, ImportError):
-        import readline  # noqa: F401  # lines can be edited then
-
-        return input("> " if sys.stdin.isatty() else "").strip()
-    return ""
 
 
 @_command(

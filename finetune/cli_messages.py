@@ -1,7 +1,8 @@
-"""What the command line says of itself: an error in one message, after a signal how to go on, versions."""
+"""What the command line says of itself: an error in one message, after a signal how to go on, versions; and how it asks."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shlex
 import sys
@@ -34,12 +35,13 @@ def message_of(error: Exception) -> str:
 
 def how_to_go_on(command: str, step: int) -> str:
     """step: the last whole one that is saved; 0: none was done."""
-    if command not in ("run", "sweep"):
+    if command not in ("run", "resume", "sweep"):
         return ""
     if not step:
         return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
-    return f" Go on from the last committed step with:\n  finetune {shlex.join(words)} --resume"
+    flag = "" if command == "resume" else " --resume"
+    return f" Go on from the last committed step with:\n  finetune {shlex.join(words)}{flag}"
 
 
 def print_versions() -> None:
@@ -50,3 +52,12 @@ def print_versions() -> None:
             typer.echo(f"{package} {installed_version(package)}")
         except PackageNotFoundError:
             typer.echo(f"{package} is not installed")
+
+
+def read_turn() -> str:
+    """A line of a conversation; empty at its end."""
+    with contextlib.suppress(EOFError, ImportError):
+        import readline  # noqa: F401  # lines can be edited then
+
+        return input("> " if sys.stdin.isatty() else "").strip()
+    return ""

@@ -21,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from finetune.cli import app
+from finetune.cli_messages import how_to_go_on
 from finetune.cli_options import KEYS
 from finetune.config import Config
 from finetune.config.loading import SHORTHANDS
@@ -322,7 +323,9 @@ def test_a_signal_says_how_to_go_on(number: signal.Signals, step: int, given: li
     assert message == first + "\nInterrupted. " + said.format("--model 'a model' --data d") + "\n"
 
 
-def test_ctrl_c_elsewhere(trainer: type[Recorder]) -> None:
+def test_ctrl_c_elsewhere(trainer: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune", "resume", "out"])
+    assert how_to_go_on("resume", 3) == " Go on from the last committed step with:\n  finetune resume out"
     trainer.error = KeyboardInterrupt()
     result = invoke("plan", "--model", "m")
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")

@@ -129,8 +129,10 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Ends the live line; what is written next starts on a line of its own."""
-        if self._live and self._shown:
+        """Ends the live line; what is written next starts on a line of its own. Of a measurement it goes away."""
+        if self._total_steps is None:
+            self.clear()
+        elif self._live and self._shown:
             self._inside = self._work = ""
             self._show()
             self._stream.write("\n")

@@ -91,9 +91,10 @@ def describe_runs(runs: Sequence[Run]) -> str:
     """A table; of several runs, also the settings in which they differ."""
     titles = ("run", "method", "model", "step", "loss", "eval loss", "accuracy", "state", "last written")
     lines = _aligned([titles, *map(_cells, runs)])
-    differing = _differences(runs) if len(runs) > 1 else []
+    known = [run for run in runs if "settings" in run.about]  # earlier versions said less
+    differing = _differences(known) if len(known) > 1 else []
     if differing:
-        names = [str(run.directory) for run in runs]
+        names = [str(run.directory) for run in known]
         lines += ["", "settings that differ:", *(f"  {line}" for line in _aligned([("", *names), *differing]))]
     return "\n".join(lines)
 
@@ -109,18 +110,19 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    settings = [
-        {"model": (run.about.get("model") or {}).get("name"), "data": (run.about.get("data") or {}).get("digest", "")[:8]}
-        | flat(run.about.get("settings", {}))
-        for run in runs
-    ]
-    keys = dict.fromkeys(key for one in settings for key in one)
-    rows = [(key, *(_shown(one.get(key)) for one in settings)) for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    """What only one of the runs has follows from its method."""
+    settings = [{"data": (run.about.get("data") or {}).get("digest", "")[:8]} | flat(run.about["settings"]) for run in runs]
+    keys = dict.fromkeys(key for one in settings for key in one if key != "method")
+    rows = []
+    for key in keys:
+        values = [str(one[key]) for one in settings if key in one]
+        if len(values) > 1 and len(set(values)) > 1:
+            rows.append((key, *(_shown(one.get(key, "")) for one in settings)))
+    return rows
 
 
 def _shown(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "null" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -44,7 +44,7 @@ class StopRequest:
         """From a signal handler: whatever the main thread was about to write, it must not be entered again."""
         self._number = number
         words = (
-            f"\n{signal.Signals(number).name}: stopping at the next block, the last whole step is saved. A second one after "
+            f"\n{signal.Signals(number).name}: stopping at the next block, the last whole step is saved.\nA second one after "
             f"{REPEAT_SECONDS:g} s stops at once, and saves nothing more\n"
         )
         with suppress(OSError):
