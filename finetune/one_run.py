@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +33,7 @@ from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
 from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
 from finetune.reporting.ending import describe_values
-from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
 from finetune.runs.identity import RunIdentity
@@ -72,10 +71,12 @@ def check_start(config: Config) -> None:
         raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
 
 
-def take_rows(session: Session, directory: RunDirectory, beside: Path) -> TokenDataset | TensorRows:
+def take_rows(
+    session: Session, directory: RunDirectory, beside: Path, say: Callable[[str], None]
+) -> TokenDataset | TensorRows:
     """The rows; the directory is taken. Refuses before tokenising what no data could make fit.
 
-    beside: the output directory that has token caches.
+    beside: the output directory that has token caches. say: gets lines about the rows, for the user.
     """
     config, source = session.config, session.config.data
     inputs = [session.base.source, session.parts.directory, *_local_paths(config.data, config.eval_data)]
@@ -95,7 +96,7 @@ def take_rows(session: Session, directory: RunDirectory, beside: Path) -> TokenD
         choices=kind.compares_choices, append_eos=append_eos, judged=kind.judged,
     )
     for line in describe(data):
-        print(line, file=LastingStream(sys.stderr))
+        say(line)
     return data
 
 

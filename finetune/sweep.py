@@ -25,7 +25,7 @@ from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, 
 from finetune.planned_run import PlannedRun
 from finetune.prediction import with_prediction
 from finetune.quantization.base import is_quantized
-from finetune.reporting.progress import LastingStream, Progress
+from finetune.reporting.progress import LastingStream, Progress, say
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
 from finetune.runs.signals import StopRequest, stop_requests
@@ -202,7 +202,7 @@ class _Process:
         self._stop = StopRequest()
         self._plan: SweepPlan | None = None
         self._progress: Progress | None = None  # of the run that began last
-        self._read_bytes = 0
+        self._said: set[str] = set()
 
     def run(self) -> list[Outcome]:
         self._shared = Session(SharedBase(self._base))
@@ -230,7 +230,7 @@ class _Process:
             method = make_method(one.config)
             try:
                 seat = Seat(self._shared, method, only_plan=True)
-                data = take_rows(seat, one.directory, self._base.output)
+                data = take_rows(seat, one.directory, self._base.output, self._say_once)
                 if isinstance(data, TensorRows):
                     raise UserError("expected rows of text in a sweep, found samples of tensors: start this run by itself")
                 one.ready = get_ready(seat, method, data, one.directory, self._base.output)
@@ -249,6 +249,12 @@ class _Process:
             check_disk(self._base, self._plan.planned.plan, sum(one.directory.earlier_bytes for one in waiting))
         return waiting
 
+    def _say_once(self, line: str) -> None:
+        """Runs over the same rows say the same of them."""
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
+
     def _begin(self, one: _RunOfSweep) -> None:
         try:
             identity = identity_of(one.config, self._shared.parts, one.ready)
@@ -258,14 +264,14 @@ class _Process:
 
     def _train(self, waiting: Sequence[_RunOfSweep]) -> None:
         plan, shared = self._plan, self._shared
-        print(plan.describe(), file=LastingStream(sys.stderr))
+        say(plan.describe())
         for one in waiting:
             self._begin(one)
             one.go, one.when_ended = self._go, self._write
         trace = None if self._base.trace is None else Trace()
         streamed = shared.open(plan.planned, self._base.output / "scratch", self._inside, trace=trace)
         for note in [*shared.notes, *streamed.notes]:
-            print(note, file=LastingStream(sys.stderr))
+            say(note)
         try:
             with stop_requests(self._stop.ask):
                 Together(streamed, plan.together).run(waiting)

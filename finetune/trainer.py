@@ -32,7 +32,7 @@ from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
 from finetune.quantization.base import is_quantized
 from finetune.reporting.ending import describe_ending
-from finetune.reporting.progress import LastingStream, Progress, fitted
+from finetune.reporting.progress import LastingStream, Progress, fitted, say
 from finetune.reporting.report import summary_table
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
@@ -126,7 +126,7 @@ class Trainer:
             method = make_method(config)
             session = Session(method)
             try:
-                data = take_rows(session, directory, config.output)
+                data = take_rows(session, directory, config.output, say)
                 return self._train(session, method, get_ready(session, method, data, directory, config.output), directory)
             finally:
                 session.close()
