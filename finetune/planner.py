@@ -26,10 +26,11 @@ SYSTEM_SHARE = 0.1  # of another machine's memory, that its system and other pro
 class Planner:
     """Makes plans for `session`, whose model is there and not open yet, or is measured between steps."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, visits: dict[Any, VisitSize] | None = None) -> None:
+        """visits: that were measured of an equal model, and gets more of them."""
         self._session = session
         self._longest_row = 0  # of those that were planned for
-        self._visits: dict[Any, VisitSize] = {}  # that were measured, by what they depend on
+        self._visits = {} if visits is None else visits  # that were measured, by what they depend on
         self._found: dict[Any, Limits] = {}  # by the budgets of a configuration
 
     def plan(self, shape: BatchShape, also: BatchShape | None = None, elsewhere: bool = False) -> PlannedRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from finetune.session import Session
 from finetune.setup import Setup
 from memory.errors import UserError
 from memory.needs import Item, Needs, Tier
+from offload.sizing.dry_run import VisitSize
 from offload.sizing.needs import Streamed
 from offload.step.weights import Weights
 from offload.weights.parts import ModelParts
@@ -41,6 +43,7 @@ class SharedBase(Setup):
         self.together: Sequence[Needs] = ()
         self.later: Sequence[Needs] = ()
         self.layers = 0
+        self.visits: dict[str, dict[Any, VisitSize]] = {}  # of adapters with the same options, which differ in values only
 
     def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
         self.adapters = SideBySide(parts.model)
@@ -87,7 +90,7 @@ class Seat(Session):
             for binding in self.parts.bindings:
                 binding.convert_at_bind()
         self.set_training(True)
-        self.planner = Planner(self)
+        self.planner = Planner(self, shared.setup.visits.setdefault(repr(self.config.lora), {}))
 
     def _check_shares(self) -> None:
         outside = self.attached.outside_of(self.parts.blocks)
