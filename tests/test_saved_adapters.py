@@ -97,8 +97,6 @@ SAME = {
     "rows": lora(trainable_token_indices=[int(IDS[3]), int(IDS[8])]),
     "not of a causal model": peft.LoraConfig(r=3, **Q, init_lora_weights="gaussian"),
     "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "loha": peft.LoHaConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "up_proj"]),
-    "lokr": peft.LoKrConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "up_proj"]),
     "vera": peft.VeraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"]),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
@@ -119,7 +117,7 @@ def test_gives_plain_pefts_losses(case, ends, model, tied, tmp_path):
 
 
 REFUSED = {
-    "pissa": (lora(init_lora_weights="pissa"), "has init_lora_weights='pissa'.* computes from the base weights"),
+    "pissa": (lora(init_lora_weights="pissa"), "has init_lora_weights='pissa'.* changes the base weights"),
     "layer_replication": (lora(layer_replication=[[0, 2], [1, 3]]), "has layer_replication="),
     "alora": (lora(alora_invocation_tokens=[5]), r"has alora_invocation_tokens=\[5\]"),
     "kind": (peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "of kind poly, .* number of the task"),

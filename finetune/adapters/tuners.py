@@ -5,7 +5,7 @@ What streaming asks for:
 
 - Where PEFT computes from the base's weights when it makes an adapter, it gets them (`offload.weights.on_demand`), in its own
   order, so its random numbers are those of plain PEFT.
-- Layers of tuners may multiply the weight themselves. So the weights of layers that have an adapter are bound as numbers, and
+- Layers of tuners may multiply the weight themselves. Then the weights of layers that have an adapter are bound as numbers, and
   not decoded by the layer's own forward.
 - What a tuner shares between layers lives once, outside of blocks ([Note: shared parameters] in
   `offload/step/shared_gradients.py`).
@@ -34,8 +34,9 @@ from finetune.options import show
 from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.units import format_bytes, parse_bytes, total_host_bytes
+from offload.sizing.dry_run import on_meta
 from offload.weights.binding import LinearInSlot
-from offload.weights.on_demand import weights_on_demand
+from offload.weights.on_demand import OnDemand, weights_on_demand
 from offload.weights.parts import ModelParts
 
 _OF_THE_RUN = {
@@ -97,7 +98,18 @@ class Tuner(Adapter):
 
     @property
     def reads_weights(self) -> frozenset[nn.Module]:
-        return frozenset(base for module in self.model.modules() if (base := base_of(module)) is not None)
+        """Every kind of layer is tried on meta, with a weight that notes who asks for its numbers."""
+        found: set[nn.Module] = set()
+        reads: dict[type, bool] = {}
+        for layer in self.model.modules():
+            base = base_of(layer)
+            if base is None:
+                continue
+            if type(layer) not in reads:
+                reads[type(layer)] = _reads_weight(layer, base)
+            if reads[type(layer)]:
+                found.add(base)
+        return frozenset(found)
 
     @classmethod
     def check_loaded(cls, peft_config: Any, directory: Path) -> None:
@@ -166,6 +178,38 @@ def _mismatch(hint: Any, value: Any) -> str | None:
     except PydanticSchemaGenerationError:
         return None
     return None
+
+
+def _reads_weight(layer: nn.Module, base: nn.Module) -> bool:
+    """Whether `layer` computes with the weight of `base` itself; True where that cannot be found out."""
+    if type(base) is not nn.Linear:
+        return True
+    asked: list[bool] = []
+
+    def numbers() -> torch.Tensor:
+        asked.append(True)
+        return torch.empty(shape, dtype=weight.dtype, device="meta")
+
+    weight, shape, own = base.weight, base.weight.shape, base.__dict__.get("forward")
+    modes = [(module, module.training) for module in layer.modules()]
+    base._parameters["weight"] = nn.Parameter(OnDemand.of(numbers(), "weight", numbers), requires_grad=False)
+    base.forward = lambda x, *_, **__: x.new_empty(*x.shape[:-1], shape[0])
+    asked.clear()
+    try:
+        with on_meta(layer), torch.no_grad():
+            for training in (True, False):
+                layer.train(training)
+                layer(torch.empty(1, 2, shape[1], dtype=weight.dtype, device="meta"))
+    except Exception:  # whatever layers raise where there are no numbers
+        asked.append(True)
+    finally:
+        base._parameters["weight"] = weight
+        del base.forward
+        if own is not None:
+            base.forward = own
+        for module, training in modes:
+            module.training = training
+    return bool(asked)
 
 
 def check_memory(config: Config, num_numbers: int) -> None:

@@ -350,7 +350,7 @@ def block_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, 
     args, kwargs = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
     for layer in (layer for leaf in tree_leaves((args, kwargs)) for layer in getattr(leaf, "layers", ())):
         _empty_cache_layer(layer)
-    with _on_meta(parts.blocks[index]) as adapters:
+    with on_meta(parts.blocks[index]) as adapters:
         try:
             yield MetaCall(args, kwargs, views, adapters)
         finally:
@@ -360,7 +360,7 @@ def block_on_meta(parts: ModelParts, index: int, args: tuple, kwargs: dict[str, 
 
 
 @contextlib.contextmanager
-def _on_meta(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+def on_meta(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Inside, the block's adapters, which are yielded, and its buffers are meta tensors."""
     places = [(module._parameters, _is_adapters) for module in block.modules()]
     places += [(module._buffers, lambda b: b is not None) for module in block.modules()]
