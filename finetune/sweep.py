@@ -25,7 +25,8 @@ from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, 
 from finetune.planned_run import PlannedRun
 from finetune.prediction import with_prediction
 from finetune.quantization.base import is_quantized
-from finetune.reporting.progress import LastingStream, Progress, say
+from finetune.reporting.ending import describe_result
+from finetune.reporting.progress import LastingStream, Progress, fitted, say
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
 from finetune.runs.signals import StopRequest, stop_requests
@@ -217,6 +218,10 @@ class _Process:
                 one.directory.close()
         outcomes = ranked([one.outcome for one in self._runs])
         print_table(outcomes, LastingStream(sys.stdout))
+        if outcomes[0].state == FINISHED:
+            is_text = self._shared.parts.head is not None
+            words = f"\n{describe_result(Path(outcomes[0].output), True, is_text)}"
+            print(fitted(words, sys.stdout), file=LastingStream(sys.stdout), flush=True)
         failed = [one for one in outcomes if one.state == FAILED]
         if failed:
             words = "; ".join(f"{one.name}: {one.error}" for one in failed)

@@ -11,19 +11,24 @@ from memory.units import format_seconds
 
 
 def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, is_text: bool) -> str:
-    """report: what report.json says. output: the run's directory. is_text: whether the model can be spoken with."""
+    """report: what report.json says. The others as in `describe_result`."""
     done = report["steps"] - report["first_step"]
     lines = [f"{done} steps in {format_seconds(report['seconds'])}{_losses(report)}"]
     if report["evaluation"]:
         lines.append("evaluation: " + describe_values(report["evaluation"]))
+    return "\n".join([*lines, describe_result(output, has_adapter, is_text)])
+
+
+def describe_result(output: Path, has_adapter: bool, is_text: bool) -> str:
+    """output: the run's directory. is_text: whether the model can be spoken with."""
     place = shlex.quote(str(output))
     what = "the adapter, in PEFT's format" if has_adapter else "the tuned model, until it is exported"
-    lines.append(f"{output / 'adapter' if has_adapter else output}: {what}")
+    result = f"{output / 'adapter' if has_adapter else output}: {what}"
     merge = " --merge plain" if has_adapter else ""
     uses = [f"eval {place} --data FILE", f"export {place}{merge} --to DIRECTORY"]
     if is_text:
         uses[1:1] = [f'generate {place} --prompt "..."', f"chat {place}"]
-    return "\n".join([*lines, "Next:", *(f"  finetune {words}" for words in uses)])
+    return "\n".join([result, "Next:", *(f"  finetune {words}" for words in uses)])
 
 
 def describe_values(values: Mapping[str, Any]) -> str:
