@@ -189,6 +189,12 @@ def test_values_of_evaluation_are_written(model, data, tmp_path):
     assert found == [(row["step"], pytest.approx(row["eval_loss"])) for row in rows if "eval_loss" in row]
 
 
+def test_a_trainer_is_made_of_keywords() -> None:
+    assert Trainer(model="m", data=[{"text": "a"}], max_steps=3).config == Config(model="m", data=[{"text": "a"}], max_steps=3)
+    with pytest.raises(UserError, match=r"expected a configuration or its values, found both \(model\)"):
+        Trainer(Config(model="m"), model="m")
+
+
 def test_an_evaluation_of_no_data_is_refused(model, data, tmp_path, capsys):
     config = run_config(model, data, tmp_path).model_copy(update={"eval_data": None})
     with pytest.raises(UserError, match="a callback asked for an evaluation.*expected eval_data, found none"):

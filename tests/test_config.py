@@ -420,7 +420,6 @@ def test_settings_of_a_run_serve_from_anywhere(tmp_path: Path, monkeypatch: pyte
     expected = config.model_copy(update={
         "model": str(tmp_path / "m"), "data": f"{tmp_path}/d.jsonl[:90%]", "output": moved, "resume": False, "trace": None,
         "quantization": config.quantization.model_copy(update={"cache": tmp_path / "cache"}),
-        "zo": config.zo.model_copy(update={"objective": f"{tmp_path}/rewards.py:score"}),
         "dataset": config.dataset.model_copy(update={"chat_template": str(tmp_path / "template.jinja")}),
     })  # fmt: skip
     assert Config.load(moved) == expected

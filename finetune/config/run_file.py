@@ -17,15 +17,14 @@ _USES = """# Name this directory where a command takes a configuration:
 
 
 def run_text(config: Config) -> str:
-    """What `config.yaml` holds: all keys, with whole paths, so that it serves from anywhere; without those of one call only."""
+    """What `config.yaml` holds: all keys, with whole paths, so that it serves from anywhere (but for a reward in a file,
+    whose name is part of what the run is); without those of one call only."""
     changes: dict[str, Any] = {"model": _whole(config.model), "resume": False, "trace": None, "machine": None}
     changes["output"] = config.output.absolute()
     changes |= {key: _whole(getattr(config, key)) for key in ("data", "eval_data")}
     changes["dataset"] = config.dataset.model_copy(update={"chat_template": _whole(config.dataset.chat_template)})
     if (cache := config.quantization.cache) is not None:
         changes["quantization"] = config.quantization.model_copy(update={"cache": cache.absolute()})
-    if isinstance(config.zo.objective, str) and (parts := config.zo.objective.rpartition(":"))[0].endswith(".py"):
-        changes["zo"] = config.zo.model_copy(update={"objective": f"{_whole(parts[0])}:{parts[2]}"})
     return _FIRST_LINE + _USES + config.model_copy(update=changes).to_yaml()
 
 
