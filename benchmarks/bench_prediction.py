@@ -5,7 +5,8 @@
 
 Each run is a process of its own, one after the other; its report has what was predicted before its first step. All runs go
 round after round, so that what the machine does meanwhile meets all of them: of each, the median of its errors counts.
-`--packed` is the same model in a packed format. `--limit-command "CMD"` is put before each run. Rows of `--data` need 512 tokens.
+`--packed` is the same model in a packed format. `--limit-command "CMD"` is put before each run. Rows of `--data` need 512
+tokens.
 Printed: both, their ratio, then the median and the worst error over all kinds of runs.
 """
 
