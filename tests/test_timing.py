@@ -31,7 +31,6 @@ CASES = {
     "a head in chunks": {"engine": {"loss_tile_vocab": 40}},
     "a packed base on a device": {"device": "simulated", "quantize": "int8"},
     "chunks of a text": {"engine": {"sequence_chunk": 6}},
-    "zo in chunks of a text": {"method": "zo", "zo": {"perturbations": 2}, "engine": {"sequence_chunk": 6}},
     "bf16": {"engine": {"dtype": "bfloat16"}},
 }
 
