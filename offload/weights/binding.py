@@ -68,25 +68,22 @@ def _are_same(first: Stored, second: Stored) -> bool:
 
 
 class _StoredLinear(torch.autograd.Function):
-    """y = x W^T + b with W as it is stored. W is frozen: it gets no gradient.
+    """y = x W^T + b, [rows, columns], with W as it is stored. W is frozen: it gets no gradient.
 
     The stored weight is a view of the visit's slot and outlives the graph by the engine's order, so nothing is saved.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: LinearInSlot, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.shape = layer, x.shape
         rows = values(x).reshape(-1, x.shape[-1])
         deferring = DeferProducts.entered
         product = partial(_product, rows, layer, bias)
-        y = deferring.defer((rows.shape[0], layer.weight.shape[0]), product, [rows]) if deferring else product()
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return deferring.defer((rows.shape[0], layer.weight.shape[0]), product, [rows]) if deferring else product()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        rows = grad.reshape(-1, grad.shape[-1])
-        dx = rows @ ctx.layer.numbers(rows.dtype)
-        return dx.view(*grad.shape[:-1], -1), None, None
+        return (grad @ ctx.layer.numbers(grad.dtype)).view(ctx.shape), None, None
 
 
 def _product(rows: torch.Tensor, layer: LinearInSlot, bias: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +96,9 @@ class _LazyForward(LinearInSlot):
     __slots__ = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _StoredLinear.apply(x, self, self.module.bias)
+        y = _StoredLinear.apply(x, self, self.module.bias)
+        # As PyTorch's own linear does it: adapters add to it in place, which a view would refuse.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class Binding:

@@ -186,9 +186,9 @@ def test_only_weights_that_layers_compute_with_are_bound_as_numbers(model, token
     assert found == {"ia3": 0, "vera": 0, "loha": 0, "lokr": 0, "hra": 4, "oft": 0, "shira": 4, "hira": 4}
 
 
-@pytest.mark.parametrize("word, device", [("hra", "cpu"), ("vblora", "simulated")])
+@pytest.mark.parametrize("word, device", [("hra", "cpu"), ("vblora", "simulated"), ("c3a", "cpu")])
 def test_over_a_packed_base(word, device, model, tokens, tmp_path, monkeypatch):
-    """HRA multiplies the weight itself, VB-LoRA's bank is shared by blocks. One block is in each memory, lanes are on disk."""
+    """HRA multiplies the weight itself, VB-LoRA's bank is shared by blocks, C3A adds in place. One block is in each memory."""
     monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
     packed, decoded = write(BASES["fp8"], model, tmp_path)
     engine = {"kept_graphs": 0, "resident_blocks": 1, **({} if device == "simulated" else {"hidden_states": "disk"})}
