@@ -86,9 +86,8 @@ class Seat(Session):
         self.adapter_buffers = []
         self._check_shares()
         method.prepare(self)
-        if self.adapter.needs_first_visit:
-            for binding in self.parts.bindings:
-                binding.convert_at_bind()
+        for binding in self.parts.bindings:
+            binding.convert_at_bind(self.adapter.reads_weights)
         self.set_training(True)
         self.planner = Planner(self, shared.setup.visits.setdefault(repr(self.config.lora), {}))
 
