@@ -119,12 +119,15 @@ class MethodCost:
 
 
 def compare_methods(config: Config, planned: PlannedRun) -> list[MethodCost]:
-    """Every method with this model, batch and budgets, and what else is configured for it. planned: as it is configured."""
-    return [_cost(config.model_copy(update={"method": method}), planned) for method in METHODS]
+    """Every method with this model, batch and budgets, and what else is configured for it, less other adapters where none is
+    named. planned: as it is configured."""
+    configs = [config.model_copy(update={"method": method}) for method in METHODS]
+    return [_cost(one, planned) for one in configs if one.adapter_kind != "adapter" or one.adapter.type is not None]
 
 
 def _cost(config: Config, like: PlannedRun) -> MethodCost:
-    if problems := [conflict.problem for conflict in config.preference.conflicts_with(config)]:
+    sections = config.preference, config.adapter
+    if problems := [conflict.problem for section in sections for conflict in section.conflicts_with(config)]:
         return MethodCost(config.method, None, problems[0])
     try:
         session = Session(make_method(config), only_plan=True)

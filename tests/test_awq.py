@@ -16,7 +16,7 @@ from text_models import assert_resumes, assert_same_answers, write_model
 
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError
-from offload.sizing.dry_run import _LiveBytes
+from offload.sizing.dry_run import LiveBytes
 from offload.weights.formats import PlainTensor
 from offload.weights.formats.awq import PackedAwq
 from offload.weights.parts import cut
@@ -61,7 +61,7 @@ def test_little_is_allocated_beside_the_numbers():
         PlainTensor(torch.float16, (columns // 128, rows), ()), None, (rows, columns), 4, 128, ((0, rows),),
     )  # fmt: skip
     stored = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weight.tensors.items()}
-    counter = _LiveBytes()
+    counter = LiveBytes()
     for tensor in stored.values():
         counter.ignore(tensor)
     with counter:

@@ -18,7 +18,7 @@ from finetune import Trainer
 from finetune.evaluate import evaluate
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
-from offload.sizing.dry_run import _LiveBytes
+from offload.sizing.dry_run import LiveBytes
 from offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
 from offload.weights.formats.bitsandbytes_files import State4Bit
@@ -102,7 +102,7 @@ LARGE = {
 def test_little_is_allocated_beside_the_numbers(kind):
     weight = LARGE[kind]
     stored = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weight.tensors.items()}
-    counter = _LiveBytes()
+    counter = LiveBytes()
     for tensor in stored.values():
         counter.ignore(tensor)
     with counter:

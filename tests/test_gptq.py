@@ -18,7 +18,7 @@ from text_models import assert_resumes, assert_same_answers, write_model
 
 from memory.errors import UserError
 from offload.files.checkpoint import CheckpointError, read_header
-from offload.sizing.dry_run import _LiveBytes
+from offload.sizing.dry_run import LiveBytes
 from offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from offload.weights.formats.gptq import PackedGptq
 from offload.weights.parts import cut
@@ -137,7 +137,7 @@ def test_little_is_allocated_beside_the_numbers():
             PlainTensor(torch.float16, (columns // 128, rows), ()), order, (rows, columns), 4, 128, ((0, rows),), True,
         )  # fmt: skip
         stored = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weight.tensors.items()}
-        counter = _LiveBytes()
+        counter = LiveBytes()
         for tensor in stored.values():
             counter.ignore(tensor)
         with counter:

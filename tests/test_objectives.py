@@ -24,6 +24,7 @@ from finetune.objectives.base import Objective, check_gradient, make_objective
 from finetune.objectives.registry import OBJECTIVES, ObjectiveEntry
 from finetune.objectives.rewards import load_reward, token_f1
 from finetune.objectives.token_loss import TokenLoss
+from finetune.one_run import take_rows
 from finetune.runs.directory import RunDirectory
 from finetune.session import Session
 from memory.errors import UserError
@@ -50,7 +51,7 @@ def objective_config(model: Path, output: Path, rows: Any, objective: Any, **cha
 def opened(config: Config) -> Iterator[tuple[Objective, StreamedModel]]:
     session, directory = Session(make_method(config)), RunDirectory(config.output)
     try:
-        objective = make_objective(config, session, Trainer(config)._prepare(config.data, session, directory))
+        objective = make_objective(config, session, take_rows(session, directory, config.output, print))
         yield objective, session.open(session.plan(objective.shape(session)), config.output / "scratch")
     finally:
         session.close()

@@ -82,14 +82,15 @@ def test_the_least_memory_of_both_tiers(model, tmp_path):
 def test_every_method_is_beside_the_others(model, tmp_path):
     config = make_config(model, None, tmp_path, dataset={"sequence_length": 64}, training={"batch_size": 2})
     costs = compare_methods(config, Trainer(config).plan())
-    assert [cost.method for cost in costs] == list(METHODS)
+    methods = [method for method in METHODS if method != "adapter"]  # none is named
+    assert [cost.method for cost in costs] == methods
     of = {cost.method: cost.values for cost in costs}
     assert not of["lora"]["disk_write_bytes"] and not of["zo"]["disk_write_bytes"] and of["full"]["disk_write_bytes"]
     assert of["badam"]["disk_write_bytes"] < of["full"]["disk_write_bytes"]
     for values in of.values():
         assert values["least_host_bytes"] <= values["host_peak_bytes"] and values["step_seconds"] > 0
     table = describe_costs(costs).splitlines()
-    assert len(table) == 1 + len(METHODS) and all(line.startswith(name) for line, name in zip(table[1:], METHODS, strict=True))
+    assert all(line.startswith(name) for line, name in zip(table[1:], methods, strict=True))
 
 
 def test_methods_that_do_not_run_say_why(model, tmp_path):
