@@ -23,16 +23,16 @@ from pathlib import Path
 
 from running import run_finetune
 
-RANKS, RATES = (4, 8, 16, 32), ("1e-4", "3e-4")
+RATES = ("1e-4", "3e-4", "1e-5", "3e-5")
 
 
-def names_of(runs: int) -> list[tuple[int, str]]:
-    return [(rank, rate) for rank in RANKS for rate in RATES][:runs]
+def names_of(arguments: argparse.Namespace) -> list[tuple[int, str]]:
+    return [(rank, rate) for rank in arguments.ranks for rate in RATES][: arguments.runs]
 
 
 def run_sweep(arguments: argparse.Namespace, output: str, base: list[str]) -> None:
     files = []
-    for rank, rate in names_of(arguments.runs):
+    for rank, rate in names_of(arguments):
         path = Path(output).parent / f"r{rank}-{rate}.yaml"
         path.write_text(f"lora: {{r: {rank}}}\ntraining: {{learning_rate: {rate}}}\n")
         files.append(str(path))
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--host-memory", required=True)
     parser.add_argument("--runs", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--alone", type=int, help="runs that are done alone; all, if not given")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -74,29 +75,29 @@ def main() -> None:
         base += ["--set", setting]
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         alone = {}
-        for rank, rate in names_of(arguments.runs)[: arguments.alone]:
+        for rank, rate in names_of(arguments)[: arguments.alone]:
             arguments.set = [*given, f"lora.r={rank}", f"training.learning_rate={rate}"]
             name = f"r{rank}-{rate}"
             alone[name] = run_finetune(arguments, f"{scratch}/{name}", "lora")
             print(f"{name} alone: {[round(row['seconds'], 2) for row in alone[name]]} s", flush=True)
         run_sweep(arguments, f"{scratch}/sweep", base)
-        report(Path(scratch), alone, arguments.runs)
+        report(Path(scratch), alone, names_of(arguments))
 
 
-def report(scratch: Path, alone: dict[str, list[dict]], runs: int) -> None:
+def report(scratch: Path, alone: dict[str, list[dict]], names: list[tuple[int, str]]) -> None:
     for name, rows in alone.items():
         files = [scratch / folder / name / "adapter" / "adapter_model.safetensors" for folder in ("sweep", ".")]
         together = rows_of(scratch / "sweep" / name)
         same = files[0].read_bytes() == files[1].read_bytes() and [x["loss"] for x in together] == [x["loss"] for x in rows]
         print(f"{name}: {'the same bits' if same else 'OTHER BITS'}")
-    last = [rows_of(scratch / "sweep" / f"r{rank}-{rate}") for rank, rate in names_of(runs)]
+    last = [rows_of(scratch / "sweep" / f"r{rank}-{rate}") for rank, rate in names]
     steps = [row for rows in alone.values() for row in rows[1:]]
     read = [statistics.median(row["disk_read_bytes"] for row in rows) / 2**30 for rows in (steps, last[0][1:])]
     print(f"read a step: {read[0]:.3f} GiB alone, {read[1]:.3f} GiB together")
-    computes = runs * statistics.mean(row["seconds"] - row["stall_seconds"] for row in steps)
+    computes = len(names) * statistics.mean(row["seconds"] - row["stall_seconds"] for row in steps)
     seconds = statistics.median(max(rows[i]["seconds"] for rows in last) for i in range(1, len(last[0])))
     stalled = statistics.median(row["stall_seconds"] for row in last[0][1:])
-    print(f"{seconds:.2f} s a step of all, stalled {stalled:.2f} s; {runs} computes take {computes:.2f} s")
+    print(f"{seconds:.2f} s a step of all, stalled {stalled:.2f} s; {len(names)} computes take {computes:.2f} s")
     print(f"ratio {seconds / computes:.3f}")
     peaks = [max(row["host_peak_bytes"] for row in rows) / 2**30 for rows in (steps, [row for rows in last for row in rows])]
     print(f"peak: {peaks[0]:.2f} GiB alone, {peaks[1]:.2f} GiB together")

@@ -26,6 +26,7 @@ from offload.sizing.needs import (
     HOST_BLOCKS,
     HOST_HEAD,
     LANES_NEAR,
+    PROCESS,
     STATE,
 )
 from offload.sizing.timing import Timing, Workload, time_chunked_visits, time_visits
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from finetune.session import Session
 
 MOST_SECONDS = 5.0  # that visits are run for a prediction
+MALLOC_FACTOR = 3  # by which the C library's allocator takes more for a visit than is alive, between holes
 ADAPTER_UPDATE_BYTES = 120
 """That PyTorch's AdamW moves for a number in fp32: ten operations on gradient, moments and value."""
 
@@ -77,7 +79,7 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
         return planned
     device, look = session.device, time_visits if planned.batch.chunk is None else time_chunked_visits
-    if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates):
+    if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates) or not _has_room(planned):
         if (device := described_device(session)) is None:
             return planned
         look = count_visits
@@ -141,6 +143,15 @@ def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
     visits, chunk = 2 * (4 if planned.shape.train else 1), planned.batch.chunk
     share = 1 if chunk is None else chunk / planned.shape.inputs["input_ids"].shape[1]
     return planned.batch.visit.flops * share * visits / rates.flops_per_second < MOST_SECONDS
+
+
+def _has_room(planned: PlannedRun) -> bool:
+    """Whether visits can be timed inside of the budget. They run before there is an arena."""
+    plan = planned.plan
+    if plan.device_budget_bytes is not None:
+        return True
+    needed_bytes = MALLOC_FACTOR * planned.batch.visit.peak_bytes + max(planned.streamed.block_bytes)
+    return plan.host_parts.get(PROCESS, 0) + needed_bytes <= plan.host_budget_bytes
 
 
 def predict_compressed(planned: PlannedRun, rates: Rates, found: Compression, timing: Timing | None = None) -> StepTime:

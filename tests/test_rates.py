@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from offload.rates.disk import SLOT_BYTES, drive_name, measure_drive, nearest_di
 from offload.rates.machine import Effort, is_current, measure_machine
 from offload.rates.timing import seconds_of
 from offload.residency.io import IOEngine
-from offload.sizing.calibration import write_rate_of
+from offload.sizing.calibration import write_rate, write_rate_of
+from offload.sizing.needs import MARGIN_BYTES, STAGING_BYTES
 from offload.weights.formats import FORMATS, PlainTensor
 
 TINY = Sizes(shapes=((24, 40),), rows=(1, 3), lengths=(8,), weight_bytes=1 << 14, elements=1 << 10)
@@ -214,3 +216,17 @@ def test_what_a_written_byte_takes_beside_reads(together, expected):
     )  # fmt: skip
     assert write_rate_of(drive) == pytest.approx(expected)
     assert write_rate_of(drive.model_copy(update={"write_bytes_per_second": None})) == float("inf")
+
+
+def test_what_a_prediction_writes_goes_through_memory_that_every_plan_has(tmp_path, monkeypatch):
+    """The slots, and the numbers that they are filled with."""
+    sizes, allocate = [], offload.rates.disk.map_host_bytes
+    monkeypatch.setattr(offload.rates.disk, "map_host_bytes", lambda size: sizes.append(size) or allocate(size))
+    tracemalloc.start()
+    try:
+        assert write_rate(tmp_path / "not" / "there") > 0
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(sizes) == 1 and sizes[0] + peak_bytes <= STAGING_BYTES + MARGIN_BYTES
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step, with_prediction
 from finetune.session import Session
-from offload.sizing.needs import DECODED
+from offload.sizing.needs import DECODED, PROCESS
 from offload.sizing.timing import Workload, time_visits
 from offload.weights.formats import PlainTensor
 
@@ -122,6 +122,18 @@ def test_a_visit_that_would_take_long_is_not_run(model, tmp_path, monkeypatch):
         found = with_prediction(session, planned)
         assert found.timing is None and found.rates and "a step takes about" in found.describe()
         assert not found.untimed
+    finally:
+        session.close()
+
+
+def test_a_visit_is_not_run_where_the_budget_has_no_room_for_it_yet(model, tmp_path, monkeypatch):
+    """The C library's allocator takes up to three times what is alive, and there is no arena yet."""
+    session, planned = planned_session(model, tmp_path, monkeypatch)
+    try:
+        least = planned.plan.host_parts[PROCESS] + 3 * planned.batch.visit.peak_bytes + max(planned.streamed.block_bytes)
+        for budget_bytes, runs in ((least, True), (least - 1, False)):
+            limited = replace(planned, plan=replace(planned.plan, host_budget_bytes=budget_bytes))
+            assert (with_prediction(session, limited).timing is not None) == runs
     finally:
         session.close()
 

@@ -44,10 +44,13 @@ def nearest_directory(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def measure_drive(directory: Path, seconds: float, most_bytes: int = MOST_BYTES, backend: str = "auto") -> Drive:
+def measure_drive(
+    directory: Path, seconds: float, most_bytes: int = MOST_BYTES, backend: str = "auto", slot_bytes: int = SLOT_BYTES
+) -> Drive:
     """Writes up to `most_bytes` to a file without a name in `directory`, then reads it, then does both at once.
 
-    seconds: of each of the three, at most, once `LEAST_BYTES` have moved. backend: `engine.io_backend`.
+    seconds: of each of the three, at most, once `LEAST_BYTES` have moved. backend: `engine.io_backend`. slot_bytes: of a
+    ticket; memory is taken for `SLOTS` of them and one more.
     Raises UserError where there is no room, or nothing can be written.
     """
     free = psutil.disk_usage(str(directory)).free
@@ -58,7 +61,7 @@ def measure_drive(directory: Path, seconds: float, most_bytes: int = MOST_BYTES,
             f"{format_bytes(free)} are free: make room, or name another directory"
         )
     with IOEngine(backend) as io, _unnamed_file(io, directory) as file:
-        probe = _Probe(io, file, min(SLOT_BYTES, file_bytes // SLOTS))
+        probe = _Probe(io, file, min(slot_bytes, file_bytes // SLOTS))
         written, write_seconds = probe.write(file_bytes, seconds)
         read, read_seconds = probe.read(written, seconds)
         half = written // 2 // probe.slot_bytes * probe.slot_bytes
@@ -95,8 +98,9 @@ class _Probe:
     def __init__(self, io: IOEngine, file: int, slot_bytes: int) -> None:
         self.io, self.file, self.slot_bytes = io, file, slot_bytes
         self._slab = map_host_bytes(SLOTS * slot_bytes)
-        numbers = np.random.default_rng(0).integers(0, 256, self._slab.numel(), dtype=np.uint8)
-        self._slab.copy_(torch.from_numpy(numbers))  # which no drive makes smaller
+        generator = np.random.default_rng(0)
+        for slot in self._slab.view(SLOTS, slot_bytes):  # with what no drive makes smaller
+            slot.copy_(torch.from_numpy(generator.integers(0, 256, slot_bytes, dtype=np.uint8)))
 
     def write(self, num_bytes: int, seconds: float) -> tuple[int, float]:
         """(bytes, seconds until they are durable); at least a slot's bytes."""

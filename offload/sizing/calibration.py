@@ -17,6 +17,7 @@ from offload.rates.disk import measure_drive, nearest_directory, read_rate
 from offload.weights.parts import ModelParts
 
 PROBE_BYTES = 64 << 20  # that are written
+PROBE_SLOT_BYTES = 4 << 20  # at a time: a prediction is made inside of the budget
 READ_BYTES = 512 << 20
 READ_SECONDS = 0.3
 WRITE_SECONDS = 0.15
@@ -59,8 +60,9 @@ def measure_rates(parts: ModelParts, device: Device, rows: int = 512) -> Rates:
 
 def write_rate(directory: Path) -> float:
     """Bytes per second that are written under `directory`, or where it will be, see `write_rate_of`. Writes up to 64 MiB to a
-    file without a name. Raises UserError."""
-    return write_rate_of(measure_drive(nearest_directory(directory), WRITE_SECONDS, PROBE_BYTES))
+    file without a name, through no more memory than every plan counts beside what it is for. Raises UserError."""
+    drive = measure_drive(nearest_directory(directory), WRITE_SECONDS, PROBE_BYTES, slot_bytes=PROBE_SLOT_BYTES)
+    return write_rate_of(drive)
 
 
 def write_rate_of(drive: Drive) -> float:
