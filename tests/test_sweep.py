@@ -235,7 +235,7 @@ def test_words_are_runs_with_names(case, tmp_path):
 REFUSED = {
     "another method": (["method=lora,zo"], "method=zo: expected method lora, found zo"),
     "another base": (["model=a,b"], "model: expected the same in all runs"),
-    "no key": (["lora.rank=1,2"], "lora.rank: is no key of the configuration"),
+    "no key": (["lora.rank=1,2"], "lora.rank: unknown key; nearest: lora.r"),
     "twice": (["seed=1,2", "training.seed=3"], "training.seed: is swept twice"),
     "set too": (["training.batch_size=1,2"], "training.batch_size: is swept, and set for all runs too"),
     "the same value": (["seed=1,1"], "two runs are called seed=1"),

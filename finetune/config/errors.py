@@ -46,7 +46,7 @@ def explain(error: ValidationError, sections: Collection[str], keys: Sequence[st
         location = [str(part) for part in problem["loc"]]
         if problem["type"] == "extra_forbidden":
             key = ".".join(location)
-            expectations[key] = [f"unknown key{_nearest(location, sections, keys)}"]
+            expectations[key] = [f"unknown key{nearest_key(location, sections, keys)}"]
             found[key] = show(problem["input"])
             continue
         # Behind the key stand tags of a union's members and indices: `lora.target_modules.list[str].0`.
@@ -90,7 +90,8 @@ def _nearest_word(value: object, expected: str) -> str:
     return f"; nearest: {near[0]}" if near else ""
 
 
-def _nearest(location: Sequence[str], sections: Collection[str], keys: Sequence[str]) -> str:
+def nearest_key(location: Sequence[str], sections: Collection[str], keys: Sequence[str]) -> str:
+    """Words for a message that say which key was meant by one that is unknown, given part by part; empty where none is near."""
     *folders, leaf = location
     everywhere: dict[str, str] = {}
     inside: dict[str, str] = {}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.config import KEYS, Config, parse_word
-from finetune.config.errors import ConfigError
+from finetune.config.errors import ConfigError, nearest_key
 from finetune.config.loading import SHORTHANDS, find_source, read_yaml
+from finetune.config.sections import SECTIONS
 from finetune.methods.registry import METHODS
 from finetune.options import show
 
@@ -114,7 +115,8 @@ def _check_axes(axes: Sequence[Axis], fixed: set[str]) -> None:
     keys = [axis.key for axis in axes]
     problems = [f"{key}: is swept twice: give its values once" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     problems += [f"{key}: is swept, and set for all runs too: give one of them" for key in keys if key in fixed]
-    problems += [f"{key}: is no key of the configuration, found in what is swept" for key in keys if key not in KEYS]
+    unknown = [key for key in keys if key not in KEYS]
+    problems += [f"{key}: unknown key{nearest_key(key.split('.'), SECTIONS, KEYS)}" for key in unknown]
     problems += [
         f"{key}: expected the same in all runs, found it among what is swept" for key in keys if key.split(".")[0] in _SHARED
     ]
