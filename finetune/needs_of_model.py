@@ -157,8 +157,10 @@ def trained_adapter_needs(session: Session, micro_batches: int) -> Needs:
         Item(ADAPTERS, micro_batches * _num_bytes(shared), Tier.COMPUTE, Lasts.STEP, remedy=FEWER_ADAPTERS),
         Item(GRADIENTS, rising_bytes, Tier.COMPUTE, Lasts.RISING, len(blocks), remedy=FEWER_ADAPTERS),
         _saving(num_bytes + moment_bytes if session.on_device else 0),
-        Item("resumable states", 9 * num_bytes, Tier.DISK),  # two kept and one being written, each with two moments
+        # Those that are kept and one being written, each with two moments.
+        Item("resumable states", 3 * (session.config.training.kept_states + 1) * num_bytes, Tier.DISK),
         Item("adapter", num_bytes, Tier.DISK),
+        _best(session, num_bytes),
     )
 
 
@@ -174,7 +176,13 @@ def perturbed_adapter_needs(session: Session, variants: int, first_kept: bool) -
         _saving(num_bytes + clean_bytes if session.on_device else 0),
         Item("adapter", num_bytes, Tier.DISK),
         Item("the prefix that it begins as", num_bytes if first_kept else 0, Tier.DISK),
+        _best(session, num_bytes),
     )
+
+
+def _best(session: Session, num_bytes: int) -> Item:
+    """The best adapter so far, and a better one until the state that goes with it is durable."""
+    return Item("best adapters", 2 * num_bytes if session.config.training.load_best_model_at_end else 0, Tier.DISK)
 
 
 def _saving(num_bytes: int) -> Item:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.config.training_options import REPORTERS
 from finetune.config.unused_keys import unused_adapter_note
 from finetune.data import BatchPlan, TokenDataset
 from finetune.data.model_kinds import refuse_text
@@ -67,8 +68,15 @@ def check_start(config: Config) -> None:
         raise UserError(f"trace: expected a file in a directory that is there, found {config.trace}: make its directory")
     if config.data is None:
         raise UserError("no training data: give --data (a path, a hub id, or rows)")
-    if "tensorboard" in config.training.report_to and find_spec("tensorboard") is None:
-        raise UserError("training.report_to: expected the package tensorboard to be installed, found it missing")
+    options = config.training
+    for package in (REPORTERS[word] for word in options.report_to):
+        if find_spec(package) is None:
+            raise UserError(
+                f"training.report_to: expected the package {package} to be installed, found it missing: pip install {package}"
+            )
+    for key in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(options, key) and config.eval_data is None:
+            raise UserError(f"training.{key}: expected eval_data, which evaluations are over, found none")
 
 
 def take_rows(
@@ -179,7 +187,11 @@ class Run:
             watching = Callbacks(callbacks, config, session, method, ready.batches, metrics.rows())
             after = AfterStep(method, watching, metrics, None if config.eval_data is None else self._evaluate)
             loop.run(watching, after, metrics)
-        report = run_report(self.planned, session, self.meter, loop) | {"evaluation": after.evaluation}
+        best = after.best
+        if best.should_stop and loop.step < ready.batches.num_steps:
+            self.say([f"stopped early after step {loop.step}: {best.describe()}, and {best.misses} evaluations since"])
+        kept = best.about if best.step and config.training.load_best_model_at_end else None
+        report = run_report(self.planned, session, self.meter, loop) | {"evaluation": after.evaluation, "best": kept}
         write_report(output / "report.json", report)
         return loop, report
 

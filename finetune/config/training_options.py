@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from finetune.config.evaluation_options import EvaluationOptions, StepsOrEpoch
 from finetune.config.schedule_options import SCHEDULES, argument_problems, length_problem, rate_problem, warmup_steps
+from finetune.methods.registry import METHODS
 from finetune.objectives.registry import PREFERENCES
-from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Section, Share, Switch, show
+from finetune.options import Conflict, Count, CountOrZero, NonNegative, Positive, Share, Switch, show
 
 
 def _check_micro_batch_size(value: Any) -> Any:
@@ -27,7 +29,11 @@ def _check_report_to(value: Any) -> Any:
     return value
 
 
-class TrainingOptions(Section):
+REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+"""Transformers' word for where metrics go -> the package that this needs."""
+
+
+class TrainingOptions(EvaluationOptions):
     """One step is one optimizer update over `batch_size` rows, in micro-batches of at most `micro_batch_size` rows."""
 
     objective: Literal["loss", *PREFERENCES] = "loss"
@@ -73,19 +79,26 @@ class TrainingOptions(Section):
     """What it counts. None: `router_aux_loss_coef` of config.json."""
     seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
     """Of the order of the data, dropout, adapters' first values, noise and the choice of blocks."""
-    eval_steps: Count | None = None
-    """Evaluates every so many steps. None: only at the end."""
-    save_steps: Count = 50
-    """Saves the state, from which `resume` continues, every so many steps. Ctrl-C saves it too."""
-    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(_check_report_to)] = []
-    """Where metrics go besides `metrics.jsonl`: tensorboard, or none."""
+    save_steps: StepsOrEpoch = 50
+    """Saves the state, from which `resume` continues, every so many steps; epoch: at the end of each pass over the data. Ctrl-C
+    saves it too."""
+    save_total_limit: Count | None = None
+    """So many states are kept, the newest ones. None: two, so that there is another where the newest is damaged."""
+    report_to: Annotated[list[Literal[*REPORTERS]], BeforeValidator(_check_report_to)] = []
+    """Where metrics go besides `metrics.jsonl`, through Transformers' own callbacks; none: nowhere else. What else they need is
+    in variables of the environment, such as WANDB_PROJECT."""
 
     @property
     def least_micro_batch_size(self) -> int:
         """Where it is auto: the smallest that can be chosen."""
         return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
+    @property
+    def kept_states(self) -> int:
+        return self.save_total_limit or 2
+
     def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.warmup_steps and self.warmup_ratio:
             yield Conflict(
                 ("warmup_steps", "warmup_ratio"),
@@ -109,6 +122,12 @@ class TrainingOptions(Section):
             )
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        yield from super().conflicts_with(config)
+        if self.save_total_limit is not None and "state" not in METHODS[config.method].files(config):
+            yield Conflict(
+                ("training.save_total_limit", "method"),
+                f"expected only with methods that save states, found method {config.method}, of which every step is durable",
+            )
         left = ("config", "without") if config.objective in tuple(PREFERENCES) else ("config",)
         if config.objective != "loss" and (self.router_loss not in left or self.router_loss_coefficient is not None):
             keys = ("training.router_loss", "training.router_loss_coefficient", "zo.objective", "training.objective")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -106,7 +107,10 @@ class AdapterTraining(Method):
 
     def save(self, step: int) -> None:
         more = self._session.adapter.state()
-        save_state(self.config.output / "state", step, self._trainable, self.optimizer, self.about, more)
+        save_state(
+            self.config.output / "state", step, self._trainable, self.optimizer, self.about, more,
+            keep=self.config.training.kept_states,
+        )  # fmt: skip
 
     def rescue(self, step: int) -> str:
         folder = self.config.output / "state"
@@ -118,5 +122,5 @@ class AdapterTraining(Method):
             return "No state was saved yet: start again (with --resume too, the run starts with its first step)"
         return f"The newest saved state is {saved[-1]}: go on with --resume"
 
-    def finish(self, step: int) -> None:
-        adapters.save(self._session.model, self.adapter_directory, self.about)
+    def write_adapter(self, directory: Path) -> None:
+        adapters.save(self._session.model, directory, self.about)

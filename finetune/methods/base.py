@@ -100,9 +100,14 @@ class Method(Setup):
     def save(self, step: int) -> None:
         """Makes the state after `step` steps durable."""
 
-    @abstractmethod
     def finish(self, step: int) -> None:
         """Leaves the model, and what is for the user in the output directory, as after `step` steps."""
+        if self.adapter_directory is not None:
+            self.write_adapter(self.adapter_directory)
+
+    def write_adapter(self, directory: Path) -> None:
+        """The adapter as it is now, in PEFT's format; of methods that train one."""
+        raise NotImplementedError(f"{type(self).__name__} trains no adapter")
 
     @abstractmethod
     def rescue(self, step: int) -> str:

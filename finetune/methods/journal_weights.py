@@ -21,6 +21,7 @@ from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.planned_run import BatchShape, MeasuredBatch
 from finetune.quantization.base import open_base
 from finetune.reporting.report import last_step
+from finetune.runs.best import read_best
 from finetune.runs.directory import check_belongs, reading
 from finetune.runs.exports import Export
 from finetune.runs.identity import check_model, check_same_run, recorded_setting
@@ -59,7 +60,8 @@ def _moves_scales(journal: Journal) -> bool:
 
 
 class JournalWeights(Setup):
-    """The model after all steps of the run in `run`. No run begins there until `close`; one under way is not hindered."""
+    """The model after all steps of the run in `run`, or after its best one, where that is its result. No run begins there until
+    `close`; one under way is not hindered."""
 
     frozen = False
     tuned = True
@@ -76,6 +78,7 @@ class JournalWeights(Setup):
             check_belongs(run, self._journal.path, self._journal.about)
             if self._is_free:  # of a run that is under way, the newest step may not be whole yet
                 _check_whole(self._journal, run, "")
+            self._steps = _result_step(self._journal, run, self._is_free)
         except BaseException:
             self.close()
             raise
@@ -89,10 +92,10 @@ class JournalWeights(Setup):
         check_model(f"the run in {self._run} tuned", journal.about["model"], parts, self.config.model)
         # A run that is under way removes folded weights; the journal alone gives the same.
         if self._is_free:
-            whole = journal.steps - journal.steps % journal.about["group_steps"]
+            whole = self._steps - self._steps % journal.about["group_steps"]
             weights, io_backend = self._run / "weights", self.config.engine.io_backend
             self._folded_steps, self._fold = newest_fold(weights, journal, whole, io_backend, _say) or (0, None)
-        _say(f"note: with the weights that the run has tuned in {journal.steps} steps")
+        _say(f"note: with the weights that the run has tuned in {self._steps} steps")
         return parts.model, parts
 
     def needs(self, session: Session, batch: MeasuredBatch, streamed: Streamed) -> tuple[Needs, Streamed]:
@@ -100,7 +103,7 @@ class JournalWeights(Setup):
         steps = 0 if self._fold is None else None
         options = _options(self._journal, session.parts)
         if options.perturb == "products":  # whose groups stay apart
-            steps = self._journal.steps
+            steps = self._steps
         perturbed = perturbed_sizes(session.parts, options, steps)
         return perturbed.needs, streamed.holding(perturbed.block_bytes, perturbed.chunk_bytes, perturbed.expert_bytes)
 
@@ -115,7 +118,7 @@ class JournalWeights(Setup):
         journal, scales = self._journal, _moves_scales(self._journal)
         if scales:
             check_scales(session.parts)
-        groups = most_product_groups(session.parts, _options(journal, session.parts), journal.steps)
+        groups = most_product_groups(session.parts, _options(journal, session.parts), self._steps)
         return partial(PerturbedWeights, noise=journal.noise, product_groups=groups, scales=scales)
 
     def opened(self, session: Session) -> None:
@@ -123,7 +126,7 @@ class JournalWeights(Setup):
         weights: PerturbedWeights = session.streamed.weights
         if self._fold is not None:
             weights.move_to(self._fold)
-        weights.perturbation.pending = self._journal.groups(self._folded_steps)
+        weights.perturbation.pending = self._journal.groups(self._folded_steps, self._steps)
 
     def close(self) -> None:
         self._held.close()
@@ -139,7 +142,7 @@ def export_journal(job: Export) -> int:
         raise UserError(f"this run tuned an adapter, not the model: it is in {config.output / 'adapter'}")
     if job.at_step is None and job.is_free:  # of a run that is under way, the newest step may not be whole yet
         _check_whole(journal, config.output, f", or export what is whole with --at-step {journal.steps}")
-    steps = journal.steps if job.at_step is None else job.at_step
+    steps = _result_step(journal, config.output, job.is_free) if job.at_step is None else job.at_step
     if not 0 <= steps <= journal.steps:
         raise UserError(f"--at-step: expected 0 to {journal.steps}, the steps in {path}, found {job.at_step}")
     base = open_base(config, resolve_model(config.model), choose_device("cpu"), lambda stored: stored, only_plan=False)
@@ -199,6 +202,12 @@ def _check_whole(journal: Journal, run: Path, more: str) -> None:
             f"{journal.path} has {journal.steps} whole steps, {found}: a process died while it wrote, or its end is damaged. "
             f"Bring it back from a copy, or let the run make the rest again with --resume{more}"
         )
+
+
+def _result_step(journal: Journal, run: Path, is_free: bool) -> int:
+    """After which step the run's weights are its result. is_free: whether it is over, or stopped."""
+    best = read_best(run) if is_free else None
+    return journal.steps if best is None else min(best["step"], journal.steps)
 
 
 def _say(note: str) -> None:

@@ -183,9 +183,6 @@ class WeightTraining(Method):
     def rescue(self, step: int) -> str:
         return self._weights.store.how_to_go_on
 
-    def finish(self, step: int) -> None:
-        """The working store is what a run leaves; `finetune export` makes a checkpoint of it."""
-
     @classmethod
     def tuned_weights(cls, config: Config, run: Path) -> StoredWeights | None:
         return StoredWeights(config, run) if has_store(run) else None

@@ -280,10 +280,9 @@ class ZerothOrder(Method):
     def rescue(self, step: int) -> str:
         return f"{self.journal.path} holds the {self.journal.steps} steps that were done: go on with --resume"
 
-    def finish(self, step: int) -> None:
-        if self.adapter_directory is not None:
-            self._weights.settle_adapters()
-            adapters.save(self._adapter.model, self.adapter_directory, self.about)
+    def write_adapter(self, directory: Path) -> None:
+        self._weights.settle_adapters()
+        adapters.save(self._adapter.model, directory, self.about)
 
     def close(self) -> None:
         if self.journal is not None:

@@ -16,6 +16,9 @@ def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, 
     lines = [f"{done} steps in {format_seconds(report['seconds'])}{_losses(report)}"]
     if report["evaluation"]:
         lines.append("evaluation: " + describe_values(report["evaluation"]))
+    if report.get("best"):
+        best = report["best"]
+        lines.append(f"the result is that of step {best['step']}, with the best {best['metric']}, {best['value']:.4f}")
     return "\n".join([*lines, describe_result(output, has_adapter, is_text)])
 
 

@@ -55,16 +55,20 @@ _CONTENT: Mapping[str, str | None] = {
     "initial-adapter": _ADAPTER,
     "adapter": _ADAPTER,
     RUN_FILE: None,
+    "best": _NUMBERED,
+    "best.json": None,
     "metrics.jsonl": None,
     "report.json": None,
     "tensorboard": r"events\.out\.tfevents\..*|\d+(\.\d+)?",
 }
-_WRITTEN_INTO = ("state", "weights", "store", "tensorboard", "tokens", "scratch", PREVIOUS)  # may be links to directories
+# May be links to directories.
+_WRITTEN_INTO = ("state", "weights", "store", "best", "tensorboard", "tokens", "scratch", PREVIOUS)
 # Names of what a process that was killed has left half written, by folder.
 _HALF_WRITTEN = {
-    "": re.compile(r"\.(adapter|initial-adapter|metrics\.jsonl|(report|run)\.json|config\.yaml|journal\.zo)(\.\d+)?\.tmp"),
+    "": re.compile(r"\.(adapter|initial-adapter|metrics\.jsonl|(report|run|best)\.json|config\.yaml|journal\.zo)(\.\d+)?\.tmp"),
     "state": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "weights": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
+    "best": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "scratch": re.compile(r"activations-\d+\.scratch|gradients"),
 }
 
@@ -167,7 +171,8 @@ class RunDirectory:
 
     def _refuse_what_no_run_has_made(self, config: Config) -> None:
         strange: list[Path] = []
-        for name in ("metrics.jsonl", "report.json", "tokens", "scratch", PREVIOUS, *_files_of(config)):
+        of_best = ("best", "best.json") if config.training.load_best_model_at_end else ()
+        for name in ("metrics.jsonl", "report.json", *of_best, "tokens", "scratch", PREVIOUS, *_files_of(config)):
             path = self.path / name
             if not _stands(path) or name in self._aside:
                 continue

@@ -1,7 +1,7 @@
 """Resumable state: everything that a later process needs to go on with the same bits.
 
 `state/step-N/` holds the adapter, the optimizer's moments and the position; it is written under another name, flushed and
-renamed, so a directory of that name is whole. The two newest are kept: the one before stays until the next is durable.
+renamed, so a directory of that name is whole. The newest ones are kept: those before stay until the next is durable.
 `state.json` has a checksum of itself and one of the tensors: what was damaged or exchanged is refused.
 Data order, learning rate and random numbers are functions of (seed, step) and need no saving.
 """
@@ -34,8 +34,10 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     about: dict[str, Any],
     more: Mapping[str, torch.Tensor] | None = None,
+    keep: int = 2,
 ) -> Path:
-    """Commits the state after `step` updates. about: JSON values that say which run it is. more: what else there is.
+    """Commits the state after `step` updates. about: JSON values that say which run it is. more: what else there is. keep: so
+    many states stay, the newest ones.
 
     Raises UserError: disk full.
     """
@@ -58,7 +60,7 @@ def save_state(
             f"cannot save the state after step {step} in {folder}: {error.strerror or error}. The states saved before are "
             "intact; make room and go on with --resume"
         ) from error
-    for old in [state for state in saved_states(folder) if state.name <= final.name][:-2]:
+    for old in [state for state in saved_states(folder) if state.name <= final.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

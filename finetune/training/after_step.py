@@ -8,6 +8,7 @@ from typing import Any
 from finetune.methods.base import Method
 from finetune.reporting.report import MetricsWriter
 from finetune.training.callbacks import CALLBACK_STATE, Callbacks
+from finetune.training.kept_best import KeptBest
 
 
 class AfterStep:
@@ -29,6 +30,8 @@ class AfterStep:
         self._exported = callbacks.exported()
         self.saved_step = method.first_step
         self.evaluation: dict[str, float] | None = None
+        self.best = callbacks.best
+        self._kept = KeptBest(method, self.best) if method.config.training.load_best_model_at_end else None
 
     def settle(self, step: int, last: bool) -> None:
         """Does what is due now. What the last step leaves is there before it is evaluated, which may take long."""
@@ -56,6 +59,8 @@ class AfterStep:
         self.leave(step)
         if self._evaluate is not None:
             self.evaluate(step)
+        if self._kept is not None:
+            self._kept.finish()
 
     def save(self, step: int) -> None:
         if step > self.saved_step:
@@ -67,5 +72,11 @@ class AfterStep:
         if self._evaluated_step < step:
             self.evaluation, self._evaluated_step = self._evaluate(step), step
             values: dict[str, Any] = {f"eval_{key}": value for key, value in self.evaluation.items()}
+            is_best = self.best.take(step, values)
+            if is_best and self._kept is not None:
+                self._kept.keep()
             self._metrics.amend(values)
             self._callbacks.evaluated(values)
+            if is_best and self._kept is not None:  # so that no resumed run begins before it
+                self.save(step)
+                self._kept.forget_others()

@@ -19,6 +19,7 @@ from finetune.config import Config
 from finetune.data import BatchPlan
 from finetune.methods.base import Method
 from finetune.reporting.report import METRIC_KEYS
+from finetune.runs.best import BestStep, best_directory
 from finetune.session import Session
 from memory.errors import UserError
 from offload.devices import Device
@@ -41,29 +42,28 @@ class _Control:
 
 
 class Callbacks:
-    """Transformers callbacks and TensorBoard; nothing of Transformers' trainer is imported when there are none.
+    """Transformers callbacks, those of `training.report_to` among them; nothing of its trainer is imported when there are none.
 
-    rows: of the steps that earlier processes have done. Raises UserError when a callback cannot serve the run.
+    rows: of the steps that earlier processes have done. best: the best step, in these too.
+
+    Raises UserError when a callback cannot serve the run.
     """
 
     def __init__(
         self, callbacks: Sequence[Any], config: Config, session: Session, method: Method, batches: BatchPlan,
         rows: Iterable[Mapping[str, Any]],
     ) -> None:  # fmt: skip
+        self.best = BestStep(config.training)
         self._config = config
         self._handler: Any = None
         self._control: Any = _Control()
         self._in_epoch = False
         if not callbacks and not config.training.report_to:
+            self.best.take_rows(rows)
             return
         from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
 
-        reporters = []
-        if "tensorboard" in config.training.report_to:
-            from transformers.integrations import TensorBoardCallback
-
-            reporters.append(TensorBoardCallback())
-            reporters[0].logging_dir = reporters[0].logging_dir or str(config.output / "tensorboard")
+        reporters = _reporters(config)
         self._control = TrainerControl()
         self._args = training_arguments(config, batches.num_steps, session.device)
         self._state = TrainerState(
@@ -86,7 +86,7 @@ class Callbacks:
 
     @property
     def should_stop(self) -> bool:
-        return self._control.should_training_stop
+        return self._control.should_training_stop or self.best.should_stop
 
     @property
     def should_end_epoch(self) -> bool:
@@ -114,9 +114,8 @@ class Callbacks:
         """row: of metrics. Sets what should be done now."""
         step, options = row["step"], self._config.training
         if self._handler is None:
-            evaluates = options.eval_steps is not None and self._config.eval_data is not None
-            self._control.should_evaluate = evaluates and step % options.eval_steps == 0
-            self._control.should_save = step % options.save_steps == 0
+            self._control.should_evaluate = self._is_due(options.eval_steps, step) and self._config.eval_data is not None
+            self._control.should_save = self._is_due(options.save_steps, step)
             return
         self._state.global_step, self._state.epoch = step, row["epoch"]
         self._state.num_input_tokens_seen += row["tokens"]
@@ -130,7 +129,13 @@ class Callbacks:
             self._in_epoch = False
             self._call("on_epoch_end")
         else:
-            self._control.should_evaluate = self._control.should_save = False
+            options = self._config.training
+            self._control.should_evaluate = options.eval_steps == "epoch" and self._config.eval_data is not None
+            self._control.should_save = options.save_steps == "epoch"
+
+    @staticmethod
+    def _is_due(steps: int | str | None, step: int) -> bool:
+        return isinstance(steps, int) and step % steps == 0
 
     def evaluated(self, metrics: Mapping[str, Any]) -> None:
         """metrics: "eval_loss" and the like."""
@@ -139,7 +144,7 @@ class Callbacks:
             logs = dict(metrics)
             self._log(logs)
             self._call("on_evaluate", logs)
-            self._take_best(metrics)
+            self._show_best()
 
     def saved(self) -> None:
         self._control.should_save = False
@@ -166,10 +171,11 @@ class Callbacks:
         self._state.log_history.append({**logs, "step": self._state.global_step})
         self._call("on_log", logs)
 
-    def _take_best(self, metrics: Mapping[str, Any]) -> None:
-        loss, best = metrics.get("eval_loss"), self._state.best_metric
-        if loss is not None and (best is None or loss < best):
-            self._state.best_metric, self._state.best_global_step = loss, self._state.global_step
+    def _show_best(self) -> None:
+        if self.best.step:
+            self._state.best_metric, self._state.best_global_step = self.best.value, self.best.step
+            if self._config.training.load_best_model_at_end:
+                self._state.best_model_checkpoint = str(best_directory(self._config.output, self.best.step))
 
     def _resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
         exported: dict[str, list[dict[str, Any]]] = {}
@@ -180,8 +186,9 @@ class Callbacks:
             for logs in (_training_logs(row), measured):
                 if logs:
                     self._state.log_history.append({**logs, "epoch": row["epoch"], "step": row["step"]})
-            self._take_best(measured)
+            self.best.take(row["step"], measured)
             exported = row.get(CALLBACK_STATE, exported)
+        self._show_best()
         waiting = {name: list(states) for name, states in exported.items()}
         for callback in self._stateful():
             if states := waiting.get(type(callback).__name__):
@@ -207,7 +214,8 @@ def training_arguments(config: Config, num_steps: int, device: Device) -> Traini
             return device.torch_device
 
     options = config.training
-    evaluates = options.eval_steps is not None and config.eval_data is not None
+    evaluation = _when(options.eval_steps if config.eval_data is not None else None)
+    saving = _when(options.save_steps)
     return Arguments(
         output_dir=str(config.output), seed=options.seed, max_steps=num_steps, num_train_epochs=options.epochs,
         per_device_train_batch_size=options.micro_batch_size,
@@ -216,11 +224,31 @@ def training_arguments(config: Config, num_steps: int, device: Device) -> Traini
         lr_scheduler_kwargs=dict(options.lr_scheduler_kwargs), warmup_steps=options.warmup_steps or options.warmup_ratio,
         weight_decay=options.weight_decay, adam_beta1=options.adam_beta1, adam_beta2=options.adam_beta2,
         adam_epsilon=options.adam_epsilon, max_grad_norm=options.max_grad_norm or 0.0,
-        logging_strategy="steps", logging_steps=1, save_strategy="steps", save_steps=options.save_steps,
-        eval_strategy="steps" if evaluates else "no", eval_steps=options.eval_steps if evaluates else None,
-        metric_for_best_model="loss", greater_is_better=False, load_best_model_at_end=False,
+        logging_strategy="steps", logging_steps=1, save_strategy=saving[0], save_steps=saving[1] or 500,
+        save_total_limit=options.save_total_limit, eval_strategy=evaluation[0], eval_steps=evaluation[1],
+        metric_for_best_model=options.best_metric, greater_is_better=options.best_is_greater,
         report_to=list(options.report_to), use_cpu=device.traits.computes_on_host, do_train=True,
     )  # fmt: skip
+
+
+def _when(steps: int | str | None) -> tuple[str, int | None]:
+    """Transformers' strategy, and steps."""
+    return ("no", None) if steps is None else (steps, None) if isinstance(steps, str) else ("steps", steps)
+
+
+def _reporters(config: Config) -> list[Any]:
+    """Transformers' own callbacks for `training.report_to`. Raises UserError for one that cannot begin."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    reporters = []
+    for kind in get_reporting_integration_callbacks(config.training.report_to):
+        try:
+            reporters.append(kind())
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"training.report_to: {error}") from error
+        if hasattr(reporters[-1], "tb_writer"):
+            reporters[-1].logging_dir = reporters[-1].logging_dir or str(config.output / "tensorboard")
+    return reporters
 
 
 def _training_logs(row: Mapping[str, Any]) -> dict[str, Any]:
