@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli_messages import how_to_go_on, message_of, print_versions, read_turn
+from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, shown_data
 from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
@@ -151,8 +151,8 @@ def resume(config: Config) -> None:
 
 def _train(config: Config) -> None:
     _require(config.data, "data to train on", "--data FILE")
-    data = os.path.basename(config.data) if isinstance(config.data, str) else "rows"
-    typer.echo(f"{_name(config)}: method {config.method}, data {data}, output {config.output}", err=True)
+    names = shown_data(config.data)
+    typer.echo(f"{_name(config)}: method {config.method}, data {names}, output {config.output}", err=True)
     with _no_garbage_search():
         from finetune.reporting.progress import LastingStream
         from finetune.trainer import Trainer
@@ -492,7 +492,7 @@ def main() -> None:
     """The entry point of the `finetune` command."""
     take_signals()
     try:
-        app(prog_name="finetune")
+        app(one_a_flag(sys.argv[1:]), prog_name="finetune")
     finally:
         ignore_signals()  # one that is sent twice may come again now
         # The interpreter looks for garbage before it ends: among all of Torch, half a second. Triton's module must be found,

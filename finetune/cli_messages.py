@@ -1,13 +1,17 @@
-"""What the command line says of itself: an error in one message, after a signal how to go on, versions; and how it asks."""
+"""The words of a command line, and what it says of itself: an error in one message, after a signal how to go on, versions."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -52,6 +56,39 @@ def print_versions() -> None:
             typer.echo(f"{package} {installed_version(package)}")
         except PackageNotFoundError:
             typer.echo(f"{package} is not installed")
+
+
+def one_a_flag(words: Sequence[str]) -> list[str]:
+    """The words of a command line with --data A B as --data A --data B, which typer reads. Words that name a configuration, a
+    key with values or an option end the list."""
+    found, flag = [], None
+    for number, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[number:]]
+        if word.startswith("-") and len(word) > 1:
+            flag = word if word in ("--data", "--eval-data") else None
+        elif flag is not None and found[-1] != flag:
+            if _names_a_configuration(word):
+                flag = None
+            else:
+                found.append(flag)
+        found.append(word)
+    return found
+
+
+def _names_a_configuration(word: str) -> bool:
+    from finetune.config.loading import RUN_FILE
+    from finetune.config.presets import preset_names
+
+    path = Path(word).expanduser()
+    return "=" in word or path.suffix in (".yaml", ".yml") or word in preset_names() or (path / RUN_FILE).is_file()
+
+
+def shown_data(data: Any) -> str:
+    """Names in short; rows as that."""
+    from finetune.data.options import sources_in
+
+    return ", ".join(os.path.basename(one) if isinstance(one, str) else "rows" for one in sources_in(data))
 
 
 def read_turn() -> str:

@@ -32,8 +32,8 @@ _METHODS = ", ".join(f"{name} ({entry.goal})" for name, entry in METHODS.items()
 # Keys of the configuration, under the names that they have there. None: the option was not given.
 KEYS = {
     "model": _option(str, "--model", "Model directory, .gguf file or hub id."),
-    "data": _option(str, "--data", "Data file, directory or hub id."),
-    "eval_data": _option(str, "--eval-data", "Data to evaluate on."),
+    "data": _option(list[str], "--data", "Data file, directory or hub id; or several.", metavar="DATA"),
+    "eval_data": _option(list[str], "--eval-data", "Data to evaluate on.", metavar="DATA"),
     "method": _option(str, "--method", f"Training method: {_METHODS}. [default: lora]"),
     "quantize": _option(
         str,

@@ -139,19 +139,19 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
 
     directory: of the model.
     """
-    source = config.eval_data
-    if source is None:
+    source, is_trained_on = config.eval_data, config.eval_data is None
+    if is_trained_on:
         source = config.data
         if source is None:
             raise UserError("no data to evaluate on: give --data (a path, a hub id, or rows)")
         print("note: there is no eval_data; measuring on the training data", file=sys.stderr)
     append_eos = config.dataset.append_eos
-    judged = objective_class(config).judged
-    data = prepare_for(config, source, directory, choices=False, append_eos=append_eos, judged=judged)
+    prepared = partial(prepare_for, config, source, directory, is_trained_on=is_trained_on)
+    data = prepared(choices=False, append_eos=append_eos, judged=objective_class(config).judged)
     if (data.meta["different_completions"] or 0) >= 2:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
         append_eos = data.meta["eos_token_id"] is not None and append_eos is not False
-        data = prepare_for(config, source, directory, choices=True, append_eos=append_eos)
+        data = prepared(choices=True, append_eos=append_eos)
     for line in describe(data):
         print(line, file=sys.stderr)
     return data

@@ -57,7 +57,10 @@ def with_micro_batch_size(config: Config, size: int) -> Config:
 
 
 def refuse_tensors(config: Config) -> None:
-    """For rows of tensors. Raises UserError where the size is to be chosen."""
+    """Raises UserError for what is not done with rows of tensors."""
+    if config.dataset.probabilities or config.dataset.streaming:
+        key = "probabilities" if config.dataset.probabilities else "streaming"
+        raise UserError(f"dataset.{key}: expected rows of text, found rows of tensors: leave it out")
     if config.training.micro_batch_size == "auto":
         raise UserError(
             "training.micro_batch_size: expected a number, because steps over rows of tensors are not predicted, found auto"

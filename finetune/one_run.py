@@ -15,6 +15,7 @@ from finetune.config.training_options import REPORTERS
 from finetune.config.unused_keys import unused_adapter_note
 from finetune.data import BatchPlan, TokenDataset
 from finetune.data.model_kinds import refuse_text
+from finetune.data.options import sources_in
 from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
@@ -101,7 +102,7 @@ def take_rows(
     append_eos = False if kind.compares_choices else config.dataset.append_eos
     data = prepare_for(
         _in(beside, config), source, session.parts.directory,
-        choices=kind.compares_choices, append_eos=append_eos, judged=kind.judged,
+        choices=kind.compares_choices, append_eos=append_eos, judged=kind.judged, is_trained_on=True,
     )
     for line in describe(data):
         say(line)
@@ -246,7 +247,8 @@ def _choose_micro_batch_size(
 
 
 def _local_paths(*sources: Any) -> list[Path]:
-    return [Path(source) for source in sources if isinstance(source, (str, os.PathLike)) and os.path.exists(source)]
+    named = [one for source in sources for one in sources_in(source) if isinstance(one, (str, os.PathLike))]
+    return [Path(one) for one in named if os.path.exists(one)]
 
 
 def _notes(method: Method) -> list[str]:

@@ -272,9 +272,9 @@ def test_a_truth_value_is_no_number() -> None:
 
 
 def test_paths_that_are_none() -> None:
-    found = problems(model="m", output=None, data=["a.jsonl", "b.jsonl"])
+    found = problems(model="m", output=None, data=["a.jsonl", 3])
     assert found["output"] == "expected a directory's path, found None"
-    assert found["data"].startswith("expected one path (a folder or a glob for several files) or rows, found names")
+    assert found["data"].startswith("expected paths, hub ids, a sequence of rows or a datasets.IterableDataset, found 3")
 
 
 def test_a_section_keeps_what_settings_before_gave_it() -> None:

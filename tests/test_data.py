@@ -306,11 +306,12 @@ def test_hub_names(plain, tmp_path, here, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, config, *, split, revision):
+    def load_dataset(name, config, *, split, revision, streaming):
         asked.append((name, config, split, revision))
         if split == "missing":
             raise ValueError("Unknown split")
-        return datasets.Dataset.from_list([{"text": "the cat", "other": 1}])
+        rows = datasets.Dataset.from_list([{"text": "the cat", "other": 1}] * (3 if streaming else 1))
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(sources, "_hub_commit", lambda name: "c0ffee")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -321,6 +322,8 @@ def test_hub_names(plain, tmp_path, here, monkeypatch):
         ("some/set", None, "test", "c0ffee"),
         ("some/set", "main", "test[:10]", "c0ffee"),
     ]
+    data = make("some/set", plain, tmp_path, streaming=True, most_rows=2)
+    assert [text for text, _ in texts(plain, data)] == ["<s>the cat</s>"] * 2
     with pytest.raises(DataError, match="some/set is neither a file here nor .*split 'missing'.*Unknown split"):
         make("some/set:missing", plain, tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)

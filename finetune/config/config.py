@@ -28,7 +28,7 @@ from finetune.config.loading import (
 from finetune.config.sections import SECTIONS
 from finetune.config.unused_keys import unused_keys
 from finetune.config.yaml_text import write_document
-from finetune.data.options import Data
+from finetune.data.options import Data, is_named, sources_in, with_splits
 from finetune.methods.registry import METHODS
 from finetune.options import Amount, Conflict, Section, Switch, expand_path, show
 from finetune.quantization.quantization_options import Quantize
@@ -44,9 +44,17 @@ def _check_output(path: Any) -> Any:
 ModelName = Annotated[str, BeforeValidator(expand_path), Field(min_length=1)]
 
 
-class _Rows(int):
-    def __repr__(self) -> str:
-        return f"<{int(self)} rows>"
+class _Rows(str):
+    __repr__ = str.__str__
+
+
+def _shown(data: Any) -> Any:
+    """Rows are counted, not shown."""
+    if is_named(data):
+        return data
+    if len(sources := sources_in(data)) > 1:
+        return [_shown(one) for one in sources]
+    return _Rows(f"<{len(data)} rows>" if hasattr(data, "__len__") else "<a stream of rows>")
 
 
 class _Keys(Section):
@@ -56,7 +64,7 @@ class _Keys(Section):
     """A directory with config.json and safetensors files, a .gguf file, or a hub id."""
     data: Data = None
     """What is trained on: a file, a directory, a pattern of files, a hub data set, sample:NAME, in Python rows too; or
-    some rows of a file, as in train.jsonl[:90%]."""
+    some rows of a file, as in train.jsonl[:90%]; or a list of these, see `dataset.probabilities`."""
     eval_data: Data = None
     """What is evaluated on, named as `data`. None: nothing is, but by `finetune eval`."""
     method: Literal[*METHODS] = "lora"
@@ -96,7 +104,7 @@ class _Keys(Section):
             )
 
     def __init__(self, **values: Any) -> None:
-        values = expand_shorthands(values)
+        values = with_splits(expand_shorthands(values))
         if "method" not in values and (values.get("adapter") or {}):
             values["method"] = "adapter"
         problems: dict[str, str] = {}
@@ -122,8 +130,7 @@ class _Keys(Section):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Rows are counted, not shown."""
         for key, value in super().__repr_args__():
-            is_rows = key in ("data", "eval_data") and not isinstance(value, (str, Path, type(None)))
-            yield key, _Rows(len(value)) if is_rows else value
+            yield key, _shown(value) if key in ("data", "eval_data") else value
 
     @property
     def learning_rate(self) -> float:
@@ -203,7 +210,7 @@ class _Keys(Section):
             comments += "# zo.objective was a Python function\n"
             values["zo"]["objective"] = "loss"
         for key in ("data", "eval_data"):
-            if not isinstance(values[key], (str, type(None))):
+            if not is_named(values[key]):
                 comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"
                 values[key] = None
         return comments + write_document(values)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.config import Config
-from finetune.data.options import split_part
+from finetune.data.options import is_named, split_part
 
 _FIRST_LINE = "# The settings of this run, written by finetune.\n"
 _USES = """# Name this directory where a command takes a configuration:
@@ -41,6 +41,8 @@ def may_be_replaced(path: Path) -> bool:
 
 def _whole(value: Any) -> Any:
     """A path or pattern of files that are here, from the root; a hub id, text and rows as they are."""
+    if isinstance(value, list) and is_named(value):
+        return [_whole(one) for one in value]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or len(value) > 4096 or "\n" in value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -29,6 +29,18 @@ class TokenOptions:
     judged: Literal["", "pairs", "labels"] = ""
     """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. labels: rows of prompt
     and completion say in "label" whether the completion is wanted; see TokenDataset.answers. Empty: rows judge nothing."""
+    probabilities: list[float] = field(default_factory=list)
+    """With which a row comes from each source, see `finetune.data.mixing`; empty: all rows of one after the other."""
+    stopping_strategy: str = "first_exhausted"
+    """Of that mixture."""
+    mixing_seed: int = 0
+    """Of its draws."""
+    streaming: bool = False
+    """Whether hub data are read as a stream, without downloading them whole."""
+    most_rows: int | None = None
+    """No more rows are read."""
+    most_tokens: int | None = None
+    """No further rows are read when there are so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +49,8 @@ class Job(TokenOptions):
 
     folder: str
     """Where the cache is written; it exists and is empty."""
-    sources: list[dict[str, Any]]
-    """Fields of `finetune.data.sources.File` or `.HubSplit`."""
+    sources: list[list[dict[str, Any]]]
+    """Of each source what it has, as fields of `finetune.data.sources.File` or `.HubSplit`."""
     tokenizer: str
     """Folder of its files."""
     fingerprint: str

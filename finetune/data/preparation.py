@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.job import Job, TokenOptions
+from finetune.data.options import is_stream, sources_in
 from finetune.data.rows import COLUMNS, MEDIA
 from finetune.data.sources import File, HubSplit, resolve, source_of, without_added_nulls
 from finetune.data.tokenizer_files import tokenizer_folder, write_tokenizer
@@ -41,15 +44,18 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 _PREPARING = ".preparing-"
+_BYTES_OF_A_TOKEN = 8
+"""That more rows of a stream are read than are needed, rather than fewer, where they are packed."""
 
 
 def prepare(
-    source: str | Path | Iterable[Mapping[str, Any]], *, model: str | Path, cache_dir: str | Path, **options: Any
+    source: str | Path | Iterable[Any], *, model: str | Path, cache_dir: str | Path, **options: Any
 ) -> TokenDataset:
     """Return the token cache of `source`, made now or earlier.
 
     source            path of a .jsonl, .json, .csv, .tsv, .parquet or .txt file, "FILE[:90%]", a folder or glob of files,
-                      "hubid", "hubid:split", "hubid:config:split", or rows (a list of dicts, a datasets.Dataset)
+                      "hubid", "hubid:split", "hubid:config:split", or rows (a list of dicts, a datasets.Dataset or
+                      IterableDataset); or a list of these
     model             folder, GGUF file or hub id of the tokenizer
     options           the fields of `finetune.data.job.TokenOptions`, of which sequence_length must be given
 
@@ -70,10 +76,7 @@ def prepare(
         raise DataError(f"the folder for token caches, {cache_dir}, cannot be made: {error.strerror}") from error
     tokenizer = _tokenizer_place(str(model))
     with _preparing(cache_dir), tempfile.TemporaryDirectory(prefix=_PREPARING, dir=cache_dir) as scratch:
-        if isinstance(source, str | Path):
-            sources = resolve(source)
-        else:
-            sources = [_write_rows(source, Path(scratch) / "rows.jsonl")]
+        sources = _find_sources(source, wanted, Path(scratch))
         counting = asdict(replace(wanted, chat_template=template_text(wanted.chat_template)))
         counting["fingerprint"] = _fingerprint(tokenizer)
         key = _key(sources, counting)
@@ -88,7 +91,7 @@ def prepare(
         if is_gguf(tokenizer):
             tokenizer = _unpacked(tokenizer, Path(scratch) / "tokenizer")
         where = {"folder": str(folder), "tokenizer": str(tokenizer), "model": str(model)}
-        job = Job(sources=[asdict(one) for one in sources], **where, **counting)
+        job = Job(sources=[[asdict(part) for part in one] for one in sources], **where, **counting)
         _run_worker(asdict(job), Path(scratch) / "stderr.txt")
         try:
             folder.rename(cache_dir / key)
@@ -99,10 +102,11 @@ def prepare(
 
 
 def prepare_for(
-    config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None, judged: str = ""
-) -> TokenDataset:
+    config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None, judged: str = "",
+    is_trained_on: bool = False,
+) -> TokenDataset:  # fmt: skip
     """The token cache of `source` as the configuration has it, beside its run. model: folder or GGUF file of the tokenizer.
-    choices, judged: as in `TokenOptions`."""
+    choices, judged: as in `TokenOptions`. is_trained_on: it is `config.data`, which may be a mixture or a stream."""
     options = config.dataset
     return prepare(
         source,
@@ -116,7 +120,32 @@ def prepare_for(
         trust_remote_code=config.trust_remote_code,
         choices=choices,
         judged=judged,
+        **(_mixture(config) if is_trained_on else {}),
     )
+
+
+def _mixture(config: Config) -> dict[str, Any]:
+    """How the training data are put together, and how much of a stream the steps can use."""
+    options, training, mixture = config.dataset, config.training, {}
+    if options.probabilities:
+        strategy = options.stopping_strategy
+        mixture |= {"probabilities": options.probabilities, "stopping_strategy": strategy, "mixing_seed": training.seed}
+    if options.streaming or any(map(is_stream, sources_in(config.data))):
+        most_rows = training.max_steps * training.batch_size
+        packed = {"most_tokens": most_rows * options.sequence_length}
+        mixture |= {"streaming": options.streaming, **(packed if options.packing else {"most_rows": most_rows})}
+    return mixture
+
+
+def _find_sources(data: Any, options: TokenOptions, scratch: Path) -> list[list[File | HubSplit]]:
+    """Of each source its files. Rows in memory are written into the directory `scratch`."""
+    found, several = [], len(sources_in(data)) > 1
+    for index, source in enumerate(sources_in(data)):
+        if isinstance(source, str | Path):
+            found.append(resolve(source))
+        else:
+            found.append([_write_rows(source, scratch / (f"data[{index}].jsonl" if several else "data.jsonl"), options)])
+    return found
 
 
 def describe(data: TokenDataset) -> list[str]:
@@ -127,7 +156,10 @@ def describe(data: TokenDataset) -> list[str]:
         return []
     compared = meta["choices"] is not None or bool(meta.get("judged"))
     count = meta["rows"] if compared else len(data) + meta["dropped"]
-    parts = [f"{meta['rows']:,} rows"] + ([f"{count:,} examples"] if count != meta["rows"] else [])
+    rows = f"{meta['rows']:,} rows"
+    if len(of_each := meta.get("rows_of", ())) > 1:
+        rows += f" ({' + '.join(f'{count:,} of {name}' for name, count in of_each)})"
+    parts = [rows] + ([f"{count:,} examples"] if count != meta["rows"] else [])
     if meta["truncated"]:
         parts.append(f"{meta['truncated']:,} cut at {meta['sequence_length']:,} tokens")
     if meta["dropped"]:
@@ -203,14 +235,14 @@ def _fingerprint(place: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(sources: list[File | HubSplit], options: dict[str, Any]) -> str:
+def _key(sources: list[list[File | HubSplit]], options: dict[str, Any]) -> str:
     libraries = {}
     for name in ("transformers", "tokenizers"):
         try:
             libraries[name] = version(name)
         except PackageNotFoundError:
             raise DataError(f"preparing data needs {name}, which is not installed: pip install {name}") from None
-    what = [FORMAT_VERSION, libraries, [source.identity() for source in sources], options]
+    what = [FORMAT_VERSION, libraries, [[part.identity() for part in one] for one in sources], options]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -223,16 +255,21 @@ def template_text(template: str | None) -> str | None:
         raise DataError(f"chat_template: expected Jinja text or a file, found {template!r}: {error}") from error
 
 
-def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> File:
-    """Rows in memory as JSON lines: tokens are made in another process, which needs them on disk."""
+def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path, options: TokenOptions) -> File:
+    """Rows in memory as JSON lines: tokens are made in another process, which needs them on disk. Of a stream, which may be
+    endless, no more than `options` ask for."""
     if isinstance(rows, Mapping):  # a datasets.DatasetDict
         raise DataError(f"data: expected rows, found a mapping with {', '.join(map(str, rows))}: hand over one of them")
+    most_rows, most_bytes = options.most_rows, math.inf
+    if options.most_tokens is not None:
+        most_bytes = _BYTES_OF_A_TOKEN * options.most_tokens
     digest = hashlib.sha256()
     from_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-        for index, row in enumerate(rows):
+        for index, row in enumerate(islice(rows, most_rows)):
+            place = f"{path.stem}[{index}]"
             if not isinstance(row, Mapping):
-                raise DataError(f"data[{index}]: expected a dict, found {type(row).__name__}")
+                raise DataError(f"{place}: expected a dict, found {type(row).__name__}")
             # Other columns may hold anything; their names alone are kept, for messages about missing ones.
             known = {key: value if key in COLUMNS else None for key, value in row.items()}
             if from_arrow:
@@ -243,9 +280,11 @@ def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> File:
             try:
                 line = json.dumps(known, default=_plain).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"data[{index}]: expected strings, numbers, lists and dicts: {error}") from error
+                raise DataError(f"{place}: expected strings, numbers, lists and dicts: {error}") from error
             digest.update(line)
             stream.write(line)
+            if stream.tell() >= most_bytes:
+                break
     stat = path.stat()
     return File(str(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest())
 
@@ -263,7 +302,7 @@ def _run_worker(job: dict[str, Any], stderr_path: Path) -> None:
     home = str(Path(finetune.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     error, line_open = None, False
-    name = "+".join(source_of(one).label for one in job["sources"])
+    name = "+".join(source_of(part).label for part in chain.from_iterable(job["sources"]))
     with (
         open(stderr_path, "wb") as stderr,
         subprocess.Popen(

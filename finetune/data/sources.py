@@ -49,7 +49,7 @@ class File:
 
     @property
     def name(self) -> str:
-        return "data" if self.sha256 else Path(self.path).name
+        return Path(self.path).stem if self.sha256 else Path(self.path).name
 
     @property
     def label(self) -> str:
@@ -135,14 +135,17 @@ def _files_in(folder: Path, name: str) -> list[File]:
     return [_file(p) for p in found]
 
 
-def read_rows(source: File | HubSplit, every_column: bool = False) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    source: File | HubSplit, every_column: bool = False, streaming: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) in order. A row that cannot be read is a DataError in the row's stead, so that a caller can
     count further ones; a source that cannot be read at all raises it.
 
-    every_column: of Parquet and hub data, not only those that some form of text reads.
+    every_column: of Parquet and hub data, not only those that some form of text reads. streaming: hub data are not downloaded
+    whole before the first row.
     """
     if isinstance(source, HubSplit):
-        yield from _hub_rows(source, every_column)
+        yield from _hub_rows(source, every_column, streaming)
         return
     parquet_rows = partial(_parquet_rows, every_column=every_column)
     readers = {".txt": _text_pieces, ".parquet": parquet_rows, ".csv": _table_rows, ".tsv": _table_rows}
@@ -226,7 +229,7 @@ def _lines(file: File) -> Iterator[tuple[str, Any]]:
     with _open(file) as stream:
         for number, line in enumerate(stream, 1):
             # Rows handed over in memory are named as Python does: data[0] is the first.
-            place = f"data[{number - 1}]" if file.sha256 else f"{file.name}:{number}"
+            place = f"{file.name}[{number - 1}]" if file.sha256 else f"{file.name}:{number}"
             line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
@@ -327,7 +330,7 @@ def _hub_commit(dataset_id: str) -> str | None:
         return None
 
 
-def _hub_rows(source: HubSplit, every_column: bool) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: HubSplit, every_column: bool, streaming: bool) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -336,14 +339,17 @@ def _hub_rows(source: HubSplit, every_column: bool) -> Iterator[tuple[str, Any]]
             "installed: pip install datasets, or give a path to a file"
         ) from None
     try:
-        rows = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.commit)
+        rows = datasets.load_dataset(
+            source.id, source.config, split=source.split, revision=source.commit, streaming=streaming
+        )
     except Exception as error:  # the library raises its own, the hub's, the network's and built-in errors
         raise DataError(
             f"{source.id} is neither a file here nor could it be loaded from the hub (split {source.split!r}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    known = [] if every_column else _known(rows.column_names)
-    media = {} if every_column else dict.fromkeys(MEDIA.intersection(rows.column_names), True)
+    names = rows.column_names or []  # of a stream they may not be known yet
+    known = [] if every_column else _known(names)
+    media = {} if every_column else dict.fromkeys(MEDIA.intersection(names), True)
     if known:
         rows = rows.select_columns(known)
     for number, row in enumerate(rows, 1):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from finetune.data.cache import MASKED
 from finetune.data.model_kinds import reads_text, taken_names
+from finetune.data.options import sources_in
 from finetune.data.sources import File, HubSplit, read_rows, resolve
 from memory.errors import UserError
 from offload.weights.parts import ModelParts
@@ -149,21 +151,32 @@ def as_tensor(value: Any, place: str) -> torch.Tensor:
 
 def open_tensor_rows(source: Any, parts: ModelParts) -> TensorRows | None:
     """The rows of `source`, a sequence or the path of files, where they are tensors to this model; None: it is text."""
-    rows, first = source, None
-    if isinstance(source, (str, Path)):
-        first = _first_row(str(source))
-    elif not isinstance(source, Mapping) and hasattr(source, "__getitem__") and len(source):
-        first = source[0]
-    takes = taken_names(parts.model)
-    if not isinstance(first, Mapping) or not _are_tensors(first, takes, reads_text(parts)):
+    sources, takes = sources_in(source), taken_names(parts.model)
+    are_tensors = [_is_row_of_tensors(_first_of(one), takes, reads_text(parts)) for one in sources]
+    if not any(are_tensors):
         return None
-    if isinstance(source, (str, Path)):
-        rows = [row for file in resolve(source) for row in _tensors(file)]
+    if not all(are_tensors):
+        raise UserError("data: expected rows of tensors in each source, or of text in each, found both")
+    rows = _rows_of(source) if len(sources) == 1 else list(chain.from_iterable(map(_rows_of, sources)))
     pad = getattr(parts.model.config.get_text_config(), "pad_token_id", None)
     return TensorRows(rows, pad if isinstance(pad, int) else 0, takes)
 
 
-def _are_tensors(row: Mapping[str, Any], takes: Sequence[str], is_text_model: bool) -> bool:
+def _first_of(source: Any) -> Any:
+    if isinstance(source, (str, Path)):
+        return _first_row(str(source))
+    is_sequence = not isinstance(source, Mapping) and hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    return source[0] if is_sequence and len(source) else None
+
+
+def _rows_of(source: Any) -> Sequence[Mapping[str, Any]]:
+    is_path = isinstance(source, (str, Path))
+    return [row for file in resolve(source) for row in _tensors(file)] if is_path else source
+
+
+def _is_row_of_tensors(row: Any, takes: Sequence[str], is_text_model: bool) -> bool:
+    if not isinstance(row, Mapping):
+        return False
     arrays = {name: value for name, value in row.items() if _is_array(value)}
     if "input_ids" not in arrays:
         return any(name in takes or isinstance(value, (torch.Tensor, np.ndarray)) for name, value in arrays.items())

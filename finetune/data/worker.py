@@ -16,6 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
 from finetune.data.forms.prompt_completion import Pair
 from finetune.data.job import Job
+from finetune.data.mixing import interleave
 from finetune.data.rows import check_judged, detect_form, parse
 from finetune.data.sources import File, HubSplit, read_rows, source_of
 
@@ -37,12 +40,13 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:
     """Write the cache of `job`. `report(rows, tokens)` is called after each batch. Raises DataError."""
-    sources = [source_of(fields) for fields in job.sources]
-    if any(isinstance(source, HubSplit) and source.commit is None for source in sources):
+    sources = [[source_of(fields) for fields in source] for source in job.sources]
+    parts = list(chain.from_iterable(sources))
+    if any(isinstance(part, HubSplit) and part.commit is None for part in parts):
         # The hub was just found out of reach: take what was downloaded before, without minutes of trying again.
         os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer = _load_tokenizer(job)
-    rows = _Rows(sources, job.form, job.judged, chat=bool(tokenizer.chat_template))
+    rows = _Rows(job, sources, chat=bool(tokenizer.chat_template))
     choices = find_choices(rows) if job.choices else None
     encoder = Encoder(
         tokenizer,
@@ -60,7 +64,9 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     for batch in _batches(rows):
         examples.add(batch)
         report(rows.count, writer.tokens)
-    names = [source.label for source in sources]
+        if job.most_tokens is not None and writer.tokens >= job.most_tokens:
+            break
+    names = [part.label for part in parts]
     if not writer.examples:
         why = "none has a trained token" if examples.dropped else "the data is empty"
         if examples.dropped > examples.dropped_short:
@@ -72,6 +78,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "prompts": next(iter(rows.prompts)) if len(rows.prompts) == 1 else None,
             "sources": names,
             "rows": rows.count,
+            "rows_of": [[_label(source), count] for source, count in zip(sources, rows.counts, strict=True)],
             "truncated": examples.truncated,
             "dropped": examples.dropped,
             "notes": encoder.notes(),
@@ -87,32 +94,59 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     )
 
 
-class _Rows:
-    """The parsed rows of all sources, in order, as often as they are asked for."""
+def _label(source: list[File | HubSplit]) -> str:
+    return source[0].label + (f" and {len(source) - 1} more" if source[1:] else "")
 
-    def __init__(self, sources: list[File | HubSplit], form: str, judged: str, *, chat: bool) -> None:
+
+class _Rows:
+    """The parsed rows of all sources, one source after the other or mixed, as often as they are asked for.
+
+    counts: how many of each source were given since.
+    """
+
+    def __init__(self, job: Job, sources: list[list[File | HubSplit]], *, chat: bool) -> None:
+        self._job = job
         self._sources = sources
-        self._form = form
-        self._judged = judged
+        self._form = job.form
+        self._judged = job.judged
         self._chat = chat
-        self.count = 0
+        self.counts = [0] * len(sources)
         self.forms: set[str] = set()
         self.prompts: set[str] = set()  # see `ParsedRow.prompts`
         self.completions: set[str] = set()  # no more than one above MAX_CHOICES are kept
 
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
     def __iter__(self) -> Iterator[tuple[str, ParsedRow]]:
-        self.count = 0
-        for source in self._sources:
-            yield from self._of(source)
+        job, self.counts = self._job, [0] * len(self._sources)
+        if job.probabilities:
+            sources = [partial(self._of, parts) for parts in self._sources]
+            rows = interleave(sources, job.probabilities, job.mixing_seed, job.stopping_strategy)
+        else:
+            rows = ((i, place, row) for i, parts in enumerate(self._sources) for place, row in self._of(parts))
+        for index, place, row in rows:
+            if row.prompts is not None:
+                self.prompts.add(row.prompts)
+            if isinstance(row, Pair) and len(self.completions) <= MAX_CHOICES:
+                self.completions.add(row.completion)
+            self.counts[index] += row.begins
+            yield place, row
+            if row.ends and self.count == job.most_rows:
+                return
 
     @property
     def different_completions(self) -> int | None:
         """Of rows of prompt and completion, so far; None: there are none, or more than can be compared."""
         return len(self.completions) if 0 < len(self.completions) <= MAX_CHOICES else None
 
-    def _of(self, source: File | HubSplit) -> Iterator[tuple[str, ParsedRow]]:
+    def _of(self, source: list[File | HubSplit]) -> Iterator[tuple[str, ParsedRow]]:
+        return chain.from_iterable(map(self._of_part, source))
+
+    def _of_part(self, part: File | HubSplit) -> Iterator[tuple[str, ParsedRow]]:
         form = None if self._form == "auto" else self._form
-        rows = read_rows(source)
+        rows = read_rows(part, streaming=self._job.streaming)
         for place, row in rows:
             try:
                 if isinstance(row, DataError):
@@ -124,11 +158,6 @@ class _Rows:
                 parsed = parse(row, form, place, chat=self._chat, judged=self._judged)
             except DataError as error:
                 raise DataError(f"{error}{self._more(rows, form)}") from error
-            if parsed.prompts is not None:
-                self.prompts.add(parsed.prompts)
-            if isinstance(parsed, Pair) and len(self.completions) <= MAX_CHOICES:
-                self.completions.add(parsed.completion)
-            self.count += parsed.begins
             yield place, parsed
 
     def _more(self, rows: Iterator[tuple[str, Any]], form: str | None) -> str:

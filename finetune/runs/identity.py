@@ -38,7 +38,10 @@ _CHANGES_NOTHING = frozenset(
 )
 _EARLIER_NAMES = {"engine.loss_tile_vocab": "tile_vocab", "training.micro_batch_size": "micro_batch_size"}
 # Keys that act through the tokens alone: named when these differ, of no matter when they are the same.
-_ACTS_THROUGH_TOKENS = ("form", "completion_only", "append_eos", "chat_template", "sequence_length")
+_ACTS_THROUGH_TOKENS = (
+    "form", "completion_only", "append_eos", "chat_template", "sequence_length", "probabilities", "stopping_strategy",
+    "streaming",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

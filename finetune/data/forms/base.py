@@ -48,6 +48,11 @@ class ParsedRow(ABC):
         """Whether a row of the data begins with it; the later pieces of a long document do not."""
         return True
 
+    @property
+    def ends(self) -> bool:
+        """Whether a row of the data ends with it."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Form:

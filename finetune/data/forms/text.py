@@ -58,6 +58,10 @@ class TextPiece(ParsedRow):
     def begins(self) -> bool:
         return self.first
 
+    @property
+    def ends(self) -> bool:
+        return self.last
+
 
 def parse(row: dict[str, Any], place: str, chat: bool) -> TextPiece:
     text = get(row, "text", str, place)
