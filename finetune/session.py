@@ -110,8 +110,9 @@ class Session:
         self.adapter_parameters = [p for p in self.model.parameters() if not is_placeholder(p)]
         self.adapter_buffers = [b for b in self.model.buffers() if id(b) not in own_buffers]
         setup.prepare(self)
+        read = self.adapter.reads_weights
         for binding in self.parts.bindings:
-            binding.convert_at_bind(self.adapter.reads_weights)
+            binding.convert_at_bind(read)
         self.set_training(True)
         self.planner = Planner(self)
         self.arena: Arena | None = None

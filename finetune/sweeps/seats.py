@@ -86,8 +86,9 @@ class Seat(Session):
         self.adapter_buffers = []
         self._check_shares()
         method.prepare(self)
+        read = self.adapter.reads_weights
         for binding in self.parts.bindings:
-            binding.convert_at_bind(self.adapter.reads_weights)
+            binding.convert_at_bind(read)
         self.set_training(True)
         self.planner = Planner(self, shared.setup.visits.setdefault(repr(self.config.lora), {}))
 
