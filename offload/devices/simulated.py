@@ -65,8 +65,8 @@ class _SimulatedEvent:
 class SimulatedDevice(Device):
     """`total_bytes` of memory (None: as much as the host has) behind a link with `bytes_per_second` a direction.
 
-    Each copy takes `delay_seconds` plus its bytes over the speed. Memory is counted for slabs only: temporaries of
-    compute are ordinary host tensors here.
+    Each copy takes `delay_seconds` plus its bytes over the speed, or what this machine needs to copy them where that is
+    more. Memory is counted for slabs only: temporaries of compute are ordinary host tensors here.
     """
 
     kind = "simulated"
@@ -209,23 +209,30 @@ class SimulatedDevice(Device):
     # The copy threads
 
     def _run_stream(self, direction: Direction) -> None:
+        seconds_per_byte = 0.0  # that copying took for real, the last time: it is part of the set time, at its end
         while (copy := self._next(direction)) is not None:
-            seconds = self._delay_seconds + copy.dst.nbytes / self._bytes_per_second
-            deadline = time.monotonic() + seconds
+            end = time.monotonic() + self._delay_seconds + copy.dst.nbytes / self._bytes_per_second
             with self._changed:
-                while not self._closed and (left := deadline - time.monotonic()) > 0:
-                    self._changed.wait(left)
+                self._sleep_until(end - copy.dst.nbytes * seconds_per_byte)
                 if self._closed:
                     return
+                start = time.monotonic()
                 try:
                     copy.staged = self._read_source(copy)
                 except BaseException as error:  # whatever it is, the thread that waits for this copy has to see it
                     copy.error = error
                     self._failed.append(copy)
                     self._unpublished.remove(copy)
+                seconds_per_byte = (time.monotonic() - start) / max(copy.dst.nbytes, 1)
+                self._sleep_until(end)
                 copy.kept_src = None
                 self._done[direction] += 1
                 self._changed.notify_all()
+
+    def _sleep_until(self, end: float) -> None:
+        """Lets go of the lock, which is held; returns early when the device is closed."""
+        while not self._closed and (left := end - time.monotonic()) > 0:
+            self._changed.wait(left)
 
     def _next(self, direction: Direction) -> _Copy | None:
         """The stream's next copy once all that it comes after is done; None when the device is closed."""
