@@ -42,7 +42,7 @@ _PLACES = ("quantize", "output", "host_memory", "device_memory", "disk", "device
 _LAST = ("trust_remote_code", "settings", ..., "debug")
 _RUN = (
     "config", "model", "data", "eval_data", "method", *_PLACES, "max_steps", "epochs", "batch_size", "micro_batch_size",
-    "sequence_length", "learning_rate", "seed", "resume", "trace", *_LAST,
+    "sequence_length", "learning_rate", "seed", "resume", "max_writes", "trace", *_LAST,
 )  # fmt: skip
 
 
@@ -140,7 +140,8 @@ def run(config: Config) -> None:
 
 
 @_command(
-    "config", "max_steps", "epochs", "data", "eval_data", "host_memory", "device_memory", "disk", "device", "trace", *_LAST
+    "config", "max_steps", "epochs", "data", "eval_data", "host_memory", "device_memory", "disk", "max_writes", "device",
+    "trace", *_LAST
 )  # fmt: skip
 def resume(config: Config) -> None:
     """Go on with the run in a directory, as in finetune resume out, with its settings and what you change of them."""
@@ -162,7 +163,7 @@ def _train(config: Config) -> None:
     Trainer(config).train()
 
 
-@_command("runs", *_RUN[1:])
+@_command("runs", *(name for name in _RUN[1:] if name != "max_writes"))
 def sweep(
     runs: dict[str, RunOfSweep],
     only_plan: Annotated[

@@ -34,11 +34,13 @@ from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
 from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
+from finetune.prediction import predict_step
 from finetune.reporting.ending import describe_values
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
 from finetune.runs.identity import RunIdentity
+from finetune.runs.writes import WriteCount, check_writes
 from finetune.session import Session
 from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
@@ -147,6 +149,13 @@ def identity_of(config: Config, parts: ModelParts, ready: ReadyRun) -> RunIdenti
     return RunIdentity.of(config, parts, ready.data, len(ready.objective.lengths))
 
 
+def refuse_writes(config: Config, planned: PlannedRun, num_steps: int, earlier_bytes: int = 0) -> None:
+    """Raises UserError when so many more steps write more than `max_writes` leaves. planned: with a prediction."""
+    if config.max_writes is not None:
+        step = predict_step(planned, planned.rates, planned.timing)
+        check_writes(config, planned.plan, step.write_bytes, num_steps, earlier_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run whose model is about to be open."""
@@ -185,9 +194,11 @@ class Run:
         config, output = session.config, session.config.output
         loop = TrainingLoop(session, method, ready.batches, self.meter, self.progress, self.stop_if_asked)
         with MetricsWriter(output / "metrics.jsonl", method.first_step) as metrics:
+            writes = WriteCount(config, metrics.last_row)
+            refuse_writes(config, self.planned, ready.batches.num_steps - method.first_step, writes.earlier_bytes)
             watching = Callbacks(callbacks, config, session, method, ready.batches, metrics.rows())
             after = AfterStep(method, watching, metrics, None if config.eval_data is None else self._evaluate)
-            loop.run(watching, after, metrics)
+            loop.run(watching, after, metrics, writes)
         best = after.best
         if best.should_stop and loop.step < ready.batches.num_steps:
             self.say([f"stopped early after step {loop.step}: {best.describe()}, and {best.misses} evaluations since"])

@@ -23,6 +23,12 @@ def _check_amount(amount: Any) -> Any:
     return amount
 
 
+def _check_absolute(amount: Any) -> Any:
+    if amount is not None:
+        parse_bytes(amount)
+    return amount
+
+
 def expand_path(path: Any) -> Any:
     """A path with the user's home in place of ~; anything else as it is."""
     return os.path.expanduser(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else path
@@ -42,6 +48,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Amount = Annotated[str | int | None, BeforeValidator(_check_amount)]
+AbsoluteAmount = Annotated[str | int | None, BeforeValidator(_check_absolute)]
 
 
 class Conflict(NamedTuple):

@@ -281,7 +281,8 @@ class PlannedRun:
             lines.append(f"  all {self.num_steps} steps: about {format_seconds(self.num_steps * step.seconds)}")
         if step.write_bytes:
             day = format_bytes(int(step.write_bytes * 86400 / step.seconds))
-            lines.append(f"  writes {format_bytes(step.write_bytes)} to disk a step, {day} a day")
+            whole = f", {format_bytes(self.num_steps * step.write_bytes)} in all steps" if self.num_steps else ""
+            lines.append(f"  writes {format_bytes(step.write_bytes)} to disk a step{whole}, {day} a day")
         return lines
 
     @property

@@ -27,7 +27,7 @@ from finetune.methods.base import Method, make_method
 from finetune.micro_batch_choice import refuse_tensors, settle_full_steps
 from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective
-from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, take_rows
+from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, refuse_writes, take_rows
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
 from finetune.quantization.base import is_quantized
@@ -103,6 +103,8 @@ class Trainer:
                 compression = compression.decoded_at(session.device.rates)
             planned = replace(planned, choice=choice, compression=compression, num_steps=config.training.max_steps)
             planned = with_prediction(session, planned)
+            if planned.num_steps is not None and planned.rates:
+                refuse_writes(config, planned, planned.num_steps)
             if config.trace is not None:
                 write_traces(config.trace, planned)
             return planned
@@ -164,6 +166,8 @@ class Trainer:
         identity = identity_of(config, session.parts, ready)
         planned = with_prediction(session, ready.planned, needs_rates=True)
         check_disk(config, planned.plan, directory.earlier_bytes)
+        if not config.resume:
+            refuse_writes(config, planned, num_steps)
         method.about = directory.begin(identity, num_steps)
         meter, stop = MemoryMeter().start(), StopRequest()
         progress = Progress(

@@ -30,7 +30,7 @@ from finetune.config.unused_keys import unused_keys
 from finetune.config.yaml_text import write_document
 from finetune.data.options import Data, is_named, sources_in, with_splits
 from finetune.methods.registry import METHODS
-from finetune.options import Amount, Conflict, Section, Switch, expand_path, show
+from finetune.options import AbsoluteAmount, Amount, Conflict, Section, Switch, expand_path, show
 from finetune.quantization.quantization_options import Quantize
 from memory.device_kinds import DEVICE_WORDS
 
@@ -83,6 +83,9 @@ class _Keys(Section):
     """Limit on the accelerator. None: 90% of what is free there."""
     disk: Amount = None
     """Limit of everything that is written under `output`."""
+    max_writes: AbsoluteAmount = None
+    """Limit of what all steps and saves of the run write to disk, resumed ones too, such as 20TB: an SSD wears by what is
+    written. A run that would write more is refused before its first step. None: no limit."""
     device: Literal[DEVICE_WORDS] = "auto"
     """Where blocks compute. auto: the accelerator if there is one."""
     machine: ModelName | None = None

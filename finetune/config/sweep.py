@@ -84,6 +84,8 @@ def check_together(configs: Mapping[str, Config]) -> None:
                 f"{name}: expected method lora, found {config.method} ({METHODS[config.method].goal}), which does not share a "
                 "read of the model with other runs: start it by itself"
             )
+        if config.max_writes is not None:
+            problems.append(f"{name}: expected no max_writes, which counts what one run writes, found {config.max_writes}")
     for name, config in others:
         problems += [
             f"{key}: expected the same in all runs, found {show(getattr(first[1], key))} in {first[0]} and "

@@ -28,7 +28,7 @@ from offload.weights.parts import ModelParts
 # Keys that change no number of a step. A resumed run may be given more steps; the model and the data have digests. Threads and
 # devices do change the last bits of products, but a run may go on on another machine.
 _CHANGES_NOTHING = frozenset(
-    "model data eval_data quantization.cache output host_memory device_memory disk device machine resume trace "
+    "model data eval_data quantization.cache output host_memory device_memory disk max_writes device machine resume trace "
     "trust_remote_code training.max_steps training.epochs training.eval_steps training.save_steps training.report_to "
     "training.save_total_limit training.metric_for_best_model training.greater_is_better training.load_best_model_at_end "
     "training.early_stopping_patience training.early_stopping_threshold "

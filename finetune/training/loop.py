@@ -15,6 +15,7 @@ from finetune.objectives.errors import StepNotKept
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter
 from finetune.runs.signals import StoppedAtOnce
+from finetune.runs.writes import WRITTEN, WriteCount
 from finetune.session import Session
 from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
@@ -50,14 +51,15 @@ class TrainingLoop:
         self._started = time.perf_counter()
         self._first_traffic = self._traffic = session.streamed.traffic()
 
-    def run(self, callbacks: Callbacks, after: AfterStep, metrics: MetricsWriter) -> None:
+    def run(self, callbacks: Callbacks, after: AfterStep, metrics: MetricsWriter, writes: WriteCount) -> None:
         """Raises KeyboardInterrupt when asked to stop and UserError when a step cannot be done, with what is done saved."""
         batches = self._batches
         batch = self.step + batches.skipped(metrics.last_row)
         with self._kept(after):
             while batch < batches.num_steps and not callbacks.should_stop:
+                writes.check_next()
                 callbacks.step_begin()
-                row = self._do_step(batch)
+                row = self._do_step(batch) | {WRITTEN: writes.total_bytes}
                 batch += 1
                 metrics.write(row)
                 self._progress.step(row)
