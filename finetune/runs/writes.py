@@ -1,4 +1,4 @@
-"""What a run writes to disk in all its steps and saves, and the limit that `max_writes` sets: an SSD wears by what is written."""
+"""What a run writes to disk in all its steps and saves, and its limit `max_writes`: an SSD wears by what is written."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class WriteCount:
         self._largest, self._before = max(self._largest, now - self._before), now
         if self._limit is not None and self.total_bytes + 2 * self._largest > self._limit:
             raise UserError(
-                f"max_writes: {format_bytes(self.total_bytes)} of {format_bytes(self._limit)} are written, and a step writes up "
-                f"to {format_bytes(self._largest)}: raise --max-writes and go on with --resume"
+                f"max_writes: {format_bytes(self.total_bytes)} of {format_bytes(self._limit)} are written, and a step writes "
+                f"up to {format_bytes(self._largest)}: raise --max-writes and go on with --resume"
             )
 
 
