@@ -21,7 +21,6 @@ import torch
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.micro_batches import make_micro_batches
-from finetune.data.model_kinds import refuse_text
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.methods.results import find_result
@@ -163,7 +162,7 @@ def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Ten
     tensors = open_tensor_rows(source, session.parts)
     if tensors is not None:
         return tensors
-    refuse_text(session.parts)
+    objective_class(config).check_model(session.parts)
     if find_objective(config.objective).has_reference:
         session.setup.check_reference(session)
     data = _prepare(config, session.parts.directory)
@@ -252,7 +251,7 @@ def _measure_judged(
     micro_batches, done = _micro_batches(rows, shape), 0
     while lanes := list(islice(micro_batches, max(1, shape.lanes // rows.versions))):
         versions = [version for version in range(rows.versions) for _ in lanes]
-        found = score(streamed, lanes * rows.versions, rows.pad_token_id, versions)
+        found = rows.ask(streamed, lanes * rows.versions, versions)
         for version, scores, lane in zip(versions, found, lanes * rows.versions, strict=True):
             np.add.at(totals[version], np.concatenate([one.accounts for one in lane]), scores.losses)
         done += sum(len(lane) for lane in lanes)

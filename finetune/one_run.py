@@ -14,7 +14,6 @@ from finetune.config import Config
 from finetune.config.training_options import REPORTERS
 from finetune.config.unused_keys import unused_adapter_note
 from finetune.data import BatchPlan, TokenDataset
-from finetune.data.model_kinds import refuse_text
 from finetune.data.options import sources_in
 from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe, prepare_for
@@ -96,7 +95,7 @@ def take_rows(
         refuse_tensors(config)
         directory.take(config, inputs)
         return tensors
-    refuse_text(session.parts)
+    objective_class(config).check_model(session.parts)
     kind, least = objective_class(config), with_micro_batch_size(config, config.training.least_micro_batch_size)
     with nearest_named(session, lambda config: session.plan(full_shape(config, session))):
         _refuse_all_rows(least, session)

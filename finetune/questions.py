@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import Config
-from finetune.data.model_kinds import refuse_text
 from finetune.methods.base import make_method
 from finetune.methods.registry import METHODS
 from finetune.micro_batch_choice import settle_full_steps, with_micro_batch_size
@@ -51,7 +50,7 @@ def find_limits(config: Config, planned: PlannedRun) -> Limits:
     session = Session(make_method(config), only_plan=True)
     session.process_bytes = planned.process_bytes
     try:
-        refuse_text(session.parts)
+        objective_class(config).check_model(session.parts)
         return _find_limits(config, session)
     finally:
         session.close()

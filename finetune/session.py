@@ -18,6 +18,7 @@ from finetune.adapters.placement import copy_to
 from finetune.config import Config
 from finetune.data.tokenizer_files import split_note
 from finetune.machines.profiles import find_machine
+from finetune.objectives.registry import find_objective
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.planner import Planner
 from finetune.quantization.base import Base, open_base
@@ -92,6 +93,7 @@ class Session:
             trust_remote_code=config.trust_remote_code,
             tile_tokens=config.engine.loss_tile_tokens,
             tile_vocab=config.engine.loss_tile_vocab,
+            score_seed=config.training.seed if find_objective(config.objective).scores else None,
             **setup.cut_options(),
         )
         self._check_decodes(parts)

@@ -15,12 +15,11 @@ from typing import Any
 from finetune.adapters.side_by_side import Attached
 from finetune.config import Config
 from finetune.config.sweep import check_together
-from finetune.data.model_kinds import refuse_text
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.base import make_method
 from finetune.micro_batch_choice import settle_full_steps
 from finetune.nearest_plans import nearest_named
-from finetune.objectives.base import make_objective
+from finetune.objectives.base import make_objective, objective_class
 from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, take_rows
 from finetune.planned_run import PlannedRun
 from finetune.prediction import with_prediction
@@ -98,7 +97,7 @@ class Sweep:
         Raises PlanRefused where not even one fits."""
         shared = Session(SharedBase(self.base), only_plan=True)
         try:
-            refuse_text(shared.parts)
+            objective_class(self.base).check_model(shared.parts)
             found = _Found(shared)
             for name, config in self.configs.items():
                 seat = Seat(shared, make_method(config), only_plan=True)
@@ -208,7 +207,7 @@ class _Process:
     def run(self) -> list[Outcome]:
         self._shared = Session(SharedBase(self._base))
         try:
-            refuse_text(self._shared.parts)
+            objective_class(self._base).check_model(self._shared.parts)
             waiting = self._look()
             if waiting:
                 self._train(waiting)

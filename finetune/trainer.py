@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.data.model_kinds import refuse_text
 from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.base import Method, make_method
 from finetune.micro_batch_choice import refuse_tensors, settle_full_steps
 from finetune.nearest_plans import Knobs, nearest_named
-from finetune.objectives.base import make_objective
+from finetune.objectives.base import make_objective, objective_class
 from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, refuse_writes, take_rows
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
@@ -89,7 +88,7 @@ class Trainer:
                 return session.plan(shape, elsewhere=True)
 
             if is_text:
-                refuse_text(session.parts)
+                objective_class(config).check_model(session.parts)
             else:
                 refuse_tensors(config)
             with nearest_named(session, plan, Knobs(is_text, is_text)):

@@ -29,6 +29,7 @@ from finetune.adapters.lora_targets import (
 from finetune.adapters.peft_files import task_type
 from finetune.adapters.tuners import check_memory
 from finetune.config import Config
+from finetune.objectives.registry import find_objective
 from memory.errors import UserError
 from offload.weights.on_demand import weights_on_demand
 from offload.weights.parts import ModelParts
@@ -41,10 +42,12 @@ class Lora(Adapter):
         experts = options.target_modules is not None
         arguments = options.peft_arguments()
         on_meta = only_shapes and arguments.get("init_lora_weights", True) is True
-        on_meta = on_meta and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
+        scores = find_objective(config.objective).scores
+        on_meta = on_meta and not scores and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
         made_of_base = arguments.get("init_lora_weights") in _MADE_OF_BASE
         with weights_on_demand(parts, partial(check_memory, config)) if made_of_base else nullcontext():
-            model, targets = attach(parts.model, arguments, config.training.seed, experts=experts, on_meta=on_meta)
+            kind = "SEQ_CLS" if scores else None
+            model, targets = attach(parts.model, arguments, config.training.seed, kind, experts=experts, on_meta=on_meta)
         return model, targets.note
 
     @classmethod
@@ -92,12 +95,14 @@ _MADE_OF_WEIGHTS = ("use_dora", "use_bdlora", "velora_config", "modules_to_save"
 
 
 def attach(
-    model: nn.Module, arguments: dict[str, Any], seed: int, *, experts: bool = True, on_meta: bool = False
+    model: nn.Module, arguments: dict[str, Any], seed: int, kind: str | None = None, *, experts: bool = True,
+    on_meta: bool = False,
 ) -> tuple[nn.Module, Targets]:
     """`model` wrapped by PEFT with a fresh adapter, as `get_peft_model` after `torch.manual_seed(seed)` makes it, and what
     was made of target_modules "all-linear".
 
-    arguments: keyword arguments of `peft.LoraConfig`. experts: whether "all-linear" means routed experts too. on_meta:
+    arguments: keyword arguments of `peft.LoraConfig`. kind: PEFT's word for what the model does, the head of SEQ_CLS
+    being trained too; None: as its class says. experts: whether "all-linear" means routed experts too. on_meta:
     whether the adapter is on the meta device, without values. Raises UserError for what cannot be streamed or PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
@@ -107,7 +112,7 @@ def attach(
         raise UserError(f"{key_of(unknown[0])}: PEFT's LoraConfig has no {unknown[0]}; it has {', '.join(sorted(known))}")
     if "init_lora_weights" in arguments:  # PEFT would first ask for packages that some of its values need
         check_option("init_lora_weights", arguments["init_lora_weights"])
-    kind = task_type(model)
+    kind = task_type(model) if kind is None else kind
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about Transformers' names: nothing a user can do

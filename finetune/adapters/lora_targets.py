@@ -52,7 +52,7 @@ def choose_targets(model: nn.Module, config: Any, experts: bool) -> Targets:
     word = config.target_modules
     if not isinstance(word, str) or word.lower() != ALL_LINEAR:
         return Targets(word)
-    names = _linear_layers(model)
+    names = [name for name in _linear_layers(model) if config.task_type != "SEQ_CLS" or name != "score"]
     reasons = {name: _reason(model, config, name, experts) for name in names}
     left_out: dict[str, list[str]] = {}
     if stacks := _stacked_experts_left_out(model, config, experts):

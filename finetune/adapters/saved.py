@@ -46,7 +46,10 @@ def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
     taken = {entry.name for entry in tables.values()}
     sources = _with_tables(parts, tables, config, directory)
     if not config.is_prompt_learning:
-        config.modules_to_save, config.task_type = None, task_type(parts.model)  # what it would wrap is streamed instead
+        # What it would wrap of the checkpoint is streamed instead.
+        own = [word for word in config.modules_to_save or () if not any(_is_part(name, word) for name in parts.sources)]
+        fresh = [word for word in own if any(_is_part(name, word) for name, _ in parts.model.named_parameters())]
+        config.modules_to_save, config.task_type = fresh or None, task_type(parts.model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -193,6 +196,11 @@ def _check_complete(directory: Path, config: Any, missing: Iterable[str], unexpe
         for what, names in (("tensors that the model has no place for:", unexpected), ("tensors that it lacks:", missing))
         if names
     ]
+    if any(name.endswith(".score.weight") for name in unexpected):
+        raise UserError(
+            f"the adapter in {directory} makes the model give scores: it neither speaks nor is merged here: measure it "
+            "with --set training.objective=reward, or load it with AutoPeftModelForSequenceClassification"
+        )
     if found:
         raise UserError(
             f"the adapter in {directory} does not fit this model: {'; '.join(found)}. It was trained on "

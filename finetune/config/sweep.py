@@ -19,6 +19,7 @@ from finetune.config.errors import ConfigError, nearest_key
 from finetune.config.loading import SHORTHANDS, find_source, read_yaml
 from finetune.config.sections import SECTIONS
 from finetune.methods.registry import METHODS
+from finetune.objectives.registry import find_objective
 from finetune.options import show
 
 MOST_NAME = 100  # characters of a run's name, which is a directory's
@@ -83,6 +84,11 @@ def check_together(configs: Mapping[str, Config]) -> None:
             problems.append(
                 f"{name}: expected method lora, found {config.method} ({METHODS[config.method].goal}), which does not share a "
                 "read of the model with other runs: start it by itself"
+            )
+        elif find_objective(config.objective).steps_alone:
+            problems.append(
+                f"{name}: expected an objective of one pass over the model as it is, found {config.objective}, whose steps are "
+                "not those of other runs: start it by itself"
             )
         if config.max_writes is not None:
             problems.append(f"{name}: expected no max_writes, which counts what one run writes, found {config.max_writes}")

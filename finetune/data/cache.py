@@ -3,7 +3,8 @@
     tokens.int32    every example's token ids, one after the other
     labels.int32    as long; -100 where a token is not trained
     offsets.int64   number of examples + 1; example i is tokens[offsets[i]:offsets[i + 1]]
-    answers.int32   choices: per row, which of its candidates is the right one; labels: per row, whether it is wanted
+    answers.int32   choices: per row, which of its candidates is the right one; labels: per row, whether it is wanted;
+                    scores: per row, its margin, whose bits are those of a float32
     meta.json       counts, tokenizer, form, and checksums of the arrays and of itself; written last
 
 A folder appears under its name by one rename, complete or not at all. When it is opened all of it is read and checked, in
@@ -70,6 +71,8 @@ class TokenDataset:
                 counts["answers.int32"] = meta["examples"] // len(meta["choices"])
             elif meta.get("judged") == "labels":
                 counts["answers.int32"] = meta["examples"]
+            elif meta.get("judged") == "scores":
+                counts["answers.int32"] = meta["examples"] // 2
             for name, count in counts.items():
                 wanted, found = count * _ITEM_BYTES[name], (path / name).stat().st_size
                 if found != wanted:
@@ -119,6 +122,11 @@ class TokenDataset:
         has_answers = self.meta["choices"] is not None or self.meta.get("judged") == "labels"
         return np.fromfile(self.path / "answers.int32", np.int32) if has_answers else None
 
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """Of rows that are judged by scores, fp32 [examples / 2]; 0 where a row says none."""
+        return np.fromfile(self.path / "answers.int32", np.float32)
+
 
 def trained_tokens(labels: np.ndarray) -> int:
     """Labels that count towards a loss: nothing predicts the first token."""
@@ -148,6 +156,9 @@ class CacheWriter:
 
     def add_answer(self, choice: int) -> None:
         self._write("answers.int32", [choice])
+
+    def add_margin(self, margin: float) -> None:
+        self._write("answers.int32", np.array([margin], np.float32).view(np.int32))
 
     def _write(self, name: str, values: np.ndarray | list[int]) -> None:
         data = np.asarray(values, dtype=name.rpartition(".")[2]).tobytes()

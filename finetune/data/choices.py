@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finetune.data.cache import CacheWriter, trained_tokens
-from finetune.data.encode import Encoder
+from finetune.data.encode import Encoded, Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
 from finetune.data.forms.labelled import Labelled
+from finetune.data.forms.preference import Preference
 from finetune.data.forms.prompt_completion import Pair
 
 MAX_CHOICES = 16
@@ -51,16 +52,34 @@ class Examples:
 class Pairs(Examples):
     """Writes rows of two answers as two examples; dropped: rows of which an answer has no trained token left."""
 
-    def add(self, batch: Sequence[tuple[str, ParsedRow]]) -> None:
+    def add(self, batch: Sequence[tuple[str, Preference]]) -> None:
         encoded = self._encoder.encode(batch)
-        for chosen, rejected in zip(encoded, encoded, strict=True):
-            if not (trained_tokens(chosen.labels) and trained_tokens(rejected.labels)):
+        for (_, row), chosen, rejected in zip(batch, encoded, encoded, strict=True):
+            is_cut = chosen.truncated or rejected.truncated
+            if not self._takes(chosen) or not self._takes(rejected):
                 self.dropped += 1
-                self.dropped_short += not (chosen.truncated or rejected.truncated)
+                self.dropped_short += not is_cut
                 continue
             for one in (chosen, rejected):
                 self._writer.add(one.input_ids, one.labels)
-            self.truncated += chosen.truncated or rejected.truncated
+            self._note(row)
+            self.truncated += is_cut
+
+    def _takes(self, one: Encoded) -> bool:
+        return bool(trained_tokens(one.labels))
+
+    def _note(self, row: Preference) -> None:
+        """Of a pair that was written."""
+
+
+class ScoredPairs(Pairs):
+    """The same with their margins; dropped: rows of which an answer is cut, whose score is that of its end."""
+
+    def _takes(self, one: Encoded) -> bool:
+        return super()._takes(one) and not one.truncated
+
+    def _note(self, row: Preference) -> None:
+        self._writer.add_margin(row.margin)
 
 
 class Labels(Examples):

@@ -26,9 +26,11 @@ class TokenOptions:
     choices: bool = False
     """Prompt + completion rows become one example for each different completion in the data, so that their likelihoods can be
     compared: see TokenDataset.num_choices and .answers."""
-    judged: Literal["", "pairs", "labels"] = ""
-    """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. labels: rows of prompt
-    and completion say in "label" whether the completion is wanted; see TokenDataset.answers. Empty: rows judge nothing."""
+    judged: Literal["", "pairs", "scores", "labels"] = ""
+    """pairs: rows are a chosen and a rejected answer, which become two examples, one behind the other. scores: the same for a
+    model that gives texts a score: all of a text counts, the prompt may be missing, and rows may say in "margin" by how much
+    the scores should differ, see TokenDataset.margins. labels: rows of prompt and completion say in "label" whether the
+    completion is wanted; see TokenDataset.answers. Empty: rows judge nothing."""
     probabilities: list[float] = field(default_factory=list)
     """With which a row comes from each source, see `finetune.data.mixing`; empty: all rows of one after the other."""
     stopping_strategy: str = "first_exhausted"

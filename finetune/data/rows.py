@@ -8,13 +8,14 @@ from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
 from finetune.data.forms.base import Form, ParsedRow
 from finetune.data.forms.labelled import with_label
+from finetune.data.forms.preference import parse_scored
 from finetune.data.forms.text import TextPiece
 from finetune.data.messages import kind_of
 from finetune.plugin import load
 
 _FORMS: dict[str, Form] = {name: load(place) for name, place in FORMS.items()}
 
-_JUDGED_FORMS = {"pairs": "preference", "labels": "prompt_completion"}
+_JUDGED_FORMS = {"pairs": "preference", "scores": "preference", "labels": "prompt_completion"}
 # Columns with which other programs weigh rows or tokens.
 ROW_WEIGHTS = frozenset("weight sample_weight sample_weights loss_weight loss_weights loss_scale".split())
 # Columns that a model of text cannot be given: that a row has one is all that is read of them.
@@ -44,14 +45,18 @@ def detect_form(row: Any, place: str, judged: str = "") -> str:
 
 def check_judged(form: str, judged: str, place: str) -> None:
     """Raises DataError for rows of a form that does not suit rows which are `judged` so, see `TokenOptions`."""
-    if form == "preference" and judged != "pairs":
+    if form == "preference" and judged not in ("pairs", "scores"):
         raise DataError(
             f"{place}: found pairs of a chosen and a rejected answer: train on them with training.objective dpo, orpo, simpo "
             'or cpo, or write the prompt with the chosen one as "prompt" and "completion"'
         )
     wanted = _JUDGED_FORMS.get(judged, form)
     if form != wanted:
-        columns = {"pairs": '"prompt", "chosen" and "rejected"', "labels": '"prompt", "completion" and "label"'}[judged]
+        columns = {
+            "pairs": '"prompt", "chosen" and "rejected"',
+            "scores": '"chosen" and "rejected"',
+            "labels": '"prompt", "completion" and "label"',
+        }[judged]
         raise DataError(
             f"{place}: this training.objective is of judged answers: expected rows with {columns}, found the form {form}"
         )
@@ -79,6 +84,8 @@ def parse(row: Any, form: str, place: str, *, chat: bool, judged: str = "") -> P
     if kind.has_answers and (media := sorted(key for key in MEDIA & row.keys() if row[key])):
         raise DataError(f'{place}: found "{media[0]}": only text is trained on here: remove the column, or the rows')
     _refuse_weights(row, place)
+    if judged == "scores":
+        return parse_scored(row, place)
     if judged == "labels":
         return with_label(kind.parse(row, place, chat), row, place)
     if kind.has_answers and row.get("label") is False:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.cache import CacheWriter
-from finetune.data.choices import MAX_CHOICES, Candidates, Examples, Labels, Pairs, find_choices
+from finetune.data.choices import MAX_CHOICES, Candidates, Examples, Labels, Pairs, ScoredPairs, find_choices
 from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
@@ -36,6 +36,7 @@ BATCH_ROWS = 256
 BATCH_CHARS = 1 << 18
 ROWS_SEARCHED_FOR_MORE_ERRORS = 100_000
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_WRITERS = {"": Examples, "pairs": Pairs, "scores": ScoredPairs, "labels": Labels}  # by `TokenOptions.judged`
 
 
 def run(job: Job, report: Callable[[int, int], None]) -> None:
@@ -52,7 +53,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         tokenizer,
         vocab_size=_vocab_size(job, tokenizer),
         sequence_length=job.sequence_length,
-        completion_only=job.completion_only,
+        completion_only=job.completion_only and job.judged != "scores",
         # Candidates are compared by their own likelihood; an eos after them would only add noise.
         append_eos=False if choices and job.append_eos is None else job.append_eos,
     )
@@ -60,7 +61,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
     if choices:
         examples = Candidates(encoder, writer, choices)
     else:
-        examples = {"": Examples, "pairs": Pairs, "labels": Labels}[job.judged](encoder, writer)
+        examples = _WRITERS[job.judged](encoder, writer)
     for batch in _batches(rows):
         examples.add(batch)
         report(rows.count, writer.tokens)

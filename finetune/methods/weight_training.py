@@ -133,7 +133,7 @@ class WeightTraining(Method):
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
         options = self.config.training
         batches = self._objective.lanes(groups, self._session.device.torch_device)
-        seeds = [lane_seed(options.seed, step, i) for i in range(len(groups))]
+        seeds = [lane_seed(options.seed, step, i) for i in range(len(batches.inputs))]
         learning_rate = self.optimizer.param_groups[0]["lr"]
         max_norm = options.max_grad_norm or 0.0
         requests = self._requests(step)

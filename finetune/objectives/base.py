@@ -14,6 +14,7 @@ from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
+from finetune.data.model_kinds import refuse_text
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.registry import METHODS
 from finetune.objectives.registry import find_objective
@@ -24,6 +25,7 @@ from offload.perturb.variants import Variant
 from offload.step.head import TiledHead
 from offload.step.own_loss import StepLoss, models_own_loss
 from offload.streamed_model import StreamedModel
+from offload.weights.parts import ModelParts
 
 
 class Objective(ABC):
@@ -46,6 +48,11 @@ class Objective(ABC):
     @abstractmethod
     def __init__(self, config: Config, session: Session, data: TokenDataset | TensorRows) -> None:
         """data: prepared with choices for one that compares them. Raises UserError for data that does not suit."""
+
+    @classmethod
+    def check_model(cls, parts: ModelParts) -> None:
+        """Raises UserError for a model that rows of text cannot train on this."""
+        refuse_text(parts)
 
     @classmethod
     def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:

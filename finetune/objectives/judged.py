@@ -23,13 +23,14 @@ from finetune.data.micro_batches import MicroBatches
 from finetune.objectives.answers import LabelledLane
 from finetune.objectives.base import Objective
 from finetune.objectives.router_loss import RouterLoss
-from finetune.objectives.scoring import Asked
+from finetune.objectives.scoring import Asked, Scores
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
 from offload.step.engine import Versions
 from offload.step.head import TiledHead
 from offload.step.own_loss import StepLoss, StepLosses, loss_in
+from offload.streamed_model import StreamedModel
 
 
 class MeasuredRows(Protocol):
@@ -45,6 +46,9 @@ class MeasuredRows(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[list[Asked]]: ...
+
+    def ask(self, streamed: StreamedModel, lanes: Sequence[Sequence[Asked]], versions: Sequence[int]) -> list[Scores]:
+        """As `finetune.objectives.scoring.score`."""
 
     def result(self, totals: np.ndarray) -> dict[str, float]:
         """totals: fp64 [versions, accounts], cross entropies."""

@@ -21,10 +21,11 @@ from finetune.data.micro_batches import MicroBatches, make_micro_batches
 from finetune.objectives.answers import LabelledLane, sums_of
 from finetune.objectives.base import scored_shape
 from finetune.objectives.judged import Judged
-from finetune.objectives.scoring import Asked, ask_trained
+from finetune.objectives.scoring import Asked, Scores, ask_trained, score
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from offload.step.engine import Versions
+from offload.streamed_model import StreamedModel
 
 
 class KTO(Judged):
@@ -131,6 +132,9 @@ class LabelledRows:
     def __iter__(self) -> Iterator[list[Asked]]:
         for row in self._order.tolist():
             yield [ask_trained(self._data[row], 2 * row), ask_trained(self._others[row], 2 * row + 1)]
+
+    def ask(self, streamed: StreamedModel, lanes: Sequence[Sequence[Asked]], versions: Sequence[int]) -> list[Scores]:
+        return score(streamed, lanes, self.pad_token_id, versions)
 
     def result(self, totals: np.ndarray) -> dict[str, float]:
         sums = torch.from_numpy(-totals.reshape(2, -1, 2)).float()

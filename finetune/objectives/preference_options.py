@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune.objectives.registry import PREFERENCES
+from finetune.objectives.answer_options import METHODS_OF_LORA, conflicts_of_answers
 from finetune.options import Conflict, NonNegative, Number, Positive, Section, Switch
 
 _LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "cpo": ("sigmoid", "hinge", "ipo")}
@@ -69,29 +69,17 @@ class PreferenceOptions(Section):
                 ("preference.label_smoothing", "preference.loss_type"),
                 f"preference.label_smoothing: expected 0 with loss_type {self.loss_type}, found {self.label_smoothing}",
             )
-        if word in PREFERENCES:
-            yield from _conflicts_of_run(config, word)
-
-
-def _conflicts_of_run(config: Any, word: str) -> Iterator[Conflict]:
-    if config.method != "lora":
-        yield Conflict(
-            ("training.objective", "method"),
-            f"training.objective: {word} is trained with method lora so far, found method {config.method}",
-        )
-    if word == "kto" and config.training.batch_size == 1:
-        yield Conflict(
-            ("training.objective", "training.batch_size"),
-            "training.batch_size: expected at least 2 with training.objective kto, which pairs prompts with other rows' "
-            "answers, found 1",
-        )
-    if config.dataset.packing:
-        yield Conflict(
-            ("training.objective", "dataset.packing"),
-            f"dataset.packing: expected it off with training.objective {word}, which compares answers, found it on",
-        )
-    if not config.dataset.completion_only:
-        yield Conflict(
-            ("training.objective", "dataset.completion_only"),
-            f"dataset.completion_only: expected it on with training.objective {word}, which compares answers, found it off",
-        )
+        if word not in _READS:
+            return
+        yield from conflicts_of_answers(config, word, METHODS_OF_LORA)
+        if word == "kto" and config.training.batch_size == 1:
+            yield Conflict(
+                ("training.objective", "training.batch_size"),
+                "training.batch_size: expected at least 2 with training.objective kto, which pairs prompts with other rows' "
+                "answers, found 1",
+            )
+        if not config.dataset.completion_only:
+            yield Conflict(
+                ("training.objective", "dataset.completion_only"),
+                f"dataset.completion_only: expected it on with training.objective {word}, which compares answers, found it off",
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from finetune.data import TokenDataset
 from finetune.data.cache import MASKED
 from finetune.objectives.answers import Answers, Pairs
-from finetune.objectives.scoring import Asked
+from finetune.objectives.scoring import Asked, Scores, score
+from offload.streamed_model import StreamedModel
 
 if TYPE_CHECKING:
     from finetune.objectives.preference import Preference
@@ -43,6 +44,9 @@ class PreferenceRows:
     @property
     def num_accounts(self) -> int:
         return len(self._counts)
+
+    def ask(self, streamed: StreamedModel, lanes: Sequence[Sequence[Asked]], versions: Sequence[int]) -> list[Scores]:
+        return score(streamed, lanes, self.pad_token_id, versions)
 
     def result(self, totals: np.ndarray) -> dict[str, float]:
         sums = torch.from_numpy(-totals.reshape(self.versions, -1, 3)).float()

@@ -20,6 +20,10 @@ class ObjectiveEntry:
     """Whether a row may hold several examples; else each example is asked alone."""
     has_reference: bool = False
     """Whether steps meet the model without its adapter too, see `finetune.adapters.reference`."""
+    scores: bool = False
+    """Whether the model gives a text a score, by a head of one output, rather than the likelihood of tokens."""
+    steps_alone: bool = False
+    """Whether its steps cannot be those of other runs too."""
     section: str = ""
     """Of the configuration, that no other objective reads: its options; empty: it has none."""
 
@@ -41,9 +45,13 @@ PREFERENCES: dict[str, ObjectiveEntry] = {
     "simpo": ObjectiveEntry("finetune.objectives.simpo:SimPO", section="preference"),
     "orpo": ObjectiveEntry("finetune.objectives.orpo:ORPO", section="preference"),
     "kto": ObjectiveEntry("finetune.objectives.kto:KTO", has_reference=True, section="preference"),
+    "reward": ObjectiveEntry("finetune.objectives.reward_model:RewardModel", scores=True, steps_alone=True, section="reward"),
 }
 """Objectives of methods with gradients, beside loss: `training.objective`."""
-OBJECTIVE_SECTIONS = {"preference": "finetune.objectives.preference_options:PreferenceOptions"}
+OBJECTIVE_SECTIONS = {
+    "preference": "finetune.objectives.preference_options:PreferenceOptions",
+    "reward": "finetune.objectives.reward_options:RewardOptions",
+}
 """Sections that some objectives read: "module:Class", a `finetune.options.Section`."""
 _FUNCTION = ObjectiveEntry("finetune.objectives.rewards:Rewards")
 

@@ -7,7 +7,7 @@ several such lists where it is in a format of more than one tensor (`offload.wei
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -61,12 +61,14 @@ class ParameterMap(dict[str, StoredWeight]):
         self.unused: tuple[str, ...] = ()
 
 
-def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterMap:
+def map_parameters(
+    model: PreTrainedModel, checkpoint: Checkpoint, fresh: Collection[str] = ()
+) -> ParameterMap:
     """Say for each parameter and persistent buffer of `model` (on any device, meta too) where its bytes come from.
 
     Names, conversions and ties follow `convert_and_load_state_dict_in_model` and `PreTrainedModel.tie_weights`. Where a
     checkpoint holds both ends of a tie they are compared, as Transformers does: equal values make one home, unlike ones
-    stay two parameters that are not in `tied`, whatever the configuration says.
+    stay two parameters that are not in `tied`, whatever the configuration says. fresh: names that the checkpoint may lack.
 
     Raises CheckpointError for quantised weights, missing parameters, shapes or dtypes that don't fit, and conversions
     that aren't placements.
@@ -102,7 +104,7 @@ def map_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> ParameterM
         else:
             result[name] = _plain(name, placement, tensors[name].shape, checkpoint)
     _tie(model, tensors, result)
-    _check_complete(model, checkpoint, tensors, result, unexpected)
+    _check_complete(model, checkpoint, tensors, result, unexpected, fresh)
     _check_not_quantised(checkpoint, tensors, result, quantization is not None)
     return result
 
@@ -233,8 +235,9 @@ def _check_complete(
     tensors: Mapping[str, Tensor],
     weights: ParameterMap,
     unexpected: Mapping[str, str],
+    fresh: Collection[str],
 ) -> None:
-    missing = tensors.keys() - weights.keys()
+    missing = tensors.keys() - weights.keys() - set(fresh)
     info = LoadStateDictInfo(
         missing_keys=set(missing),
         unexpected_keys=set(unexpected),

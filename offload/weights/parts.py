@@ -26,8 +26,18 @@ from offload.weights.formats.plain import dense_bytes
 from offload.weights.gguf_model import read_gguf_config
 from offload.weights.layout import BlockLayout, layout_block
 from offload.weights.parameter_map import ParameterMap, map_parameters
-from offload.weights.skeleton import build_on_meta, dtype_plan, find_blocks, input_table, read_config, set_placeholders
+from offload.weights.skeleton import (
+    build_on_meta,
+    build_scorer,
+    draw_scores,
+    dtype_plan,
+    find_blocks,
+    input_table,
+    read_config,
+    set_placeholders,
+)
 
+SCORE = "score.weight"  # of Transformers' classifiers that are language models
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory
 
 
@@ -166,11 +176,13 @@ def cut(
     tile_vocab: int | None = None,
     trains_weights: bool = False,
     streams_experts: bool = False,
+    score_seed: int | None = None,
 ) -> ModelParts:
     """directory: of a model, or its GGUF file. choose_dtype: given the dtype that most bytes of the checkpoint have, the one to
     compute in. trains_weights: whether gradients of the model's own weights are wanted: of tables only the input embedding is
     read on demand then, for it is the one whose rows are known before a step. streams_experts: whether experts are fetched one
-    by one where that is possible; nothing may change their weights then.
+    by one where that is possible; nothing may change their weights then. score_seed: the model gives texts a score; its head
+    for that is drawn with this seed where the checkpoint has none. None: the model is the one that config.json names.
 
     Raises UserError (CheckpointError) for a directory that is not a complete safetensors checkpoint, and for a GGUF file that
     cannot be read.
@@ -178,13 +190,24 @@ def cut(
     checkpoint = read_gguf(directory) if is_gguf(directory) else read_checkpoint(directory)
     config = read_gguf_config(checkpoint) if checkpoint.is_gguf else read_config(directory, trust_remote_code)
     dtype = choose_dtype(stored_dtype(checkpoint, quantization_of(config)))
-    model = build_on_meta(config, directory, dtype, trust_remote_code)
-    sources = map_parameters(model, checkpoint)
+    if score_seed is None:
+        model = build_on_meta(config, directory, dtype, trust_remote_code)
+    else:
+        model = build_scorer(config, directory, dtype)
+    sources = map_parameters(model, checkpoint, fresh=() if score_seed is None else (SCORE,))
+    has_score = score_seed is None or SCORE in sources
+    if not has_score and trains_weights:
+        raise UserError(
+            f"{directory}: expected a checkpoint with {SCORE} where the model's own weights are trained, found none: use "
+            "method lora, or save the model as AutoModelForSequenceClassification with num_labels=1 first"
+        )
     _refuse_absent(directory, model, sources.absent)
     dtypes = dtype_plan(model, dtype)
     blocks = find_blocks(model)
     head_module = _head_module(model)
     set_placeholders(model, dtypes)
+    if not has_score:
+        draw_scores(model, score_seed)
     dtypes |= {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
     experts = _cut_experts(blocks, sources, dtypes) if streams_experts else ()
     apart = {matrices.stack.name for matrices in experts}

@@ -87,6 +87,26 @@ def _model_class(config: Any, architectures: Sequence[str], directory: Path) -> 
     return model_class
 
 
+def build_scorer(config: PretrainedConfig, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """As `build_on_meta`, with a linear layer `score` of one output in place of the vocabulary's: the model that
+    `AutoModelForSequenceClassification` makes with num_labels=1. Raises UserError where there is none."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    architectures = list(getattr(config, "architectures", None) or [])
+    if kind is not None and architectures == [kind.__name__] and config.num_labels != 1:
+        raise UserError(f"{directory}: expected a model with one label, which is its score, found {config.num_labels} labels")
+    if kind is not None:
+        config.num_labels, config.architectures = 1, [kind.__name__]
+        model = build_on_meta(config, directory, dtype)
+        if isinstance(getattr(model, "score", None), nn.Linear):
+            return model
+    raise UserError(
+        f"{directory}: expected a language model that Transformers can give a scalar head, a linear layer named score, found "
+        f"{config.model_type}"
+    )
+
+
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated layers, outermost first found, in module order: fqn -> module.
 
@@ -144,6 +164,14 @@ def set_placeholders(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         value._is_hf_initialized = name in persistent
         _owner(model, name)._buffers[name.rpartition(".")[2]] = value
     model.initialize_weights()
+
+
+def draw_scores(model: nn.Module, seed: int) -> None:
+    """Gives `score` the values that Transformers gives it after `torch.manual_seed(seed)` where a checkpoint lacks it."""
+    placeholder = model.score.weight
+    model.score.weight = nn.Parameter(torch.empty(placeholder.shape, dtype=placeholder.dtype), requires_grad=False)
+    torch.manual_seed(seed)
+    model._init_weights(model.score)
 
 
 def is_placeholder(parameter: torch.Tensor) -> bool:
