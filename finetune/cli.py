@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, shown_data
+from finetune import cli_export
+from finetune.cli_messages import (
+    how_to_go_on,
+    message_of,
+    one_a_flag,
+    print_versions,
+    read_turn,
+    require,
+    shown_data,
+)
 from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
@@ -151,7 +160,7 @@ def resume(config: Config) -> None:
 
 
 def _train(config: Config) -> None:
-    _require(config.data, "data to train on", "--data FILE")
+    require(config.data, "data to train on", "--data FILE")
     names = shown_data(config.data)
     typer.echo(f"{_name(config)}: method {config.method}, data {names}, output {config.output}", err=True)
     with _no_garbage_search():
@@ -231,7 +240,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OTHER)] = False,
 ) -> None:
     """Print the loss on data, and the accuracy where each row has a prompt and one of a few completions."""
-    _require(config.eval_data, "data to evaluate on", "--data FILE")
+    require(config.eval_data, "data to evaluate on", "--data FILE")
     _say_first("measuring", config)
     from finetune.evaluate import evaluate as evaluate_model
     from finetune.reporting.report import to_json
@@ -263,7 +272,7 @@ def generate(
     """Print what the model says next, token by token."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n")  # as a shell's $(...) would: echo's line end is no part of it
-    _require(prompt, "a prompt", "--prompt TEXT, or text on standard input")
+    require(prompt, "a prompt", "--prompt TEXT, or text on standard input")
     _say_first("opening", config)
     from finetune.generate import generate as generate_text
 
@@ -297,71 +306,10 @@ def chat(
             typer.echo()
 
 
-@_command(
-    "config", "model", "adapter", "quantize", "output", ..., "host_memory", "trust_remote_code", "settings", "debug"
+_command("config", "model", "adapter", "quantize", "output", ..., "host_memory", "trust_remote_code", "settings", "debug")(
+    cli_export.export
 )
-def export(
-    config: Config,
-    adapter: str | None,
-    to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
-    merge: Annotated[
-        str | None,
-        typer.Option(
-            "--merge",
-            help="Merge an adapter into the model: plain (no weight is packed) or packed (what is packed is packed again).",
-        ),
-    ] = None,
-    at_step: Annotated[
-        int | None, typer.Option("--at-step", help="Export the model as it was after this step. [default: the last step]")
-    ] = None,
-) -> None:
-    """Write the model that a run has tuned as a checkpoint like the original, or with --merge one with an adapter in it.
-
-    An adapter alone needs no export: it is in the output directory, in PEFT's format.
-    """
-    _require(to, "a directory to write to", "--to DIRECTORY")
-    from pathlib import Path
-
-    target = Path(to).expanduser()
-    if merge is not None:
-        if at_step is not None:
-            raise UserError("--at-step is for a run that has tuned the model's own weights: leave it out with --merge")
-        from finetune.merge import merge as merge_adapter
-        from finetune.reporting.progress import Ticker
-
-        typer.echo(merge_adapter(config, target, merge, adapter, Ticker("merging")).describe(target))
-        return
-    if adapter is not None:
-        raise UserError("an adapter alone needs no export: give --merge to merge it into the model")
-    from finetune.export import export as export_model
-    from finetune.reporting.progress import Ticker
-
-    steps = export_model(config, target, at_step, Ticker("exporting"))
-    typer.echo(f"{target}: the model after {steps} steps")
-
-
-@_command("config", "model", ..., "trust_remote_code", "settings", "debug")
-def compress(
-    config: Config,
-    to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
-) -> None:
-    """Write a bf16 model with its exponents compressed: two thirds of the bytes, and the same numbers bit for bit.
-
-    Name the directory as --model of runs with adapters on a CPU. That pays where the disk is what a step waits for.
-    """
-    _require(to, "a directory to write to", "--to DIRECTORY")
-    from pathlib import Path
-
-    from finetune.compress import compress as compress_model
-    from finetune.reporting.progress import Ticker
-    from memory.units import format_bytes
-
-    target = Path(to).expanduser()
-    found = compress_model(config, target, Ticker("compressing"), lambda words: typer.echo(words, err=True))
-    typer.echo(
-        f"{target}: {found.weights} weights compressed, {format_bytes(found.plain_bytes)} are now "
-        f"{format_bytes(found.num_bytes)} ({found.num_bytes / found.plain_bytes:.1%})"
-    )
+_command("config", "model", ..., "trust_remote_code", "settings", "debug")(cli_export.compress)
 
 
 @_command(..., "debug")
@@ -429,7 +377,7 @@ def cache(
     if action not in ("list", "remove"):
         raise UserError(f"expected list or remove, found {action!r:.80}")
     if action == "remove":
-        _require(names or None, "names of quantised models", "those that `finetune cache list` prints")
+        require(names or None, "names of quantised models", "those that `finetune cache list` prints")
         for name in names:
             typer.echo(f"{name}: {format_bytes(remove_cached(place, name))} removed")
         return
@@ -481,12 +429,6 @@ def configuration(
 def version() -> None:
     """Print the versions of this tool and of what it stands on."""
     print_versions()
-
-
-def _require(value: object, what: str, remedy: str) -> None:
-    # Not `if value`: a data set object given in a configuration may have any truth value; text must not be blank.
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"expected {what}, found none: give {remedy}")
 
 
 def main() -> None:

@@ -98,3 +98,10 @@ def read_turn() -> str:
 
         return input("> " if sys.stdin.isatty() else "").strip()
     return ""
+
+
+def require(value: object, what: str, remedy: str) -> None:
+    """Raises UserError for what a command cannot do without."""
+    # Not `if value`: a data set object given in a configuration may have any truth value; text must not be blank.
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"expected {what}, found none: give {remedy}")

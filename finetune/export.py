@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from finetune.config import Config
+from finetune.gguf_adapter import write_adapter
+from finetune.gguf_export import check_target, write_model
 from finetune.methods.results import makers
 from finetune.runs.directory import reading, recorded
 from finetune.runs.exports import Export, Progress, check_new
 from memory.errors import UserError
+from memory.units import format_bytes
+from offload.rewrite.gguf_contents import check_type
+
+
+def export_gguf(
+    config: Config,
+    target: Path,
+    kind: str,
+    adapter: Path | str | None = None,
+    at_step: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> str:
+    """Writes a GGUF file `target` for llama.cpp, and returns what it is, for people: a run's or another adapter, the model with
+    the weights that a run has tuned, or the model as it is where no run is named. kind: of `GGUF_TYPES`.
+
+    The weights of a tuned model are written beside `target` first, as `export` does it. Raises UserError.
+    """
+    check_type(kind)
+    check_target(target)
+    named = config.output if "output" in config.model_fields_set else None
+    if adapter is not None or named is not None and (named / "adapter").is_dir():
+        num_bytes = write_adapter(config, target, kind, adapter, progress)
+        return f"{target}: the adapter alone, {format_bytes(num_bytes)}; --merge plain merges it into the model"
+    if named is None:
+        return f"{target}: the model, {format_bytes(write_model(config, target, kind, None, progress))}"
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as temporary:
+        tuned = Path(temporary) / "model"
+        steps = export(config, tuned, at_step, progress)
+        num_bytes = write_model(config, target, kind, tuned, progress)
+    return f"{target}: the model after {steps} steps, {format_bytes(num_bytes)}"
 
 
 def export(

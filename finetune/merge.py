@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -19,23 +19,25 @@ from finetune.adapters.merging import Layer, Merging
 from finetune.adapters.seal import CONFIG
 from finetune.config import Config
 from finetune.data.tokenizer_files import read_tokenizer
+from finetune.gguf_export import GgufModel, check_target, stored_values, write_gguf
 from finetune.methods.results import SavedAdapter, find_result
 from finetune.quantization.base import Base, open_base
 from finetune.quantization.cache import whole
 from finetune.runs.directory import reading
 from finetune.runs.disk import free_bytes
-from finetune.runs.exports import Progress, check_new, side_files
+from finetune.runs.exports import Progress, check_memory, check_new, side_files
 from memory.arena import tune_malloc
 from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
+from memory.units import format_bytes
 from offload.devices import choose_device
 from offload.files.checkpoint import INDEX_FILE, resolve_model
 from offload.files.new_directory import new_directory
 from offload.files.safetensors_files import write_index
 from offload.residency.io import IOEngine
 from offload.rewrite.contents import Contents, contents, written_dtype
-from offload.rewrite.writer import Writer, change, kept_bytes
+from offload.rewrite.gguf_contents import check_type, gguf_contents
+from offload.rewrite.gguf_writer import QUANTIZING_BYTES
+from offload.rewrite.writer import Writer, change, decoding_bytes, kept_bytes
 from offload.weights.formats import PlainTensor
 from offload.weights.gguf_model import read_gguf_config
 from offload.weights.parts import cut
@@ -115,18 +117,26 @@ def merge(
     form: str,
     adapter: Path | str | None = None,
     progress: Progress = lambda done, total: None,
+    gguf: str | None = None,
 ) -> Merged:
     """Writes `config.model` with `adapter` merged into it, by PEFT's own arithmetic, to `directory`, for its owner alone.
 
     form: "plain": without packed weights, in the dtype of the others; "packed": what is packed stays so. adapter: a directory
-    or hub id, or the directory of a run; None: the run in `config.output`. progress: bytes written, and of all.
+    or hub id, or the directory of a run; None: the run in `config.output`. progress: bytes written, and of all. gguf: one of
+    `GGUF_TYPES`, to write the plain numbers as a GGUF file `directory` instead.
 
     Memory is that of a few matrices, whatever the model's size. Nothing is written before disk and memory are known to
     suffice. Raises UserError.
     """
     if form not in FORMS:
         raise UserError(f"--merge: expected {' or '.join(FORMS)}, found {form!r:.60}")
-    check_new(directory)
+    if gguf is None:
+        check_new(directory)
+    else:
+        check_type(gguf)
+        check_target(directory)
+        if form != "plain":
+            raise UserError("--gguf packs numbers in ways of its own: give it with --merge plain")
     with contextlib.ExitStack() as held:
         held.enter_context(reading(config.output) if adapter is None else contextlib.nullcontext())
         setup = find_result(config, config.output if adapter is None else adapter)
@@ -140,7 +150,8 @@ def merge(
         held.callback(base.close)
         io = held.enter_context(IOEngine(config.engine.io_backend))
         tune_malloc()  # what a layer takes goes back to the system at once
-        return _Merge(config, setup, base, form, io).write(directory, progress)
+        merging = _Merge(config, setup, base, form, io)
+        return merging.write(directory, progress) if gguf is None else merging.write_gguf(directory, gguf, progress)
 
 
 class _Merge:
@@ -196,14 +207,33 @@ class _Merge:
             ) from error
         return result
 
-    def _write_weights(self, writer: Writer, packing: PackingError | None) -> None:
-        writer.keep()
+    def write_gguf(self, target: Path, kind: str, progress: Progress) -> Merged:
+        parts = replace(self._parts, sources=self._new)
+        heads = gguf_contents(parts, self._apart, kind).heads
+        kept = ((name, weight) for name, weight in self._new.items() if name not in self._changed)
+        self._check_memory(QUANTIZING_BYTES + max(decoding_bytes(weight, name in heads) for name, weight in kept))
+        rest = stored_values(parts, self._read, self._changed, self._apart)
+
+        def values(whole: Collection[str]) -> Iterator[tuple[str, int, Tensor]]:
+            for parameter, value in self._changed_values():
+                yield parameter, 0, value
+            yield from rest(whole)
+
+        model = GgufModel(self._base.source, parts, self._apart, values, self._config.trust_remote_code)
+        return Merged(write_gguf(model, kind, target, self._io, progress), len(self._changed), self._notes)
+
+    def _changed_values(self) -> Iterator[tuple[str, Tensor]]:
         for layer in self._merging.layers:
             for parameter, value in self._merging.merge(layer, self._value).items():
                 if parameter in self._changed:
-                    self._put(writer, parameter, value, packing)
+                    yield parameter, value
         for parameter in sorted(self._changed - self._layers.keys()):
-            self._put(writer, parameter, self._value(parameter), packing)
+            yield parameter, self._value(parameter)
+
+    def _write_weights(self, writer: Writer, packing: PackingError | None) -> None:
+        writer.keep()
+        for parameter, value in self._changed_values():
+            self._put(writer, parameter, value, packing)
         writer.finish()
 
     def _put(self, writer: Writer, parameter: str, value: Tensor, packing: PackingError | None) -> None:
@@ -258,17 +288,7 @@ class _Merge:
             )
 
     def _check_memory(self, need: int) -> None:
-        try:
-            amount = self._config.host_memory
-            limit = host_bytes() + available_host_bytes() if amount is None else parse_bytes(amount, total_host_bytes())
-        except ValueError as error:
-            raise UserError(f"host_memory: {error}") from None
-        if host_bytes() + need > limit:
-            raise UserError(
-                f"merging takes {format_bytes(host_bytes() + need)} of host memory ({format_bytes(need)} for one layer), "
-                f"{format_bytes(limit)} are "
-                + ("available: end what else uses it" if amount is None else "allowed: raise --host-memory")
-            )
+        check_memory(self._config, need, "merging", "one layer")
 
     def _describe(self, directory: Path, plan: Contents) -> None:
         """config.json, the index, and of a GGUF model the tokenizer, which other files have beside them."""

@@ -42,10 +42,13 @@ ROOMS = [
     {"methods"},
     {"micro_batch_choice", "nearest_plans"},
     {"training"},
-    {"bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "merge", "questions"},
+    {
+        "bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "gguf_adapter", "gguf_export", "merge",
+        "questions",
+    },  # fmt: skip
     {"one_run", "trainer"},
     {"sweep", "sweeps"},
-    {"cli", "cli_messages", "demo"},
+    {"cli", "cli_export", "cli_messages", "demo"},
 ]
 """Of `finetune`, from low to high: a room imports those on its own line and the ones before it."""
 

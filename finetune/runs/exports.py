@@ -10,6 +10,8 @@ from typing import Any
 
 from finetune.config import Config
 from memory.errors import UserError
+from memory.meter import host_bytes
+from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",
@@ -57,3 +59,19 @@ def check_new(directory: Path) -> None:
     """Raises UserError for a place where there is something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists: name a directory that does not, so that nothing is overwritten")
+
+
+def check_memory(config: Config, need: int, doing: str, of: str) -> None:
+    """need: bytes of host memory that the process will take more. doing, of: what for, in the message. Raises UserError where
+    the limit does not allow them."""
+    try:
+        amount = config.host_memory
+        limit = host_bytes() + available_host_bytes() if amount is None else parse_bytes(amount, total_host_bytes())
+    except ValueError as error:
+        raise UserError(f"host_memory: {error}") from None
+    if host_bytes() + need > limit:
+        raise UserError(
+            f"{doing} takes {format_bytes(host_bytes() + need)} of host memory ({format_bytes(need)} for {of}), "
+            f"{format_bytes(limit)} are "
+            + ("available: end what else uses it" if amount is None else "allowed: raise --host-memory")
+        )

@@ -127,24 +127,34 @@ class _NewFile:
 
 def decoded(weight: StoredWeight, dtype: torch.dtype, read: Callable[[PlainTensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
     """(first element, numbers) of a weight, in order, a few rows at a time where it has such. read: as `Writer` takes it."""
-    step = _rows_at_once(weight)
+    for start, numbers in decoded_rows(weight, dtype, read):
+        yield start * prod(weight.shape[1:]), numbers
+
+
+def decoded_rows(
+    weight: StoredWeight, dtype: torch.dtype, read: Callable[[PlainTensor], Tensor], whole: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, numbers) in the same way. whole: all at once."""
+    step = None if whole else _rows_at_once(weight)
     if step is None:
         yield 0, weight.decode(weight.load(read), dtype)
         return
     for start in range(0, weight.shape[0], step):
         part = weight.rows([(start, min(start + step, weight.shape[0]))])
-        yield start * prod(weight.shape[1:]), part.decode(part.load(read), dtype)
+        yield start, part.decode(part.load(read), dtype)
 
 
 def kept_bytes(contents: Contents) -> int:
     """Host memory that `Writer.keep` takes at most: buffers; then stored numbers, the numbers, and what is between them."""
-    least = BUFFERS * CHUNK_BYTES
-    for weight in contents.decoded.values():
-        rows = _rows_at_once(weight)
-        count = prod(weight.shape) if rows is None else rows * prod(weight.shape[1:])
-        stored = weight.num_bytes if rows is None else weight.row_bytes(rows)
-        least = max(least, stored + 2 * 4 * count)
-    return least
+    return max(BUFFERS * CHUNK_BYTES, *map(decoding_bytes, contents.decoded.values()), 0)
+
+
+def decoding_bytes(weight: StoredWeight, whole: bool = False) -> int:
+    """Host memory that `decoded_rows` takes at once."""
+    rows = None if whole else _rows_at_once(weight)
+    count = prod(weight.shape) if rows is None else rows * prod(weight.shape[1:])
+    stored = weight.num_bytes if rows is None else weight.row_bytes(rows)
+    return stored + 2 * 4 * count
 
 
 def change(weight: StoredWeight, value: Tensor, read: Callable[[PlainTensor], Tensor]) -> Sums:

@@ -60,17 +60,40 @@ class _Architecture:
     """How many layers the model has whose queries are scaled by hidden size / heads in place of the head's size."""
     has_experts: bool = False
     """Whether every block has a mixture of experts."""
+    model_types: tuple[str, ...] = ()
+    """Transformers' words for models that are written as it."""
 
 
 _ARCHITECTURES = {
-    "llama": _Architecture(interleaved_heads=True),
-    "qwen2": _Architecture(),
-    "qwen3": _Architecture(),
-    "qwen3moe": _Architecture(has_experts=True),
-    "phi3": _Architecture(),
-    "gemma2": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=46),
-    "gemma3": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=62),
+    "llama": _Architecture(interleaved_heads=True, model_types=("llama", "mistral")),
+    "qwen2": _Architecture(model_types=("qwen2",)),
+    "qwen3": _Architecture(model_types=("qwen3",)),
+    "qwen3moe": _Architecture(has_experts=True, model_types=("qwen3_moe",)),
+    "phi3": _Architecture(model_types=("phi3",)),
+    "gemma2": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=46, model_types=("gemma2",)),
+    "gemma3": _Architecture(norm_shift=-1.0, scales_queries=True, wide_layers=62, model_types=("gemma3_text",)),
 }
+
+
+def architecture_of(config: PretrainedConfig) -> str:
+    """GGUF's name for a model's architecture. Raises UserError where there is none that is read here too."""
+    for name, architecture in _ARCHITECTURES.items():
+        if config.model_type in architecture.model_types:
+            return name
+    known = ", ".join(word for architecture in _ARCHITECTURES.values() for word in architecture.model_types)
+    raise UserError(f"models of type {config.model_type} can't be written as GGUF: expected one of {known}")
+
+
+def quantization_config(name: str, config: PretrainedConfig) -> dict[str, Any]:
+    """What is changed of the weights of a model of architecture `name`, see [Note: what llama.cpp changes] in
+    `offload/weights/formats/gguf.py`."""
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    return {
+        "quant_method": METHOD,
+        "architecture": name,
+        "interleaved_heads": heads if _ARCHITECTURES[name].interleaved_heads else {},
+        "norm_shift": _ARCHITECTURES[name].norm_shift,
+    }
 
 
 def read_gguf_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -95,13 +118,7 @@ def read_gguf_config(checkpoint: Checkpoint) -> PretrainedConfig:
     config = _by_transformers(header, checkpoint, name)
     _complete(config, architecture, said, checkpoint)
     _check_said(header, name, config, said)
-    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
-    config.quantization_config = {
-        "quant_method": METHOD,
-        "architecture": name,
-        "interleaved_heads": heads if architecture.interleaved_heads else {},
-        "norm_shift": architecture.norm_shift,
-    }
+    config.quantization_config = quantization_config(name, config)
     return config
 
 
@@ -175,24 +192,26 @@ def _complete(
     }.items():  # fmt: skip
         if key in said and hasattr(config, field):
             setattr(config, field, said[key])
+    if said.get("attention.sliding_window") == 0:  # of Phi-4, which has none
+        config.sliding_window = None
     if architecture.has_experts:
         config.moe_intermediate_size = said["expert_feed_forward_length"]
     if architecture.scales_queries:
         is_wide = config.num_hidden_layers == architecture.wide_layers
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_wide else config.head_dim
-    rope = _rope(config)
+    rope = rope_of(config)
     if said.get("rope.scaling.type") == "linear" and _is_positive(said.get("rope.scaling.factor")):
         rope |= {"rope_type": "linear", "factor": said["rope.scaling.factor"]}
     if ROPE_FACTORS in checkpoint.tensors:
         rope |= _llama3_scaling(config, checkpoint)
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
     """Of the layers that attend to everything."""
     return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def head_dim_of(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -200,21 +219,27 @@ def _llama3_scaling(config: PretrainedConfig, checkpoint: Checkpoint) -> dict[st
     """How Llama 3 scales frequencies, found again from the numbers by which they are divided: those of all its models come
     from one formula with two of three constants (`_compute_llama3_parameters` in Transformers' `modeling_rope_utils.py`)."""
     entry = checkpoint.tensors[ROPE_FACTORS]
-    size = _head_dim(config)
+    size = head_dim_of(config)
     is_right = entry.dtype == "F32" and entry.shape == (size // 2,) and size % 2 == 0
     check(entry, is_right, f"F32 [{size // 2}]", f"{entry.dtype} {list(entry.shape)}")
     factors = torch.frombuffer(bytearray(read_bytes(entry, 1 << 20)), dtype=torch.float32).double()
-    low, high, context, factor = 1.0, 4.0, 8192, round(float(factors[-1]), 3) if factors[-1].isfinite() else 0.0
+    factor = round(float(factors[-1]), 3) if factors[-1].isfinite() else 0.0
     check(entry, factor >= 1, "factors of at least 1", factor)
-    lengths = 2 * math.pi * _rope(config)["rope_theta"] ** (torch.arange(0, size, 2).double() / size)
-    smooth = ((context / lengths - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    is_right = torch.allclose(factors, expected, rtol=1e-4, atol=0)
-    check(entry, is_right, "the factors of a Llama 3 model with a context of 8192 that is scaled", "others")
-    return {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-        "original_max_position_embeddings": context,
+    scaling = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
+    is_right = torch.allclose(factors, llama3_factors(rope_of(config) | scaling, size), rtol=1e-4, atol=0)
+    check(entry, is_right, "the factors of a Llama 3 model with a context of 8192 that is scaled", "others")
+    return scaling
+
+
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
+    """By which Llama 3's scaling divides the rotary frequencies: fp64 [head_dim / 2]. rope: the model's rotary parameters."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    lengths = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    smooth = ((rope["original_max_position_embeddings"] / lengths - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
 def _check_said(header: GgufHeader, name: str, config: PretrainedConfig, said: Mapping[str, Any]) -> None:
@@ -223,13 +248,13 @@ def _check_said(header: GgufHeader, name: str, config: PretrainedConfig, said: M
     path = header.path
     if array := next((key for key in header.counts if key.startswith(f"{name}.")), None):
         raise UserError(f"{path}: metadata '{array}' differs between layers, which isn't supported from GGUF")
-    rope, head_dim = _rope(config), _head_dim(config)
+    rope, head_dim = rope_of(config), head_dim_of(config)
     expected: dict[str, Any] = {key: getattr(config, field) for key, field in _SIZES.items()} | {
         "vocab_size": config.vocab_size,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "rope.dimension_count": round(head_dim * rope.get("partial_rotary_factor", 1.0)),
@@ -272,26 +297,39 @@ def _refuse(path: Path, key: str, expected: str, found: Any) -> NoReturn:
     )
 
 
+def tensor_names(dimensions: Mapping[str, int], name: str, layers: int) -> dict[str, tuple[str, ...]]:
+    """Parameter or buffer -> its tensors in a file of architecture `name`: of stacked experts those that hold the matrices one
+    below the other, of others one. The names are those of the package gguf. dimensions: of each."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    architecture = next(key for key, word in MODEL_ARCH_NAMES.items() if word == name)
+    known = get_tensor_name_map(architecture, layers)
+    names: dict[str, tuple[str, ...]] = {}
+    for parameter, count in dimensions.items():
+        module, _, kind = parameter.rpartition(".")
+        if count == 3:
+            words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            names[parameter] = tuple(f"{known.get_name(f'{module}.{word}')}.weight" for word in words)
+        else:
+            names[parameter] = (f"{known.get_name(module)}.{kind}",)
+    return names
+
+
 def gguf_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Parameter -> the tensor of the GGUF file that it is; stacked experts -> the tensors whose matrices they have, one below
     the other: Transformers has the gate's above those of the projection that it gates.
 
     Raises CheckpointError for tensors that no parameter takes: they would change what the model computes.
     """
-    from gguf.constants import MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
-
-    wanted = model.config.quantization_config["architecture"]
-    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == wanted)
-    known = get_tensor_name_map(architecture, model.config.num_hidden_layers)
     parameters, stacks = {}, {}
-    for parameter, value in model.state_dict(keep_vars=True).items():
-        name, _, kind = parameter.rpartition(".")
-        if value.dim() == 3:
-            words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-            stacks[parameter] = tuple(f"{known.get_name(f'{name}.{word}')}.weight" for word in words)
+    dimensions = {parameter: value.dim() for parameter, value in model.state_dict(keep_vars=True).items()}
+    architecture = model.config.quantization_config["architecture"]
+    for parameter, names in tensor_names(dimensions, architecture, model.config.num_hidden_layers).items():
+        if dimensions[parameter] == 3:
+            stacks[parameter] = names
         else:
-            parameters[f"{known.get_name(name)}.{kind}"] = parameter
+            parameters[names[0]] = parameter
     tensors = checkpoint.tensors.keys() - {ROPE_FACTORS}
     stacks = {parameter: keys for parameter, keys in stacks.items() if tensors.issuperset(keys)}
     stacked = {key for keys in stacks.values() for key in keys}

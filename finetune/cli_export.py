@@ -1,0 +1,87 @@
+"""Commands that write a model or an adapter. As in `finetune/cli.py`, what they need is imported inside of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.cli_messages import require
+from memory.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.config import Config
+
+
+def export(
+    config: Config,
+    adapter: str | None,
+    to: Annotated[str | None, typer.Option("--to", help="Directory to write, or GGUF file; it must not exist.")] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            "--merge",
+            help="Merge an adapter into the model: plain (no weight is packed) or packed (what is packed is packed again).",
+        ),
+    ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            help="Write one GGUF file for llama.cpp, of type f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0: with --merge the "
+            "model with the adapter in it, else the adapter alone, or the model.",
+        ),
+    ] = None,
+    at_step: Annotated[
+        int | None, typer.Option("--at-step", help="Export the model as it was after this step. [default: the last step]")
+    ] = None,
+) -> None:
+    """Write the model that a run has tuned as a checkpoint like the original, or with --merge one with an adapter in it.
+
+    An adapter alone needs no export: it is in the output directory, in PEFT's format.
+    """
+    require(to, "a place to write to", "--to DIRECTORY, or --to FILE.gguf with --gguf")
+    target = Path(to).expanduser()
+    if merge is not None:
+        if at_step is not None:
+            raise UserError("--at-step is for a run that has tuned the model's own weights: leave it out with --merge")
+        from finetune.merge import merge as merge_adapter
+        from finetune.reporting.progress import Ticker
+
+        typer.echo(merge_adapter(config, target, merge, adapter, Ticker("merging"), gguf).describe(target))
+        return
+    if gguf is not None:
+        from finetune.export import export_gguf
+        from finetune.reporting.progress import Ticker
+
+        typer.echo(export_gguf(config, target, gguf, adapter, at_step, Ticker("exporting")))
+        return
+    if adapter is not None:
+        raise UserError("an adapter alone needs no export: give --merge to merge it into the model")
+    from finetune.export import export as export_model
+    from finetune.reporting.progress import Ticker
+
+    steps = export_model(config, target, at_step, Ticker("exporting"))
+    typer.echo(f"{target}: the model after {steps} steps")
+
+
+def compress(
+    config: Config,
+    to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
+) -> None:
+    """Write a bf16 model with its exponents compressed: two thirds of the bytes, and the same numbers bit for bit.
+
+    Name the directory as --model of runs with adapters on a CPU. That pays where the disk is what a step waits for.
+    """
+    require(to, "a directory to write to", "--to DIRECTORY")
+    from finetune.compress import compress as compress_model
+    from finetune.reporting.progress import Ticker
+    from memory.units import format_bytes
+
+    target = Path(to).expanduser()
+    found = compress_model(config, target, Ticker("compressing"), lambda words: typer.echo(words, err=True))
+    typer.echo(
+        f"{target}: {found.weights} weights compressed, {format_bytes(found.plain_bytes)} are now "
+        f"{format_bytes(found.num_bytes)} ({found.num_bytes / found.plain_bytes:.1%})"
+    )
