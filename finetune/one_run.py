@@ -265,7 +265,7 @@ def _notes(method: Method) -> list[str]:
     """What a run of so many steps does not do, though its settings might make one think so. Raises UserError when they are too
     few for the schedule."""
     config, options = method.config, method.config.training
-    notes = [check_schedule(options, method.num_steps), unused_adapter_note(config)]
+    notes = [*config.renamed, check_schedule(options, method.num_steps), unused_adapter_note(config)]
     if options.eval_steps and config.eval_data is None:
         notes.append("there is no eval_data, so training.eval_steps evaluates nothing")
     notes += method.schedule_notes

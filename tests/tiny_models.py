@@ -231,12 +231,16 @@ def reference_run(
     own_loss: Callable[[Any], torch.Tensor] | None = None,
     after_update: Callable[[Any, int], None] = lambda model, step: None,
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    prepare: Callable[[Any], None] = lambda model: None,
+    lane_loss: Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor] | None = None,
 ) -> Run:
     """See [Note: the reference]. own_loss: of the adapter, once a step. after_update: called with the model and the step.
-    make_optimizer: of the model; None: AdamW."""
+    make_optimizer: of the model; None: AdamW. prepare: called with the model before all steps. lane_loss: of a micro-batch's
+    logits, its labels and those of all; None: the mean over the tokens of the step."""
     options = config.training
     torch.set_num_threads(config.engine.num_threads)  # sums are cut at other places for another number
     model = load_plain(config)
+    prepare(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = set(tf.Trainer.get_decay_parameter_names(None, model))  # norms and biases are left alone
     groups: dict[float, list[torch.nn.Parameter]] = {options.weight_decay: [], 0.0: []}
@@ -252,6 +256,7 @@ def reference_run(
     losses = []
     for step, batches in enumerate(plain_batches(config)):
         shares, count = loss_shares(config, batches)
+        all_labels = [batch["labels"] for batch in batches]
         total, own = torch.zeros(()), torch.zeros(())
         if own_loss is not None:
             own = own_loss(model)
@@ -261,7 +266,9 @@ def reference_run(
             torch.manual_seed(lane_seed(options.seed, step, index))
             if isinstance(config.data, TokenDataset):
                 output = model(**batch)
-                loss = token_loss(output.logits, labels) / count
+                loss = token_loss(output.logits, labels) / count if lane_loss is None else None
+                if lane_loss is not None:
+                    loss = lane_loss(output.logits, labels, all_labels)
                 if getattr(output, "aux_loss", None) is not None:  # of its router, as its own loss has it
                     loss = loss + model.config.router_aux_loss_coef * output.aux_loss * shares[index]
             else:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, Field, PrivateAttr, TypeAdapter, ValidationError, create_model
 
 from finetune.config.errors import ConfigError, explain
 from finetune.config.loading import (
@@ -25,6 +25,7 @@ from finetune.config.loading import (
     read_yaml,
     without,
 )
+from finetune.config.other_names import with_own_names
 from finetune.config.sections import SECTIONS
 from finetune.config.unused_keys import unused_keys
 from finetune.config.yaml_text import write_document
@@ -106,7 +107,10 @@ class _Keys(Section):
                 f"expected train only with methods that train the model's own weights, found {self.method}",
             )
 
+    _renamed: list[str] = PrivateAttr(default_factory=list)
+
     def __init__(self, **values: Any) -> None:
+        values, renamed, contradictions = with_own_names(values)
         values = with_splits(expand_shorthands(values))
         if "method" not in values and (values.get("adapter") or {}):
             values["method"] = "adapter"
@@ -125,10 +129,16 @@ class _Keys(Section):
             try:  # what is right may still not go together
                 super().__init__(**without(values, wrong))
             except ValidationError:  # what is wrong could not be taken out
-                raise ConfigError(list(problems.values())) from None
-        found = [*problems.values(), *_all_conflicts(self, problems.keys())]
+                raise ConfigError([*contradictions, *problems.values()]) from None
+        found = [*contradictions, *problems.values(), *_all_conflicts(self, problems.keys())]
         if found:
             raise ConfigError(found)
+        self._renamed += renamed
+
+    @property
+    def renamed(self) -> list[str]:
+        """Which keys were given by the names of others, in words."""
+        return list(self._renamed)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Rows are counted, not shown."""

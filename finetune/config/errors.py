@@ -8,24 +8,19 @@ from collections.abc import Collection, Sequence
 
 from pydantic import ValidationError
 
+from finetune.config.other_names import RENAMED
 from finetune.options import show
 from memory.errors import UserError
 
 # What other tools call our keys: named in the message about an unknown key.
 OTHER_NAMES = {
     "lr": "training.learning_rate",
-    "num_train_epochs": "training.epochs",
-    "per_device_train_batch_size": "training.micro_batch_size",
+    **RENAMED,
     "gradient_accumulation_steps": "training.batch_size",
-    "lr_scheduler_type": "training.lr_scheduler",
-    "max_length": "dataset.sequence_length",
-    "max_seq_length": "dataset.sequence_length",
     "rank": "lora.r",
     "lora_r": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
-    "output_dir": "output",
-    "model_name_or_path": "model",
 }
 
 

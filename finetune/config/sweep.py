@@ -92,6 +92,11 @@ def check_together(configs: Mapping[str, Config]) -> None:
             )
         if config.max_writes is not None:
             problems.append(f"{name}: expected no max_writes, which counts what one run writes, found {config.max_writes}")
+        if config.training.neftune_noise_alpha is not None:
+            problems.append(
+                f"{name}: training.neftune_noise_alpha: expected none in a sweep, whose runs share the embeddings: start it by "
+                "itself"
+            )
     for name, config in others:
         problems += [
             f"{key}: expected the same in all runs, found {show(getattr(first[1], key))} in {first[0]} and "

@@ -77,6 +77,17 @@ class TrainingOptions(EvaluationOptions):
     (Qiu et al. 2025)."""
     router_loss_coefficient: NonNegative | None = None
     """What it counts. None: `router_aux_loss_coef` of config.json."""
+    label_smoothing_factor: Share = 0.0
+    """Share of each label that is spread over the vocabulary, in training; evaluations measure the cross entropy alone. As
+    `label_smoothing` of PyTorch's cross entropy."""
+    z_loss: NonNegative = 0.0
+    """What the mean of log(sum(exp(logits)))^2 counts in the loss, so that logits stay small; PaLM's is 1e-4."""
+    loss_average: Literal["token", "sequence"] = "token"
+    """What the loss of a step is a mean of. token: of all trained tokens of the step, however it is cut into micro-batches.
+    sequence: of texts, each of which is the mean of its tokens."""
+    neftune_noise_alpha: Positive | None = None
+    """NEFTune (Jain et al. 2023): in training, embeddings get uniform noise of at most alpha / sqrt(length x width). None: no
+    noise."""
     seed: Annotated[CountOrZero, Field(lt=1 << 64)] = 42
     """Of the order of the data, dropout, adapters' first values, noise and the choice of blocks."""
     save_steps: StepsOrEpoch = 50
@@ -128,6 +139,7 @@ class TrainingOptions(EvaluationOptions):
                 ("training.save_total_limit", "method"),
                 f"expected only with methods that save states, found method {config.method}, of which every step is durable",
             )
+        yield from self._form_conflicts(config)
         left = ("config", "without") if config.objective in tuple(PREFERENCES) else ("config",)
         if config.objective != "loss" and (self.router_loss not in left or self.router_loss_coefficient is not None):
             keys = ("training.router_loss", "training.router_loss_coefficient", "zo.objective", "training.objective")
@@ -137,3 +149,17 @@ class TrainingOptions(EvaluationOptions):
             if problem := rate_problem(schedule, arguments, config.learning_rate):
                 keys = ("lr_scheduler", "lr_scheduler_kwargs", "learning_rate")
                 yield Conflict(("method", *(f"training.{key}" for key in keys)), problem)
+
+    def _form_conflicts(self, config: Any) -> Iterator[Conflict]:
+        has_gradients = METHODS[config.method].has_gradients
+        for key in ("label_smoothing_factor", "z_loss", "loss_average", "neftune_noise_alpha"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                continue
+            if config.objective != "loss":
+                keys = (f"training.{key}", "zo.objective", "training.objective")
+                yield Conflict(keys, f"training.{key}: expected only with objective loss, found another objective")
+            elif key == "neftune_noise_alpha" and not has_gradients:
+                yield Conflict(
+                    ("training.neftune_noise_alpha", "method"),
+                    f"expected a method with gradients, found {config.method}, which compares losses of the same inputs",
+                )

@@ -14,6 +14,7 @@ from torch import nn
 from finetune.adapters.registry import ADAPTERS
 from finetune.config import Config
 from finetune.data.batches import Row
+from finetune.methods.embedding_noise import add_embedding_noise
 from finetune.methods.registry import METHODS
 from finetune.objectives.base import Objective
 from finetune.plugin import load
@@ -57,10 +58,13 @@ class Method(Setup):
         self.about = {}
 
     def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:
-        if self.kind is None:
-            return parts.model, parts
-        model, note = load(ADAPTERS[self.kind].code).attach(parts, self.config, self.only_plan)
-        self.notes += filter(None, [note])
+        model = parts.model
+        if self.kind is not None:
+            model, note = load(ADAPTERS[self.kind].code).attach(parts, self.config, self.only_plan)
+            self.notes += filter(None, [note])
+        alpha = self.config.training.neftune_noise_alpha
+        if alpha is not None:
+            add_embedding_noise(model, alpha)
         return model, parts
 
     def set_mode(self, model: nn.Module, training: bool) -> None:

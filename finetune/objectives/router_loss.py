@@ -10,8 +10,7 @@ from torch import nn
 from finetune.config.training_options import TrainingOptions
 from finetune.planned_run import BatchShape
 from memory.errors import UserError
-from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, models_own_loss
+from offload.step.own_loss import StepLoss
 from offload.step.router_loss import StepBalance, has_balance
 
 _SWITCH, _COEFFICIENT = "output_router_logits", "router_aux_loss_coef"  # Transformers' words
@@ -76,9 +75,8 @@ class RouterLoss:
         routers = self._config.num_hidden_layers * (3 if self._options.router_loss == "global_batch" else 2) + 3
         return 4 * routers * shape.micro_batches * shape.rows * experts
 
-    def make(self, model: nn.Module, head: TiledHead | None) -> StepLoss:
-        """A `MakeLoss`."""
-        own = models_own_loss(model, head)
+    def make(self, model: nn.Module, own: StepLoss) -> StepLoss:
+        """own: the loss of the model's own forward. See `MakeLoss`."""
         if self._options.router_loss != "global_batch":
             return own
         holder = model if hasattr(model, _COEFFICIENT) else self._config

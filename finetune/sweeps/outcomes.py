@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.reporting.report import read_metrics, write_report
+from finetune.runs.best import read_best
 from memory.errors import UserError
 from memory.units import format_seconds
 
@@ -30,18 +31,21 @@ class Outcome:
     steps: int = 0  # done in all
     num_steps: int | None = None  # of its schedule
     last_loss: float | None = None  # of its last step
-    evaluation: dict[str, float] | None = None  # the last one's values
+    evaluation: dict[str, float] | None = None  # values of the last one, or of the best step where that is the result
     seconds: float | None = None  # that its steps took, together with those of others
 
     def take(self, directory: Path) -> None:
-        """What the run's own metrics say of its last step."""
+        """What the run's own metrics say of its last step, and of the one that is its result."""
         last, self.seconds = None, None
-        path = directory / "metrics.jsonl"
+        path, best = directory / "metrics.jsonl", read_best(directory)
+        result = {}  # the row of the step whose adapter is the run's
         for row in read_metrics(path) if path.is_file() else ():
             last, self.seconds = row, (self.seconds or 0.0) + row["seconds"]
+            if best is None or row["step"] == best["step"]:
+                result = row
         if last is not None:
             self.steps, self.last_loss = last["step"], last["loss"]
-            values = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
+            values = {key.removeprefix("eval_"): value for key, value in result.items() if key.startswith("eval_")}
             self.evaluation = values or None
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from memory.errors import UserError
+from offload.step.loss_form import LossForm
 from offload.step.random_state import RandomState, get_random_state
 from offload.step.tiled_loss import IGNORE_INDEX, Operation, TiledCrossEntropy, apply_operations
 
@@ -165,20 +166,25 @@ def _needs_whole_logits(operation: str) -> UserError:
 class CrossEntropy:
     """A mean (or sum) of cross entropies that the model's own loss asked for, times `weight`.
 
-    logits: [n, vocabulary], deferred. labels: int64 [n], -100 where there is none.
+    logits: [n, vocabulary], deferred. labels: int64 [n], -100 where there is none. row_weights: fp32 [n]; None: all 1.
     """
 
     logits: DeferredLogits
     labels: torch.Tensor
     is_mean: bool = True  # over labelled rows; else a sum
     weight: float = 1.0
+    form: LossForm = LossForm()
+    row_weights: torch.Tensor | None = None
+    divisor: float | None = None  # of the sum over the step; None: its labels
 
     @property
     def num_items(self) -> int:
         return int((self.labels != IGNORE_INDEX).sum())
 
     def tiled(self, tile_tokens: int, divisor: float, backward: bool, keeps_rows: bool) -> TiledCrossEntropy:
-        return TiledCrossEntropy(self.logits, self.labels, tile_tokens, divisor, backward, keeps_rows)
+        return TiledCrossEntropy(
+            self.logits, self.labels, tile_tokens, divisor, backward, keeps_rows, self.form, self.row_weights
+        )
 
 
 class DeferredLoss:
@@ -200,6 +206,15 @@ class DeferredLoss:
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    def formed(self, form: LossForm, weights: torch.Tensor | None, divisor: float | None) -> DeferredLoss:
+        """With its only cross entropy in this form. weights: of its labels in their order, fp32 [labels]; None: all 1."""
+        (term,) = self.terms
+        if weights is not None:
+            weights = torch.zeros(term.labels.shape, device=self.device).masked_scatter_(
+                term.labels != IGNORE_INDEX, weights.to(self.device)
+            )
+        return DeferredLoss((replace(term, form=form, row_weights=weights, divisor=divisor),), self.added)
 
     def __add__(self, other):
         if isinstance(other, DeferredLoss):

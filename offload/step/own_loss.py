@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from memory.errors import UserError
 from offload.step.head import TiledHead
+from offload.step.loss_form import StepForm
 from offload.step.tiled_loss import IGNORE_INDEX
 
 
@@ -52,28 +53,32 @@ MakeLoss = Callable[[nn.Module, TiledHead | None], StepLoss]
 """Called with the base model and the head that tiles its loss; None: logits are whole."""
 
 
-def models_own_loss(model: nn.Module, head: TiledHead | None) -> StepLoss:
-    """Of the model's forward: a `MakeLoss`."""
-    return WholeLoss(model) if head is None else TiledLoss(model, head)
+def models_own_loss(model: nn.Module, head: TiledHead | None, form: StepForm | None = None) -> StepLoss:
+    """Of the model's forward: a `MakeLoss`. form: of the cross entropies, where the head is tiled; None: the model's own."""
+    return WholeLoss(model) if head is None else TiledLoss(model, head, form)
 
 
 class TiledLoss:
     """A `StepLoss` of deferred losses."""
 
-    def __init__(self, model: nn.Module, head: TiledHead) -> None:
+    def __init__(self, model: nn.Module, head: TiledHead, form: StepForm | None = None) -> None:
         self._model = model
         self._head = head
+        self._form = StepForm() if form is None else form
 
     def watch(self, lanes: int) -> Sequence[AbstractContextManager]:
         return ()
 
+    def _losses(self, outputs: list[Any]) -> list[Any]:
+        return self._form.applied([loss_in(self._model, output) for output in outputs])
+
     def backward(self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any]) -> torch.Tensor:
-        return self._head.loss_and_backward([loss_in(self._model, output) for output in outputs])
+        return self._head.loss_and_backward(self._losses(outputs))
 
     def values(
         self, outputs: list[Any], inputs: Sequence[dict[str, Any]], watched: Sequence[Any], variants: int
     ) -> StepLosses:
-        losses = [loss_in(self._model, output) for output in outputs]
+        losses = self._losses(outputs)
         num_items = sum(loss.num_items for loss in losses[: len(inputs)])
         return StepLosses(self._head.losses(losses, variants), num_items, False, outputs)
 

@@ -20,6 +20,7 @@ each row, with x = f(z), z = W h, label y,
     dL/dh      = (a / s - f'(z_y) W_y) / divisor
 Where the head itself is trained its chunks are visited once more, with m and s known:
     dL/dW      = sum over rows of (exp(x - m) / s - onehot(y)) f'(z) h^T / divisor      (added up in fp32)
+(these are of the cross entropy alone; `offload.step.loss_form` has other forms).
 Tile sizes follow from the model alone (`default_tiles`), never from a budget, so placement does not change results.
 """
 
@@ -30,8 +31,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from offload.step.loss_form import LossForm
 from offload.step.random_state import set_random_state
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class LaneLoss:
             mean_of = term.num_items if term.is_mean else 1
             if term.weight:  # the divisor of one mean with a weight of 1 is step_items, exactly
                 divisor = step_items * max(1, mean_of) / (max(1, items) * term.weight)
+                if term.divisor is not None:
+                    divisor = term.divisor / term.weight
                 self.rows.append(term.tiled(tile_tokens, divisor, backward, keeps_rows))
         self._added = loss.added * (items / step_items)
 
@@ -121,8 +124,12 @@ class TiledCrossEntropy:
         divisor: float = 1.0,
         backward: bool = True,
         keeps_rows: bool = True,
+        form: LossForm = LossForm(),
+        row_weights: torch.Tensor | None = None,
     ) -> None:
         self._outer = logits.hidden
+        self._form = form
+        self._vocab_size = logits.vocab_size
         self._operations = logits.operations
         self._columns = slice(0, logits.vocab_size)
         self._random_state = logits.random_state
@@ -132,7 +139,8 @@ class TiledCrossEntropy:
         if self._shape[0] > tile_tokens:
             self._picked = (labels != IGNORE_INDEX).nonzero().squeeze(1)
             labels = labels[self._picked]
-        self._labels = labels
+            row_weights = None if row_weights is None else row_weights[self._picked]
+        self._labels, self._weights = labels, row_weights
         self._kept = self._rows() if keeps_rows else None
         self._tiles = [slice(i, i + tile_tokens) for i in range(0, labels.shape[0], tile_tokens)]
         self._grad: torch.Tensor | None = None
@@ -158,10 +166,8 @@ class TiledCrossEntropy:
             hidden = rows[tile].detach().requires_grad_(self._outer.requires_grad)
             with torch.set_grad_enabled(self._backward):
                 logits = apply_operations(self._operations, forward(hidden), self._columns).float()
-                loss = (
-                    functional.cross_entropy(logits, self._labels[tile], ignore_index=IGNORE_INDEX, reduction="sum")
-                    / self._divisor
-                )
+                weights = None if self._weights is None else self._weights[tile]
+                loss = self._form.total(logits, self._labels[tile], IGNORE_INDEX, weights) / self._divisor
             del logits
             if loss.requires_grad:
                 loss.backward()
@@ -171,7 +177,7 @@ class TiledCrossEntropy:
 
     def add_chunk(self, chunk: HeadRows, forward: Callable | None = None) -> None:
         """Adds the chunk's part of the softmax sums, and of the gradient when this lane needs one."""
-        rows = self._hidden
+        rows, form = self._hidden, self._form
         count = rows.shape[0]
         if self._sums is None:
             device = rows.device
@@ -182,6 +188,12 @@ class TiledCrossEntropy:
             if self._backward:
                 self._weighted = torch.zeros(count, rows.shape[1], device=device)
                 self._label_row = torch.zeros_like(rows)
+                if form.smoothing:
+                    self._row_sum = torch.zeros(count if self._operations else 1, rows.shape[1], device=device)
+            if form.smoothing:
+                self._logit_sum = torch.zeros(count, device=device)
+        if form.smoothing and self._backward and not self._operations:
+            self._row_sum += chunk.weight.float().sum(dim=0)
         for tile in self._tiles:
             hidden = rows[tile]
             z = chunk.logits(hidden) if forward is None else forward(hidden)
@@ -189,6 +201,8 @@ class TiledCrossEntropy:
             del z
             at, column = self._labelled_in(chunk, tile)
             self._label_logit[tile][at] = x[at, column]
+            if form.smoothing:
+                self._logit_sum[tile] += x.sum(dim=1)
             maximum = torch.maximum(self._maximum[tile], x.amax(dim=1))
             rescale = torch.exp(self._maximum[tile] - maximum)
             p = self._exponentials(x, maximum)
@@ -197,6 +211,8 @@ class TiledCrossEntropy:
             if self._backward:
                 if slope is not None:
                     p = p * slope
+                    if form.smoothing:
+                        self._row_sum[tile] += slope.to(hidden.dtype) @ chunk.weight
                 self._weighted[tile] *= rescale[:, None]
                 self._weighted[tile] += p.to(hidden.dtype) @ chunk.weight
                 row = chunk.weight[column]
@@ -206,14 +222,20 @@ class TiledCrossEntropy:
         self, chunk: HeadRows, weight_grad: torch.Tensor, bias_grad: torch.Tensor | None
     ) -> None:
         """Adds dL/dW of the chunk, fp32 [rows of the chunk, hidden], and dL/db; after `finish_chunks`."""
-        log_sum, rows = self._log_sum(), self._hidden
+        log_sum, rows, form = self._log_sum(), self._hidden, self._form
         for tile in self._tiles:
             hidden = rows[tile]
             x, slope = self._operated(chunk.logits(hidden), chunk, wants_slope=True)
             p = self._exponentials(x, log_sum[tile])
             at, column = self._labelled_in(chunk, tile)
-            p[at, column] -= 1.0
+            if form.z:
+                p.mul_(1 + 2 * form.z * log_sum[tile][:, None])
+            p[at, column] -= 1.0 - form.smoothing
+            if form.smoothing:
+                p.sub_(form.smoothing / self._vocab_size)
             p[self._labels[tile] == IGNORE_INDEX] = 0.0
+            if self._weights is not None:
+                p.mul_(self._weights[tile][:, None])
             p.div_(self._divisor)
             if slope is not None:
                 p *= slope
@@ -247,13 +269,30 @@ class TiledCrossEntropy:
         return at, labels[at] - chunk.start
 
     def finish_loss(self) -> None:
-        losses = self._log_sum() - self._label_logit
+        log_sum, form = self._log_sum(), self._form
+        losses = log_sum - self._label_logit
+        if form.smoothing:
+            losses = (1 - form.smoothing) * losses + form.smoothing * (log_sum - self._logit_sum / self._vocab_size)
+        if form.z:
+            losses = losses + form.z * log_sum.square()
+        if self._weights is not None:
+            losses = losses * self._weights
         self.loss = losses[self._labels != IGNORE_INDEX].sum() / self._divisor
 
     def finish_chunks(self) -> None:
         self.finish_loss()
-        valid = self._labels != IGNORE_INDEX
-        grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).div_(self._divisor)
+        valid, form = self._labels != IGNORE_INDEX, self._form
+        grad = self._weighted.div_(self._sum[:, None])
+        if form.z:
+            grad.mul_(1 + 2 * form.z * self._log_sum()[:, None])
+        if form.smoothing:
+            grad.sub_((1 - form.smoothing) * self._label_row).sub_(form.smoothing / self._vocab_size * self._row_sum)
+            del self._row_sum
+        else:
+            grad.sub_(self._label_row)
+        if self._weights is not None:
+            grad.mul_(self._weights[:, None])
+        grad = grad.div_(self._divisor)
         grad[~valid] = 0
         self._grad = grad.to(self._outer.dtype)
         del self._weighted, self._label_row

@@ -10,7 +10,9 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +31,9 @@ from tiny_models import (
     reference_device,
     token_loss,
 )
+from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.optimization import get_scheduler
 
 import finetune.planner
@@ -263,6 +267,23 @@ def test_full_stored_in_fp16(optimizer, checkpoint, tokens, tmp_path):
         assert_same(found, expected)
     exported = [load_file(path) for path in (tmp_path / "model").glob("*.safetensors")]
     assert {value.dtype for file in exported for value in file.values()} == {torch.float16, torch.float32}
+
+
+def test_smoothed_labels_and_noise_in_embeddings(checkpoint, tokens, tmp_path, monkeypatch):
+    """The gradient of the embeddings comes through the noise, which is Transformers' own."""
+
+    def load_noisy(*args: Any, load: Any = load_whole) -> Any:
+        model = load(*args)
+        model.get_input_embeddings().neftune_noise_alpha = 5.0
+        model.get_input_embeddings().register_forward_hook(neftune_post_forward_hook)
+        return model
+
+    monkeypatch.setitem(reference.__globals__, "load_whole", load_noisy)
+    smoothing = partial(functional.cross_entropy, label_smoothing=0.1)
+    monkeypatch.setitem(token_loss.__globals__, "functional", SimpleNamespace(pad=functional.pad, cross_entropy=smoothing))
+    training = {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1}
+    config = weights_config(checkpoint("llama"), tokens, tmp_path / "out", training=training)
+    assert_same(streamed(config, tmp_path / "exported"), reference(config))
 
 
 @pytest.mark.parametrize("method", ["lisa", "badam", "slimfit", "frugal"])

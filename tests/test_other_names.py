@@ -1,0 +1,43 @@
+"""Keys by the names of Transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune.config import Config, ConfigError
+
+
+def test_names_of_training_arguments_are_taken_and_said():
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "lr_scheduler_type": "cosine"}
+    config = Config(model="m", num_train_epochs=2, training=training | {"eval_strategy": "epoch"}, train_on_inputs=True)
+    same = {"epochs": 2, "micro_batch_size": 4, "batch_size": 32, "lr_scheduler": "cosine", "eval_steps": "epoch"}
+    assert config.model_dump() == Config(model="m", training=same, dataset={"completion_only": False}).model_dump()
+    assert config.renamed == [
+        "num_train_epochs is training.epochs here: 2",
+        "train_on_inputs is dataset.completion_only here: False",
+        "per_device_train_batch_size is training.micro_batch_size here: 4",
+        "lr_scheduler_type is training.lr_scheduler here: 'cosine'",
+        "eval_strategy is training.eval_steps here: 'epoch'",
+        "gradient_accumulation_steps is training.batch_size here: 32",
+    ]
+    settings = ["training.num_train_epochs=3", "training.eval_strategy=no", "gradient_accumulation_steps=3"]
+    config = Config.load(None, {"model": "m", "training.micro_batch_size": 2}, settings)
+    assert (config.training.epochs, config.training.eval_steps, config.training.batch_size) == (3, None, 6)
+    assert not Config(model="m", training={"eval_steps": 5}).renamed
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"epochs": 1, "num_train_epochs": 2}, "training.epochs: found 1, but num_train_epochs makes it 2: give one of them"),
+        ({"training": {"batch_size": 8, "gradient_accumulation_steps": 4}}, "training.batch_size: found 8, but .* makes it 4"),
+        ({"gradient_accumulation_steps": 2, "micro_batch_size": "auto"}, "expected a number of micro-batches .* 2 of 'auto'"),
+        ({"training": {"save_strategy": "no"}}, "1 problem .*\n.*save_strategy: expected steps or epoch, found 'no'"),
+        ({"num_train_epochs": -1}, "training.epochs: expected a number greater than 0, found -1"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(values: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        Config(model="m", **values)
