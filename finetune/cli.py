@@ -19,15 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune import cli_export
-from finetune.cli_messages import (
-    how_to_go_on,
-    message_of,
-    one_a_flag,
-    print_versions,
-    read_turn,
-    require,
-    shown_data,
-)
+from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, require
 from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
@@ -161,8 +153,9 @@ def resume(config: Config) -> None:
 
 def _train(config: Config) -> None:
     require(config.data, "data to train on", "--data FILE")
-    names = shown_data(config.data)
-    typer.echo(f"{_name(config)}: method {config.method}, data {names}, output {config.output}", err=True)
+    from finetune.data.options import name_of
+
+    typer.echo(f"{_name(config)}: method {config.method}, data {name_of(config.data)}, output {config.output}", err=True)
     with _no_garbage_search():
         from finetune.reporting.progress import LastingStream
         from finetune.trainer import Trainer

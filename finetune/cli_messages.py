@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -82,13 +80,6 @@ def _names_a_configuration(word: str) -> bool:
 
     path = Path(word).expanduser()
     return "=" in word or path.suffix in (".yaml", ".yml") or word in preset_names() or (path / RUN_FILE).is_file()
-
-
-def shown_data(data: Any) -> str:
-    """Names in short; rows as that."""
-    from finetune.data.options import sources_in
-
-    return ", ".join(os.path.basename(one) if isinstance(one, str) else "rows" for one in sources_in(data))
 
 
 def read_turn() -> str:

@@ -21,6 +21,7 @@ import torch
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.micro_batches import make_micro_batches
+from finetune.data.options import name_of
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.methods.results import find_result
@@ -31,6 +32,7 @@ from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
+from finetune.runs.evaluations import keep_evaluation
 from finetune.runs.prompts import as_trained
 from finetune.session import Session
 from memory.errors import UserError
@@ -46,6 +48,8 @@ PASS_TOKENS = 1 << 15  # one pass over the weights serves at most so many: beyon
 def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, float]:
     """Measures the model on `config.eval_data` (else on `config.data`), with `adapter`: a PEFT adapter, or the directory of a
     run, whose adapter or tuned weights are used.
+
+    What is measured of a run's result is a row of its metrics.jsonl too.
 
     Returns loss (mean cross entropy of the trained tokens, in nats), perplexity, tokens (that the loss is over),
     examples and seconds; accuracy too, where rows are a prompt with one of at most 16 completions. Samples of tensors
@@ -67,7 +71,11 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
             raise UserError(f"the loss on the evaluation data is {result['loss']}. {session.faulty_weight()}")
     finally:
         session.close()
-    return result | {"seconds": time.perf_counter() - started}
+    result |= {"seconds": time.perf_counter() - started}
+    step, source = session.setup.result_step, config.data if config.eval_data is None else config.eval_data
+    if step is not None:
+        keep_evaluation(config, Path(adapter).expanduser(), step, name_of(source), result)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

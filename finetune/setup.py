@@ -38,7 +38,8 @@ class Setup:
     notes: what the user should know of it. has_gradients: whether steps compute them. variants: versions of the weights that a
     step computes. frozen: whether the model's own weights stay as they are stored. tuned: whether they are others than the
     checkpoint's. gradient_names: per block, local names of the model's own weights that get gradients. store: what those take
-    of the disk. only_plan: whether nothing will run, so that adapters need no values; a session says so.
+    of the disk. result_step: of a run whose result is put in place, the step that it is of; None: of none, or not known.
+    only_plan: whether nothing will run, so that adapters need no values; a session says so.
     """
 
     has_gradients = False
@@ -47,6 +48,7 @@ class Setup:
     tuned = False
     gradient_names: Sequence[frozenset[str]] | None = None
     store: StoreSize | None = None
+    result_step: int | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -11,6 +11,7 @@ For every step, in plain PyTorch with everything resident, the same bits come fr
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from finetune.runs.disk import check_disk
 from finetune.runs.signals import StopRequest, stop_requests
 from finetune.session import Session
 from finetune.training.traces import write_traces
+from memory.arena import trim_malloc
 from memory.errors import UserError
 from memory.meter import MemoryMeter
 from memory.trace import Trace
@@ -123,15 +125,14 @@ class Trainer:
         directory = RunDirectory(config.output)
         if config.quantize is not None and not is_quantized(config):
             self.plan()  # refuses before that work what it would refuse after it
-        with stop_requests():
-            method = make_method(config)
-            session = Session(method)
-            try:
-                data = take_rows(session, directory, config.output, say)
-                return self._train(session, method, get_ready(session, method, data, directory, config.output), directory)
-            finally:
-                session.close()
-                directory.close()
+        try:
+            with stop_requests():
+                return self._train_in(directory)
+        finally:
+            directory.close()
+            # What a session was made of refers to itself, and is out of reach only here.
+            gc.collect()
+            trim_malloc()
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of what was trained, the adapter or the model itself, on `data`,
@@ -159,6 +160,15 @@ class Trainer:
         for path in source.iterdir():
             shutil.copyfile(path, target / path.name)  # others may read it as the umask says: not as the run's own files
         return target
+
+    def _train_in(self, directory: RunDirectory) -> TrainResult:
+        config, method = self.config, make_method(self.config)
+        session = Session(method)
+        try:
+            data = take_rows(session, directory, config.output, say)
+            return self._train(session, method, get_ready(session, method, data, directory, config.output), directory)
+        finally:
+            session.close()
 
     def _train(self, session: Session, method: Method, ready: ReadyRun, directory: RunDirectory) -> TrainResult:
         config, num_steps = session.config, ready.batches.num_steps

@@ -179,6 +179,7 @@ def test_values_of_evaluation_are_written(model, data, tmp_path):
 
     config = run_config(model, data, tmp_path, training={"report_to": ["tensorboard"], "learning_rate": 1e-2, "epochs": 5 / 3})
     report = Trainer(config).train().report
+    later = Trainer(config).evaluate()["loss"]
     rows = list(read_metrics(tmp_path / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert ["eval_loss" in row for row in rows] == [False, True, False, True, True]
@@ -187,6 +188,7 @@ def test_values_of_evaluation_are_written(model, data, tmp_path):
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("eval/loss")]
     assert found == [(row["step"], pytest.approx(row["eval_loss"])) for row in rows if "eval_loss" in row]
+    assert [(event.step, event.value) for event in events.Scalars("eval/rows.jsonl/loss")] == [(5, pytest.approx(later))]
 
 
 def test_a_trainer_is_made_of_keywords() -> None:

@@ -15,6 +15,7 @@ from finetune.reporting.report import (
     METRIC_KEYS,
     MetricsError,
     MetricsWriter,
+    add_evaluation,
     read_metrics,
     summary_table,
     to_json,
@@ -132,6 +133,28 @@ def test_the_last_row_may_be_amended(tmp_path: Path) -> None:
     with MetricsWriter(path, 5) as writer:  # the row of step 5 was lost
         writer.amend({"eval_loss": 0.5})
     assert list(read_metrics(path)) == expected
+
+
+def test_later_evaluations_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 3)
+    assert add_evaluation(path, 2, "a.jsonl", {"loss": 1.5}) and add_evaluation(path, 3, "b.jsonl", {"loss": float("nan")})
+    assert [one["step"] for one in read_metrics(path)] == [1, 2, 3]
+    with MetricsWriter(path, 3) as writer:
+        writer.amend({"later": 1})
+        assert steps(path) == [1, 2, 3, 2, 3]
+        writer.write(row(4))
+        writer.amend({"later": 2})
+    assert [one.get("later") for one in read_metrics(path)] == [None, None, 1, 2]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found[3].items() >= {"step": 2, "evaluated_on": "a.jsonl", "eval_loss": 1.5}.items()
+    assert found[4]["eval_loss"] is None
+    MetricsWriter(path, 2).close()  # what was measured of later steps goes with them
+    assert steps(path) == [1, 2, 2]
+    with path.open("ab") as file:
+        file.write(b'{"step"')
+    assert not add_evaluation(path, 2, "a.jsonl", {"loss": 1.5})
+    assert path.read_bytes().endswith(b'{"step"')
 
 
 def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -20,6 +21,8 @@ from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
 from finetune.methods.base import make_method
+from finetune.runs.listing import find_runs
+from finetune.session import Session
 from memory.errors import UserError
 from memory.meter import host_bytes
 from offload.update.store import read_manifest
@@ -101,11 +104,18 @@ def test_a_run_is_measured_and_speaks_without_an_export(method, dtype, models, d
     """And the process is after each part as it was before: it trains again, within the same plan."""
     config = run_config(models[dtype], data, tmp_path / "run", method, eval_data=other_rows, engine={"lookahead": 0})
     trainer = Trainer(config)
-    first = trainer.train().report
+    first, held = trainer.train().report, gc.get_objects()
+    assert not [one for one in held if isinstance(one, Session)]
     held_bytes = host_bytes()
+    del held
     found = trainer.evaluate()["loss"]
     again = Config.load(config.output, {"eval_data": other_rows})  # of which nothing else need be named
     assert evaluate(again, config.output)["loss"] == found
+    rows = [json.loads(line) for line in (config.output / "metrics.jsonl").open()]
+    kept = [(row["step"], row["evaluated_on"], row["eval_loss"]) for row in rows if "loss" not in row]
+    assert kept == [(4, "rows.jsonl", found)] * 2
+    run = find_runs([config.output])[0]
+    assert (run.step, run.loss, run.measured["loss"], run.evaluated_on) == (4, first["last_loss"], found, "rows.jsonl")
     base, exported = make_config(config.model, tmp_path / "eval", eval_data=other_rows), measured(config, other_rows, tmp_path)
     assert found != evaluate(base)["loss"]
     rounded = config.method == "zo" and dtype == "bfloat16"  # an export has the dtypes of the original

@@ -17,7 +17,7 @@ from offload.weights.parts import ModelParts
 
 def save(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
     """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole. about: what the
-    run says of itself, of which the adapter keeps "model" and "run"."""
+    run says of itself, of which the adapter keeps "model" and "run", and "step" where that is known."""
     try:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.

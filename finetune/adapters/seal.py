@@ -19,7 +19,7 @@ from offload.files.sealed import crc_text, json_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS_SUM, _CONFIG_SUM = "tensors_checksum", "config_checksum"
-_BASE_NAME, _BASE_DIGEST, _RUN = "base_model", "base_model_digest", "run"
+_BASE_NAME, _BASE_DIGEST, _RUN, _STEP = "base_model", "base_model_digest", "run", "step"
 # Of a configuration, what people change by hand when they move models and adapters; no number follows from it.
 _FREE_KEYS = {"base_model_name_or_path", "revision", "inference_mode"}
 _BLOCK_BYTES = 1 << 20
@@ -28,7 +28,7 @@ _REMEDY = "Bring it back from a copy, or let the run that made it write it again
 
 def seal_adapter(directory: Path, about: Mapping[str, Any]) -> None:
     """Adds checksums of weights and configuration to the adapter that was just written to `directory`. about: what its
-    run says of itself. Raises OSError."""
+    run says of itself, and the step. Raises OSError."""
     path, sealed = directory / WEIGHTS, directory / f".{WEIGHTS}.sealed"
     with open(path, "rb") as old, open(sealed, "wb") as new:
         header = _read_json_header(old)
@@ -39,7 +39,7 @@ def seal_adapter(directory: Path, about: Mapping[str, Any]) -> None:
             _BASE_NAME: about["model"]["name"],
             _BASE_DIGEST: about["model"]["digest"],
             _RUN: about["run"],
-        }
+        } | ({_STEP: str(about["step"])} if "step" in about else {})
         text = json.dumps({**header, "__metadata__": header.get("__metadata__", {}) | added}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         new.write(len(text).to_bytes(8, "little") + text)
@@ -58,6 +58,12 @@ def made_by(directory: Path) -> dict[str, str]:
     """"run": the digest of the run that has written the adapter; empty where it does not say."""
     found = _metadata(directory)
     return {"run": found[_RUN]} if _RUN in found else {}
+
+
+def step_of(directory: Path) -> int | None:
+    """Updates that have made the adapter; None where it does not say."""
+    found = _metadata(directory).get(_STEP, "")
+    return int(found) if found.isdecimal() else None
 
 
 def check_adapter(directory: Path) -> None:

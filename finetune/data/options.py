@@ -60,6 +60,12 @@ def is_named(data: Any) -> bool:
     return all(isinstance(one, (str, os.PathLike, type(None))) for one in sources_in(data))
 
 
+def name_of(data: Any) -> str:
+    """In short."""
+    named = (one for one in sources_in(data) if one is not None)
+    return ", ".join(os.path.basename(one) if isinstance(one, (str, os.PathLike)) else "rows" for one in named)
+
+
 def is_stream(source: Any) -> bool:
     """Whether it gives its rows one after the other and does not know how many, as a `datasets.IterableDataset`."""
     return not (is_named(source) or hasattr(source, "__len__"))

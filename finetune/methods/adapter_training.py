@@ -122,5 +122,5 @@ class AdapterTraining(Method):
             return "No state was saved yet: start again (with --resume too, the run starts with its first step)"
         return f"The newest saved state is {saved[-1]}: go on with --resume"
 
-    def write_adapter(self, directory: Path) -> None:
-        adapters.save(self._session.model, directory, self.about)
+    def write_adapter(self, directory: Path, step: int) -> None:
+        adapters.save(self._session.model, directory, self.about | {"step": step})

@@ -107,10 +107,10 @@ class Method(Setup):
     def finish(self, step: int) -> None:
         """Leaves the model, and what is for the user in the output directory, as after `step` steps."""
         if self.adapter_directory is not None:
-            self.write_adapter(self.adapter_directory)
+            self.write_adapter(self.adapter_directory, step)
 
-    def write_adapter(self, directory: Path) -> None:
-        """The adapter as it is now, in PEFT's format; of methods that train one."""
+    def write_adapter(self, directory: Path, step: int) -> None:
+        """The adapter as it is now, after `step` steps, in PEFT's format; of methods that train one."""
         raise NotImplementedError(f"{type(self).__name__} trains no adapter")
 
     @abstractmethod

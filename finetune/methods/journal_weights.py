@@ -78,7 +78,7 @@ class JournalWeights(Setup):
             check_belongs(run, self._journal.path, self._journal.about)
             if self._is_free:  # of a run that is under way, the newest step may not be whole yet
                 _check_whole(self._journal, run, "")
-            self._steps = _result_step(self._journal, run, self._is_free)
+            self._steps = self.result_step = _result_step(self._journal, run, self._is_free)
         except BaseException:
             self.close()
             raise

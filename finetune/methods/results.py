@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from finetune.adapters import saved
-from finetune.adapters.seal import WEIGHTS, made_by, trained_on
+from finetune.adapters.seal import WEIGHTS, made_by, step_of, trained_on
 from finetune.config import Config
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
@@ -68,7 +68,9 @@ def find_result(config: Config, adapter: Path | str | None) -> Setup:
             return tuned
     if (run / "adapter" / "adapter_config.json").is_file():
         check_belongs(run, run / "adapter", made_by(run / "adapter"))
-        return SavedAdapter(config, run / "adapter")
+        setup = SavedAdapter(config, run / "adapter")
+        setup.result_step = step_of(run / "adapter")
+        return setup
     raise UserError(
         f"{run} is not an adapter (expected adapter_config.json in it), nor does it hold what a run has tuned: if one was "
         "stopped there, let it end with --resume"

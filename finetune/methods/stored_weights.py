@@ -43,6 +43,7 @@ class StoredWeights(Setup):
             self._manifest = read_manifest(run / "store")
             check_belongs(run, run / "store", self._manifest["about"])
             _check_whole(run / "store", self._manifest)
+            self.result_step = self._manifest["step"]
         except BaseException:
             self.close()
             raise

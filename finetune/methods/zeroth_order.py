@@ -280,9 +280,9 @@ class ZerothOrder(Method):
     def rescue(self, step: int) -> str:
         return f"{self.journal.path} holds the {self.journal.steps} steps that were done: go on with --resume"
 
-    def write_adapter(self, directory: Path) -> None:
+    def write_adapter(self, directory: Path, step: int) -> None:
         self._weights.settle_adapters()
-        adapters.save(self._adapter.model, directory, self.about)
+        adapters.save(self._adapter.model, directory, self.about | {"step": step})
 
     def close(self) -> None:
         if self.journal is not None:

@@ -1,4 +1,5 @@
-"""What a run leaves to read: metrics.jsonl, one row a step; report.json at the end; a table of plan and outcome."""
+"""What a run leaves to read: metrics.jsonl, one row a step, and one for each later evaluation of what it has made; report.json
+at the end; a table of plan and outcome."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class MetricsWriter:
         self.last_step = resume_step
         self.last_row: dict[str, Any] | None = None
         self._path = path
-        self._start, self._line = 0, b""  # of the last row
+        self._start, self._line = 0, b""  # of the last step's row
+        self._behind = b""  # rows of evaluations after it
         _write_atomically(path, self._noted(kept))
         self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
@@ -64,7 +66,9 @@ class MetricsWriter:
             raise ValueError(f"metrics row lacks {', '.join(missing)}")
         if row["step"] <= self.last_step:
             raise ValueError(f"metrics row of step {row['step']} after step {self.last_step}")
-        self._put(row, self._start + len(self._line), b"")
+        start = self._start + len(self._line) + len(self._behind)
+        self._behind = b""
+        self._put(row, start, b"")
         self.last_step = row["step"]
 
     def amend(self, values: Mapping[str, Any]) -> None:
@@ -80,18 +84,18 @@ class MetricsWriter:
         return read_metrics(self._path)
 
     def _put(self, row: Mapping[str, Any], start: int, old: bytes) -> None:
-        """Writes the last row of the file where `old` stood."""
-        line = to_json(seal(_finite(row))).encode() + b"\n"
+        """Writes the last step's row where `old` stood."""
+        line = _line_of(row)
         try:
-            self._replace(line, start)
+            self._replace(line + self._behind, start)
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._replace(old, start)  # no half row
+                self._replace(old + self._behind, start)  # no half row
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.last_row, self._start, self._line = dict(row), start, line
 
     def _replace(self, line: bytes, start: int) -> None:
-        """`line` is from now on what the file holds from `start` on."""
+        """These lines are from now on what the file holds from `start` on."""
         end = start + len(line)
         while line:
             line = line[os.pwrite(self._file, line, end - len(line)) :]
@@ -100,7 +104,11 @@ class MetricsWriter:
     def _noted(self, lines: Iterator[str]) -> Iterator[str]:
         """The lines, on their way to the beginning of the file."""
         for line in lines:
-            self._start, self._line = self._start + len(self._line), line.encode()
+            if "loss" in json.loads(line):
+                self._start += len(self._line) + len(self._behind)
+                self._line, self._behind = line.encode(), b""
+            else:
+                self._behind += line.encode()
             yield line
         if self._line:
             self.last_row = unseal(json.loads(self._line))
@@ -117,11 +125,33 @@ class MetricsWriter:
         self.close()
 
 
+def add_evaluation(path: Path, step: int, evaluated_on: str, values: Mapping[str, Any]) -> bool:
+    """Appends what was measured of a run's result, under the names of `finetune.evaluate`, to its metrics file; step: that it
+    is of. Returns whether it is there: nothing is put behind a half-written line. Raises OSError."""
+    row = {"step": step, "evaluated_on": evaluated_on} | {f"eval_{key}": value for key, value in values.items()}
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                return False
+        file.write(_line_of(row))
+    return True
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file, in order; a half-written last line is left out.
+    """The rows of steps in a metrics file, in order; a half-written last line is left out.
 
     Raises MetricsError: a damaged row that is not the last.
     """
+    return (row for row in _read_rows(path) if "loss" in row)
+
+
+def _line_of(row: Mapping[str, Any]) -> bytes:
+    return to_json(seal(_finite(row))).encode() + b"\n"
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Also those of evaluations."""
     damaged = ""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -151,11 +181,11 @@ def last_step(path: Path) -> int:
 
 
 def _rows_until(path: Path, last_step: int) -> Iterator[str]:
-    """The rows of steps up to `last_step`, each step once, whatever was put behind them."""
+    """The rows of steps up to `last_step`, each step once, whatever was put behind them, and of evaluations of these."""
     step = 0
-    for row in read_metrics(path):
-        if step < row["step"] <= last_step:
-            step = row["step"]
+    for row in _read_rows(path):
+        if row["step"] <= last_step and ("loss" not in row or row["step"] > step):
+            step = max(step, row["step"])
             yield to_json(seal(row)) + "\n"
 
 

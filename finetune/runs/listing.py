@@ -29,6 +29,7 @@ class Run:
     step: int  # updates that metrics.jsonl has
     loss: float | None  # of the last one
     measured: Mapping[str, float]  # the last evaluation, by name
+    evaluated_on: str  # what that was measured on; empty: the run's own evaluation data
     is_under_way: bool  # whether a process is at it
     changed_seconds: float  # when it last wrote, since 1970
 
@@ -63,33 +64,36 @@ def _directories(place: Path, levels: int) -> Iterator[Path]:
 
 def _read(directory: Path) -> Run:
     about, metrics = recorded(directory) or {}, directory / "metrics.jsonl"
-    step, loss, measured = _last_values(metrics)
+    last, measured, evaluated_on = _last_rows(metrics)
     is_under_way = False
     if os.path.lexists(directory / LOCK):
         with reading(directory) as is_free:
             is_under_way = not is_free
     newest = metrics if metrics.exists() else directory / RUN
-    return Run(directory, about, step, loss, measured, is_under_way, newest.stat().st_mtime)
+    step, loss = last.get("step", 0), last.get("loss")
+    return Run(directory, about, step, loss, measured, evaluated_on, is_under_way, newest.stat().st_mtime)
 
 
-def _last_values(metrics: Path) -> tuple[int, float | None, dict[str, float]]:
-    """Step and loss of the last whole row, and the values of the last one with an evaluation."""
-    step, loss, measured = 0, None, {}
+def _last_rows(metrics: Path) -> tuple[dict[str, Any], dict[str, float], str]:
+    """The last whole row of a step, the values of the last evaluation, and what that was measured on."""
+    last, measured, evaluated_on = {}, {}, ""
     for line in reversed(metrics.read_bytes().splitlines() if metrics.is_file() else []):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             row = unseal(row) if SEAL in row else row
-            if row["step"] > step:
-                step, loss = row["step"], row["loss"]
-            measured = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_")}
-        if measured:
+            if "loss" in row and row["step"] > last.get("step", 0):
+                last = row
+            if not measured:
+                measured = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_")}
+                evaluated_on = row.get("evaluated_on", "")
+        if measured and last:
             break
-    return step, loss, measured
+    return last, measured, evaluated_on
 
 
 def describe_runs(runs: Sequence[Run]) -> str:
     """A table; of several runs, also the settings in which they differ."""
-    titles = ("run", "method", "model", "step", "loss", "eval loss", "accuracy", "state", "last written")
+    titles = ("run", "method", "model", "step", "loss", "eval loss", "accuracy", "on", "state", "last written")
     lines = _aligned([titles, *map(_cells, runs)])
     known = [run for run in runs if "settings" in run.about]  # earlier versions said less
     differing = _differences(known) if len(known) > 1 else []
@@ -106,7 +110,8 @@ def _cells(run: Run) -> tuple[str, ...]:
     numbers = (run.loss, run.measured.get("loss"), run.measured.get("accuracy"))
     shown = ["" if number is None else f"{number:.4f}" for number in numbers]
     steps = f"{run.step}/{run.about.get('num_steps', '?')}"
-    return str(run.directory), run.about.get("method", ""), Path(name).name, steps, *shown, run.state, written
+    cells = (str(run.directory), run.about.get("method", ""), Path(name).name, steps, *shown)
+    return *cells, run.evaluated_on, run.state, written
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:

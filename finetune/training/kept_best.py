@@ -39,7 +39,7 @@ class KeptBest:
     def keep(self) -> None:
         """The best step is that of now."""
         if self._method.adapter_directory is not None:
-            self._method.write_adapter(self._directory)
+            self._method.write_adapter(self._directory, self._best.step)
 
     def forget_others(self) -> None:
         for path in (self._output / BEST).glob("step-*"):
