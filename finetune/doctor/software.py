@@ -30,7 +30,7 @@ def look_at_kernel() -> Iterator[Finding]:
 def look_at_versions() -> Iterator[Finding]:
     """Of what this package depends on, against what it says it needs."""
     try:
-        needed = [Requirement(text) for text in metadata.requires("finetune") or ()]
+        needed = [Requirement(text) for text in metadata.requires("finetune-offload") or ()]
     except metadata.PackageNotFoundError:
         yield Finding(
             SLOW, "versions", "finetune is not installed as a package, so what it needs is not known", "pip install it"
