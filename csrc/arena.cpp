@@ -12,7 +12,9 @@
 
 #if defined(__linux__)
 #include <elf.h>
+#include <fcntl.h>
 #include <link.h>
+#include <linux/falloc.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -52,7 +54,23 @@ Region::Region(std::size_t capacity_bytes) : capacity_bytes_(round_up(capacity_b
     free_.emplace(0, capacity_bytes_);
 }
 
-Region::~Region() { munmap(base_, capacity_bytes_); }
+Region::Region(std::size_t capacity_bytes, int file) : capacity_bytes_(round_up(capacity_bytes, kPageBytes)) {
+    file_ = fcntl(file, F_DUPFD_CLOEXEC, 0);
+    void* raw = file_ < 0 ? MAP_FAILED : mmap(nullptr, capacity_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, file_, 0);
+    if (raw == MAP_FAILED) {
+        const int error = errno;
+        if (file_ >= 0) close(file_);
+        throw std::runtime_error(std::strerror(error));
+    }
+    base_ = static_cast<char*>(raw);
+    high_mark_ = capacity_bytes_;
+    free_.emplace(0, capacity_bytes_);
+}
+
+Region::~Region() {
+    munmap(base_, capacity_bytes_);
+    if (file_ >= 0) close(file_);
+}
 
 bool Region::contains(const void* p) const {
     const auto address = reinterpret_cast<std::uintptr_t>(p);
@@ -121,7 +139,15 @@ std::size_t Region::largest_free_bytes() const {
     return largest;
 }
 
-void Region::discard(void* block, std::size_t bytes) { madvise(block, bytes, MADV_DONTNEED); }
+void Region::discard(void* block, std::size_t bytes) {
+    if (file_ < 0) {
+        madvise(block, bytes, MADV_DONTNEED);
+        return;
+    }
+    // Where a file system can't do it, what nobody will read is written.
+    const auto offset = static_cast<off_t>(static_cast<char*>(block) - base_);
+    (void)!fallocate(file_, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(bytes));
+}
 
 void Region::trim() {
     for (const auto& range : free_) discard(base_ + range.first, range.second);
@@ -134,6 +160,7 @@ namespace {
 struct Process {
     std::mutex lock;
     std::unique_ptr<Region> current;
+    std::unique_ptr<Region> in_file;
     std::vector<std::unique_ptr<Region>> retired;  // of an earlier install, until their last block is free
     std::unordered_map<void*, std::size_t> overflow;
     std::size_t overflow_bytes = 0;
@@ -152,6 +179,7 @@ Process& process() {
 }
 
 thread_local bool long_lived = false;
+thread_local std::size_t in_file_min_bytes = 0;  // 0: no block lies in the file
 
 void widen(Process& p, std::uintptr_t begin, std::uintptr_t end) {
     if (begin < p.lowest) p.lowest = begin;
@@ -160,12 +188,19 @@ void widen(Process& p, std::uintptr_t begin, std::uintptr_t end) {
 
 int hooked_posix_memalign(void** out, std::size_t alignment, std::size_t bytes) noexcept {
     Process& p = process();
-    if (bytes < p.min_block_bytes.load(std::memory_order_relaxed) || alignment > kPageBytes) {
+    const bool in_file = in_file_min_bytes != 0 && bytes >= in_file_min_bytes;
+    if ((bytes < p.min_block_bytes.load(std::memory_order_relaxed) && !in_file) || alignment > kPageBytes) {
         return posix_memalign(out, alignment, bytes);
     }
     if (bytes > SIZE_MAX / 2) return ENOMEM;
     try {
         const std::lock_guard guard(p.lock);
+        if (in_file && p.in_file != nullptr) {
+            if (void* block = p.in_file->allocate(bytes, false)) {
+                *out = block;
+                return 0;
+            }
+        }
         if (void* block = p.current->allocate(bytes, long_lived)) {
             p.peak_bytes = std::max(p.peak_bytes, p.current->used_bytes());
             *out = block;
@@ -195,6 +230,12 @@ int hooked_posix_memalign(void** out, std::size_t alignment, std::size_t bytes) 
 bool release_from_arena(Process& p, void* block) {
     const std::lock_guard guard(p.lock);
     if (p.current != nullptr && p.current->release(block) > 0) return true;
+    if (p.in_file != nullptr) {
+        if (const std::size_t bytes = p.in_file->release(block)) {
+            p.in_file->discard(block, bytes);
+            return true;
+        }
+    }
     if (const auto found = p.overflow.find(block); found != p.overflow.end()) {
         munmap(block, found->second);
         p.overflow_bytes -= found->second;
@@ -401,12 +442,78 @@ bool set_long_lived(bool on) {
     return was;
 }
 
+void map_file(int file, std::size_t bytes) {
+    Process& p = process();
+    std::unique_ptr<Region> region;
+    if (file >= 0) region = std::make_unique<Region>(bytes, file);
+    const std::lock_guard guard(p.lock);
+    p.retired.reserve(p.retired.size() + 1);
+    if (region != nullptr) widen(p, region->begin(), region->end());
+    std::swap(p.in_file, region);
+    if (region != nullptr && region->blocks() > 0) p.retired.push_back(std::move(region));
+}
+
+std::size_t set_in_file(std::size_t min_bytes) {
+    const std::size_t was = in_file_min_bytes;
+    in_file_min_bytes = min_bytes;
+    return was;
+}
+
+std::size_t bytes_in_file() {
+    Process& p = process();
+    const std::lock_guard guard(p.lock);
+    return p.in_file == nullptr ? 0 : p.in_file->used_bytes();
+}
+
+namespace {
+
+// The whole pages of a part of a block in the file, as offset and size there; a size of 0: it lies elsewhere.
+std::pair<std::size_t, std::size_t> pages_in_file(const Process& p, std::uintptr_t address, std::size_t bytes) {
+    if (p.in_file == nullptr || !p.in_file->contains(reinterpret_cast<void*>(address))) return {0, 0};
+    const std::size_t begin = (address - p.in_file->begin()) / kPageBytes * kPageBytes;
+    const std::size_t end = std::min(round_up(address - p.in_file->begin() + bytes, kPageBytes), p.in_file->capacity_bytes());
+    return {begin, end - begin};
+}
+
+}  // namespace
+
+void let_go(std::uintptr_t address, std::size_t bytes) {
+    Process& p = process();
+    const std::lock_guard guard(p.lock);
+    const auto [offset, size] = pages_in_file(p, address, bytes);
+    if (size == 0) return;
+    sync_file_range(p.in_file->file(), static_cast<off_t>(offset), static_cast<off_t>(size), SYNC_FILE_RANGE_WRITE);
+#if defined(MADV_COLD)
+    madvise(reinterpret_cast<void*>(p.in_file->begin() + offset), size, MADV_COLD);
+#endif
+}
+
+void fetch_soon(std::uintptr_t address, std::size_t bytes) {
+    Process& p = process();
+    const std::lock_guard guard(p.lock);
+    const auto [offset, size] = pages_in_file(p, address, bytes);
+    if (size > 0) madvise(reinterpret_cast<void*>(p.in_file->begin() + offset), size, MADV_WILLNEED);
+}
+
+int file_error() {
+    Process& p = process();
+    const std::lock_guard guard(p.lock);
+    if (p.in_file == nullptr) return 0;
+    return sync_file_range(p.in_file->file(), 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE) == 0 ? 0 : errno;
+}
+
 #else  // not Linux
 
 void install(std::size_t, std::size_t) { throw std::runtime_error("the tensor arena needs Linux"); }
 Stats stats() { return {}; }
 void reset_peak() {}
 bool set_long_lived(bool) { return false; }
+void map_file(int, std::size_t) { throw std::runtime_error("tensors in a file need Linux"); }
+std::size_t set_in_file(std::size_t) { return 0; }
+std::size_t bytes_in_file() { return 0; }
+void let_go(std::uintptr_t, std::size_t) {}
+void fetch_soon(std::uintptr_t, std::size_t) {}
+int file_error() { return 0; }
 
 #endif
 
@@ -430,4 +537,10 @@ void register_arena(nb::module_& parent) {
     });
     m.def("reset_peak", &arena::reset_peak);
     m.def("set_long_lived", &arena::set_long_lived, nb::arg("on"));
+    m.def("map_file", &arena::map_file, nb::arg("file"), nb::arg("bytes"));
+    m.def("set_in_file", &arena::set_in_file, nb::arg("min_bytes"));
+    m.def("bytes_in_file", &arena::bytes_in_file);
+    m.def("let_go", &arena::let_go, nb::arg("address"), nb::arg("bytes"));
+    m.def("fetch_soon", &arena::fetch_soon, nb::arg("address"), nb::arg("bytes"));
+    m.def("file_error", &arena::file_error, nb::call_guard<nb::gil_scoped_release>());
 }

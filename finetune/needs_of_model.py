@@ -17,11 +17,13 @@ from memory.arena import trim_malloc
 from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.needs import Item, Lasts, Needs, Tier
+from memory.units import round_up
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
 from offload.devices import Device
 from offload.sizing.chunked_dry_run import measure_chunked_visit
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
 from offload.sizing.needs import (
+    BLOCK_INPUTS,
     EDGES,
     GRAPHS,
     HIDDEN_STATES,
@@ -29,8 +31,10 @@ from offload.sizing.needs import (
     STEP,
     VISIT,
     LaneSize,
+    TEXTS,
     block_input_needs,
     process_needs,
+    text_needs,
     waiting_needs,
 )
 from offload.step.shared_gradients import shared_parameters
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from finetune.session import Session
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
+LABEL_BYTES = 64  # of a token: its id, its label, where it is among the labelled ones, and sums of the loss
+END_TENSORS = 16  # of the size of hidden states, that a loss in chunks, with sums in fp32, and what comes before it hold at most
 ADAPTERS = "adapters, optimizer"
 GRADIENTS = "gradients of adapters, beyond the room that block inputs leave"
 FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
@@ -80,7 +86,8 @@ def _chunked_visit(
     """Shorter rows of the same run compute whole."""
     visit = measure_chunked_visit(parts, model, shape.inputs, chunk, shape.train, trained)
     whole = measure_visit(parts, model, shape.of_length(chunk).inputs, shape.train, trained)
-    return replace(visit, peak_bytes=max(visit.peak_bytes, whole.peak_bytes))
+    most = {name: max(getattr(visit, name), whole.peak_bytes) for name in ("peak_bytes", "near_bytes")}
+    return replace(visit, **most)
 
 
 def batch_needs(
@@ -118,6 +125,30 @@ def batch_needs(
         Item(RUNNING, lane_rows if rows_by_lane else all_rows, Tier.COMPUTE, Lasts.STEP, with_pool=HIDDEN_STATES),
         Item(EDGES, parts.edge_bytes, Tier.COMPUTE),
     ) + waiting + inputs
+
+
+def text_batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, place: str, frozen: bool) -> Needs:
+    """As `batch_needs`, where what is as long as a text can lie in a file: see `memory.tensor_file`. place: see `text_needs`."""
+    shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
+    row_bytes = visit.boundary_bytes // shape.rows  # of a token's hidden states
+    tokens = shape.rows if batch.chunk is None else batch.chunk * shape.inputs["input_ids"].shape[0]
+    all_rows = batch.row_bytes + _stored_rows(parts, lanes * shape.rows)
+    boundaries = shape.micro_batches * (len(parts.blocks) if shape.train else 1) + shape.forward_lanes
+    # A norm outside of blocks, in fp32, forward and backward.
+    norm_bytes = 6 * tokens * row_bytes * 4 // parts.dtype.itemsize
+    size = _lane_size(parts, model, batch, _masks(parts, model, shape, batch.chunk).kept_bytes)
+    file_bytes = boundaries * visit.boundary_bytes + lanes * (size.waiting_bytes + END_TENSORS * visit.boundary_bytes) + all_rows
+    return Needs.of(
+        Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=TEXTS),
+        Item(VISIT, visit.near_bytes or visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=TEXTS),
+        Item(VISIT, batch.loss_bytes + 3 * visit.boundary_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=TEXTS),
+        Item(VISIT, batch.loss_bytes + norm_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=TEXTS),
+        Item(STEP, shape.kept_bytes + lanes * shape.rows * LABEL_BYTES, Tier.COMPUTE, Lasts.STEP),
+        Item(STEP, lanes * size.waiting_bytes + all_rows, Tier.COMPUTE, Lasts.STEP, without_pool=TEXTS),
+        Item(STEP, 0 if frozen or not shape.train else all_rows, Tier.COMPUTE, Lasts.STEP, with_pool=TEXTS),
+        Item(BLOCK_INPUTS, visit.boundary_bytes * boundaries, Tier.COMPUTE, Lasts.FALLING, without_pool=TEXTS),
+        Item(EDGES, parts.edge_bytes, Tier.COMPUTE),
+    ) + text_needs(tokens * row_bytes, round_up(file_bytes), place)
 
 
 def process_as_it_is(adapter_bytes: int) -> int:

@@ -14,7 +14,17 @@ from memory.units import format_bytes, format_seconds
 from offload.sizing.calibration import NoRates, Rates
 from offload.sizing.compression import Compression
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, HOST_HEAD, PROCESS, STATE, Streamed
+from offload.sizing.needs import (
+    ACTIVATIONS,
+    GRAPHS,
+    HIDDEN_STATES,
+    HOST_BLOCKS,
+    HOST_HEAD,
+    PROCESS,
+    STATE,
+    TEXTS,
+    Streamed,
+)
 from offload.sizing.timing import Timing
 from offload.weights.parts import ModelParts, describe_blocks
 
@@ -198,6 +208,9 @@ class PlannedRun:
     @property
     def _waiting_words(self) -> str:
         """Where block inputs and hidden states of all micro-batches are."""
+        if self.plan.count(TEXTS):
+            what = "block inputs, hidden states and their gradients" if self.shape.train else "hidden states"
+            return f"{what} of all texts in a file on disk"
         if not self.plan.count(HIDDEN_STATES):
             return f"block inputs {'on disk' if self.plan.count(ACTIVATIONS) else 'in memory'}"
         what = "block inputs, hidden states and their gradients" if self.shape.train else "hidden states"
@@ -224,8 +237,8 @@ class PlannedRun:
             "resident_blocks": blocks.kept,
             "lookahead": blocks.lookahead,
             "kept_graphs": plan.count(GRAPHS),
-            "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
-            "hidden_states": "disk" if plan.count(HIDDEN_STATES) else "host",
+            "block_inputs": "disk" if plan.count(ACTIVATIONS) or plan.count(TEXTS) else "host",
+            "hidden_states": "disk" if plan.count(HIDDEN_STATES) or plan.count(TEXTS) else "host",
             "sequence_chunk": self.batch.chunk,
             "host_peak_bytes": plan.host_peak_bytes,
             "host_budget_bytes": plan.host_budget_bytes,

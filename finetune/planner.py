@@ -6,14 +6,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.packed_rows import check_positions_argument
-from finetune.needs_of_model import batch_needs, chunk_of, measure_batch, process_as_it_is, process_of_run
+from finetune.needs_of_model import (
+    batch_needs,
+    chunk_of,
+    measure_batch,
+    process_as_it_is,
+    process_of_run,
+    text_batch_needs,
+)
 from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
 from memory.errors import UserError
 from memory.needs import Needs
 from memory.plan import Limits, Plan, PlanRefused, make_plan
 from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import HOST_HEAD, Streamed, decoded_needs, graph_needs, passing_head, stream_needs
+from offload.sizing.needs import HOST_HEAD, TEXTS, Streamed, decoded_needs, graph_needs, passing_head, stream_needs
 from offload.sizing.positions import longest_row
 
 if TYPE_CHECKING:
@@ -97,13 +104,18 @@ class Planner:
         block_inputs, hidden_states = self._waiting_places(shape)
         needs, streamed, batch = self._needs(shape, block_inputs, hidden_states)
         if also is not None:
-            passes = not needs.ring_of(HOST_HEAD)
-            needs = needs.covering(self._needs(also, block_inputs, "host", passes)[0])
+            passes, place = not needs.ring_of(HOST_HEAD), hidden_states if needs.ring_of(TEXTS) else "host"
+            needs = needs.covering(self._needs(also, block_inputs, place, passes, bool(needs.ring_of(TEXTS)))[0])
         return make_plan(needs, self.limits), needs, streamed, batch
 
     def _waiting_places(self, shape: BatchShape) -> tuple[str, str]:
-        """Where block inputs wait for backward, and hidden states between visits."""
+        """Where block inputs wait for backward, and hidden states between visits; of texts that are cut, both are as long, and
+        wait in the same place."""
         engine = self._session.config.engine
+        if chunk_of(shape, engine.sequence_chunk) is not None:
+            places = {engine.activations, engine.hidden_states}
+            place = "disk" if "disk" in places else "host" if places == {"host"} else "auto"
+            return place, place
         hidden_states = engine.hidden_states if shape.can_wait else "host"
         if not shape.train:  # nothing waits for backward
             return "host", hidden_states
@@ -135,9 +147,11 @@ class Planner:
         return Limits(host, on_device)
 
     def _needs(
-        self, shape: BatchShape, block_inputs: str, hidden_states: str, head_passes: bool | None = None
-    ) -> tuple[Needs, Streamed, MeasuredBatch]:
+        self, shape: BatchShape, block_inputs: str, hidden_states: str, head_passes: bool | None = None,
+        beside_texts: bool = False,
+    ) -> tuple[Needs, Streamed, MeasuredBatch]:  # fmt: skip
         """block_inputs, hidden_states: as in `batch_needs`. head_passes: as in `stream_needs`; None: where it costs no memory.
+        beside_texts: whether a step of the same run has texts that are cut.
 
         Raises UserError for rows that are longer than the model has positions for."""
         session = self._session
@@ -160,7 +174,10 @@ class Planner:
             slots += passing_head(batch.loss_bytes, streamed)
         if session.setup.uses_of_weights(parts, shape) > (batch.chunk is None):  # chunks use them again and again
             slots += decoded_needs(binding.lazy_bytes.values() for binding in parts.bindings)
-        batch_own = batch_needs(parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen)
+        if hidden_states != "host" and (beside_texts or batch.chunk is not None):
+            batch_own = text_batch_needs(parts, session.model, batch, hidden_states, session.setup.frozen)
+        else:
+            batch_own = batch_needs(parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen)
         needs = process + slots + batch_own + own
         return needs + self._graph_needs(batch, streamed), streamed, batch
 

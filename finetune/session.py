@@ -32,6 +32,7 @@ from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
 from memory.trace import Trace
 from offload.devices import DescribedDevice, Device, choose_device
 from offload.files.checkpoint import resolve_model
+from offload.sizing.needs import TEXTS
 from offload.step.own_loss import MakeLoss, models_own_loss
 from offload.streamed_model import Options, StreamedModel
 from offload.weights.finite import first_not_finite
@@ -204,6 +205,11 @@ class Session:
             self.arena = install_arena(plan.arena_bytes) or None
             # With an arena, what is large and not a tensor is generated code: it goes back to the system at once.
             tune_malloc() if self.arena is None else tune_malloc(mmap_threshold_bytes=BYTES_PER_BUFFER)
+        if plan.count(TEXTS) and not self.arena:
+            raise UserError(
+                "engine.hidden_states: tensors of texts can't be on disk, because torch's memory can't be taken over on this "
+                "system: give more memory, or set it to host"
+            )
         if plan.device_budget_bytes is not None:
             self.device.limit(plan.device_budget_bytes)
         self._move_in(self.model.modules())

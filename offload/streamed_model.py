@@ -19,11 +19,12 @@ from torch import nn
 from memory.expert_guesses import ExpertGuesses
 from memory.plan import Plan
 from memory.slots import Slab
+from memory.tensor_file import TensorFile, in_file
 from memory.trace import Trace
 from memory.units import format_bytes
 from offload.devices import Device
 from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, LANES_NEAR, STAGING_BYTES
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, LANES_NEAR, STAGING_BYTES, TEXTS, TEXTS_ON_DISK
 from offload.step.activations import Activations, SpillingActivations
 from offload.step.engine import AdaptedModel, Engine, Versions
 from offload.step.head import TiledHead
@@ -127,6 +128,11 @@ class StreamedModel:
                 self.io.keep_log(True)
             self.activations = self._open_activations(plan, host, options.scratch)
             closing.callback(self.activations.close)
+            self._file: TensorFile | None = None
+            """Where what is as long as a text lies, in passes whose texts are cut."""
+            if plan.count(TEXTS):
+                self._file = TensorFile(options.scratch, plan.disk_parts[TEXTS_ON_DISK])
+                closing.callback(self._file.close)
             self._storages: LaneStorages | None = None
             if isinstance(self.activations, LaneActivations):
                 self._storages = LaneStorages(self.activations, self._outside_of_blocks(), 1 + plan.count(LANES_NEAR))
@@ -180,7 +186,9 @@ class StreamedModel:
         self._begin(inputs, self._storages)
         inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs))
         backward = partial(self._loss.backward, inputs=inputs, watched=watched)
-        return self.engine.train_step(inputs, seeds, backward, watched, versions, self._storages)
+        loss = self.engine.train_step(inputs, seeds, backward, watched, versions, self._storages)
+        self._check_file()
+        return loss
 
     def adapted(self, model: nn.Module, put_on: Callable[[], None]) -> AdaptedModel:
         """`model`, an adapter around the one of the parts, as one of several; its layers are in their places now, and whenever
@@ -212,7 +220,9 @@ class StreamedModel:
 
         around = [watched[r][i] if watched[r] else nullcontext() for r, i in places]
         seeds = [runs[r].seeds[i] for r, i in places]
-        return list(self.engine.train_step([inputs[r][i] for r, i in places], seeds, backward, around, versions))
+        losses = self.engine.train_step([inputs[r][i] for r, i in places], seeds, backward, around, versions)
+        self._check_file()
+        return list(losses)
 
     def _run_losses(self, losses: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         return [loss() for loss in losses] if self.head is None else self._head_visits.run(losses)
@@ -242,12 +252,15 @@ class StreamedModel:
         outputs = self.engine.forward(inputs * variants, lanes, watched, storages)
         with nullcontext() if storages is None else storages.guarded():
             found = self._loss.values(outputs, inputs, watched, variants)
+        self._check_file()
         return found if keep_outputs else found._replace(outputs=[])
 
     def forward(self, inputs: Sequence[dict[str, Any]], variants: Sequence[int] = ()) -> list[Any]:
         """Model outputs without gradients; `logits` are deferred where the head is tiled. variants as in the engine."""
         self._begin(inputs)
-        return self.engine.forward(inputs, variants)
+        outputs = self.engine.forward(inputs, variants)
+        self._check_file()
+        return outputs
 
     def last_logits(self, outputs: Sequence[Any], variants: Sequence[int] = ()) -> list[torch.Tensor]:
         """Logits of the last position of each output of `forward`, fp32 [B, V]."""
@@ -318,7 +331,8 @@ class StreamedModel:
         by_lane = [one for one in found if storages is not None and len(ids) == len(inputs) and not one.trained]
         for embedding in found:
             if embedding not in by_lane:
-                embedding.read(torch.cat(ids))
+                with in_file(not embedding.trained):
+                    embedding.read(torch.cat(ids))
 
         def begin_lane(index: int) -> None:
             for embedding in by_lane:
@@ -326,6 +340,11 @@ class StreamedModel:
 
         if storages is not None:
             storages.begin_step(inputs, begin_lane)
+
+
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
 
 
 def _has_gradients(run: StepOfRun, lane: int) -> bool:

@@ -12,7 +12,7 @@ from finetune.session import Session
 from finetune.training.loop import TrainingLoop
 from memory.expert_guesses import ExpertGuesses
 from memory.meter import MemoryMeter
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS
+from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, TEXTS
 
 
 def run_report(
@@ -48,8 +48,8 @@ def run_report(
             "blocks": len(session.parts.blocks),
             "lookahead": blocks.lookahead,
             "kept_graphs": plan.count(GRAPHS),
-            "block_inputs": "disk" if plan.count(ACTIVATIONS) else "host",
-            "hidden_states": "disk" if plan.count(HIDDEN_STATES) else "host",
+            "block_inputs": "disk" if plan.count(ACTIVATIONS) or plan.count(TEXTS) else "host",
+            "hidden_states": "disk" if plan.count(HIDDEN_STATES) or plan.count(TEXTS) else "host",
             "dtype": str(session.parts.dtype).removeprefix("torch."),
             "host_parts": dict(plan.host_parts),
             "device_parts": dict(plan.device_parts),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from memory.tensor_file import in_file
 from offload.sizing.dry_run import VisitSize, counted_on_meta, first_call, unlike_blocks
 from offload.step.chunked_attention import refusal
 from offload.step.sequence_chunks import META_CHUNKS, SequenceChunks
@@ -49,13 +50,14 @@ def measure_chunked_visit(
     except _FAULTS as error:
         raise refusal(name, f"its code does not run so ({' '.join(str(error).split())[:200]})") from error
     hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-    return VisitSize(max(peak for peak, _ in found), found[0][1], boundary_bytes=hidden.nbytes)
+    peak_bytes, near_bytes = (max(sizes[i] for sizes in found) for i in (0, 1))
+    return VisitSize(peak_bytes, found[0][2], boundary_bytes=hidden.nbytes, near_bytes=near_bytes)
 
 
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], chunks: SequenceChunks, trained: frozenset[str] | None
-) -> tuple[int, int]:
-    """Bytes that live at once, and operations of a forward of the whole text. trained: None: there is no backward pass."""
+) -> tuple[int, int, int]:
+    """Bytes that live at once; those of them that cannot lie in a file; operations of a forward of the whole text. trained: None: there is no backward pass."""
     block = parts.blocks[index]
 
     def forward(args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -69,8 +71,9 @@ def _run_on_meta(
         flops = counter.flops * length // min(length, META_CHUNKS * chunks.tokens)
         if trained is not None:
             hidden.requires_grad_()
-            leaves = tree_leaves(tree_map_only(torch.Tensor, torch.empty_like, output))
+            with in_file():
+                leaves = tree_leaves(tree_map_only(torch.Tensor, torch.empty_like, output))
             grads = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
             del output, leaves
             chunks.backward(block, forward, (args, kwargs), grads)
-    return counter.peak_bytes, flops
+    return counter.peak_bytes, counter.near_peak_bytes, flops

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memory.errors import UserError
+from memory.tensor_file import allocates_in_file
 from offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from offload.step.lanes import collected_keys, run_capturing
 from offload.step.own_loss import loss_in
@@ -30,6 +31,7 @@ from offload.weights.formats.plain import dense_bytes
 from offload.weights.parts import ModelParts
 from offload.weights.skeleton import is_placeholder
 
+LONG_NUMBERS = 1 << 24  # of hidden states of a text that is not made whole while it is measured
 MOST_PASSES = 100
 """In which a block must have been called: in training, LayerDrop leaves them out at random, sometimes all of a pass."""
 
@@ -43,6 +45,7 @@ class VisitSize:
     boundary_bytes: int = 0  # of the block's input
     graph_bytes: int = 0  # that its graph keeps for backward beside its input
     graph_blocks: int = 0  # for so many blocks, the last ones, `graph_bytes` is known, and there are gradients to compute
+    near_bytes: int = 0  # of `peak_bytes`, where texts are cut: what cannot lie in a file, see `memory.tensor_file`
     waiting_bytes: int = 0  # of what gradients of experts are made of, when the visit's other micro-batches are done
 
 
@@ -254,7 +257,7 @@ def first_call(
         raise _Captured
 
     for _ in range(MOST_PASSES):
-        with _instead_of_blocks(parts, capture), torch.no_grad(), contextlib.suppress(_Captured):
+        with _instead_of_blocks(parts, capture), torch.no_grad(), _EmbeddingShapes(), contextlib.suppress(_Captured):
             model(**inputs)
         if calls:
             return calls[0]
@@ -441,11 +444,13 @@ def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> An
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages between their first appearance in a result and their end."""
+    """Counts the bytes of storages between their first appearance in a result and their end. near: those that would not lie in a
+    file, see `memory.tensor_file`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self.flops = 0
+        self.near_peak_bytes = self._near_bytes = 0
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensor: Any) -> None:
@@ -466,13 +471,17 @@ class LiveBytes(TorchDispatchMode):
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
+        near_bytes = 0 if allocates_in_file() else num_bytes
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, near_bytes))
         self.live_bytes += num_bytes
+        self._near_bytes += near_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.near_peak_bytes = max(self.near_peak_bytes, self._near_bytes)
 
-    def _forget(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, num_bytes: int, near_bytes: int) -> None:
         if self._known.pop(key, None) is not None:
             self.live_bytes -= num_bytes
+            self._near_bytes -= near_bytes
 
 
 class _FlashShapes(torch.autograd.Function):
@@ -492,6 +501,18 @@ class _FlashShapes(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _EmbeddingShapes(TorchFunctionMode):
+    """Looked-up rows of placeholders, which are all alike, are one row seen many times: those of a long text would take more
+    memory than its run."""
+
+    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is functional.embedding and is_placeholder(args[1]) and args[0].numel() * args[1].shape[1] > LONG_NUMBERS:
+            ids, table = args[:2]
+            return table[ids.reshape(-1).amax()].expand(*ids.shape, -1)  # out of range as by the function itself
+        return function(*args, **kwargs)
 
 
 class MetaAttention(TorchFunctionMode):

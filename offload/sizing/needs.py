@@ -23,6 +23,7 @@ DEVICE_HEAD = "device head"
 ACTIVATIONS = "activations"
 HIDDEN_STATES = "hidden states"
 LANES_NEAR = "more micro-batches at the head"
+TEXTS = "hidden states of texts"
 STATE = "optimizer state"
 UPDATE = "update"
 VARIANTS = "variants of blocks"
@@ -36,6 +37,8 @@ EDGES = "embeddings, norms, other resident weights"
 VISIT = "one block visit and the loss"
 STEP = "inputs and hidden states of a step"
 RUNNING = "hidden states of the micro-batch that runs"
+BLOCK_INPUTS = "block inputs kept for backward"
+TEXTS_ON_DISK = "block inputs and hidden states of texts"  # of which a visit computes a chunk at a time
 
 STAGING_BYTES = 8 * MIB
 ACTIVATION_SLOTS = 4
@@ -242,7 +245,7 @@ def decoded_needs(weight_bytes: Iterable[Collection[int]]) -> Needs:
 
 def block_input_needs(boundary_bytes: int, total_bytes: int, place: str) -> Needs:
     """boundary_bytes: one micro-batch's input of a block. total_bytes: all of a step's. place: "auto", "host" or "disk"."""
-    kept = Item("block inputs kept for backward", total_bytes, Tier.COMPUTE, Lasts.FALLING, without_pool=ACTIVATIONS)
+    kept = Item(BLOCK_INPUTS, total_bytes, Tier.COMPUTE, Lasts.FALLING, without_pool=ACTIVATIONS)
     if place == "host":
         return Needs.of(kept)
     label = "slots for block inputs on their way to disk ({slots})"
@@ -298,6 +301,21 @@ def waiting_needs(size: LaneSize, lanes: int, loss_bytes: int, place: str, share
         Pool(LANES_NEAR, label, Tier.COMPUTE, size.near_bytes, ring=0, carved=False),
         *(Step(Worth.LANES_NEAR, {LANES_NEAR: count}, with_pool=HIDDEN_STATES) for count in counts),
     )
+
+
+def text_needs(piece_bytes: int, file_bytes: int, place: str) -> Needs:
+    """Where visits compute chunks of a text: what is as long as a text, in memory or in a file.
+
+    piece_bytes: of a chunk's hidden states. file_bytes: of all that lies in the file at once. place: "auto", "host" or "disk".
+    """
+    if place == "host":
+        return Needs()
+    label = "chunks of texts on their way to disk ({slots} x {size})"
+    needs = Needs.of(
+        Pool(TEXTS, label, Tier.HOST, piece_bytes, ACTIVATION_SLOTS, optional=place == "auto", carved=False),
+        Item(TEXTS_ON_DISK, file_bytes, Tier.DISK, Lasts.STEP, with_pool=TEXTS),
+    )
+    return needs + Needs.of(Step(Worth.HIDDEN_STATES, {TEXTS: 0})) if place == "auto" else needs
 
 
 def graph_needs(

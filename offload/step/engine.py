@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from memory.tensor_file import in_file, moved_to_file
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import BoundTensors
@@ -209,7 +210,10 @@ class Engine:
         self.weights.enter(lane.variant)
 
     def _resume(self, lane: Lane, value: Any = None) -> None:
-        with nullcontext() if self._chunks is None else self._chunks.masks:
+        if self._chunks is None:
+            lane.resume(value)
+            return
+        with self._chunks.masks, in_file():
             lane.resume(value)
 
     def _forward_visit(self, lane: Lane, visit: Visit, recording: bool) -> Any:
@@ -233,7 +237,7 @@ class Engine:
         if is_cut:
             if record is not None:
                 record.chunks = self._chunks
-            output = self._chunks.forward(block_forward.__self__, forward, call.args, call.kwargs)
+            output = self._chunks.forward(block_forward.__self__, forward, call.args, call.kwargs, record is not None)
         elif record is not None and bound is not None:
             args, kwargs = call.args, call.kwargs
             if lane.storages is not None:  # the graph keeps its inputs, which the lane's storages do not
@@ -242,6 +246,8 @@ class Engine:
         else:
             with torch.no_grad():
                 output = forward(call.args, call.kwargs)
+        if self._chunks is not None and not is_cut:
+            output = tree_map_only(torch.Tensor, moved_to_file, output)
         lane.leave_random_state()
         return output, record
 

@@ -31,6 +31,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from memory.tensor_file import in_file, moved_to_file
 from offload.step.activations import Activations, SavedTensor
 from offload.step.deferred_products import Needless
 from offload.step.kept_graphs import KeptGraph
@@ -221,14 +222,15 @@ def run_backward(record: Record, forward: Callable[..., Any], needless: Needless
     onward: list[tuple[GradientEdge, torch.Tensor]] = []
     for value, edge in zip(inputs, record.gradient_edges, strict=True):
         if edge is not None and value.grad is not None:
-            onward.append((edge, value.grad))
+            onward.append((edge, value.grad if record.chunks is not None else moved_to_file(value.grad)))
             value.grad = None
     del inputs
     release(record)
     if onward:
         # Parts of the outer graph may be shared by several blocks (rotary tables, vision features): keep it; it dies
         # with the records that refer to it.
-        torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
+        with in_file():
+            torch.autograd.backward([e for e, _ in onward], [g for _, g in onward], retain_graph=True)
 
 
 def _run_whole(record: Record, forward: Callable[..., Any], needless: Needless) -> list[Any]:

@@ -15,6 +15,9 @@ tokens are replaced by others: queries, keys, values and output of the rest may 
 from the beginning: those of the rest may not change but for rounding.
 
 Dropout draws other numbers than in a whole visit: each chunk begins with a seed of its own.
+
+What is as long as a text and comes out of a visit, its output and the gradients of its arguments, can lie in a file
+([Note: tensors in a file] in `memory/tensor_file.py`). It is written, and read, a chunk after the other.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from memory.tensor_file import fetch_soon, in_file, let_go
 from offload.step.chunked_attention import ChunkAttention, KeysKnown, attending_by, own_values, refusal
 from offload.step.mask_rows import MasksInParts, Span
 from offload.step.random_state import get_random_state, set_random_state
@@ -57,8 +61,8 @@ class SequenceChunks:
         keeps = any(hasattr(leaf, "get_seq_length") for leaf in tree_leaves((args, kwargs)))
         return hidden is not None and hidden.ndim == 3 and hidden.shape[1] > self.tokens and not keeps
 
-    def forward(self, block: nn.Module, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The block's output, without a graph."""
+    def forward(self, block: nn.Module, forward: Forward, args: tuple, kwargs: dict[str, Any], kept: bool = False) -> Any:
+        """The block's output, without a graph. kept: whether it will be wanted again, by backward."""
         visit = _Visit(block, forward, args, kwargs, self.tokens)
         with torch.no_grad(), visit.running():
             if type(block) not in self._tried and not visit.hidden.is_meta:
@@ -66,7 +70,7 @@ class SequenceChunks:
                     visit.try_tokens_apart()
                 self._tried.add(type(block))
             for index in visit.indices:
-                visit.write_output(index, visit.run(index))
+                visit.write_output(index, visit.run(index), kept)
         return visit.output()
 
     def backward(
@@ -145,12 +149,16 @@ class _Visit:
         span = self._spans[index]
         return value if dim is None else value.narrow(dim, span.start, span.length)
 
-    def write_output(self, index: int, output: list[Any]) -> None:
+    def write_output(self, index: int, output: list[Any], kept: bool) -> None:
         if not self._outputs:
-            self._outputs = [self._room(value, index) for value in output]
+            with in_file():
+                self._outputs = [self._room(value, index) for value in output]
         for room, value in zip(self._outputs, output, strict=True):
             if isinstance(value, torch.Tensor):
-                self._part(room, self._output_dim(room, self._length), index).copy_(value)
+                part = self._part(room, self._output_dim(room, self._length), index)
+                part.copy_(value)
+                if kept:
+                    let_go(part)
 
     def output(self) -> Any:
         return tree_unflatten(self._outputs, self._output_spec)
@@ -165,7 +173,8 @@ class _Visit:
         """Makes room for gradients, and finds keys and values of all chunks."""
         for value, dim in zip(self._flat, self._dims, strict=True):
             if dim is not None and value.requires_grad:
-                value.grad = torch.zeros_like(value)
+                with in_file():
+                    value.grad = torch.empty_like(value)
         self.attention.only_keys = True
         with torch.no_grad():
             for index in self.indices:
@@ -178,6 +187,10 @@ class _Visit:
         self, index: int, grads: dict[int, torch.Tensor], recompute: Callable[[Callable[[], list[Any]]], list[Any]]
     ) -> None:
         leaves = self._sliced(index)
+        if index:  # backward goes against the order in which files are read ahead
+            for value in (*self._sliced(index - 1), *(self._given(grad, index - 1) for grad in grads.values())):
+                if isinstance(value, torch.Tensor):
+                    fetch_soon(value)
         for place, (value, dim) in enumerate(zip(self._flat, self._dims, strict=True)):
             if dim is not None and value.requires_grad:
                 leaves[place] = leaves[place].detach().requires_grad_()
@@ -185,13 +198,18 @@ class _Visit:
             flat = recompute(lambda: self._run(leaves, index))
         wanted = [i for i in grads if isinstance(flat[i], torch.Tensor) and flat[i].requires_grad]
         edges = [get_gradient_edge(flat[i]) for i in wanted]
-        given = [self._part(grads[i], self._output_dim(grads[i], self._length), index) for i in wanted]
+        given = [self._given(grads[i], index) for i in wanted]
         del flat
         if edges:
             torch.autograd.backward(edges, given)
         for value, dim, leaf in zip(self._flat, self._dims, leaves, strict=True):
-            if leaf is not value and isinstance(leaf, torch.Tensor) and leaf.grad is not None:
-                self._part(value.grad, dim, index).copy_(leaf.grad)
+            if dim is not None and value.requires_grad:
+                part = self._part(value.grad, dim, index)
+                part.zero_() if leaf.grad is None else part.copy_(leaf.grad)
+
+    def _given(self, grad: torch.Tensor, index: int) -> torch.Tensor:
+        """A chunk of the gradient of an output."""
+        return self._part(grad, self._output_dim(grad, self._length), index)
 
     def _dim(self, value: Any, length: int) -> int | None:
         """Along which an argument is cut; None: it is the same for all tokens."""

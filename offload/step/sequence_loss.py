@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from memory.errors import UserError
+from memory.tensor_file import in_file
 from offload.step.deferred_logits import DeferredLoss
 from offload.step.random_state import set_random_state
 from offload.step.tiled_loss import IGNORE_INDEX, TiledCrossEntropy, apply_operations
@@ -51,7 +52,8 @@ class TokenLogProbs(TiledCrossEntropy):
 
     def plain_backward(self, forward: Callable, weights: torch.Tensor) -> None:
         """weights: of the log-probabilities, fp32 [labels]. Dropout is that of `plain_log_probs`."""
-        self._grad = torch.zeros_like(self._hidden)
+        with in_file():
+            self._grad = torch.zeros_like(self._hidden)
         spread = self._spread(weights)
         set_random_state(self._random_state)
         for tile in self._tiles:
@@ -70,14 +72,16 @@ class TokenLogProbs(TiledCrossEntropy):
         """As `plain_backward`, where chunks have been added up."""
         grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).mul_(-self._spread(weights)[:, None])
         grad[~self._valid] = 0
-        self._grad = grad.to(self._hidden.dtype)
+        with in_file():
+            self._grad = grad.to(self._hidden.dtype)
         del self._weighted, self._label_row
 
     def backward(self) -> None:
         """Through what the model computed before the head."""
         hidden, grad = self.take_gradient()
         if hidden.requires_grad:
-            torch.autograd.backward(hidden, grad)
+            with in_file():
+                torch.autograd.backward(hidden, grad)
 
     def _losses(self, forward: Callable, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
         """Cross entropies, fp32 [rows of the tile]; 0 where there is no label."""

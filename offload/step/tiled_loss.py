@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from memory.tensor_file import in_file
 from offload.step.loss_form import LossForm
 from offload.step.random_state import set_random_state
 
@@ -106,7 +107,8 @@ class LaneLoss:
             pairs.append((self._added, torch.ones_like(self._added)))
         pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
         if pairs:
-            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            with in_file():
+                torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
 
 
 class TiledCrossEntropy:
@@ -141,7 +143,8 @@ class TiledCrossEntropy:
             labels = labels[self._picked]
             row_weights = None if row_weights is None else row_weights[self._picked]
         self._labels, self._weights = labels, row_weights
-        self._kept = self._rows() if keeps_rows else None
+        with in_file():
+            self._kept = self._rows() if keeps_rows else None
         self._tiles = [slice(i, i + tile_tokens) for i in range(0, labels.shape[0], tile_tokens)]
         self._grad: torch.Tensor | None = None
         self._backward = backward
@@ -160,7 +163,8 @@ class TiledCrossEntropy:
     def plain_loss(self, forward: Callable) -> None:
         rows = self._hidden
         if self._backward:
-            self._grad = torch.zeros_like(rows) if self._picked is not None else torch.empty_like(rows)
+            with in_file():
+                self._grad = torch.zeros_like(rows) if self._picked is not None else torch.empty_like(rows)
         set_random_state(self._random_state)
         for tile in self._tiles:
             hidden = rows[tile].detach().requires_grad_(self._outer.requires_grad)
@@ -186,10 +190,11 @@ class TiledCrossEntropy:
             self._label_logit = torch.zeros(count, device=device)
             self._sums = []
             if self._backward:
-                self._weighted = torch.zeros(count, rows.shape[1], device=device)
-                self._label_row = torch.zeros_like(rows)
-                if form.smoothing:
-                    self._row_sum = torch.zeros(count if self._operations else 1, rows.shape[1], device=device)
+                with in_file():
+                    self._weighted = torch.zeros(count, rows.shape[1], device=device)
+                    self._label_row = torch.zeros_like(rows)
+                    if form.smoothing:
+                        self._row_sum = torch.zeros(count if self._operations else 1, rows.shape[1], device=device)
             if form.smoothing:
                 self._logit_sum = torch.zeros(count, device=device)
         if form.smoothing and self._backward and not self._operations:
@@ -281,6 +286,11 @@ class TiledCrossEntropy:
 
     def finish_chunks(self) -> None:
         self.finish_loss()
+        with in_file():
+            self._finish_gradient()
+        del self._weighted, self._label_row
+
+    def _finish_gradient(self) -> None:
         valid, form = self._labels != IGNORE_INDEX, self._form
         grad = self._weighted.div_(self._sum[:, None])
         if form.z:
@@ -295,13 +305,13 @@ class TiledCrossEntropy:
         grad = grad.div_(self._divisor)
         grad[~valid] = 0
         self._grad = grad.to(self._outer.dtype)
-        del self._weighted, self._label_row
 
     def take_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden states, their gradient)."""
         grad, self._grad = self._grad, None
         if self._picked is not None and self._outer.requires_grad:
-            grad = grad.new_zeros(self._shape).index_copy_(0, self._picked, grad)
+            with in_file():
+                grad = grad.new_zeros(self._shape).index_copy_(0, self._picked, grad)
         return self._outer, grad
 
     def token_scores(self) -> TokenScores:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memory.tensor_file import in_file
 from offload.step.random_state import get_random_state, set_random_state
 from offload.step.sequence_chunks import WideSums
 
@@ -79,7 +80,8 @@ class _InChunks(torch.autograd.Function):
         ctx.module, ctx.forward, ctx.tokens = module, forward, tokens
         output = None
         for start in range(0, value.shape[1], tokens):
-            found = forward(value[:, start : start + tokens])
+            with in_file(False):
+                found = forward(value[:, start : start + tokens])
             if output is None:
                 output = found.new_empty(*value.shape[:2], *found.shape[2:])
             output[:, start : start + tokens] = found
@@ -91,10 +93,11 @@ class _InChunks(torch.autograd.Function):
         value_grad, sums = torch.empty_like(value), WideSums(ctx.module)
         for start in range(0, value.shape[1], ctx.tokens):
             span = slice(start, start + ctx.tokens)
-            with torch.enable_grad():
-                part = value[:, span].detach().requires_grad_()
-                found = ctx.forward(part)
-            torch.autograd.backward(found, grad[:, span])
+            with in_file(False):
+                with torch.enable_grad():
+                    part = value[:, span].detach().requires_grad_()
+                    found = ctx.forward(part)
+                torch.autograd.backward(found, grad[:, span])
             value_grad[:, span] = part.grad
             sums.take()
         sums.give_back()

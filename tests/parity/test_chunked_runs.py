@@ -10,9 +10,11 @@ from test_weight_training import weights_config
 from tiny_models import make_config, streamed_run
 
 from finetune import Trainer
+from memory import tensor_file
 from memory.errors import UserError
 
 CHUNK = {"sequence_chunk": 7}  # rows have up to 23 tokens; some have fewer than this
+IN_MEMORY = {"hidden_states": "host", "activations": "host"}
 SHORT = {"max_steps": 1, "warmup_steps": 0}
 
 
@@ -20,19 +22,24 @@ def assert_close(found: list, expected: list) -> None:
     assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], rel=2e-5)
 
 
-def test_lora(checkpoint, tokens, tmp_path):
-    """Packed rows; lanes on disk between visits."""
-    runs = []
-    for chunk in ({}, CHUNK):
+def test_lora(checkpoint, tokens, tmp_path, monkeypatch):
+    """Packed rows; lanes on disk between visits: the same bits as in memory."""
+    monkeypatch.setattr(tensor_file, "MIN_BYTES", 1)
+    in_file, runs = [], []
+    check = tensor_file.TensorFile.check
+    monkeypatch.setattr(tensor_file.TensorFile, "check", lambda file: in_file.append(file.used_bytes) or check(file))
+    for engine in (DISK, DISK | CHUNK, IN_MEMORY | CHUNK):
         runs.append(
             streamed_run(
                 make_config(
-                    checkpoint("gemma3"), tokens, tmp_path / str(len(chunk)), engine={**DISK, **chunk},
+                    checkpoint("gemma3"), tokens, tmp_path / str(len(runs)), engine=engine,
                     dataset={"packing": True}, training=SHORT, lora={"dropout": 0.0},
                 )  # fmt: skip
             )
         )
-    whole, found = runs
+    whole, found, near = runs
+    assert all(in_file) and in_file
+    assert found.losses == near.losses and all(value.equal(near.adapter[key]) for key, value in found.adapter.items())
     assert_close(found.losses, whole.losses)
     for key, value in whole.adapter.items():
         torch.testing.assert_close(found.adapter[key], value, rtol=2e-2, atol=2e-4)
