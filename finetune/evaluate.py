@@ -34,6 +34,7 @@ from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.evaluations import keep_evaluation
 from finetune.runs.prompts import as_trained
+from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
 from memory.errors import UserError
 from memory.meter import MemoryMeter
@@ -63,7 +64,8 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
         rows = open_rows(session, config)
         text = not isinstance(rows, TensorRows)
         with nearest_named(session, lambda config: _least_plan(session, rows, config), Knobs(text, False)):
-            planned = _plan(session, rows, config.training.least_micro_batch_size)
+            chunk_chosen = text and settle_sequence_chunk(session, lambda config: _least_plan(session, rows, config))
+            planned = replace(_plan(session, rows, config.training.least_micro_batch_size), chunk_chosen=chunk_chosen)
         with MemoryMeter() as meter, _progress(planned, meter) as progress:
             streamed = session.open(planned, config.output / "scratch", progress.inside)
             result = _measure(streamed, rows, planned.shape, partial(progress.work, "evaluate"))

@@ -56,6 +56,11 @@ def with_micro_batch_size(config: Config, size: int) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": size})})
 
 
+def with_least_rows(config: Config) -> Config:
+    """With the smallest micro-batches that it can have."""
+    return with_micro_batch_size(config, config.training.least_micro_batch_size)
+
+
 def refuse_tensors(config: Config) -> None:
     """Raises UserError for what is not done with rows of tensors."""
     if config.dataset.probabilities or config.dataset.streaming:

@@ -17,6 +17,7 @@ from finetune.micro_batch_choice import sizes, with_micro_batch_size
 from finetune.objectives.base import objective_class
 from finetune.planned_run import SHORTEST_ROW, PlannedRun
 from finetune.prediction import count_step, described_device, predict_step
+from finetune.sequence_chunk_choice import chunk_sizes
 from finetune.session import Session
 from memory.errors import UserError
 from memory.plan import SPREAD_BYTES, PlanRefused
@@ -25,7 +26,6 @@ from offload.sizing.calibration import Rates, try_rates
 
 MOST_PLANS = 4
 ROW_STEP = 16  # tokens: rows are shortened by multiples
-LEAST_CHUNK = 256  # tokens of a text that compute together: fewer make products slow and save little
 OTHER_METHODS = ("lora", "zo")  # that need little: tried where the run has another
 _COUNTS = ("resident_blocks", "kept_graphs", "lookahead", "expert_slots")  # keys of `engine`, the less the smaller
 
@@ -162,8 +162,8 @@ class _Search:
 
     def _chunks(self) -> Iterator[NearPlan]:
         """Of texts: the same numbers, rounded otherwise."""
-        before = self._config.engine.sequence_chunk or self._config.dataset.sequence_length
-        sizes = [LEAST_CHUNK << i for i in range(before.bit_length()) if LEAST_CHUNK << i < before]
+        before, length = self._config.engine.sequence_chunk, self._config.dataset.sequence_length
+        sizes = chunk_sizes(before if isinstance(before, int) else length)
         near = self._largest("engine.sequence_chunk", sizes) if sizes else None
         if near is not None:
             yield near

@@ -17,8 +17,8 @@ from memory.arena import trim_malloc
 from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.needs import Item, Lasts, Needs, Tier
-from memory.units import round_up
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
+from memory.units import round_up
 from offload.devices import Device
 from offload.sizing.chunked_dry_run import measure_chunked_visit
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
@@ -29,9 +29,9 @@ from offload.sizing.needs import (
     HIDDEN_STATES,
     RUNNING,
     STEP,
+    TEXTS,
     VISIT,
     LaneSize,
-    TEXTS,
     block_input_needs,
     process_needs,
     text_needs,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
 LABEL_BYTES = 64  # of a token: its id, its label, where it is among the labelled ones, and sums of the loss
-END_TENSORS = 16  # of the size of hidden states, that a loss in chunks, with sums in fp32, and what comes before it hold at most
+END_TENSORS = 16  # as large as hidden states, that a loss in chunks, with sums in fp32, and what comes before it hold at most
 ADAPTERS = "adapters, optimizer"
 GRADIENTS = "gradients of adapters, beyond the room that block inputs leave"
 FEWER_ADAPTERS = "lower lora.r or name fewer lora.target_modules"
@@ -71,9 +71,9 @@ def measure_batch(
     return MeasuredBatch(shape, visit, _loss_bytes(parts, model, shape), row_bytes, chunk)
 
 
-def chunk_of(shape: BatchShape, sequence_chunk: int | None) -> int | None:
+def chunk_of(shape: BatchShape, sequence_chunk: int | str | None) -> int | None:
     """Tokens of a text that compute together; None: all, because they are no more. Raises UserError for rows of tensors."""
-    if sequence_chunk is None or shape.fills_caches:
+    if not isinstance(sequence_chunk, int) or shape.fills_caches:  # auto, where nothing is settled yet: whole texts
         return None
     if shape.samples is not None:
         raise UserError("engine.sequence_chunk: only rows of text are run in chunks, found rows of tensors: leave it out")
@@ -128,7 +128,8 @@ def batch_needs(
 
 
 def text_batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, place: str, frozen: bool) -> Needs:
-    """As `batch_needs`, where what is as long as a text can lie in a file: see `memory.tensor_file`. place: see `text_needs`."""
+    """As `batch_needs`, where what is as long as a text can lie in a file: see `memory.tensor_file`. place: as in `text_needs`.
+    """
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
     row_bytes = visit.boundary_bytes // shape.rows  # of a token's hidden states
     tokens = shape.rows if batch.chunk is None else batch.chunk * shape.inputs["input_ids"].shape[0]
@@ -137,7 +138,8 @@ def text_batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, 
     # A norm outside of blocks, in fp32, forward and backward.
     norm_bytes = 6 * tokens * row_bytes * 4 // parts.dtype.itemsize
     size = _lane_size(parts, model, batch, _masks(parts, model, shape, batch.chunk).kept_bytes)
-    file_bytes = boundaries * visit.boundary_bytes + lanes * (size.waiting_bytes + END_TENSORS * visit.boundary_bytes) + all_rows
+    ends_bytes = lanes * (size.waiting_bytes + END_TENSORS * visit.boundary_bytes)
+    file_bytes = boundaries * visit.boundary_bytes + ends_bytes + all_rows
     return Needs.of(
         Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=TEXTS),
         Item(VISIT, visit.near_bytes or visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=TEXTS),

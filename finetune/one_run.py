@@ -26,6 +26,7 @@ from finetune.micro_batch_choice import (
     choose_micro_batch_size,
     padding_of,
     refuse_tensors,
+    with_least_rows,
     with_micro_batch_size,
 )
 from finetune.nearest_plans import Knobs, nearest_named
@@ -40,6 +41,7 @@ from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
 from finetune.runs.identity import RunIdentity
 from finetune.runs.writes import WriteCount, check_writes
+from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
 from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
@@ -96,7 +98,7 @@ def take_rows(
         directory.take(config, inputs)
         return tensors
     objective_class(config).check_model(session.parts)
-    kind, least = objective_class(config), with_micro_batch_size(config, config.training.least_micro_batch_size)
+    kind, least = objective_class(config), with_least_rows(config)
     with nearest_named(session, lambda config: session.plan(full_shape(config, session))):
         _refuse_all_rows(least, session)
     directory.take(config, inputs)
@@ -133,13 +135,16 @@ def get_ready(
 
     choice, is_text = None, not isinstance(data, TensorRows)
     with nearest_named(session, lambda config: plan(config)[0], Knobs(is_text, is_text)):
+        recorded = directory.recorded_setting("engine.sequence_chunk")
+        chunk_chosen = is_text and settle_sequence_chunk(session, lambda config: plan(with_least_rows(config)), recorded)
+        config = session.config
         if options.micro_batch_size == "auto":
             choice = _choose_micro_batch_size(session, data, held_out, batches, directory)
             config = with_micro_batch_size(config, choice.size)
             session.settle(config)
             objective, batches.micro_batch_size = make_objective(config, session, data), choice.size
         planned, measured = plan(config)
-    planned = replace(planned, choice=choice, num_steps=batches.num_steps)
+    planned = replace(planned, choice=choice, chunk_chosen=chunk_chosen, num_steps=batches.num_steps)
     return ReadyRun(data, objective, batches, measured, planned, notes)
 
 

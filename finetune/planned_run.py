@@ -156,6 +156,7 @@ class PlannedRun:
     timing: Timing | None = None  # of visits that were run here
     untimed: str = ""  # why there is none, where that was tried
     choice: MicroBatchChoice | None = None  # why micro-batches have so many rows, where that was not said
+    chunk_chosen: bool = False  # whether it was left open how many tokens of a text compute together
     compression: Compression | None = None  # what `finetune compress` would make of the model, where a run could go over that
 
     @property
@@ -180,7 +181,8 @@ class PlannedRun:
         if self.choice is not None:
             lines.insert(2, self.choice.words)
         if self.batch.chunk is not None:
-            lines.insert(2, f"blocks compute {self.batch.chunk} tokens of a text at a time")
+            why = ", the most that fit: sums are rounded otherwise than of whole texts" if self.chunk_chosen else ""
+            lines.insert(2, f"blocks compute {self.batch.chunk} tokens of a text at a time{why}")
         if self.base_words:
             lines.insert(1, self.base_words)
         if self.store is not None:

@@ -24,7 +24,7 @@ from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.base import Method, make_method
-from finetune.micro_batch_choice import refuse_tensors, settle_full_steps
+from finetune.micro_batch_choice import refuse_tensors, settle_full_steps, with_least_rows
 from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective, objective_class
 from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, refuse_writes, take_rows
@@ -37,6 +37,7 @@ from finetune.reporting.report import summary_table
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
 from finetune.runs.signals import StopRequest, stop_requests
+from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
 from finetune.training.traces import write_traces
 from memory.arena import trim_malloc
@@ -94,6 +95,8 @@ class Trainer:
             else:
                 refuse_tensors(config)
             with nearest_named(session, plan, Knobs(is_text, is_text)):
+                chunk_chosen = is_text and settle_sequence_chunk(session, lambda config: plan(with_least_rows(config)))
+                config = session.config
                 if is_text:
                     config, choice = settle_full_steps(config, session)
                 planned = plan(config)
@@ -102,7 +105,9 @@ class Trainer:
             compression = try_compression(session.parts) if can_be_compressed else None
             if compression is not None and isinstance(session.device, DescribedDevice):
                 compression = compression.decoded_at(session.device.rates)
-            planned = replace(planned, choice=choice, compression=compression, num_steps=config.training.max_steps)
+            planned = replace(
+                planned, choice=choice, chunk_chosen=chunk_chosen, compression=compression, num_steps=config.training.max_steps
+            )
             planned = with_prediction(session, planned)
             if planned.num_steps is not None and planned.rates:
                 refuse_writes(config, planned, planned.num_steps)

@@ -79,7 +79,7 @@ class TensorFile:
 
 @contextlib.contextmanager
 def in_file(inside: bool = True) -> Iterator[None]:
-    """What this thread allocates inside lies in the file, from `MIN_BYTES` on, where one is open. See [Note: tensors in a file].
+    """What this thread allocates inside lies in the file, where one is open. See [Note: tensors in a file].
 
     inside: False: in memory, inside of another `in_file`.
     """

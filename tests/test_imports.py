@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAY_NOT_IMPORT = {"memory": {"offload", "finetune"}, "offload": {"finetune"}, "finetune": set()}
 NATIVE_IMPORTERS = {
-    "offload/residency/io.py", "memory/arena.py", "memory/tensor_file.py", "offload/noise/noise.py", "offload/update/kernels.py",
+    "offload/residency/io.py", "memory/arena.py", "memory/tensor_file.py",
+    "offload/noise/noise.py", "offload/update/kernels.py",
     "offload/weights/formats/native_kernels.py", "offload/quantize/kernels.py",
     "offload/weights/formats/lossless_code.py",
 }  # fmt: skip

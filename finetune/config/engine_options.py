@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from finetune.options import Count, CountOrZero, NonNegative, Positive, Section
+from pydantic import BeforeValidator
+
+from finetune.options import Count, CountOrZero, NonNegative, Positive, Section, show
 from offload.residency.io import BACKENDS
+
+
+def _check_sequence_chunk(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():  # from a command line
+        value = int(value)
+    if value not in (None, "auto") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"expected a number of tokens, 1 or more, or auto, found {show(value)}")
+    return value
 
 
 class EngineOptions(Section):
@@ -31,9 +41,9 @@ class EngineOptions(Section):
     memory wherever that fits."""
     kept_graphs: CountOrZero | None = None
     """Blocks, the last ones, that the backward pass does not recompute: what they computed stays in memory. 0: none."""
-    sequence_chunk: Count | None = None
+    sequence_chunk: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_sequence_chunk)] = None
     """Tokens of a text that a block computes together, where a text is longer: what a visit computes is in memory for so many.
-    None: all."""
+    None: all. auto: all where that fits, else the most that do."""
     loss_tile_tokens: Count | None = None
     """Rows of logits that are computed together. None: by the model's size."""
     loss_tile_vocab: Count | None = None

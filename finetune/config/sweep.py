@@ -97,6 +97,8 @@ def check_together(configs: Mapping[str, Config]) -> None:
                 f"{name}: training.neftune_noise_alpha: expected none in a sweep, whose runs share the embeddings: start it by "
                 "itself"
             )
+        if config.engine.sequence_chunk == "auto":
+            problems.append(f"{name}: engine.sequence_chunk: expected a number in a sweep, found auto: finetune plan finds one")
     for name, config in others:
         problems += [
             f"{key}: expected the same in all runs, found {show(getattr(first[1], key))} in {first[0]} and "

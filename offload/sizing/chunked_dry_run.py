@@ -57,7 +57,8 @@ def measure_chunked_visit(
 def _run_on_meta(
     parts: ModelParts, index: int, args: tuple, kwargs: dict[str, Any], chunks: SequenceChunks, trained: frozenset[str] | None
 ) -> tuple[int, int, int]:
-    """Bytes that live at once; those of them that cannot lie in a file; operations of a forward of the whole text. trained: None: there is no backward pass."""
+    """Bytes that live at once; those of them that cannot lie in a file; operations of a forward of the whole text. trained:
+    None: there is no backward pass."""
     block = parts.blocks[index]
 
     def forward(args: tuple, kwargs: dict[str, Any]) -> Any:

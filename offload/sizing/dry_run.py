@@ -444,8 +444,8 @@ def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> An
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages between their first appearance in a result and their end. near: those that would not lie in a
-    file, see `memory.tensor_file`."""
+    """Counts the bytes of storages between their first appearance in a result and their end. near: without those that can lie
+    in a file, see `memory.tensor_file`."""
 
     def __init__(self) -> None:
         super().__init__()
