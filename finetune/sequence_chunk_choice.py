@@ -1,7 +1,7 @@
 """`engine.sequence_chunk: auto`: whole texts where they fit, else the most tokens of a text at a time that do.
 
-Chunks round otherwise than whole texts. So nothing is cut unless a run says auto or a number, and what auto has chosen is printed
-with the plan and recorded with the run: a run that goes on keeps it.
+Chunks round otherwise than whole texts. So nothing is cut unless a run says auto or a number. What auto has chosen is
+printed with the plan and recorded with the run: a run that goes on keeps it.
 """
 
 from __future__ import annotations

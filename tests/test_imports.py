@@ -41,7 +41,7 @@ ROOMS = [
     {"decoding"},
     {"objectives"},
     {"methods"},
-    {"micro_batch_choice", "nearest_plans"},
+    {"micro_batch_choice", "nearest_plans", "sequence_chunk_choice"},
     {"training"},
     {
         "bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "gguf_adapter", "gguf_export", "merge",

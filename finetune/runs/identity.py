@@ -149,13 +149,14 @@ def check_model(what: str, recorded: str | Mapping[str, Any], parts: ModelParts,
 
 
 def recorded_setting(about: Mapping[str, Any], key: str) -> Any:
-    """The setting with this dotted key in what a run says of itself, this version's or an earlier one's."""
+    """The setting with this dotted key in what a run says of itself, this version's or an earlier one's; None: that had no such
+    setting."""
     if "settings" in about:
         found = about["settings"]
     else:
         found, key = about, _EARLIER_NAMES.get(key, key)
     for part in key.split("."):
-        found = found[part]
+        found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 
