@@ -29,6 +29,7 @@ class Conversation:
 
     def __init__(self, config: Config, adapter: Path | str | None, max_new_tokens: int = 256, **sampling: Any) -> None:
         self._how = Sampling(**sampling)
+        self._how.processors()  # refuses now what it would refuse later
         self._session, self._config, self._tokenizer = open_speaker(config, adapter)
         try:
             self._open(adapter, max_new_tokens)
@@ -62,7 +63,7 @@ class Conversation:
         """The answer, in pieces of whole characters; it is part of the conversation when the last one was taken."""
         self._messages.append({"role": "user", "content": text})
         ids = self._prompt()
-        chooses = chooser(self._how.temperature, self._how.top_p, self._how.seed + self._turns)
+        chooses = chooser(self._how, ids, self._turns)
         passes = decode(self._streamed, [ids], [chooses], self._ends, self._most_new)
         pieces, said = TextPieces(self._tokenizer, ids), ""
         for tokens in self._waiting.until_the_first(passes):

@@ -20,7 +20,7 @@ import typer
 
 from finetune import cli_export
 from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, require
-from finetune.cli_options import KEYS, OTHER, MaxNewTokens, SamplingSeed, Temperature, TopP, with_options
+from finetune.cli_options import KEYS, OTHER, SAMPLING, MaxNewTokens, with_options
 from finetune.runs.signals import ignore_signals, take_signals
 from memory.device_kinds import DEVICE_WORDS
 from memory.errors import UserError
@@ -49,7 +49,8 @@ _RUN = (
 
 def _command(*options: str | EllipsisType, name: str | None = None, **renamed: str) -> Callable[[Callable], Callable]:
     """Adds a command, which is called with the configuration that its options give, where CONFIG is one of them, or with those
-    of a sweep's runs, and with its own parameters. It ends with one message and the right exit code, whatever it raises.
+    of a sweep's runs, with those of `SAMPLING` that were given as `how`, and with its own parameters. It ends with one message
+    and the right exit code, whatever it raises.
 
     options: as `with_options` has them. renamed: an option to another key than its own.
     """
@@ -62,6 +63,9 @@ def _command(*options: str | EllipsisType, name: str | None = None, **renamed: s
                     flags["config"] = _load_config(flags["config"], keys, flags.pop("settings"))
                 if "runs" in flags:
                     flags["runs"] = _read_sweep(flags["runs"], keys, flags.pop("settings"))
+                if sampling := [key for key in SAMPLING if key in flags]:
+                    given = {key.removeprefix("sampling_"): flags.pop(key) for key in sampling}
+                    flags["how"] = {key: value for key, value in given.items() if value is not None}
                 command(**flags)
             except KeyboardInterrupt as stop:
                 typer.echo(f"\nInterrupted.{how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
@@ -246,17 +250,15 @@ def evaluate(
             typer.echo(f"{name}: {f'{value:.4f}' if isinstance(value, float) else value}")
 
 
-@_command("config", "model", "adapter", ..., *_PLACES, "trust_remote_code", "settings", "debug")
+@_command("config", "model", "adapter", ..., *SAMPLING, *_PLACES, "trust_remote_code", "settings", "debug")
 def generate(
     config: Config,
     adapter: str | None,
+    how: dict[str, Any],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue. [default: read from standard input]")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    sampling_seed: SamplingSeed = 42,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Use the chat template. [default: as the run was trained, else if there is one]"),
@@ -269,29 +271,18 @@ def generate(
     _say_first("opening", config)
     from finetune.generate import generate as generate_text
 
-    pieces = generate_text(
-        config, adapter or _named_run(config), [prompt], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        seed=sampling_seed, chat=chat,
-    )  # fmt: skip
-    for piece in pieces:
+    adapter = adapter or _named_run(config)
+    for piece in generate_text(config, adapter, [prompt], max_new_tokens=max_new_tokens, chat=chat, **how):
         typer.echo(piece, nl=False)
     typer.echo()
 
 
-@_command("config", "model", "adapter", ..., *_PLACES, "trust_remote_code", "settings", "debug")
-def chat(
-    config: Config,
-    adapter: str | None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    sampling_seed: SamplingSeed = 42,
-) -> None:
+@_command("config", "model", "adapter", ..., *SAMPLING, *_PLACES, "trust_remote_code", "settings", "debug")
+def chat(config: Config, adapter: str | None, how: dict[str, Any], max_new_tokens: MaxNewTokens = 256) -> None:
     """Talk with the model: a line is a turn, an empty one ends. What it says comes token by token."""
     _say_first("opening", config)
     from finetune.chat import Conversation
 
-    how = {"temperature": temperature, "top_p": top_p, "seed": sampling_seed}
     with Conversation(config, adapter or _named_run(config), max_new_tokens, **how) as conversation:
         while turn := read_turn():
             for piece in conversation.say(turn):

@@ -27,6 +27,10 @@ def _training(kind: type, flag: str, text: str) -> Any:
     return _option(kind, flag, text, "Training")
 
 
+def _sampling(kind: type, flag: str, text: str, **limits: float) -> Any:
+    return _option(kind, flag, text, "Sampling", **limits)
+
+
 _METHODS = ", ".join(f"{name} ({entry.goal})" for name, entry in METHODS.items())
 
 # Keys of the configuration, under the names that they have there. None: the option was not given.
@@ -64,7 +68,19 @@ KEYS = {
         bool, "--trust-remote-code/--no-trust-remote-code", "Run Python code that comes with the model.", OTHER
     ),
 }
-OPTIONS = KEYS | {
+SAMPLING = {
+    "temperature": _sampling(float, "--temperature", "0: always the likeliest token. [default: 0]", min=0.0),
+    "top_k": _sampling(int, "--top-k", "Sample from so many of the likeliest tokens.", min=1),
+    "top_p": _sampling(float, "--top-p", "Sample from the likeliest tokens of this total probability.", min=0.0, max=1.0),
+    "min_p": _sampling(
+        float, "--min-p", "Sample from tokens with this share of the likeliest one's probability.", min=0.0, max=1.0
+    ),
+    "repetition_penalty": _sampling(float, "--repetition-penalty", "Above 1: tokens that came are less likely.", min=0.01),
+    "no_repeat_ngram_size": _sampling(int, "--no-repeat-ngram-size", "No so many tokens in a row come twice.", min=1),
+    "sampling_seed": _sampling(int, "--seed", "Seed of the sampling. [default: 42]"),
+}
+"""Fields of `finetune.decoding.Sampling`, but for the name of the seed. None: the option was not given."""
+OPTIONS = KEYS | SAMPLING | {
     "config": Annotated[
         str | None, typer.Argument(metavar="CONFIG", help="A YAML file, a preset's name, or the directory of a run.")
     ],
@@ -83,17 +99,10 @@ OPTIONS = KEYS | {
 
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
-
-
 def own_options(command: Callable[..., None]) -> list[Parameter]:
     """Parameters of `command` that no other command has, with what typer is to know of them."""
     hints = get_type_hints(command, localns={"Config": Any, "RunOfSweep": Any}, include_extras=True)
-    own = [one for name, one in signature(command).parameters.items() if name not in OPTIONS]
+    own = [one for name, one in signature(command).parameters.items() if name not in OPTIONS and name != "how"]
     return [one.replace(annotation=hints[one.name], kind=Parameter.KEYWORD_ONLY) for one in own]
 
 

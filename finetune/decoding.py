@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,12 @@ from offload.files.gguf_file import read_gguf_header
 from offload.sizing.dry_run import measure_visit
 from offload.streamed_model import StreamedModel
 from offload.weights.skeleton import cache_argument
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+_CHOOSING_BYTES = 32
+"""For each token of the vocabulary: scores, sorted scores and their places while one is chosen."""
 
 
 def decode(
@@ -69,28 +75,59 @@ def decode(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How the next token is chosen, under the names and with the meanings of Transformers' `GenerationConfig`."""
 
     temperature: float = 0.0
     """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Samples among so many of the likeliest tokens."""
     top_p: float = 1.0
     """Samples among the likeliest tokens that together have this probability (Holtzman et al. 2020, nucleus sampling)."""
+    min_p: float | None = None
+    """Samples among tokens that have this share of the likeliest one's probability (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there before are less likely (Keskar et al. 2019)."""
+    no_repeat_ngram_size: int = 0
+    """No so many tokens come in a row that did so before. 0: they may."""
     seed: int = 42
     """Of the sampling; prompt i uses seed + i."""
 
+    def processors(self) -> LogitsProcessorList:
+        """Transformers' own, in its order. Raises UserError for numbers that they do not take."""
+        from transformers.generation import logits_process as kinds
 
-def chooser(temperature: float, top_p: float, seed: int) -> Callable[[torch.Tensor], int]:
-    """A function from logits, fp32 [vocabulary], to the next token; see `Sampling` for the arguments."""
-    if temperature == 0:
-        return lambda logits: int(logits.argmax())
-    generator = torch.Generator().manual_seed(seed)
+        wanted = [
+            (kinds.RepetitionPenaltyLogitsProcessor, self.repetition_penalty, self.repetition_penalty != 1),
+            (kinds.NoRepeatNGramLogitsProcessor, self.no_repeat_ngram_size, self.no_repeat_ngram_size),
+        ]
+        if self.temperature:
+            wanted += [
+                (kinds.TemperatureLogitsWarper, float(self.temperature), self.temperature != 1),
+                (kinds.TopKLogitsWarper, self.top_k, self.top_k),
+                (kinds.TopPLogitsWarper, self.top_p, self.top_p != 1),
+                (kinds.MinPLogitsWarper, self.min_p, self.min_p is not None),
+            ]
+        try:
+            return kinds.LogitsProcessorList(kind(value) for kind, value, is_wanted in wanted if is_wanted)
+        except ValueError as error:
+            raise UserError(f"sampling: {error}") from None
+
+
+def chooser(how: Sampling, prompt: Sequence[int] = (), number: int = 0) -> Callable[[torch.Tensor], int]:
+    """A function from logits, fp32 [vocabulary] on the CPU, to the next token after those of `prompt`, number `number`, and
+    those that it chose before: the one that Transformers' `generate` chooses, its generator seeded with how.seed + number."""
+    processors, ids = how.processors(), torch.tensor([list(prompt)], dtype=torch.int64)
+    generator = torch.Generator().manual_seed(how.seed + number)
 
     def choose(logits: torch.Tensor) -> int:
-        probabilities, tokens = torch.softmax(logits / temperature, dim=-1).sort(descending=True, stable=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        before[0] = -1.0  # the likeliest is always among them
-        probabilities[before >= top_p] = 0
-        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+        nonlocal ids
+        scores = processors(ids, logits[None])
+        if how.temperature:
+            token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=generator)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=-1)
+        return int(token)
 
     return choose
 
@@ -173,8 +210,9 @@ def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, promp
     # While a block attends, keys and values of a group of heads may be repeated for each.
     heads = getattr(text_config, "num_attention_heads", 1)
     repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
-    logits = 4 * session.parts.head.module.weight.shape[0]
-    return layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits * prompts
+    vocabulary = session.parts.head.module.weight.shape[0]
+    logits_bytes = (4 * prompts + _CHOOSING_BYTES) * vocabulary
+    return layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits_bytes
 
 
 def _cache(streamed: StreamedModel, max_tokens: int) -> Any:

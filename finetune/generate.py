@@ -36,7 +36,7 @@ def generate(
     one after the other with an empty line between.
 
     adapter: of a PEFT adapter, or of a run, whose adapter or tuned weights are used; None: the model as it is.
-    sampling: the fields of `finetune.decoding.Sampling`: temperature, top_p, seed.
+    sampling: the fields of `finetune.decoding.Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, seed and more.
     chat: whether a prompt is a user's turn in the tokenizer's chat template; None: where there is a template, unless a run was
     trained on prompts without it.
     A text ends at a token that generation_config.json (else config.json) or the tokenizer calls the end, after
@@ -44,6 +44,7 @@ def generate(
     Raises UserError for bad input and PlanRefused for budgets that are too small.
     """
     how = Sampling(**sampling)
+    how.processors()  # refuses now what it would refuse later
     session, config, tokenizer = open_speaker(config, adapter)
     try:
         if chat is None and tokenizer.chat_template and adapter is not None and was_trained_on_plain_prompts(adapter):
@@ -60,7 +61,7 @@ def generate(
         together, counted = planned.shape.micro_batches, _Counted()
         for first in range(0, len(ids), together):
             group = ids[first : first + together]
-            choosers = [chooser(how.temperature, how.top_p, how.seed + first + i) for i in range(len(group))]
+            choosers = [chooser(how, prompt, first + i) for i, prompt in enumerate(group)]
             passes = decode(streamed, group, choosers, ends, max_new_tokens)
             if first:
                 yield "\n\n"

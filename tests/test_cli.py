@@ -193,7 +193,7 @@ def test_chat_takes_turn_after_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     class Conversation:
         def __init__(self, config: Config, adapter: str | None, max_new_tokens: int, **how: Any) -> None:
             assert (config, adapter, max_new_tokens) == (Config(model="m"), "x", 9)
-            assert how == {"temperature": 0.5, "top_p": 1.0, "seed": 42}
+            assert how == {"temperature": 0.5}
 
         def __enter__(self) -> Conversation:
             return self
@@ -379,13 +379,13 @@ def test_generate_prints_pieces_as_they_come(monkeypatch: pytest.MonkeyPatch) ->
         yield from ("[a]", " b\n", "c")
 
     replace_module(monkeypatch, "finetune.generate", generate=generate)
-    flags = ["--max-new-tokens", "9", "--temperature", "0.5", "--top-p", "0.9", "--seed", "0", "--no-chat"]
+    flags = ["--max-new-tokens", "9", "--temperature", "0.5", "--top-k", "3", "--seed", "0", "--no-chat"]
     result = invoke("generate", "--model", "m", "--adapter", "x", "-p", "Say [b]", *flags)
     assert (result.exit_code, result.stdout) == (0, "[a] b\nc\n")
-    options = {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 0, "chat": False}
+    options = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "seed": 0, "chat": False}
     assert calls.pop() == ((Config(model="m"), "x", ["Say [b]"]), options)
     assert invoke("generate", "--model", "m", text="from\nstdin\n").exit_code == 0
-    defaults = {"max_new_tokens": 128, "temperature": 0.0, "top_p": 1.0, "seed": 42, "chat": None}
+    defaults = {"max_new_tokens": 128, "chat": None}
     assert calls.pop() == ((Config(model="m"), None, ["from\nstdin"]), defaults)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import finetune.one_run
 from finetune.data import Example, TokenDataset
-from finetune.decoding import chooser, decode
+from finetune.decoding import Sampling, chooser, decode
 from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained, score
 from finetune.planned_run import BatchShape
@@ -95,7 +95,7 @@ def test_plain_peft_loads_what_is_trained(case, models, tokens, tmp_path):
     for kind, result in {"bare": None, "adapted": adapter}.items():
         session, streamed = opened(models[name], result, tmp_path / kind)
         losses[kind] = torch.tensor(score(streamed, [[ask_trained(Example(IDS, IDS))]], 2)[0].losses)
-        steps = decode(streamed, [IDS[:7].tolist()], [chooser(0, 1, 0)], frozenset(), 6)
+        steps = decode(streamed, [IDS[:7].tolist()], [chooser(Sampling())], frozenset(), 6)
         texts[kind] = [token for tokens in steps for _, token in tokens]
         session.close()
     torch.testing.assert_close(losses["adapted"], expected, rtol=2e-5, atol=2e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finetune.chat import Conversation
-from finetune.decoding import TextPieces, chooser, decode, end_tokens
+from finetune.decoding import Sampling, TextPieces, chooser, decode, end_tokens
 from finetune.evaluate import evaluate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
@@ -69,14 +70,17 @@ def greedy(plain: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def generated_ids(config, prompts: list[list[int]], count: int, adapter: Path | None = None) -> list[list[int]]:
+def generated_ids(
+    config, prompts: list[list[int]], count: int, adapter: Path | None = None, choosers: Sequence[Any] = ()
+) -> list[list[int]]:
     session = Session(find_result(config, adapter))
     try:
         planned = session.plan(BatchShape.of_text(1, max(map(len, prompts)), len(prompts), train=False))
         streamed = session.open(planned, config.output / "scratch")
         ends = end_tokens(session.parts.directory, None)
         texts: list[list[int]] = [[] for _ in prompts]
-        for tokens in decode(streamed, prompts, [chooser(0, 1, 0)] * len(prompts), ends, count):
+        choosers = choosers or [chooser(Sampling()) for _ in prompts]
+        for tokens in decode(streamed, prompts, choosers, ends, count):
             for i, token in tokens:
                 texts[i].append(token)
         return texts
@@ -246,16 +250,34 @@ def test_pieces_hold_back_half_a_character(llama):
     assert "".join(out) == text[:-1] and cut.rest() == "\ufffd"
 
 
-def test_sampling_keeps_to_the_nucleus():
-    logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
-    drawn = lambda top_p, temperature=1.0: [chooser(temperature, top_p, seed)(logits) for seed in range(300)]  # noqa: E731
-    assert set(drawn(0.0)) == {1}
-    assert set(drawn(0.5)) == {1}
-    assert set(drawn(0.6)) == {1, 3}
-    assert set(drawn(0.8)) == {1, 3, 2}
-    assert set(drawn(1.0)) == {0, 1, 2, 3}
-    assert abs(drawn(0.6).count(1) / 300 - 2 / 3) < 0.1
-    assert drawn(1.0, 0.05).count(1) > 295 and chooser(0, 1, 0)(logits) == 1
+WAYS = [
+    {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
+    {"temperature": 1.3},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_those_that_transformers_chooses(llama, tmp_path, way):
+    prompt = AutoTokenizer.from_pretrained(llama)(PROMPTS[0])["input_ids"]
+    how = Sampling(seed=5, **way)
+    found = generated_ids(make_config(llama, tmp_path), [prompt] * 2, 24, choosers=[chooser(how, prompt, i) for i in (0, 1)])
+    plain = plain_model(llama)
+    plain.generation_config.top_k = 0  # which is 50 where nothing is said
+    for number, ids in enumerate(found):
+        torch.manual_seed(5 + number)
+        out = plain.generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=24, do_sample="temperature" in way, pad_token_id=2,
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), **way,
+        )  # fmt: skip
+        assert ids == out[0, len(prompt) :].tolist()
+    assert (found[0] == found[1]) == ("temperature" not in way)
+    assert found[0] != generated_ids(make_config(llama, tmp_path), [prompt], 24)[0]
+
+
+def test_what_transformers_does_not_take_is_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="sampling: .*temperature.*strictly positive"):
+        list(generate(make_config(llama, tmp_path), None, ["hello"], temperature=-1.0))
 
 
 def test_the_cache_is_part_of_the_plan(llama, tmp_path):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from finetune.config import Config
 from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.data.cache import MASKED
-from finetune.decoding import TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
 from finetune.objectives.base import Objective, rows_of
 from finetune.planned_run import BatchShape
 from finetune.session import Session
@@ -70,10 +69,10 @@ class Generated(Objective):
         texts = [TextPieces(self._tokenizer, one) for one in lanes]
         completions = [""] * len(lanes)
         tokens = sum(map(len, prompts))
-        greedy: Callable[[torch.Tensor], int] = chooser(0.0, 1.0, 0)
         versions = [variant for variant in range(len(variants)) for _ in prompts]
         with model.weights.under(variants):
-            steps = decode(model, lanes, [greedy] * len(lanes), self._ends, self._config.zo.max_new_tokens, versions)
+            greedy = [chooser(Sampling()) for _ in lanes]
+            steps = decode(model, lanes, greedy, self._ends, self._config.zo.max_new_tokens, versions)
             for pairs in steps:
                 for i, token in pairs:
                     tokens += i < len(prompts)
