@@ -10,6 +10,7 @@
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
 #include "quantize_bindings.h"
+#include "scaled_sum_bindings.h"
 
 NB_MODULE(finetune_native, m) {
     m.doc() = "Native parts of finetune: disk I/O, memory, noise, optimizers and decoders.";
@@ -27,4 +28,5 @@ NB_MODULE(finetune_native, m) {
     register_blocks(m);
     register_quantize(m);
     register_lossless(m);
+    register_scaled_sum(m);
 }

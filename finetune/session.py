@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import adapter_of
+from finetune.adapters.lora_sums import sum_in_one_pass
 from finetune.adapters.peft_files import reads_whole
 from finetune.adapters.placement import copy_to
 from finetune.config import Config
@@ -108,6 +109,8 @@ class Session:
             word = self.model.active_peft_config.peft_type.lower()
             raise UserError(f"engine.sequence_chunk: not offered with an adapter of kind {word} yet: leave it out")
         self.adapter.take_over()
+        if self.device.traits.computes_on_host:
+            sum_in_one_pass(self.model)
         self.parts = parts.read_whole(*reads_whole(self.model, parts))
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.adapter_parameters = [p for p in self.model.parameters() if not is_placeholder(p)]

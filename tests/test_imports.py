@@ -13,6 +13,7 @@ NATIVE_IMPORTERS = {
     "offload/residency/io.py", "memory/arena.py", "memory/tensor_file.py",
     "offload/noise/noise.py", "offload/update/kernels.py",
     "offload/weights/formats/native_kernels.py", "offload/quantize/kernels.py",
+    "offload/step/scaled_sum.py",
     "offload/weights/formats/lossless_code.py",
 }  # fmt: skip
 SOURCES = sorted(path for package in MAY_NOT_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from finetune.adapters.base import adapter_of
+from finetune.adapters.lora_sums import sum_in_one_pass
 from finetune.adapters.side_by_side import SideBySide, SideBySideWeights
 from finetune.config import Config
 from finetune.methods.base import Method
@@ -79,7 +80,7 @@ class Seat(Session):
         method.only_plan = only_plan
         self.base, self.machine, self.device, self.parts = shared.base, shared.machine, shared.device, shared.parts
         self.arena, self.streamed = shared.arena, None
-        self.attached = shared.setup.adapters.attach(lambda: method.wrap(shared.parts)[0])
+        self.attached = shared.setup.adapters.attach(lambda: self._wrap(method))
         self.model = self.attached.model
         self.adapter = adapter_of(self.model)
         self.trainable = self.adapter_parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -91,6 +92,12 @@ class Seat(Session):
             binding.convert_at_bind(read)
         self.set_training(True)
         self.planner = Planner(self, shared.setup.visits.setdefault(repr(self.config.lora), {}))
+
+    def _wrap(self, method: Method) -> nn.Module:
+        model = method.wrap(self.parts)[0]
+        if self.device.traits.computes_on_host:
+            sum_in_one_pass(model)
+        return model
 
     def _check_shares(self) -> None:
         outside = self.attached.outside_of(self.parts.blocks)

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 PASSING_NODES = frozenset(
     f"{name}Backward0" for name in ("Add", "View", "UnsafeView", "ReshapeAlias", "Mul", "Alias", "ToCopy")
-)
+) | {"ScaledSumBackward"}
 """Nodes of autograd behind which a product may be needless. A guess: who asks without a graph is found out then."""
 
 
