@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune import cli_export
+from finetune import cli_export, cli_reports
 from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, require
 from finetune.cli_options import KEYS, OTHER, SAMPLING, MaxNewTokens, with_options
 from finetune.runs.signals import ignore_signals, take_signals
@@ -294,6 +294,11 @@ _command("config", "model", "adapter", "quantize", "output", ..., "host_memory",
     cli_export.export
 )
 _command("config", "model", ..., "trust_remote_code", "settings", "debug")(cli_export.compress)
+_command("config", ..., "host_memory", "device_memory", "device", "trust_remote_code", "settings", "debug")(cli_reports.report)
+_command(
+    "config", "model", "data", "method", *_PLACES, "batch_size", "micro_batch_size", "sequence_length", "seed", *_LAST,
+    name="lr-find",
+)(cli_reports.lr_find)  # fmt: skip
 
 
 @_command(..., "debug")

@@ -35,7 +35,8 @@ from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
 from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
 from finetune.prediction import predict_step
-from finetune.reporting.ending import describe_values
+from finetune.reporting.ending import describe_result, describe_values
+from finetune.reporting.page import write_page
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
@@ -209,6 +210,8 @@ class Run:
         kept = best.about if best.step and config.training.load_best_model_at_end else None
         report = run_report(self.planned, session, self.meter, loop) | {"evaluation": after.evaluation, "best": kept}
         write_report(output / "report.json", report)
+        is_text = shape.samples is None and session.parts.head is not None
+        write_page(output, describe_result(output, method.adapter_directory is not None, is_text))
         return loop, report
 
     def _evaluate(self, step: int) -> dict[str, float]:

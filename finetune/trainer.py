@@ -205,7 +205,13 @@ class Trainer:
         if trace is not None:
             write_traces(config.trace, run.planned, trace)
         run.progress.close()
-        is_text = run.planned.shape.samples is None and session.parts.head is not None
-        ending = describe_ending(report, config.output, run.method.adapter_directory is not None, is_text)
-        print(fitted(f"{summary_table(report)}\n\n{ending}", sys.stdout), file=LastingStream(sys.stdout), flush=True)
+        self.describe_end(run, report)
         return TrainResult(loop.step, loop.training_loss, report)
+
+    def describe_end(self, run: Run, report: dict[str, Any]) -> None:
+        """Says what was learned and what can be done with it."""
+        session, config = run.session, run.session.config
+        is_text = run.planned.shape.samples is None and session.parts.head is not None
+        has_adapter = run.method.adapter_directory is not None
+        ending = describe_ending(report, config.output, has_adapter, is_text)
+        print(fitted(f"{summary_table(report)}\n\n{ending}", sys.stdout), file=LastingStream(sys.stdout), flush=True)

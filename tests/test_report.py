@@ -201,6 +201,7 @@ def test_the_end_of_a_run_says_what_to_do_next() -> None:
     assert describe_ending(REPORT, Path("my out"), has_adapter=True, is_text=True).splitlines() == [
         "20 steps in 75 s; loss 0.7500 in the first and 0.2500 in the last, 0.5000 on average",
         "evaluation: loss 0.3000, examples 2,000, accuracy 0.8750",
+        "my out/report.html: the curves, times and memory, for a browser",
         "my out/adapter: the adapter, in PEFT's format",
         "Next:",
         "  finetune eval 'my out' --data FILE",
@@ -211,6 +212,7 @@ def test_the_end_of_a_run_says_what_to_do_next() -> None:
     nothing = REPORT | {"steps": 10, "first_loss": None, "last_loss": None, "training_loss": None, "evaluation": None}
     assert describe_ending(nothing, Path("out"), has_adapter=False, is_text=False).splitlines() == [
         "0 steps in 75 s",
+        "out/report.html: the curves, times and memory, for a browser",
         "out: the tuned model, until it is exported",
         "Next:",
         "  finetune eval out --data FILE",

@@ -212,7 +212,7 @@ class TestAnEarlierRun:
         report = Trainer(config.model_copy(update={"resume": True})).train().report
         assert report["first_step"] == 0
         kept = {path.name for path in (config.output / "previous" / "1").iterdir()}
-        assert kept == {"run.json", "config.yaml", "state", "adapter", "metrics.jsonl", "report.json"}
+        assert kept == {"run.json", "config.yaml", "state", "adapter", "metrics.jsonl", "report.json", "report.html"}
 
     def test_is_not_moved_from_under_the_new_one(self, model, data, copied):
         output = copied("zo")

@@ -19,6 +19,7 @@ def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, 
     if report.get("best"):
         best = report["best"]
         lines.append(f"the result is that of step {best['step']}, with the best {best['metric']}, {best['value']:.4f}")
+    lines.append(f"{output / 'report.html'}: the curves, times and memory, for a browser")
     return "\n".join([*lines, describe_result(output, has_adapter, is_text)])
 
 

@@ -197,6 +197,11 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     _write_atomically(path, iter([to_json(report, indent=2) + "\n"]))
 
 
+def write_text(path: Path, text: str) -> None:
+    """As `write_report`, of any text."""
+    _write_atomically(path, iter([text]))
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON (RFC 8259): NaN and infinities, which it does not know, become null; paths become strings."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)

@@ -59,13 +59,16 @@ _CONTENT: Mapping[str, str | None] = {
     "best.json": None,
     "metrics.jsonl": None,
     "report.json": None,
+    "report.html": None,
     "tensorboard": r"events\.out\.tfevents\..*|\d+(\.\d+)?",
 }
 # May be links to directories.
 _WRITTEN_INTO = ("state", "weights", "store", "best", "tensorboard", "tokens", "scratch", PREVIOUS)
 # Names of what a process that was killed has left half written, by folder.
 _HALF_WRITTEN = {
-    "": re.compile(r"\.(adapter|initial-adapter|metrics\.jsonl|(report|run|best)\.json|config\.yaml|journal\.zo)(\.\d+)?\.tmp"),
+    "": re.compile(
+        r"\.(adapter|initial-adapter|metrics\.jsonl|(report|run|best)\.json|report\.html|config\.yaml|journal\.zo)(\.\d+)?\.tmp"
+    ),
     "state": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "weights": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "best": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
@@ -172,7 +175,8 @@ class RunDirectory:
     def _refuse_what_no_run_has_made(self, config: Config) -> None:
         strange: list[Path] = []
         of_best = ("best", "best.json") if config.training.load_best_model_at_end else ()
-        for name in ("metrics.jsonl", "report.json", *of_best, "tokens", "scratch", PREVIOUS, *_files_of(config)):
+        read = ("metrics.jsonl", "report.json", "report.html", *of_best)
+        for name in (*read, "tokens", "scratch", PREVIOUS, *_files_of(config)):
             path = self.path / name
             if not _stands(path) or name in self._aside:
                 continue
