@@ -33,6 +33,14 @@ def export(
             "model with the adapter in it, else the adapter alone, or the model.",
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            help="Upload the result to OWNER/NAME on the hub, private; without --to, the adapter of the run as it is.",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
     at_step: Annotated[
         int | None, typer.Option("--at-step", help="Export the model as it was after this step. [default: the last step]")
     ] = None,
@@ -41,8 +49,24 @@ def export(
 
     An adapter alone needs no export: it is in the output directory, in PEFT's format.
     """
-    require(to, "a place to write to", "--to DIRECTORY, or --to FILE.gguf with --gguf")
-    target = Path(to).expanduser()
+    if push is not None:
+        from finetune.push import check_name, push_result
+
+        check_name(push)
+    elif public:
+        raise UserError("--public: expected with --push OWNER/NAME alone")
+    if push is None or to is not None or merge is not None or gguf is not None:
+        require(to, "a place to write to", "--to DIRECTORY, or --to FILE.gguf with --gguf")
+    target = None if to is None else Path(to).expanduser()
+    if target is not None:
+        _write(config, adapter, target, merge, gguf, at_step)
+    if push is not None:
+        typer.echo(push_result(config, adapter, target, push, public))
+
+
+def _write(
+    config: Config, adapter: str | None, target: Path, merge: str | None, gguf: str | None, at_step: int | None
+) -> None:
     if merge is not None:
         if at_step is not None:
             raise UserError("--at-step is for a run that has tuned the model's own weights: leave it out with --merge")

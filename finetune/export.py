@@ -11,8 +11,10 @@ from finetune.gguf_export import check_target, write_model
 from finetune.methods.results import makers
 from finetune.runs.directory import reading, recorded
 from finetune.runs.exports import Export, Progress, check_new
+from finetune.runs.model_card import CARD, model_card
 from memory.errors import UserError
 from memory.units import format_bytes
+from offload.files.checkpoint import resolve_model
 from offload.rewrite.gguf_contents import check_type
 
 
@@ -62,6 +64,10 @@ def export(
         job = Export(config, run, is_free, directory, at_step, progress)
         for method in makers(run):
             if (steps := method.export(job)) is not None:
+                words = f"The base model after {steps} steps of tuning, made with finetune."
+                base = resolve_model(config.model)
+                card = model_card(config.output, config.model, "transformers", words, base / CARD)
+                (directory / CARD).write_text(card, encoding="utf-8")
                 return steps
     adapter = config.output / "adapter"
     found = "found none of these"

@@ -26,6 +26,7 @@ from finetune.quantization.cache import whole
 from finetune.runs.directory import reading
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import Progress, check_memory, check_new, side_files
+from finetune.runs.model_card import CARD, model_card, run_of
 from memory.arena import tune_malloc
 from memory.errors import UserError
 from memory.units import format_bytes
@@ -150,15 +151,16 @@ def merge(
         held.callback(base.close)
         io = held.enter_context(IOEngine(config.engine.io_backend))
         tune_malloc()  # what a layer takes goes back to the system at once
-        merging = _Merge(config, setup, base, form, io)
+        place = run_of(config.output if adapter is None else Path(adapter))
+        merging = _Merge(config, setup, base, form, io, place)
         return merging.write(directory, progress) if gguf is None else merging.write_gguf(directory, gguf, progress)
 
 
 class _Merge:
     """One adapter and its base."""
 
-    def __init__(self, config: Config, setup: SavedAdapter, base: Base, form: str, io: IOEngine) -> None:
-        self._config, self._base, self._io = config, base, io
+    def __init__(self, config: Config, setup: SavedAdapter, base: Base, form: str, io: IOEngine, run: Path) -> None:
+        self._config, self._base, self._io, self._run = config, base, io, run
         self._is_packed = form == "packed"
         self._parts = cut(base.directory, trust_remote_code=config.trust_remote_code)
         old = self._parts.sources
@@ -201,6 +203,9 @@ class _Merge:
                     shutil.copyfile(path, temporary / name)
                 self._write_weights(Writer(self._io, plan, temporary, self._read, progress), result.packing)
                 self._describe(temporary, plan)
+                words = "The base model with an adapter merged into it, made with finetune."
+                card = model_card(self._run, self._config.model, "transformers", words, self._base.source / CARD)
+                (temporary / CARD).write_text(card, encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot write the model to {directory}: {error.strerror or error}. Make room, or name another directory"

@@ -40,7 +40,8 @@ from finetune.reporting.page import write_page
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter, write_report
 from finetune.runs.directory import RunDirectory
-from finetune.runs.identity import RunIdentity
+from finetune.runs.identity import RunIdentity, model_name
+from finetune.runs.model_card import CARD, model_card
 from finetune.runs.writes import WriteCount, check_writes
 from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
@@ -212,6 +213,9 @@ class Run:
         write_report(output / "report.json", report)
         is_text = shape.samples is None and session.parts.head is not None
         write_page(output, describe_result(output, method.adapter_directory is not None, is_text))
+        if (output / "adapter").is_dir():
+            words = "An adapter for use with PEFT, made with finetune."
+            (output / "adapter" / CARD).write_text(model_card(output, model_name(config.model), "peft", words))
         return loop, report
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -46,7 +46,7 @@ ROOMS = [
     {"training"},
     {
         "bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "gguf_adapter", "gguf_export", "merge",
-        "questions",
+        "push", "questions",
     },  # fmt: skip
     {"one_run", "trainer"},
     {"sweep", "sweeps"},
