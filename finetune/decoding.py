@@ -45,7 +45,7 @@ def decode(
     """
     device = streamed.device.torch_device
     cache_key, before = cache_argument(streamed.parts.model), adapter_of(streamed.model).positions
-    caches = [_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
+    caches = [make_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
@@ -193,8 +193,9 @@ def load_tokenizer(directory: Path, config: Config) -> Any:
     return tokenizer
 
 
-def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, prompts: int) -> int:
-    """What generation holds for `prompts` prompts while it goes on: keys and values of all layers, and logits."""
+def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, prompts: int, rows: int = 1) -> int:
+    """What generation holds for `prompts` prompts while it goes on: keys and values of all layers, and logits. rows: of
+    each prompt, texts."""
     from transformers import DynamicCache
 
     # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
@@ -211,14 +212,15 @@ def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, promp
     heads = getattr(text_config, "num_attention_heads", 1)
     repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
     vocabulary = session.parts.head.module.weight.shape[0]
-    logits_bytes = (4 * prompts + _CHOOSING_BYTES) * vocabulary
-    return layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits_bytes
+    logits_bytes = (4 * prompts * rows + _CHOOSING_BYTES) * vocabulary
+    return rows * layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits_bytes
 
 
-def _cache(streamed: StreamedModel, max_tokens: int) -> Any:
+def make_cache(streamed: StreamedModel, max_tokens: int, rows: int = 1) -> Any:
     """A key-value cache whose full-attention layers have room for `max_tokens` from the start.
 
     Transformers' own grow by a copy a token: twice the memory at that moment, and holes of every size left behind.
+    rows: of texts that have one beginning: after that, `spread` of each of these layers makes it the beginning of all.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -227,7 +229,9 @@ def _cache(streamed: StreamedModel, max_tokens: int) -> Any:
         def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             super().lazy_initialization(key_states, value_states)
             both = (key_states, value_states)
-            self._room = [states.new_empty(*states.shape[:-2], max_tokens, states.shape[-1]) for states in both]
+            self._room = [
+                states.new_empty(max(rows, len(states)), *states.shape[1:-2], max_tokens, states.shape[-1]) for states in both
+            ]
 
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
             start = self.get_seq_length()
@@ -235,9 +239,15 @@ def _cache(streamed: StreamedModel, max_tokens: int) -> Any:
                 self.lazy_initialization(key_states, value_states)
             end = start + key_states.shape[-2]
             for room, states in zip(self._room, (key_states, value_states), strict=True):
-                room[..., start:end, :] = states
-            self.keys, self.values = (room[..., :end, :] for room in self._room)
+                room[: len(states), ..., start:end, :] = states
+            self.keys, self.values = (room[: len(key_states), ..., :end, :] for room in self._room)
             return self.keys, self.values
+
+        def spread(self) -> None:
+            end = self.get_seq_length()
+            for room in self._room:
+                room[1:, ..., :end, :] = room[:1, ..., :end, :]
+            self.keys, self.values = (room[..., :end, :] for room in self._room)
 
     cache = DynamicCache(config=streamed.parts.model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -30,6 +30,7 @@ from finetune.objectives.base import make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
+from finetune.objectives.written_rows import WrittenRows
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.evaluations import keep_evaluation
@@ -84,12 +85,12 @@ def evaluate(config: Config, adapter: Path | str | None = None) -> dict[str, flo
 class HeldOut:
     """Rows that are measured in the middle of a training run, and the shape of the passes that its plan has room for."""
 
-    rows: TextRows | MeasuredRows | TensorRows  # all of the evaluation data
+    rows: TextRows | MeasuredRows | WrittenRows | TensorRows  # all of the evaluation data
     shape: BatchShape  # of a pass over them
 
 
 def plan_with_evaluation(
-    session: Session, rows: TextRows | MeasuredRows | TensorRows | None, shape: BatchShape, most_tokens: int
+    session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows | None, shape: BatchShape, most_tokens: int
 ) -> tuple[PlannedRun, HeldOut | None]:
     """The plan of a training run whose steps have `shape` and which measures `rows`, where there are any.
 
@@ -105,6 +106,9 @@ def plan_with_evaluation(
         longest = rows.longest(shape.samples)
         together = 1 if session.plan(shape).plan.count(HIDDEN_STATES) else shape.micro_batches
         measured = BatchShape(rows.collate(longest), together, train=False, samples=len(longest))
+        return session.plan(shape, measured), HeldOut(rows, measured)
+    if isinstance(rows, WrittenRows):
+        measured = rows.shape(session)
         return session.plan(shape, measured), HeldOut(rows, measured)
     planned = session.plan(shape)
     longest, waits = shape.inputs["input_ids"].shape[1], planned.plan.count(HIDDEN_STATES)
@@ -157,7 +161,7 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
     append_eos = config.dataset.append_eos
     prepared = partial(prepare_for, config, source, directory, is_trained_on=is_trained_on)
     data = prepared(choices=False, append_eos=append_eos, judged=objective_class(config).judged)
-    if (data.meta["different_completions"] or 0) >= 2:
+    if (data.meta["different_completions"] or 0) >= 2 and not find_objective(config.objective).section:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.
         append_eos = data.meta["eos_token_id"] is not None and append_eos is not False
         data = prepared(choices=True, append_eos=append_eos)
@@ -166,7 +170,7 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
     return data
 
 
-def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | TensorRows:
+def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | WrittenRows | TensorRows:
     """The evaluation data, else the training data. Tokens are made now: in mid-run that would be more than is planned."""
     source = config.data if config.eval_data is None else config.eval_data
     tensors = open_tensor_rows(source, session.parts)
@@ -181,12 +185,14 @@ def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Ten
     return TextRows(data)
 
 
-def _plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, micro_batch_size: int) -> PlannedRun:
+def _plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
         longest = rows.longest(micro_batch_size)
         shape = BatchShape(rows.collate(longest), 1, train=False, samples=len(longest))
         return _least_reading(session, shape, -(-len(rows) // micro_batch_size), PASS_TOKENS)
+    if isinstance(rows, WrittenRows):
+        return session.plan(rows.shape(session))
     together = min(max(micro_batch_size, MICRO_BATCH_TOKENS // rows.max_length), len(rows))
     try:
         return _plan_text(session, rows, together)
@@ -196,12 +202,14 @@ def _plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, micro_ba
         return _plan_text(session, rows, micro_batch_size)
 
 
-def _least_plan(session: Session, rows: TextRows | MeasuredRows | TensorRows, config: Config) -> PlannedRun:
+def _least_plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows, config: Config) -> PlannedRun:
     """Of passes with one micro-batch."""
     size = config.training.least_micro_batch_size
     if isinstance(rows, TensorRows):
         longest = rows.longest(size)
         return session.plan(BatchShape(rows.collate(longest), 1, train=False, samples=len(longest)))
+    if isinstance(rows, WrittenRows):
+        return session.plan(rows.shape(session))
     length = min(rows.max_length, config.dataset.sequence_length)
     return session.plan(BatchShape.of_text(min(size, len(rows)), length, rows.versions, train=False))
 
@@ -231,13 +239,15 @@ def _least_reading(session: Session, shape: BatchShape, micro_batches: int, limi
 
 def _measure(
     streamed: StreamedModel,
-    rows: TextRows | MeasuredRows | TensorRows,
+    rows: TextRows | MeasuredRows | WrittenRows | TensorRows,
     shape: BatchShape,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     progress(0, len(rows))
     if isinstance(rows, TensorRows):
         return _measure_tensors(streamed, rows, shape, progress)
+    if isinstance(rows, WrittenRows):
+        return rows.measure(streamed, shape.micro_batches, progress)
     if not isinstance(rows, TextRows):
         return _measure_judged(streamed, rows, shape, progress)
     totals: dict[int, float] = {}

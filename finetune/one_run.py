@@ -147,6 +147,7 @@ def get_ready(
             objective, batches.micro_batch_size = make_objective(config, session, data), choice.size
         planned, measured = plan(config)
     planned = replace(planned, choice=choice, chunk_chosen=chunk_chosen, num_steps=batches.num_steps)
+    objective.take_plan(planned.shape)
     return ReadyRun(data, objective, batches, measured, planned, notes)
 
 

@@ -43,6 +43,26 @@ LONE_MASK_PAIRS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
+class Writing:
+    """Text that the model writes before the updates of a step."""
+
+    shape: BatchShape  # of the first pass over the prompts that are written at once, a prompt a micro-batch
+    tokens: int  # of a text, at most: as many passes
+    prompts: int  # of a step
+    texts: int  # of each prompt
+
+    @property
+    def together(self) -> int:
+        """Prompts that are written at once."""
+        return self.shape.micro_batches
+
+    @property
+    def passes(self) -> int:
+        """Over the weights, at most."""
+        return -(-self.prompts // self.together) * self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class BatchShape:
     """The largest micro-batch of a step, and how many there are."""
 
@@ -54,6 +74,7 @@ class BatchShape:
     samples: int | None = None  # rows of tensors in a micro-batch; None: text
     forward_lanes: int = 0  # micro-batches more that only go forward, such as those of a reference
     fills_caches: bool = False  # whether keys and values of all positions are kept, for text that is written
+    writing: Writing | None = None  # before that
     can_wait: bool = False  # whether micro-batches may wait on disk: those of a step, of which only the loss is wanted
 
     @classmethod
@@ -178,6 +199,8 @@ class PlannedRun:
             + self._waiting_words
             + f"; disk read a step {'about' if self.streamed.experts else 'at most'} {format_bytes(self.read_bytes)}",
         ]
+        if self.shape.writing is not None:
+            lines.insert(2, self._writing_words(self.shape.writing))
         if self.choice is not None:
             lines.insert(2, self.choice.words)
         if self.batch.chunk is not None:
@@ -206,6 +229,13 @@ class PlannedRun:
             if self.rates and self.compression is not None:
                 lines.append(self._compression_words(self.rates, self.compression))
         return "\n".join(lines)
+
+    def _writing_words(self, writing: Writing) -> str:
+        read_bytes = writing.passes * self.pass_read_bytes
+        return (
+            f"before it, {writing.texts} texts of each of {writing.prompts} prompts are written, {writing.together} prompts at "
+            f"once: at most {writing.passes} passes over the weights, which read at most {format_bytes(read_bytes)} from disk"
+        )
 
     @property
     def _waiting_words(self) -> str:
@@ -292,6 +322,11 @@ class PlannedRun:
             f"{', '.join(speeds[:-1])} and {speeds[-1]}",
             f"  in use: {busy}; {_SERVERS[step.slowest]} sets the pace",
         ]
+        if self.shape.writing is not None:
+            seconds = self.shape.writing.passes * self.pass_read_bytes / rates.read_bytes_per_second
+            lines.append(
+                f"  that is without the text that is written before: its passes take {format_seconds(seconds)} to read alone"
+            )
         if self.num_steps:
             lines.append(f"  all {self.num_steps} steps: about {format_seconds(self.num_steps * step.seconds)}")
         if step.write_bytes:
@@ -324,6 +359,17 @@ class PlannedRun:
         if self.plan.count(HOST_HEAD) < streamed.chunks:
             read_bytes += streamed.chunks * streamed.chunk_bytes
         return read_bytes + self.expert_read_bytes
+
+    @property
+    def pass_read_bytes(self) -> int:
+        """Of weights, in a pass that writes a token of every text; all that is not resident, experts too."""
+        resident, streamed = self.plan.slots[HOST_BLOCKS].resident, self.streamed
+        read_bytes = sum(size for i, size in enumerate(streamed.block_bytes) if i not in resident)
+        if self.plan.count(HOST_HEAD) < streamed.chunks:
+            read_bytes += streamed.chunks * streamed.chunk_bytes
+        return read_bytes + sum(
+            (size.count - min(size.count, self.plan.count(size.pools[0]))) * size.slot_bytes for size in streamed.experts
+        )
 
     @property
     def expert_read_bytes(self) -> int:

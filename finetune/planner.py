@@ -103,9 +103,10 @@ class Planner:
     def _plan(self, shape: BatchShape, also: BatchShape | None) -> tuple[Plan, Needs, Streamed, MeasuredBatch]:
         block_inputs, hidden_states = self._waiting_places(shape)
         needs, streamed, batch = self._needs(shape, block_inputs, hidden_states)
-        if also is not None:
-            passes, place = not needs.ring_of(HOST_HEAD), hidden_states if needs.ring_of(TEXTS) else "host"
-            needs = needs.covering(self._needs(also, block_inputs, place, passes, bool(needs.ring_of(TEXTS)))[0])
+        for other in (also, shape.writing and shape.writing.shape):
+            if other is not None:
+                passes, place = not needs.ring_of(HOST_HEAD), hidden_states if needs.ring_of(TEXTS) else "host"
+                needs = needs.covering(self._needs(other, block_inputs, place, passes, bool(needs.ring_of(TEXTS)))[0])
         return make_plan(needs, self.limits), needs, streamed, batch
 
     def _waiting_places(self, shape: BatchShape) -> tuple[str, str]:
@@ -202,12 +203,13 @@ class Planner:
         return tuple(shape.inputs["input_ids"].shape), shape.train, self._session.model.training, chunk
 
     def _graph_needs(self, batch: MeasuredBatch, streamed: Streamed) -> Needs:
-        """Memory goes to graphs before it goes to resident blocks where a block computes longer than it is read."""
+        """Memory goes to graphs before it goes to resident blocks where a block computes longer than it is read. Text that is
+        written reads blocks for every token."""
         visit, lanes = batch.visit, batch.shape.micro_batches
         if not visit.graph_blocks:
             return Needs()
         ratio = self._session.device.traits.operations_per_read_byte
-        comes_first = visit.flops * lanes > ratio * streamed.visit_bytes
+        comes_first = visit.flops * lanes > ratio * streamed.visit_bytes and batch.shape.writing is None
         kept = self._session.config.engine.kept_graphs
         return graph_needs(
             visit.graph_bytes, lanes, visit.graph_blocks, comes_first, visit.boundary_bytes, self._session.on_device, kept

@@ -222,6 +222,11 @@ class _Keys(Section):
         if callable(self.zo.objective):
             comments += "# zo.objective was a Python function\n"
             values["zo"]["objective"] = "loss"
+        if any(map(callable, self.grpo.reward_funcs)):
+            comments += "# grpo.reward_funcs had Python functions\n"
+            values["grpo"]["reward_funcs"] = [
+                f"{word.__module__}:{word.__name__}" if callable(word) else word for word in self.grpo.reward_funcs
+            ]
         for key in ("data", "eval_data"):
             if not is_named(values[key]):
                 comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"

@@ -11,6 +11,7 @@ from torch import nn
 
 from finetune.adapters import peft_files as adapters
 from finetune.data.batches import Row
+from finetune.data.micro_batches import MicroBatches
 from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
@@ -69,9 +70,22 @@ class AdapterTraining(Method):
         super().watch(before_update, after_update)
 
     def step(self, step: int, groups: Sequence[Sequence[Row]]) -> StepResult:
+        rate, lanes, tokens = self.optimizer.param_groups[0]["lr"], 0, 0
+        losses, norms = [], []
+        for batches in self._objective.updates(self._session, step, groups):
+            seeds = [lane_seed(self.config.training.seed, step, lanes + i) for i in range(len(batches.inputs))]
+            loss, norm = self._update(step, batches, seeds)
+            lanes, tokens = lanes + len(seeds), tokens + batches.tokens
+            losses.append(loss)
+            norms.append(norm)
+        self.scheduler.step()
+        self._updating = False
+        count = len(losses)
+        return StepResult(sum(losses) / count, tokens, rate, sum(norms) / count, self._objective.logged())
+
+    def _update(self, step: int, batches: MicroBatches, seeds: Sequence[int]) -> tuple[float, float]:
+        """(loss, norm of the gradients) of one update."""
         options = self.config.training
-        batches = self._objective.lanes(groups, self._session.device.torch_device)
-        seeds = [lane_seed(options.seed, step, i) for i in range(len(batches.inputs))]
         adapter = self._session.adapter
         adapter.begin_step()
         own = adapter.own_loss()
@@ -80,22 +94,20 @@ class AdapterTraining(Method):
         loss = float(loss if own is None else loss + own)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or float("inf")))
         check_finite(step, loss, grad_norm)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
         self._updating = True
         try:
             self.optimizer.step()
         except RuntimeError as error:
             if "overflow" not in str(error):
                 raise
+            rate = self.optimizer.param_groups[0]["lr"]
             raise UserError(
-                f"the size of step {step + 1} is beyond what fp32 holds: lower training.learning_rate, {learning_rate:g}"
+                f"the size of step {step + 1} is beyond what fp32 holds: lower training.learning_rate, {rate:g}"
             ) from error
         adapter.after_update(step)
         self._check_updated(step)
-        self.scheduler.step()
-        self._updating = False
         self.optimizer.zero_grad()
-        return StepResult(loss, batches.tokens, learning_rate, grad_norm, self._objective.logged())
+        return loss, grad_norm
 
     def _check_updated(self, step: int) -> None:
         for name, parameter in self._trainable.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -44,6 +44,8 @@ class Objective(ABC):
     judged: ClassVar[str] = ""
     """What rows say of answers, see `finetune.data.job.TokenOptions.judged`."""
     lengths: np.ndarray
+    planned: BatchShape | None = None
+    """What steps are planned for, once that is known."""
 
     @abstractmethod
     def __init__(self, config: Config, session: Session, data: TokenDataset | TensorRows) -> None:
@@ -76,6 +78,14 @@ class Objective(ABC):
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         """The same rows as the model's inputs and labels, for methods that compute gradients."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient")
+
+    def updates(self, session: Session, step: int, groups: Sequence[Sequence[Row]]) -> Iterator[MicroBatches]:
+        """The lanes of each update of step `step` (from 0), one after the other, for methods that compute gradients."""
+        yield self.lanes(groups, session.device.torch_device)
+
+    def take_plan(self, shape: BatchShape) -> None:
+        """shape: that the run's steps are planned for."""
+        self.planned = shape
 
     def logged(self) -> dict[str, float]:
         """What the last step's metrics say beside its loss, by name."""

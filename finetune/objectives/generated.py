@@ -51,7 +51,7 @@ class Generated(Objective):
     def values(
         self, model: StreamedModel, groups: Sequence[Sequence[Row]], variants: Sequence[Variant]
     ) -> tuple[np.ndarray, int]:
-        split = [_split(self._data[row]) for row in rows_of(groups)]
+        split = [split_example(self._data[row], "zo.objective") for row in rows_of(groups)]
         ids = [prompt.tolist() for prompt, _ in split]
         prompts, references = (
             [self._tokenizer.decode(part, skip_special_tokens=True) for part in parts]
@@ -82,15 +82,15 @@ class Generated(Objective):
         return [completions[i : i + len(prompts)] for i in range(0, len(lanes), len(prompts))], tokens
 
 
-def _split(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """(prompt, reference), token ids int32. Raises UserError where there is no prompt."""
+def split_example(example: Example, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt, reference), token ids int32. Raises UserError where there is no prompt. key: of the configuration, that asks."""
     trained = example.labels != MASKED
     end = int(np.flatnonzero(trained)[-1]) + 1
     before = np.flatnonzero(~trained[:end])
     start = int(before[-1]) + 1 if len(before) else 0
     if not start:
         raise UserError(
-            "zo.objective: expected rows with a prompt and a completion, found one that is all completion: use rows of "
+            f"{key}: expected rows with a prompt and a completion, found one that is all completion: use rows of "
             "prompt + completion or messages, with dataset.completion_only"
         )
     return example.input_ids[:start], example.input_ids[start:end]

@@ -58,6 +58,8 @@ class Judged(Objective):
     """A subclass says which lanes there are, and what their log-probabilities cost."""
 
     has_gradient = True
+    temperature = 1.0
+    """That logits are divided by."""
 
     def __init__(self, config: Config, session: Session, data: TokenDataset) -> None:
         self._config = config
@@ -117,7 +119,7 @@ class Judged(Objective):
                     f"training.objective {self._config.objective}: expected a loss of the next token from "
                     f"{type(model).__name__}, found one of other tokens"
                 )
-        head.sequence_backward(losses, self._versions, self._weigh)
+        head.sequence_backward(losses, self._versions, self._weigh, self.temperature)
         return self._loss
 
     def _weigh(self, log_probs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -45,11 +45,13 @@ PREFERENCES: dict[str, ObjectiveEntry] = {
     "simpo": ObjectiveEntry("finetune.objectives.simpo:SimPO", section="preference"),
     "orpo": ObjectiveEntry("finetune.objectives.orpo:ORPO", section="preference"),
     "kto": ObjectiveEntry("finetune.objectives.kto:KTO", has_reference=True, section="preference"),
+    "grpo": ObjectiveEntry("finetune.objectives.grpo:GRPO", has_reference=True, steps_alone=True, section="grpo"),
     "reward": ObjectiveEntry("finetune.objectives.reward_model:RewardModel", scores=True, steps_alone=True, section="reward"),
 }
 """Objectives of methods with gradients, beside loss: `training.objective`."""
 OBJECTIVE_SECTIONS = {
     "preference": "finetune.objectives.preference_options:PreferenceOptions",
+    "grpo": "finetune.objectives.grpo_options:GrpoOptions",
     "reward": "finetune.objectives.reward_options:RewardOptions",
 }
 """Sections that some objectives read: "module:Class", a `finetune.options.Section`."""

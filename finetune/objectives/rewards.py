@@ -44,14 +44,14 @@ def token_f1(completions: Sequence[str], references: Sequence[str], **_: object)
     return [_f1(_words(found), _words(wanted)) for found, wanted in zip(completions, references, strict=True)]
 
 
-def load_reward(name: str) -> Reward:
-    """`FILE.py:FUNCTION` or `MODULE:FUNCTION`. Raises UserError."""
+def load_reward(name: str, key: str = "zo.objective") -> Reward:
+    """`FILE.py:FUNCTION` or `MODULE:FUNCTION`. key: of the configuration, that says so. Raises UserError."""
     source, _, function = name.rpartition(":")
     try:
         if source.endswith(".py"):
             path = Path(source).expanduser()
             if not path.is_file():
-                raise UserError(f"zo.objective: expected {name} to name a Python file, there is none at {path}")
+                raise UserError(f"{key}: expected {name} to name a Python file, there is none at {path}")
             spec = importlib.util.spec_from_file_location(path.stem, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -60,10 +60,10 @@ def load_reward(name: str) -> Reward:
     except UserError:
         raise
     except Exception as error:  # the user's code raises what it likes
-        raise UserError(f"zo.objective: {source} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: {source} cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise UserError(f"zo.objective: expected a function named {function} in {source}, found {found!r}")
+        raise UserError(f"{key}: expected a function named {function} in {source}, found {found!r}")
     return found
 
 

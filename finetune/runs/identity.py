@@ -104,6 +104,7 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
         zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
     values["preference"]["beta"] = config.preference.beta_of(config.objective)
     values["preference"]["cpo_alpha"] = config.preference.cpo_alpha_of(config.objective)
+    values["grpo"]["reward_funcs"] = [getattr(word, "__qualname__", word) for word in config.grpo.reward_funcs]
     for section in OBJECTIVE_SECTIONS:
         if section != find_objective(config.objective).section:
             del values[section]

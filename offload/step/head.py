@@ -122,13 +122,17 @@ class TiledHead:
                 lane.add_weight_gradient(chunk, weight, bias)
             self._weights.add_gradients(key, weight, bias)
 
-    def sequence_backward(self, losses: Sequence[DeferredLoss], versions: Versions, weigh: Weigh) -> None:
+    def sequence_backward(
+        self, losses: Sequence[DeferredLoss], versions: Versions, weigh: Weigh, temperature: float = 1.0
+    ) -> None:
         """Log-probabilities of the labels of all lanes, then backward from what `weigh` makes of them, as far as
         `loss_and_backward` goes. See [Note: losses of sequences] in `offload.step.sequence_loss`.
 
-        losses: the lanes' own; what they ask for is which rows meet which label.
+        losses: the lanes' own; what they ask for is which rows meet which label. temperature: that logits are divided by.
         """
-        lanes = [TokenLogProbs(loss, self._tile_tokens, i < versions.trained) for i, loss in enumerate(losses)]
+        lanes = [
+            TokenLogProbs(loss, self._tile_tokens, i < versions.trained, temperature) for i, loss in enumerate(losses)
+        ]
         trained, is_whole = lanes[: versions.trained], len(self._keys) == 1
         for key in self._keys:
             self._weights.acquire(key)

@@ -35,7 +35,7 @@ class TokenLogProbs(TiledCrossEntropy):
 
     log_probs: torch.Tensor
 
-    def __init__(self, loss: DeferredLoss, tile_tokens: int, backward: bool) -> None:
+    def __init__(self, loss: DeferredLoss, tile_tokens: int, backward: bool, temperature: float = 1.0) -> None:
         if len(loss.terms) != 1 or isinstance(loss.added, torch.Tensor):
             raise UserError(
                 "the model's own loss is more than one cross entropy: losses of preferences are made of the likelihood of the "
@@ -43,6 +43,8 @@ class TokenLogProbs(TiledCrossEntropy):
             )
         super().__init__(loss.terms[0].logits, loss.terms[0].labels, tile_tokens, backward=backward)
         self._valid = self._labels != IGNORE_INDEX
+        if temperature != 1.0:
+            self._operations = [*self._operations, lambda logits, _: logits / temperature]
 
     def plain_log_probs(self, forward: Callable) -> None:
         set_random_state(self._random_state)
