@@ -293,6 +293,7 @@ def chat(config: Config, adapter: str | None, how: dict[str, Any], max_new_token
 _command("config", "model", "adapter", "quantize", "output", ..., "host_memory", "trust_remote_code", "settings", "debug")(
     cli_export.export
 )
+_command(..., "debug")(cli_export.combine)
 _command("config", "model", ..., "trust_remote_code", "settings", "debug")(cli_export.compress)
 _command("config", ..., "host_memory", "device_memory", "device", "trust_remote_code", "settings", "debug")(cli_reports.report)
 _command(

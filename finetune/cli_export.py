@@ -90,6 +90,38 @@ def _write(
     typer.echo(f"{target}: the model after {steps} steps")
 
 
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]", help="Directories of adapters or runs, or hub ids.")
+    ],
+    to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="Model of the adapters. [default: what the first one names]")
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            help="linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or "
+            "magnitude_prune_svd.",
+        ),
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of values that ties, dare and magnitude_prune keep.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="With svd: rank of the result. [default: the largest]")] = None,
+    majority_sign: Annotated[str, typer.Option("--majority-sign", help="With ties: total or frequency.")] = "total",
+    dropping_seed: Annotated[int, typer.Option("--seed", help="Of what dare drops.")] = 42,
+) -> None:
+    """Write several LoRA adapters of one model as one, with PEFT's own arithmetic: the model's weights are not read."""
+    require(to, "a directory to write to", "--to DIRECTORY")
+    from finetune.combine import Combination
+    from finetune.combine import combine as combine_adapters
+
+    how = Combination(kind, density, rank, majority_sign, dropping_seed)
+    typer.echo(combine_adapters(adapters, Path(to).expanduser(), how, base))
+
+
 def compress(
     config: Config,
     to: Annotated[str | None, typer.Option("--to", help="Directory to write; it must not exist.")] = None,

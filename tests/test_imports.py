@@ -45,8 +45,8 @@ ROOMS = [
     {"micro_batch_choice", "nearest_plans", "sequence_chunk_choice"},
     {"training"},
     {
-        "bench", "chat", "compress", "doctor", "evaluate", "export", "generate", "gguf_adapter", "gguf_export", "merge",
-        "push", "questions",
+        "bench", "chat", "combine", "compress", "doctor", "evaluate", "export", "generate", "gguf_adapter", "gguf_export",
+        "merge", "push", "questions",
     },  # fmt: skip
     {"one_run", "trainer"},
     {"sweep", "sweeps"},

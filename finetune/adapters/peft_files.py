@@ -15,15 +15,16 @@ from offload.files.new_directory import new_directory
 from offload.weights.parts import ModelParts
 
 
-def save(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> None:
+def save(model: nn.Module, directory: Path, about: Mapping[str, Any] | None) -> None:
     """Writes the adapter in PEFT's format; what was in `directory` stays until the new one is whole. about: what the
-    run says of itself, of which the adapter keeps "model" and "run", and "step" where that is known."""
+    run says of itself, of which the adapter keeps "model" and "run", and "step" where that is known; None: nothing is known."""
     try:
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
-            model.save_pretrained(temporary, save_embedding_layers=False)
+            model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
             _order_modules(temporary / CONFIG)
-            seal_adapter(temporary, about)
+            if about is not None:
+                seal_adapter(temporary, about)
     except OSError as error:
         raise UserError(
             f"cannot write the adapter to {directory}: {error.strerror or error}. Make room or mend it, then "

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapters.base import class_of
 from finetune.adapters.peft_files import task_type
@@ -65,6 +65,34 @@ def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
         missing = _missing(model, {entry.name for entry in entries}, result.missing_keys)
         _check_complete(directory, config, missing, result.unexpected_keys)
     return model, parts.on(parts.checkpoint, sources) if tables else parts
+
+
+def read_plain(parts: ModelParts, directory: Path, unwanted: Collection[tuple[str, str]]) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's configuration of a LoRA adapter and its tensors, without tables of the model that lie beside them. unwanted:
+    options that it may not have, and what they bring, in words.
+
+    Raises UserError as `load` does.
+    """
+    from safetensors import safe_open
+
+    _check_files(directory)
+    check_adapter(directory)
+    config = _read_config(directory)
+    if config.peft_type != "LORA":
+        raise UserError(f"{directory} is of kind {config.peft_type.lower()}, expected a LoRA adapter: PEFT combines no others")
+    for option, word in unwanted:
+        if getattr(config, option, None):
+            raise UserError(f"{directory} has {option}, and PEFT does not combine {word} of adapters")
+    config.task_type = task_type(parts.model)
+    own = [entry.name for entry in read_header(directory / WEIGHTS) if _table_name(entry, parts.sources) is None]
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        return config, {name: file.get_tensor(name) for name in own}
+
+
+def base_name(directory: Path) -> str | None:
+    """What the adapter says that it was trained on."""
+    _check_files(directory)
+    return json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or None
 
 
 def find(adapter: str | Path) -> Path:
