@@ -199,7 +199,8 @@ class Trainer:
 
     def _go(self, run: Run, trace: Trace | None) -> TrainResult:
         session, config = run.session, run.session.config
-        streamed = session.open(run.planned, config.output / "scratch", run.inside, run.ready.objective.make_loss, trace)
+        make_loss = session.adapter.make_loss(run.ready.objective.make_loss)
+        streamed = session.open(run.planned, config.output / "scratch", run.inside, make_loss, trace)
         run.say([*session.notes, *streamed.notes])
         loop, report = run.go(self.callbacks)
         if trace is not None:

@@ -35,6 +35,7 @@ def imported_roots(source: str) -> set[str]:
 
 
 ROOMS = [
+    {"peft_tuners"},
     {"adapters", "config", "data", "machines", "reporting"},
     {"runs"},
     {"quantization"},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a kind's options may stand beside its code, and are read wi
     from torch import nn
 
     from finetune.config import Config
+    from offload.step.own_loss import MakeLoss
     from offload.streamed_model import StreamedModel
     from offload.weights.parts import ModelParts
 
@@ -87,6 +88,14 @@ class Adapter:
     def after_backward(self) -> None:
         """After the backward of a step, when blocks have their gradients."""
 
+    def make_loss(self, make: MakeLoss) -> MakeLoss:
+        """What makes the loss of a step, given what makes it without the adapter."""
+        return make
+
+    def kept_bytes(self, tokens: int) -> int:
+        """What a step of so many tokens keeps for that loss."""
+        return 0
+
     def own_loss(self) -> torch.Tensor | None:
         """What it adds to the loss of a step beside the model's, fp32 []; gradients are left in `.grad`. None: nothing."""
         return None
@@ -127,6 +136,7 @@ _OWN_CODE = {
     "ADALORA": "finetune.adapters.adalora:AdaLora",
     **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), "finetune.adapters.prompts:Prompt"),
     "CARTRIDGE": "finetune.adapters.prefix:Prefix",
+    **dict.fromkeys(("MIXLORA", "DYNMOLE"), "finetune.adapters.routed:Routed"),
 }
 """PEFT's word -> "module:Class" of tuners that are more than layers."""
 

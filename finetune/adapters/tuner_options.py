@@ -21,6 +21,9 @@ REFUSED = {
 }
 """Tuners that can't be trained on a streamed model, and why."""
 
+BY_GRADIENTS = ("adalora", "mixlora", "dynmole")
+"""Those whose own loss goes by gradients."""
+
 BEFORE_TEXTS = ("prompt_tuning", "p_tuning", "prefix_tuning", "cartridge")
 """Those that stand before a text."""
 
@@ -46,7 +49,8 @@ class AdapterOptions(Section):
                 ("adapter.type", "dataset.packing"),
                 f"expected dataset.packing off with adapter.type {self.type}, which stands before one text, found it on",
             )
-        if config.method == "zo" and config.adapter_kind == "adapter" and self.type == "adalora":
+        if config.method == "zo" and config.adapter_kind == "adapter" and self.type in BY_GRADIENTS:
             yield Conflict(
-                ("adapter.type", "method"), "expected another adapter.type with zo than adalora, which goes by gradients"
+                ("adapter.type", "method"),
+                f"expected another adapter.type with zo than {self.type}, whose own loss goes by gradients",
             )

@@ -133,9 +133,7 @@ def make_config(word: str, arguments: dict[str, Any], task: str | None) -> Any:
 
 def config_class(word: str) -> type:
     """PEFT's configuration of the tuner `word`. Raises UserError for one that PEFT does not have or that can't be streamed."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known = {kind.value.lower(): config for kind, config in known_types().items()}
     if word == "lora":
         raise UserError("adapter.type lora: expected another tuner of PEFT; LoRA is method lora, with section lora")
     if word in REFUSED:
@@ -145,6 +143,15 @@ def config_class(word: str) -> type:
         found = f"{show(word)}{_nearest(word, known)}"
         raise UserError(f"adapter.type: expected a tuner of PEFT ({', '.join(there)}), found {found}")
     return known[word]
+
+
+def known_types() -> dict[Any, type]:
+    """PEFT's types of adapters, with those of `finetune.peft_tuners`: their configurations."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import finetune.peft_tuners  # noqa: F401  registers them
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def _problems(word: str, kind: type, arguments: dict[str, Any]) -> typing.Iterator[str]:
@@ -241,10 +248,8 @@ def check_tuner(adapted: nn.Module, word: str) -> None:
 
 def check_kind(kind: Any, place: Path) -> None:
     """Raises UserError for a saved adapter, in `place`, of a kind that PEFT does not have or that cannot be streamed."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     word = str(kind).lower()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if kind not in known_types():
         raise UserError(f"the adapter in {place} is of kind {word}, which this PEFT does not have: install a newer one")
     if word in REFUSED:
         raise UserError(f"the adapter in {place} is of kind {word}, which cannot be streamed: {REFUSED[word]}")

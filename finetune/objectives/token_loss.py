@@ -48,6 +48,7 @@ class TokenLoss(Objective):
     def full_shape(cls, config: Config, session: Session, longest: int) -> BatchShape:
         shape = replace(super().full_shape(config, session, longest), can_wait=True)
         routers = RouterLoss(config.training, session.parts.model).kept_bytes(shape)
+        routers += _of_adapter(session, shape)
         return shape.keeping(routers + _form_bytes(_form(config, session, None).form, session, shape))
 
     def shape(self, session: Session) -> BatchShape:
@@ -56,7 +57,8 @@ class TokenLoss(Objective):
         if isinstance(self._data, TensorRows):
             longest = self._data.longest(shape.inputs["input_ids"].shape[0])
             shape = replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
-        return shape.keeping(self._routers.kept_bytes(shape) + _form_bytes(self._form.form, session, shape))
+        routers = self._routers.kept_bytes(shape) + _of_adapter(session, shape)
+        return shape.keeping(routers + _form_bytes(self._form.form, session, shape))
 
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         batches = make_micro_batches(self._data, groups, device)
@@ -107,3 +109,8 @@ def _form_bytes(form: LossForm, session: Session, shape: BatchShape) -> int:
     rows = shape.micro_batches * shape.rows
     sums = 4 * rows * (head.module.weight.shape[1] + 2) if form.smoothing and len(head.layouts) > 1 else 0
     return 4 * form.tiles * min(head.tile_tokens, shape.rows) * head.tile_vocab + sums
+
+
+def _of_adapter(session: Session, shape: BatchShape) -> int:
+    """Bytes that the adapter's own loss keeps of a step."""
+    return session.adapter.kept_bytes(shape.micro_batches * shape.rows) if shape.train else 0

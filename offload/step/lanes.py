@@ -14,6 +14,9 @@ Transformers collects some outputs by hooks on modules, into the lists of a cont
 logits of routers, of which the model makes a loss afterwards. A block runs outside of its lane's context, so it is given lists
 of its own, and what they hold then is treated as outputs of the block: anchored, appended to the lane's lists, and found again
 by its recomputation, through which the gradient of that loss goes on.
+
+What a lane runs in (`around`) may collect more: it has `collected`, lists by key. Hooks in blocks find those keys too, and what
+they append ends up in these lists.
 """
 
 from __future__ import annotations
@@ -144,11 +147,12 @@ class Lane:
 
     def park(self, call: BlockCall) -> Any:
         """Called inside the lane by a wrapped block; returns the block's output once the engine has computed it."""
-        call.captured = collected_keys()
+        more = getattr(self._around, "collected", {})
+        call.captured = (*collected_keys(), *more)
         output, captured = self._greenlet.parent.switch(call)
         torch.set_grad_enabled(call.grad_enabled)
         for key, values in captured.items():
-            _collector().get()[key].extend(values)
+            (more if key in more else _collector().get())[key].extend(values)
         return output
 
     def resume(self, value: Any = None) -> None:
