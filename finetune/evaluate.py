@@ -28,6 +28,7 @@ from finetune.methods.results import find_result
 from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
+from finetune.objectives.metrics import Predictions, load_metrics
 from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.objectives.written_rows import WrittenRows
@@ -110,6 +111,7 @@ def plan_with_evaluation(
     if isinstance(rows, WrittenRows):
         measured = rows.shape(session)
         return session.plan(shape, measured), HeldOut(rows, measured)
+    shape = shape.keeping(shape.kept_bytes + _kept_bytes(rows))
     planned = session.plan(shape)
     longest, waits = shape.inputs["input_ids"].shape[1], planned.plan.count(HIDDEN_STATES)
     max_length = min(rows.max_length, most_tokens)
@@ -118,7 +120,7 @@ def plan_with_evaluation(
     # As many tokens a pass as a step has; where they do not fit, one row. Micro-batches of a pass wait in memory.
     most = 1 if waits else max(1, shape.rows * shape.micro_batches // max_length)
     for micro_batches in sorted({most, 1}, reverse=True):
-        longer = BatchShape.of_text(1, max_length, micro_batches * rows.versions, train=False)
+        longer = BatchShape.of_text(1, max_length, micro_batches * rows.versions, train=False).keeping(_kept_bytes(rows))
         try:
             return session.plan(shape, longer), HeldOut(rows, longer)
         except PlanRefused as error:
@@ -175,6 +177,8 @@ def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Wri
     source = config.data if config.eval_data is None else config.eval_data
     tensors = open_tensor_rows(source, session.parts)
     if tensors is not None:
+        if config.training.compute_metrics is not None:
+            raise UserError("training.compute_metrics: expected rows of text, found samples of tensors: leave it out")
         return tensors
     objective_class(config).check_model(session.parts)
     if find_objective(config.objective).has_reference:
@@ -182,7 +186,7 @@ def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Wri
     data = _prepare(config, session.parts.directory)
     if find_objective(config.objective).section:
         return make_objective(config, session, data).measured()
-    return TextRows(data)
+    return TextRows(data, load_metrics(config.training.compute_metrics))
 
 
 def _plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows, micro_batch_size: int) -> PlannedRun:
@@ -214,9 +218,14 @@ def _least_plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | 
     return session.plan(BatchShape.of_text(min(size, len(rows)), length, rows.versions, train=False))
 
 
+def _kept_bytes(rows: TextRows | MeasuredRows) -> int:
+    """What a pass over the rows keeps of all of them."""
+    return rows.kept_bytes if isinstance(rows, TextRows) else 0
+
+
 def _plan_text(session: Session, rows: TextRows | MeasuredRows, micro_batch_size: int) -> PlannedRun:
     capacity = micro_batch_size * rows.max_length
-    shape = BatchShape.of_text(micro_batch_size, rows.max_length, rows.versions, train=False)
+    shape = BatchShape.of_text(micro_batch_size, rows.max_length, rows.versions, train=False).keeping(_kept_bytes(rows))
     return _least_reading(session, shape, -(-rows.tokens // capacity), PASS_TOKENS // capacity)
 
 
@@ -253,15 +262,30 @@ def _measure(
     totals: dict[int, float] = {}
     tokens = done = 0
     micro_batches = _micro_batches(rows, shape)
+    predictions = None if rows.metrics is None else rows.predictions()
     while lanes := list(islice(micro_batches, shape.micro_batches)):
-        for scores, lane in zip(score(streamed, lanes, rows.pad_token_id), lanes, strict=True):
+        found = score(streamed, lanes, rows.pad_token_id, predicts=predictions is not None)
+        for scores, lane in zip(found, lanes, strict=True):
             accounts = np.concatenate([one.accounts for one in lane])
+            if predictions is not None:
+                _take(predictions, lane, scores.tokens)
             for account, loss in zip(accounts.tolist(), scores.losses.tolist(), strict=True):
                 totals[account] = totals.get(account, 0.0) + loss
             tokens += int((accounts == 0).sum())
             done += sum(bool((one.accounts == 0).any()) for one in lane)
         progress(done, len(rows))
-    return rows.result(totals, tokens)
+    result = rows.result(totals, tokens)
+    return result if predictions is None else result | predictions.measure(rows.metrics)
+
+
+def _take(predictions: Predictions, lane: list[Asked], tokens: np.ndarray) -> None:
+    """tokens: of all that the lane was asked. What was asked for the loss is of the row itself."""
+    start = 0
+    for one in lane:
+        of_loss, predicted = one.accounts == 0, tokens[start : start + len(one.accounts)]
+        if of_loss.any():
+            predictions.take(one.positions[of_loss], one.targets[of_loss], predicted[of_loss])
+        start += len(one.accounts)
 
 
 def _measure_judged(

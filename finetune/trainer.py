@@ -17,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.config import Config
+from finetune.config.loading import expand_shorthands, merge
 from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
@@ -39,6 +40,7 @@ from finetune.runs.disk import check_disk
 from finetune.runs.signals import StopRequest, stop_requests
 from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
+from finetune.training.arguments import values_of
 from finetune.training.traces import write_traces
 from memory.arena import trim_malloc
 from memory.errors import UserError
@@ -46,6 +48,9 @@ from memory.meter import MemoryMeter
 from memory.trace import Trace
 from offload.devices import DescribedDevice
 from offload.sizing.compression import try_compression
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,16 @@ class Trainer:
     sequences of dicts of tensors for models that do not read text.
     """
 
-    def __init__(self, config: Config | None = None, callbacks: Sequence[Any] = (), **values: Any) -> None:
-        """values: in place of a configuration, what it is made of: `Trainer(model=..., data=...)`."""
-        if config is not None and values:
-            raise UserError(f"expected a configuration or its values, found both ({', '.join(values)})")
+    def __init__(
+        self, config: Config | None = None, callbacks: Sequence[Any] = (), args: TrainingArguments | None = None, **values: Any
+    ) -> None:
+        """values: in place of a configuration, what it is made of: `Trainer(model=..., data=...)`. args: Transformers'
+        arguments, all of whose values then count; what `values` say besides comes first."""
+        if config is not None and (values or args is not None):
+            found = [*values, *(["args"] if args is not None else [])]
+            raise UserError(f"expected a configuration or its values, found both ({', '.join(found)})")
+        if args is not None:
+            values = merge(values_of(args), expand_shorthands(values))
         self.config = Config(**values) if config is None else config
         self.callbacks = list(callbacks)
         for callback in self.callbacks:

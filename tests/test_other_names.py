@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
+from finetune import Trainer
 from finetune.config import Config, ConfigError
+from memory.errors import UserError
 
 
 def test_names_of_training_arguments_are_taken_and_said():
@@ -41,3 +44,27 @@ def test_names_of_training_arguments_are_taken_and_said():
 def test_what_contradicts_itself_is_refused(values: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         Config(model="m", **values)
+
+
+def test_training_arguments_are_taken_with_their_defaults(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=3, eval_strategy="epoch",
+        warmup_steps=0.1, lr_scheduler_type="cosine", logging_steps=3, use_cpu=True, report_to="none", neftune_noise_alpha=5,
+    )  # fmt: skip
+    config = Trainer(model="m", data="d", args=args, training={"learning_rate": 1e-3, "epochs": 2}, seed=7).config
+    expected = {
+        "batch_size": 6, "micro_batch_size": 2, "epochs": 2, "warmup_ratio": 0.1, "lr_scheduler": "cosine", "save_steps": 500,
+        "eval_steps": "epoch", "learning_rate": 1e-3, "seed": 7, "max_grad_norm": 1.0, "neftune_noise_alpha": 5.0,
+    }  # fmt: skip
+    assert {key: getattr(config.training, key) for key in expected} == expected
+    assert config.output == tmp_path and config.training.max_steps is None and config.training.report_to == []
+    assert Trainer(model="m", args=TrainingArguments(str(tmp_path), use_cpu=True)).config.training.learning_rate == 5e-5
+    for more, words in [
+        ({"optim": "adafactor", "group_by_length": True}, "found optim=.*: leave them out, and set what they are for"),
+        ({"save_steps": 0.25}, "expected save_steps to be a number of steps, found 0.25, a share of them"),
+    ]:
+        known = {key: value for key, value in more.items() if key in TrainingArguments.__dataclass_fields__}
+        with pytest.raises(UserError, match=words):
+            Trainer(model="m", args=TrainingArguments(str(tmp_path), use_cpu=True, **known))
+    with pytest.raises(UserError, match=r"expected a configuration or its values, found both \(args\)"):
+        Trainer(Config(model="m"), args=args)

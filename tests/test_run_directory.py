@@ -408,7 +408,8 @@ class TestTheSameRun:
         config = Config(model="m", method="full")
         kept = settings(config, torch.float32)
         assert kept["training"].keys() == config.training.model_dump().keys() - {
-            "max_steps", "epochs", "eval_steps", "save_steps", "report_to", "save_total_limit", "metric_for_best_model",
+            "max_steps", "epochs", "eval_steps", "save_steps", "report_to", "compute_metrics", "save_total_limit",
+            "metric_for_best_model",
             "greater_is_better", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
         }  # fmt: skip
         assert kept["dataset"].keys() == config.dataset.model_dump().keys()

@@ -227,6 +227,9 @@ class _Keys(Section):
             values["grpo"]["reward_funcs"] = [
                 f"{word.__module__}:{word.__name__}" if callable(word) else word for word in self.grpo.reward_funcs
             ]
+        if callable(self.training.compute_metrics):
+            comments += "# training.compute_metrics was a Python function\n"
+            values["training"]["compute_metrics"] = None
         for key in ("data", "eval_data"):
             if not is_named(values[key]):
                 comments += f"# {key} was a Python object ({type(values[key]).__name__})\n"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from finetune.methods.registry import METHODS
+from finetune.objectives.registry import PREFERENCES
 from finetune.options import Conflict, Count, NonNegative, Section, Switch, show
 
 _FALLING = ("loss", "perplexity")  # measures of which less is better, by the end of their names
@@ -21,6 +23,12 @@ def _check_steps(value: Any) -> Any:
     return value
 
 
+def _check_metrics(word: Any) -> Any:
+    if word is not None and not callable(word) and not re.fullmatch(r".+:[A-Za-z_]\w*", str(word)):
+        raise ValueError(f"expected FILE.py:FUNCTION, MODULE:FUNCTION or a function, found {show(word)}")
+    return word
+
+
 StepsOrEpoch = Annotated[int | Literal["epoch"], BeforeValidator(_check_steps)]
 
 
@@ -29,6 +37,9 @@ class EvaluationOptions(Section):
 
     eval_steps: Annotated[StepsOrEpoch | None, BeforeValidator(_check_steps)] = None
     """Evaluates every so many steps; epoch: at the end of each pass over the data. None: only at the end."""
+    compute_metrics: Annotated[Any, BeforeValidator(_check_metrics)] = None
+    """FILE.py:FUNCTION, MODULE:FUNCTION or a function of Transformers' `EvalPrediction`, which has the likeliest token at each
+    label; it returns numbers by name. See `finetune.objectives.metrics`."""
     metric_for_best_model: str | None = None
     """What evaluations are compared by, a name that they give: loss, accuracy, or of `compute_metrics`. None: loss."""
     greater_is_better: Switch | None = None
@@ -66,6 +77,9 @@ class EvaluationOptions(Section):
                     (f"training.{key}", "training.eval_steps"),
                     f"training.{key}: expected evaluations in the run, found no training.eval_steps",
                 )
+        if self.compute_metrics is not None and config.objective in tuple(PREFERENCES):
+            keys = ("training.compute_metrics", "training.objective")
+            yield Conflict(keys, f"training.compute_metrics: expected none with training.objective {config.objective}")
         if self.load_best_model_at_end and "store" in METHODS[config.method].files(config):
             yield Conflict(
                 ("training.load_best_model_at_end", "method"),

@@ -14,9 +14,9 @@ of one token that is the same.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from finetune.data import Example, TokenDataset, collate
 from finetune.data.cache import MASKED
+from finetune.objectives.metrics import Predictions, prediction_bytes
 from offload.streamed_model import StreamedModel
 
 
@@ -41,10 +42,11 @@ class Asked:
 
 
 class TextRows:
-    """The rows of a token cache as `Asked` sequences, longest row first."""
+    """The rows of a token cache as `Asked` sequences, longest row first. metrics: a user's function of what is predicted."""
 
-    def __init__(self, data: TokenDataset) -> None:
+    def __init__(self, data: TokenDataset, metrics: Callable[..., Any] | None = None) -> None:
         self._data = data
+        self.metrics = metrics
         self._choices = data.num_choices or 1
         lengths = np.asarray(data.lengths).reshape(-1, self._choices)
         self._order = np.argsort(-lengths.max(axis=1), kind="stable")
@@ -53,6 +55,11 @@ class TextRows:
         self.tokens = int(lengths[np.arange(len(lengths)), answers].sum())  # where every row is computed once
         self.pad_token_id = data.pad_token_id
         self.versions = 1  # of the weights, that are asked
+        self.kept_bytes = 0 if metrics is None else prediction_bytes(len(lengths), self.max_length)
+
+    def predictions(self) -> Predictions:
+        """For one pass."""
+        return Predictions(self._order.tolist(), self.max_length)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -120,18 +127,22 @@ def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 
 class Scores(NamedTuple):
-    """Of the pairs of one lane, in order. losses: fp32, cross entropies. likeliest: bool, whether no token is likelier."""
+    """Of the pairs of one lane, in order. losses: fp32, cross entropies. likeliest: bool, whether no token is likelier.
+    tokens: int64, the likeliest ones; None: not asked."""
 
     losses: np.ndarray
     likeliest: np.ndarray
+    tokens: np.ndarray | None = None
 
 
 def score(
-    streamed: StreamedModel, lanes: Sequence[Sequence[Asked]], pad_token_id: int, variants: Sequence[int] = ()
-) -> list[Scores]:
+    streamed: StreamedModel, lanes: Sequence[Sequence[Asked]], pad_token_id: int, variants: Sequence[int] = (),
+    predicts: bool = False,
+) -> list[Scores]:  # fmt: skip
     """What every lane's sequences are asked for, from one pass over the weights.
 
-    variants: which variant of the weights each lane meets, as in `StreamedModel.forward`.
+    variants: which variant of the weights each lane meets, as in `StreamedModel.forward`. predicts: whether the likeliest
+    tokens are asked too.
     """
     device = streamed.device.torch_device
     inputs = []
@@ -148,12 +159,13 @@ def score(
         if streamed.head is None:
             asked = output.logits[row, position].float()
             losses = functional.cross_entropy(asked, target, reduction="none")
-            results.append(Scores(losses.cpu().numpy(), (asked.argmax(dim=1) == target).cpu().numpy()))
+            tokens = asked.max(dim=1).indices
+            results.append(Scores(losses.cpu().numpy(), (tokens == target).cpu().numpy(), tokens.cpu().numpy()))
             continue
         logits.append(output.logits[row, position])
         labels.append(target)
     del outputs
     if streamed.head is not None:
-        found = streamed.head.token_scores(logits, labels, variants)
-        results = [Scores(*(values.cpu().numpy() for values in one)) for one in found]
+        found = streamed.head.token_scores(logits, labels, variants, predicts)
+        results = [Scores(*(None if values is None else values.cpu().numpy() for values in one)) for one in found]
     return results

@@ -32,7 +32,7 @@ class BestStep:
         self._greater = options.best_is_greater
         self._patience = options.early_stopping_patience
         self._threshold = options.early_stopping_threshold
-        self._named = options.metric_for_best_model is not None
+        self._is_wanted = bool(options.metric_for_best_model or options.load_best_model_at_end or self._patience)
         self.step, self.value, self.misses = 0, math.nan, 0
         self._has_value, self._taken = False, 0
 
@@ -50,7 +50,7 @@ class BestStep:
         if not measured or step <= self._taken:
             return False
         if self.metric not in measured:
-            if not self._named:
+            if not self._is_wanted:
                 return False
             raise UserError(
                 f"training.metric_for_best_model: expected one of {', '.join(measured)}, which the evaluation gives, found "

@@ -30,7 +30,8 @@ from offload.weights.parts import ModelParts
 _CHANGES_NOTHING = frozenset(
     "model data eval_data quantization.cache output host_memory device_memory disk max_writes device machine resume trace "
     "trust_remote_code training.max_steps training.epochs training.eval_steps training.save_steps training.report_to "
-    "training.save_total_limit training.metric_for_best_model training.greater_is_better training.load_best_model_at_end "
+    "training.compute_metrics training.save_total_limit training.metric_for_best_model training.greater_is_better "
+    "training.load_best_model_at_end "
     "training.early_stopping_patience training.early_stopping_threshold "
     "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
     "engine.hidden_states "

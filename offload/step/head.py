@@ -188,9 +188,10 @@ class TiledHead:
         return torch.stack(totals)
 
     def token_scores(
-        self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor], variants: Sequence[int] = ()
-    ) -> list[TokenScores]:
-        """What each lane's model says of every label. No gradients.
+        self, logits: Sequence[DeferredLogits], labels: Sequence[torch.Tensor], variants: Sequence[int] = (),
+        predicts: bool = False,
+    ) -> list[TokenScores]:  # fmt: skip
+        """What each lane's model says of every label. No gradients. predicts: and which token it finds likeliest.
 
         logits: [n, V] a lane. labels: int64 [n] a lane, of these very rows; -100: nothing is asked. variants: which one
         of the weights each lane met, ascending; empty: all the only one.
@@ -198,6 +199,8 @@ class TiledHead:
         with torch.no_grad():
             pairs = zip(logits, labels, strict=True)
             rows = [TiledCrossEntropy(lane, y, self._tile_tokens, backward=False) for lane, y in pairs]
+            for one in rows:
+                one.predicts = predicts
             forward = self._forward if len(self._keys) == 1 else None
             for i, chunk in self._every_chunk(variants or [0] * len(rows)):
                 rows[i].add_chunk(chunk, forward)

@@ -50,11 +50,13 @@ Operation = Callable[[torch.Tensor, slice], torch.Tensor]
 class TokenScores(NamedTuple):
     """Of every position, [n]; 0 and False where the label is -100.
 
-    losses: fp32, the cross entropy of the label. likeliest: bool, whether no token is likelier than it.
+    losses: fp32, the cross entropy of the label. likeliest: bool, whether no token is likelier than it. tokens: int64, the
+    likeliest one, the first of several, -100 where the label is; None: not asked.
     """
 
     losses: torch.Tensor
     likeliest: torch.Tensor
+    tokens: torch.Tensor | None = None
 
 
 def apply_operations(operations: Sequence[Operation], x: torch.Tensor, columns: slice) -> torch.Tensor:
@@ -150,6 +152,8 @@ class TiledCrossEntropy:
         self._backward = backward
         self.loss = torch.zeros((), dtype=torch.float32, device=labels.device)
         self._sums: list[torch.Tensor] | None = None
+        self.predicts = False
+        """Whether `token_scores` names the likeliest tokens."""
 
     def _rows(self) -> torch.Tensor:
         """Hidden states of the rows that are computed."""
@@ -189,6 +193,7 @@ class TiledCrossEntropy:
             self._sum = torch.zeros(count, device=device)
             self._label_logit = torch.zeros(count, device=device)
             self._sums = []
+            self._likeliest = torch.zeros(count if self.predicts else 0, dtype=torch.int64, device=device)
             if self._backward:
                 with in_file():
                     self._weighted = torch.zeros(count, rows.shape[1], device=device)
@@ -208,6 +213,10 @@ class TiledCrossEntropy:
             self._label_logit[tile][at] = x[at, column]
             if form.smoothing:
                 self._logit_sum[tile] += x.sum(dim=1)
+            if self.predicts:
+                highest, index = x.max(dim=1)
+                is_higher = highest > self._maximum[tile]
+                self._likeliest[tile] = torch.where(is_higher, index + chunk.start, self._likeliest[tile])
             maximum = torch.maximum(self._maximum[tile], x.amax(dim=1))
             rescale = torch.exp(self._maximum[tile] - maximum)
             p = self._exponentials(x, maximum)
@@ -318,7 +327,8 @@ class TiledCrossEntropy:
         valid = self._labels != IGNORE_INDEX
         losses = torch.where(valid, self._log_sum() - self._label_logit, 0.0)
         likeliest = valid & (self._label_logit >= self._maximum)
-        return TokenScores(self._in_place(losses), self._in_place(likeliest))
+        tokens = self._in_place(torch.where(valid, self._likeliest, IGNORE_INDEX)) if self.predicts else None
+        return TokenScores(self._in_place(losses), self._in_place(likeliest), tokens)
 
     def _in_place(self, values: torch.Tensor) -> torch.Tensor:
         """[rows that were computed] to [n]; 0 at the others."""
