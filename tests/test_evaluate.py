@@ -126,9 +126,9 @@ def test_one_pass_computes_a_row_once_where_candidates_are_single_tokens(model, 
     sequences = []
     scored = finetune.evaluate.score
 
-    def count(streamed, lanes, pad):
+    def count(streamed, lanes, pad, **options):
         sequences.extend(len(lane) for lane in lanes)
-        return scored(streamed, lanes, pad)
+        return scored(streamed, lanes, pad, **options)
 
     monkeypatch.setattr(finetune.evaluate, "score", count)
     evaluate(make_config(model, tmp_path, eval_data=pairs(ONE_TOKEN)))
