@@ -161,12 +161,12 @@ def _train(config: Config) -> None:
 
     typer.echo(f"{_name(config)}: method {config.method}, data {name_of(config.data)}, output {config.output}", err=True)
     with _no_garbage_search():
-        from finetune.reporting.progress import LastingStream
+        from finetune.reporting.progress import LastingStream, fitted
         from finetune.trainer import Trainer
 
     # A run is not lost because `| head` has seen enough of it.
     sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    Trainer(config).train()
+    print(fitted(Trainer(config).train().summary, sys.stdout), flush=True)
 
 
 @_command("runs", *(name for name in _RUN[1:] if name != "max_writes"))

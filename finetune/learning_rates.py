@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from finetune.config import Config
-from finetune.one_run import Run
 from finetune.trainer import Trainer
 from memory.errors import UserError
 
@@ -147,15 +146,8 @@ def _take_steps(config: Config, rates: Sequence[float]) -> list[float]:
             return control
 
     try:
-        _Trial(config, [Rising()]).train()
+        Trainer(config, [Rising()]).train()
     except UserError:
         if len(losses) < FEWEST_STEPS:  # it is not that the rate has grown too far
             raise
     return losses
-
-
-class _Trial(Trainer):
-    """Whose end is not that of a run."""
-
-    def describe_end(self, run: Run, report: dict[str, Any]) -> None:
-        pass

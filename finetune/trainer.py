@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
 from finetune.quantization.base import is_quantized
 from finetune.reporting.ending import describe_ending
-from finetune.reporting.progress import LastingStream, Progress, fitted, say
+from finetune.reporting.progress import Progress, say
 from finetune.reporting.report import summary_table
 from finetune.runs.directory import RunDirectory
 from finetune.runs.disk import check_disk
@@ -55,11 +54,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """global_step: updates done in all. training_loss: mean of this call's step losses. report: what report.json holds."""
+    """global_step: updates done in all. training_loss: mean of this call's step losses. report: what report.json holds.
+    summary: of it what a person wants to know, as lines, which the command line prints."""
 
     global_step: int
     training_loss: float
-    report: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
+    summary: str = field(repr=False)
 
 
 class Trainer:
@@ -129,7 +130,8 @@ class Trainer:
             session.close()
 
     def train(self) -> TrainResult:
-        """Runs to the end of the schedule, from the saved state where `resume` is set.
+        """Runs to the end of the schedule, from the saved state where `resume` is set. What a run says while it goes on goes to
+        standard error; nothing is written to standard output.
 
         Ctrl-C, SIGTERM and SIGHUP end the step at its next block, save the state and raise KeyboardInterrupt; see
         `finetune.runs.signals` for a second one. A failure in mid-run saves the state too, where that is possible.
@@ -217,13 +219,6 @@ class Trainer:
         if trace is not None:
             write_traces(config.trace, run.planned, trace)
         run.progress.close()
-        self.describe_end(run, report)
-        return TrainResult(loop.step, loop.training_loss, report)
-
-    def describe_end(self, run: Run, report: dict[str, Any]) -> None:
-        """Says what was learned and what can be done with it."""
-        session, config = run.session, run.session.config
         is_text = run.planned.shape.samples is None and session.parts.head is not None
-        has_adapter = run.method.adapter_directory is not None
-        ending = describe_ending(report, config.output, has_adapter, is_text)
-        print(fitted(f"{summary_table(report)}\n\n{ending}", sys.stdout), file=LastingStream(sys.stdout), flush=True)
+        ending = describe_ending(report, config.output, run.method.adapter_directory is not None, is_text)
+        return TrainResult(loop.step, loop.training_loss, report, f"{summary_table(report)}\n\n{ending}")

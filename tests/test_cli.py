@@ -52,9 +52,10 @@ class Recorder:
     def __init__(self, config: Config) -> None:
         type(self).config = config
 
-    def train(self) -> None:
+    def train(self) -> types.SimpleNamespace:
         if self.error is not None:
             raise self.error
+        return types.SimpleNamespace(summary="a summary [/bold]")
 
     def plan(self) -> types.SimpleNamespace:
         self.train()

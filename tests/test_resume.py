@@ -118,7 +118,8 @@ def test_evaluating_in_the_middle_changes_nothing(models, data, tmp_path, capsys
     config = run_config(models["float32"], data, tmp_path / "evaluated", 4, eval_steps=2)
     Trainer(config.model_copy(update={"eval_data": data})).train()
     assert_same(Left.by(config), Left.by(plain))
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert not out  # which is the caller's
     assert [line.split(":")[0] for line in said.splitlines() if "evaluation: loss" in line] == ["step 2", "step 4"]
 
 
