@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config import Config
 from finetune.config.loading import expand_shorthands, merge
+from finetune.data.options import with_splits
 from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
@@ -112,6 +113,8 @@ class Trainer:
                 if is_text:
                     config, choice = settle_full_steps(config, session)
                 planned = plan(config)
+            if config.disk is not None:
+                check_disk(config, planned.plan, 0)
             # What only CPUs decode, and only adapters are trained over.
             can_be_compressed = config.adapter_kind is not None and config.quantize is None and not session.on_device
             compression = try_compression(session.parts) if can_be_compressed else None
@@ -155,7 +158,7 @@ class Trainer:
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Loss (and accuracy for prompt+completion data) of what was trained, the adapter or the model itself, on `data`,
         default `config.eval_data`."""
-        config = self.config if data is None else self.config.model_copy(update={"eval_data": data})
+        config = self.config if data is None else self.config.model_copy(update=with_splits({"eval_data": data}))
         return evaluate(config, config.output)
 
     def save_model(self, directory: str | Path | None = None) -> Path:

@@ -150,7 +150,8 @@ def test_flags_reach_the_trainer(trainer: type[Recorder], command: str) -> None:
         disk="7GB", device="cpu", resume=True, trust_remote_code=True, max_steps=5, epochs=0.5, batch_size=6,
         micro_batch_size=2, sequence_length=99, learning_rate=1e-3, seed=0, lora={"r": 3}, training={"save_steps": 7},
     )  # fmt: skip
-    assert result.output == ("a plan [/bold]\n" if command == "plan" else "m: method lora, data d, output o\na summary [/bold]\n")
+    said = {"plan": "a plan [/bold]\n", "run": "m: method lora, data d, output o\na summary [/bold]\n"}
+    assert result.output == said[command]
 
 
 def test_flags_win_over_the_file(trainer: type[Recorder], tmp_path: Path) -> None:

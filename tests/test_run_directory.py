@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -188,9 +189,13 @@ class TestAnEarlierRun:
 
     def test_counts_towards_the_disk(self, model, data, copied):
         config = config_of(model, data, copied("lora"), disk="1MB")
-        with pytest.raises(UserError, match=r"allowed by --disk beside .* of earlier runs"):
+        with pytest.raises(UserError, match=r"allowed by --disk beside .* of earlier runs") as refused:
             Trainer(config).train()
         assert not (config.output / "previous").exists()
+        needed = re.search(r"--disk (\d+MiB)", str(refused.value))[1]  # what is named helps
+        Trainer(config.model_copy(update={"disk": needed})).train()
+        with pytest.raises(UserError, match="allowed by --disk:"):
+            Trainer(config.model_copy(update={"disk": "10KB"})).plan()
 
     def test_is_set_aside_even_if_the_first_attempt_was_killed(self, model, data, copied, monkeypatch):
         config = config_of(model, data, copied("lora"), training={"seed": 9})
