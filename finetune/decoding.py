@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from finetune.data.tokenizer_files import read_tokenizer
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from memory.errors import UserError
+from memory.tensor_file import in_file
 from offload.files.checkpoint import is_gguf
 from offload.files.gguf_file import read_gguf_header
 from offload.sizing.dry_run import measure_visit
+from offload.step.cached_attention import attention_in_parts
 from offload.streamed_model import StreamedModel
 from offload.weights.skeleton import cache_argument
 
@@ -37,16 +40,28 @@ def decode(
     ends: frozenset[int],
     max_new_tokens: int,
     variants: Sequence[int] = (),
+    piece: int | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields, pass by pass, (prompt, token) for every prompt that goes on; the end token is the last of a prompt's.
 
     prompts: token ids. choosers: logits, fp32 [vocabulary] on the CPU, to a token. variants: which one of the weights
-    each prompt meets, as in `StreamedModel.forward`.
+    each prompt meets, as in `StreamedModel.forward`. piece: longer prompts go through the model so many tokens at a time, and
+    attention over so many keys; None: whole.
     """
+    with nullcontext() if piece is None else attention_in_parts(piece):
+        yield from _decode(streamed, prompts, choosers, ends, max_new_tokens, variants, piece)
+
+
+def _decode(
+    streamed: StreamedModel, prompts: Sequence[Sequence[int]], choosers: Sequence[Callable[[torch.Tensor], int]],
+    ends: frozenset[int], max_new_tokens: int, variants: Sequence[int], piece: int | None,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     device = streamed.device.torch_device
     cache_key, before = cache_argument(streamed.parts.model), adapter_of(streamed.model).positions
     caches = [make_cache(streamed, before + len(prompt) + max_new_tokens) for prompt in prompts]
     news = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
+    if piece is not None:
+        news = _fill_caches(streamed, news, caches, variants, piece)
     going = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         versions = [variants[i] for i in going] if variants else ()
@@ -71,6 +86,19 @@ def decode(
                 caches[i] = None
         if not going:
             return
+
+
+def _fill_caches(
+    streamed: StreamedModel, prompts: Sequence[torch.Tensor], caches: Sequence[Any], variants: Sequence[int], piece: int
+) -> list[torch.Tensor]:
+    """Brings all of the prompts, int64 [1, tokens], into the caches but for a last piece of each, which is returned."""
+    cache_key, rest = cache_argument(streamed.parts.model), list(prompts)
+    while going := [i for i, prompt in enumerate(rest) if prompt.shape[1] > piece]:
+        inputs = [{"input_ids": rest[i][:, :piece], cache_key: caches[i], "use_cache": True} for i in going]
+        streamed.forward(inputs, [variants[i] for i in going] if variants else ())
+        for i in going:
+            rest[i] = rest[i][:, piece:]
+    return rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,27 +221,45 @@ def load_tokenizer(directory: Path, config: Config) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What generation holds for some prompts while it goes on."""
+
+    kept_bytes: int  # keys and values of all layers
+    near_bytes: int  # what is made of them while a block attends, and logits
+
+
 def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, prompts: int, rows: int = 1) -> int:
     """What generation holds for `prompts` prompts while it goes on: keys and values of all layers, and logits. rows: of
     each prompt, texts."""
+    size = cache_size(session, prompt_tokens, prompt_tokens + max_new_tokens, prompts, rows)
+    return size.kept_bytes + size.near_bytes
+
+
+def cache_size(
+    session: Session, tokens: int, most_tokens: int, prompts: int, rows: int = 1, piece: int | None = None
+) -> CacheSize:
+    """tokens: of a prompt that is tried. most_tokens: that a text has at most. rows: as in `cache_bytes`. piece: as in `decode`."""
     from transformers import DynamicCache
 
     # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
     probe = DynamicCache(config=session.parts.model.config)
-    inputs = BatchShape.of_text(1, prompt_tokens, 1, train=False).inputs
+    inputs = BatchShape.of_text(1, tokens, 1, train=False).inputs
     inputs |= {cache_argument(session.parts.model): probe, "use_cache": True}
     measure_visit(session.parts, session.model, inputs, train=False)
     text_config = session.parts.model.config.get_text_config(decoder=True)
     filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
     sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)
-    prompt_bytes = max(sizes, default=2 * prompt_tokens * text_config.hidden_size * session.parts.dtype.itemsize)
-    layer_bytes = -(-prompt_bytes * (prompt_tokens + max_new_tokens) // prompt_tokens)
+    prompt_bytes = max(sizes, default=2 * tokens * text_config.hidden_size * session.parts.dtype.itemsize)
+    layer_bytes = -(-prompt_bytes * most_tokens // tokens)
     # While a block attends, keys and values of a group of heads may be repeated for each.
     heads = getattr(text_config, "num_attention_heads", 1)
     repeated = heads // max(1, getattr(text_config, "num_key_value_heads", None) or heads)
     vocabulary = session.parts.head.module.weight.shape[0]
     logits_bytes = (4 * prompts * rows + _CHOOSING_BYTES) * vocabulary
-    return rows * layer_bytes * (len(session.parts.blocks) * prompts + repeated) + logits_bytes
+    # In parts, so many keys are: and the sum over parts is in fp32.
+    repeated_bytes = repeated * (layer_bytes if piece is None else 4 * prompt_bytes)
+    return CacheSize(rows * layer_bytes * len(session.parts.blocks) * prompts, rows * repeated_bytes + logits_bytes)
 
 
 def make_cache(streamed: StreamedModel, max_tokens: int, rows: int = 1) -> Any:
@@ -229,9 +275,11 @@ def make_cache(streamed: StreamedModel, max_tokens: int, rows: int = 1) -> Any:
         def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             super().lazy_initialization(key_states, value_states)
             both = (key_states, value_states)
-            self._room = [
-                states.new_empty(max(rows, len(states)), *states.shape[1:-2], max_tokens, states.shape[-1]) for states in both
-            ]
+            with in_file():
+                self._room = [
+                    states.new_empty(max(rows, len(states)), *states.shape[1:-2], max_tokens, states.shape[-1])
+                    for states in both
+                ]
 
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
             start = self.get_seq_length()

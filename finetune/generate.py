@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ from typing import Any
 from finetune.config import Config
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.encode import check_ids, prompt_ids
-from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.decoding import (
+    Sampling,
+    TextPieces,
+    cache_bytes,
+    cache_size,
+    chooser,
+    decode,
+    end_tokens,
+    load_tokenizer,
+)
 from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.prompts import as_trained, was_trained_on_plain_prompts
+from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
 from memory.errors import UserError
 from memory.meter import host_bytes
@@ -54,6 +65,8 @@ def generate(
         ids = [_encode(tokenizer, prompt, chat, config) for prompt in prompts]
         check_ids(tokenizer, list(chain.from_iterable(ids)), session.model.get_input_embeddings().weight.shape[0])
         max_new_tokens = _room(session, max(map(len, ids)), max_new_tokens)
+        longest = max(map(len, ids))
+        settle_sequence_chunk(session, lambda _: _plan_for(session, longest, max_new_tokens, 1), longest=longest)
         planned = _plan(session, ids, max_new_tokens)
         waiting = Waiting(planned)
         streamed = session.open(planned, config.output / "scratch", waiting)
@@ -62,7 +75,7 @@ def generate(
         for first in range(0, len(ids), together):
             group = ids[first : first + together]
             choosers = [chooser(how, prompt, first + i) for i, prompt in enumerate(group)]
-            passes = decode(streamed, group, choosers, ends, max_new_tokens)
+            passes = decode(streamed, group, choosers, ends, max_new_tokens, piece=_piece(session.config))
             if first:
                 yield "\n\n"
             yield from _texts(waiting.until_the_first(counted(passes)), [TextPieces(tokenizer, one) for one in group], ends)
@@ -193,6 +206,17 @@ def _plan(session: Session, prompts: Sequence[Sequence[int]], max_new_tokens: in
             together = -(-together // 2)
 
 
+def _piece(config: Config) -> int | None:
+    """Tokens of a prompt that go through the model together; None: all."""
+    return config.engine.sequence_chunk
+
+
 def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
+    piece = _piece(session.config)
+    if piece is not None and piece < prompt_tokens + max_new_tokens:
+        tokens = min(piece, prompt_tokens)
+        size = cache_size(session, tokens, prompt_tokens + max_new_tokens, together, piece=piece)
+        shape = BatchShape.of_text(1, tokens, together, train=False).filling_caches(size.near_bytes)
+        return session.plan(replace(shape, cache_bytes=size.kept_bytes))
     kept = cache_bytes(session, prompt_tokens, max_new_tokens, together)
     return session.plan(BatchShape.of_text(1, prompt_tokens, together, train=False).filling_caches(kept))

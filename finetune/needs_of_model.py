@@ -18,7 +18,7 @@ from memory.errors import UserError
 from memory.meter import host_bytes
 from memory.needs import Item, Lasts, Needs, Tier
 from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
-from memory.units import round_up
+from memory.units import MIB, round_up
 from offload.devices import Device
 from offload.sizing.chunked_dry_run import measure_chunked_visit
 from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from finetune.session import Session
 
 ADAMW_BYTES_PER_PARAMETER = 8  # of adapters: exp_avg and exp_avg_sq in fp32
+CACHES = "keys and values of texts"
+CACHE_WINDOW_BYTES = 4 * MIB  # that pass through memory of a cache that is on disk
 LABEL_BYTES = 64  # of a token: its id, its label, where it is among the labelled ones, and sums of the loss
 END_TENSORS = 16  # as large as hidden states, that a loss in chunks, with sums in fp32, and what comes before it hold at most
 ADAPTERS = "adapters, optimizer"
@@ -91,11 +93,13 @@ def _chunked_visit(
 
 
 def batch_needs(
-    parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str, hidden_states: str, frozen: bool
-) -> Needs:
+    parts: ModelParts, model: nn.Module, batch: MeasuredBatch, block_inputs: str, hidden_states: str, frozen: bool,
+    caches_place: str = "host",
+) -> Needs:  # fmt: skip
     """What a batch takes where compute happens.
 
-    block_inputs, hidden_states: where they wait, see `block_input_needs` and `waiting_needs`. frozen: whether no row of an
+    block_inputs, hidden_states: where they wait, see `block_input_needs` and `waiting_needs`. caches_place: where keys and
+    values of long texts are, see `text_needs`. frozen: whether no row of an
     embedding is trained.
     """
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
@@ -113,7 +117,11 @@ def batch_needs(
     inputs = block_input_needs(visit.boundary_bytes, visit.boundary_bytes * boundaries, block_inputs)
     if not shape.train:  # they are what waits between visits
         inputs = replace(inputs, items=tuple(replace(x, without_pool=x.without_pool or HIDDEN_STATES) for x in inputs.items))
-    return Needs.of(
+    caches = Needs()
+    if shape.cache_bytes:
+        caches = Needs.of(Item(CACHES, shape.cache_bytes, Tier.COMPUTE, Lasts.STEP, without_pool=TEXTS))
+        caches += text_needs(CACHE_WINDOW_BYTES, round_up(shape.cache_bytes + MIB, MIB), caches_place)
+    return caches + Needs.of(
         *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in (batch.loss_bytes, masks.made_bytes)),
         # One recomputed graph at a time is a part of the visit. Kept ones are all gone when the first one is recomputed.
         Item(VISIT, visit.peak_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=GRAPHS),

@@ -75,6 +75,7 @@ class BatchShape:
     forward_lanes: int = 0  # micro-batches more that only go forward, such as those of a reference
     fills_caches: bool = False  # whether keys and values of all positions are kept, for text that is written
     writing: Writing | None = None  # before that
+    cache_bytes: int = 0  # of keys and values beside `kept_bytes`, which may be on disk
     can_wait: bool = False  # whether micro-batches may wait on disk: those of a step, of which only the loss is wanted
 
     @classmethod

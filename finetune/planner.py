@@ -178,7 +178,9 @@ class Planner:
         if hidden_states != "host" and (beside_texts or batch.chunk is not None):
             batch_own = text_batch_needs(parts, session.model, batch, hidden_states, session.setup.frozen)
         else:
-            batch_own = batch_needs(parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen)
+            batch_own = batch_needs(
+                parts, session.model, batch, block_inputs, hidden_states, session.setup.frozen, engine.hidden_states
+            )
         needs = process + slots + batch_own + own
         return needs + self._graph_needs(batch, streamed), streamed, batch
 

@@ -24,11 +24,13 @@ def chunk_sizes(longest: int) -> list[int]:
     return [LEAST_CHUNK << i for i in range(longest.bit_length()) if LEAST_CHUNK << i < longest]
 
 
-def settle_sequence_chunk(session: Session, plan: Callable[[Config], Any], recorded: int | None = None) -> bool:
+def settle_sequence_chunk(
+    session: Session, plan: Callable[[Config], Any], recorded: int | None = None, longest: int | None = None
+) -> bool:
     """The session's configuration says a number, or None, afterwards. Whether it was left open, and texts are cut.
 
     plan: of the run, for a configuration that the session has settled on. recorded: what a run that goes on began with; None:
-    it begins, or texts were whole.
+    it begins, or texts were whole. longest: text, in tokens; None: `dataset.sequence_length`.
     Raises PlanRefused where not even the smallest chunk fits.
     """
     config = session.config
@@ -37,7 +39,7 @@ def settle_sequence_chunk(session: Session, plan: Callable[[Config], Any], recor
     if recorded is not None:
         session.settle(_with_chunk(config, recorded))
         return True
-    sizes = chunk_sizes(config.dataset.sequence_length)
+    sizes = chunk_sizes(config.dataset.sequence_length if longest is None else longest)
     refused = _refusal(session, plan, None)
     if refused is None or not sizes:
         return False  # the plan that follows is refused

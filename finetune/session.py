@@ -217,10 +217,12 @@ class Session:
             self.device.limit(plan.device_budget_bytes)
         self._move_in(self.model.modules())
         trim_malloc()
-        engine = self.config.engine
+        engine, chunk = self.config.engine, self.config.engine.sequence_chunk
+        if planned.shape.fills_caches:  # whose prompts go through in pieces, see `finetune.decoding`
+            chunk = None
         self.streamed = StreamedModel(
             self.parts, plan, self.device,
-            Options(scratch, engine.io_backend, engine.queue_depth, progress, trace, engine.sequence_chunk),
+            Options(scratch, engine.io_backend, engine.queue_depth, progress, trace, chunk),
             model=self.model, open_weights=self.setup.open_weights(self), make_loss=make_loss,
         )  # fmt: skip
         self.setup.opened(self)

@@ -12,7 +12,7 @@ made a part at a time, where a part is neither all visible nor causal.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +131,8 @@ class ChunkAttention:
         until = self._spans.index(self.span)
         for keys in (self.span, *reversed(self._spans[:until])):
             kind = causal_kind(self.span, keys) if mask is None else mask.kind(self.span, keys)
-            if kind == SOME:
-                yield _Part.seen_in_part(keys, mask.part(self.span, keys), like.dtype)
-            elif kind != NONE:
-                yield _Part(keys, kind)
+            if kind != NONE:
+                yield part_seen(self.span, keys, kind, mask, like.dtype)
 
     def _sizes_of_parts(self, mask: MaskRows | None, like: torch.Tensor) -> Iterator[_Part]:
         """The same on meta, where nothing is known but sizes: two parts, as many as are in memory at once."""
@@ -144,6 +142,11 @@ class ChunkAttention:
                 yield _Part(self.span, kind)
             else:
                 yield _Part.seen_in_part(self.span, torch.empty(sizes, dtype=torch.bool, device="meta"), like.dtype)
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the text, as far as they are known."""
+        return self._keys, self._values
 
     def expanded(self, keys: Span, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a part, one for each of the query's heads."""
@@ -187,6 +190,29 @@ def own_values(
     return _expanded(value, query.shape[1]).transpose(1, 2).contiguous(), None
 
 
+def part_seen(queries: Span, keys: Span, kind: str, mask: MaskRows | None, dtype: torch.dtype) -> _Part:
+    """What `queries` see of `keys`, which is something. dtype: of a mask's numbers."""
+    return _Part.seen_in_part(keys, mask.part(queries, keys), dtype) if kind == SOME else _Part(keys, kind)
+
+
+def attention_to_parts(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, parts: Iterable[_Part], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, heads, queries, width] in the query's dtype; the logarithm of the sum of exponentials, fp32 or wider.
+
+    keys, values: [B, key heads, T, width], of which `parts` name some.
+    """
+    total = output = None
+    for part in parts:
+        key, value = (_expanded(_of(kept, part.keys), query.shape[1]) for kept in (keys, values))
+        found, weight = _flash(query, key, value, part, scale)
+        output, total = (found, weight) if total is None else _sum(output, total, found, weight)
+    if total is None:  # padding that sees nothing
+        output = query.new_zeros(*query.shape[:-1], values.shape[-1])
+        total = torch.full(query.shape[:-1], float("-inf"), dtype=_sum_dtype(query.dtype), device=query.device)
+    return output.to(query.dtype), total
+
+
 class _Attend(torch.autograd.Function):
     """Attention of the chunk that runs, [B, heads, chunk, width]."""
 
@@ -196,14 +222,7 @@ class _Attend(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
         """key, value: the chunk's own, which `visit` has, too."""
-        total = output = None
-        for part in visit.parts(mask, query):
-            found, weight = _flash(query, *visit.expanded(part.keys, query.shape[1]), part, scale)
-            output, total = (found, weight) if total is None else _sum(output, total, found, weight)
-        if total is None:  # padding that sees nothing
-            output = query.new_zeros(*query.shape[:-1], value.shape[-1])
-            total = torch.full(query.shape[:-1], float("-inf"), dtype=_sum_dtype(query.dtype), device=query.device)
-        output = output.to(query.dtype)
+        output, total = attention_to_parts(query, *visit.kept, visit.parts(mask, query), scale)
         ctx.save_for_backward(query, output, total)
         ctx.visit, ctx.mask, ctx.scale = visit, mask, scale
         return output

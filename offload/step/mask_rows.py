@@ -9,8 +9,9 @@ model that looks into its mask can't do that with this one: it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +120,18 @@ class MasksInParts:
         if given["q_length"] > self._tokens and given["kv_length"] == given["q_length"] and starts_at_zero:
             return MaskRows(self._plain, given)
         return self._plain(**given)
+
+
+@contextlib.contextmanager
+def masks_made_by(make: Callable[[Callable, dict[str, Any]], MaskRows | torch.Tensor | None]) -> Iterator[None]:
+    """Inside, masks for `sdpa` are made by it: called with Transformers' own function, and what that is given."""
+    functions = _transformers().ALL_MASK_ATTENTION_FUNCTIONS
+    plain = functions["sdpa"]
+    functions["sdpa"] = lambda **given: make(plain, given)
+    try:
+        yield
+    finally:
+        functions["sdpa"] = plain
 
 
 def with_whole_masks(tree: Any) -> Any:
