@@ -242,6 +242,8 @@ class PlannedRun:
     def _waiting_words(self) -> str:
         """Where block inputs and hidden states of all micro-batches are."""
         if self.plan.count(TEXTS):
+            if self.shape.cache_bytes:
+                return "keys and values of texts in a file on disk"
             what = "block inputs, hidden states and their gradients" if self.shape.train else "hidden states"
             return f"{what} of all texts in a file on disk"
         if not self.plan.count(HIDDEN_STATES):

@@ -119,6 +119,10 @@ def test_the_largest_chunk_of_a_text_that_fits_is_named(model, tmp_path, least, 
     budget = least(changed(config, ["--set", "engine.sequence_chunk=512"])) + SPREAD_BYTES
     words = [" ".join(words) for words, _ in named(refusal(changed(config, ["--host-memory", str(budget)])))]
     assert words[1] == "--set engine.sequence_chunk=512"
+    auto = changed(config, ["--set", "engine.sequence_chunk=auto", "--host-memory", str(budget)])
+    chosen, whole = Trainer(auto).plan(), Trainer(changed(auto, ["--host-memory", "8GiB"])).plan()
+    assert chosen.batch.chunk == 512 and "512 tokens of a text at a time, the most that fit" in chosen.describe()
+    assert whole.batch.chunk is None and "of a text at a time" not in whole.describe()
     assert least(changed(config, ["--set", "engine.sequence_chunk=1024"])) > budget - SPREAD_BYTES
 
 

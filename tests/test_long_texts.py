@@ -1,0 +1,106 @@
+"""Tensors of long texts in a file, and prompts in pieces over a key-value cache that lies there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
+from text_models import make_config, write_model
+
+from finetune.generate import generate
+from memory import tensor_file
+from memory.arena import install_arena
+from memory.errors import UserError
+from memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
+from offload.step.cached_attention import attention_in_parts
+
+
+@pytest.fixture
+def arena():
+    arena = install_arena(16 << 20)
+    yield arena
+    arena.give_back()
+
+
+def test_what_is_allocated_inside_lies_in_the_file(arena, tmp_path):
+    before = arena.stats().used_bytes
+    with in_file():
+        assert allocates_in_file()
+        early = torch.ones(1 << 20)  # no file is open
+    file = TensorFile(tmp_path, 12 << 20)
+    assert not os.listdir(tmp_path)  # it has no name
+    with in_file():
+        large, small = torch.arange(1 << 20), torch.ones(100)
+        with in_file(False):
+            near = torch.ones(1 << 19)
+        too_large = torch.ones(2 << 20)  # than what is left
+        assert file.used_bytes == large.nbytes
+    assert not allocates_in_file()
+    copy = moved_to_file(near)
+    assert file.used_bytes == large.nbytes + near.nbytes and copy.equal(near)
+    assert arena.stats().used_bytes - before >= early.nbytes + near.nbytes + too_large.nbytes
+    parts = large.view(1, 4, -1)
+    let_go(parts[:, 1:2])
+    fetch_soon(parts[:, 1:2])
+    fetch_soon(small)
+    file.check()
+    assert large.equal(torch.arange(1 << 20))
+    del copy
+    assert file.used_bytes == large.nbytes
+    with in_file():
+        again = torch.ones(1 << 19)
+    file.close()
+    del parts
+    assert int(large.sum()) == (1 << 19) * ((1 << 20) - 1) and float(again.sum()) == 1 << 19  # they stay valid
+    with in_file():
+        torch.ones(1 << 20)
+    assert file.used_bytes == 0
+
+
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"cannot write 1\.0 MiB to .*, for hidden states on disk: No space left"):
+        TensorFile(tmp_path, 1 << 20)
+    assert not os.listdir(tmp_path) and tensor_file._open is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_pieces_of_a_prompt_give_the_logits_of_all_of_it(name, all_in_fp64):  # noqa: F811
+    """Full and sliding attention; the last piece has one token."""
+    torch.manual_seed(3)
+    model = tf.AutoModelForCausalLM.from_config(MODELS[name]()).double().eval()
+    ids = torch.randint(3, 101, (2, 22))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        cache, found = tf.DynamicCache(config=model.config), []
+        with attention_in_parts(4):
+            for piece in ids.split([4, 4, 4, 6, 3, 1], dim=1):
+                found.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_generated_text_is_the_same_in_pieces_and_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "MIN_BYTES", 1)
+    opened: list[Path] = []
+    init = TensorFile.__init__
+
+    def noted(file: TensorFile, directory: Path, num_bytes: int) -> None:
+        opened.append(directory)
+        init(file, directory, num_bytes)
+
+    monkeypatch.setattr(TensorFile, "__init__", noted)
+    model, texts = write_model("llama", tmp_path / "model"), []
+    in_pieces = {"sequence_chunk": 3}
+    for engine in ({}, in_pieces | {"hidden_states": "host"}, in_pieces | {"hidden_states": "disk"}):
+        config = make_config(model, tmp_path / str(len(texts)), engine=engine)
+        prompts = ["what is it about the user and the great world", "hello"]
+        texts.append("".join(generate(config, None, prompts, max_new_tokens=6)))
+    assert len(opened) == 1 and len(set(texts)) == 1 and texts[0].strip()
