@@ -11,7 +11,8 @@ from finetune.config import Config
 from finetune.methods.selection import interval_of, make_selection
 from finetune.planned_run import MeasuredBatch, StoreSize
 from memory.needs import Item, Lasts, Needs, Tier
-from offload.sizing.needs import EDGES, STEP, VISIT, Streamed, state_needs, update_needs
+from offload.sizing.dry_run import VisitSize
+from offload.sizing.needs import EDGES, STEP, TEXTS, VISIT, Streamed, state_needs, update_needs
 from offload.update.kernels import StateFormat
 from offload.update.parts import TrainedParts
 from offload.update.rules import OPTIMIZERS, SUBSPACES
@@ -82,7 +83,8 @@ def trained_weight_needs(
     # gradients of the rows, and what one micro-batch adds to them; those that wait
     step_bytes = 2 * batch.row_bytes + (0 if on_device else waiting_bytes)
     needs = Needs.of(
-        *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in moments),
+        *_visit_items(moments[0], batch.visit),
+        *(Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT) for num_bytes in moments[1:]),
         Item(STEP, step_bytes, Tier.COMPUTE, Lasts.STEP),
         Item(EDGES, edge_bytes if on_device else host_edge_bytes, Tier.COMPUTE),
         Item("working store", max(0, store.num_bytes - existing_bytes), Tier.DISK),
@@ -94,6 +96,17 @@ def trained_weight_needs(
     unit_bytes = 2 * itemsize * max(_elements(unit) for unit, _ in _ruled(config, trained)) + _direction_bytes(config, trained)
     largest = max(*streamed.block_bytes, streamed.chunk_bytes, *(size.slot_bytes for size in streamed.experts))
     return needs + update_needs(largest, unit_bytes + host_edge_bytes + batch.row_bytes)
+
+
+def _visit_items(num_bytes: int, visit: VisitSize) -> tuple[Item, ...]:
+    """What a visit takes; less, where what is as long as a text is in a file."""
+    if not visit.near_bytes:
+        return (Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT),)
+    near_bytes = num_bytes - visit.peak_bytes + visit.near_bytes
+    return (
+        Item(VISIT, num_bytes, Tier.COMPUTE, Lasts.MOMENT, without_pool=TEXTS),
+        Item(VISIT, near_bytes, Tier.COMPUTE, Lasts.MOMENT, with_pool=TEXTS),
+    )
 
 
 def _ruled(config: Config, trained: TrainedParts) -> Iterator[tuple[UpdateUnit, Rule]]:
