@@ -239,7 +239,7 @@ def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, promp
 def cache_size(
     session: Session, tokens: int, most_tokens: int, prompts: int, rows: int = 1, piece: int | None = None
 ) -> CacheSize:
-    """tokens: of a prompt that is tried. most_tokens: that a text has at most. rows: as in `cache_bytes`. piece: as in `decode`."""
+    """tokens: of a prompt that is tried. most_tokens: that a text has at most. rows: of each prompt. piece: as in `decode`."""
     from transformers import DynamicCache
 
     # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
