@@ -85,7 +85,7 @@ class Shell:
         while not (end := END.search(shown)):
             if select.select([self._terminal], [], [], 1.0)[0]:
                 shown += os.read(self._terminal, 1 << 16)
-            if interrupt and re.search(rb"step 3\b|\b3/\d+", shown):
+            if interrupt and re.search(rb"step 3/", shown):
                 os.write(self._terminal, b"\x03")
                 interrupt = False
             if say and shown.rstrip().endswith(b">"):

@@ -68,7 +68,9 @@ def _command(*options: str | EllipsisType, name: str | None = None, **renamed: s
                     flags["how"] = {key: value for key, value in given.items() if value is not None}
                 command(**flags)
             except KeyboardInterrupt as stop:
-                typer.echo(f"\nInterrupted.{how_to_go_on(command.__name__, getattr(stop, 'step', 0))}", err=True)
+                output = flags["config"].output if "config" in flags else None
+                how = how_to_go_on(command.__name__, getattr(stop, "step", 0), output)
+                typer.echo(f"\nInterrupted.{how}", err=True)
                 raise typer.Exit(128 + getattr(stop, "number", signal.SIGINT)) from None
             except (typer.Exit, BrokenPipeError):
                 raise

@@ -35,15 +35,15 @@ def message_of(error: Exception) -> str:
     return f"error: {kind}{f': {detail}' if detail else ''} (run with FINETUNE_DEBUG=1 for the traceback)"
 
 
-def how_to_go_on(command: str, step: int) -> str:
-    """step: the last whole one that is saved; 0: none was done."""
+def how_to_go_on(command: str, step: int, output: Path | None) -> str:
+    """step: the last whole one that is saved; 0: none was done. output: of the run, whose settings it keeps."""
     if command not in ("run", "resume", "sweep"):
         return ""
     if not step:
         return f" No step was done. Start again with:\n  finetune {shlex.join(sys.argv[1:])}"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
-    flag = "" if command == "resume" else " --resume"
-    return f" Go on from the last committed step with:\n  finetune {shlex.join(words)}{flag}"
+    words = {"run": ["resume", str(output)], "resume": words, "sweep": [*words, "--resume"]}[command]
+    return f" Go on from the last committed step with:\n  finetune {shlex.join(words)}"
 
 
 def print_versions() -> None:

@@ -295,9 +295,8 @@ main()
 @pytest.mark.parametrize(
     ("number", "step", "given", "said"),
     [
-        (signal.SIGINT, 4, ["--resume"], "Go on from the last committed step with:\n  finetune run {} --resume"),
-        (signal.SIGINT, 4, ["--no-resume"], "Go on from the last committed step with:\n  finetune run {} --resume"),
-        (signal.SIGTERM, 4, [], "Go on from the last committed step with:\n  finetune run {} --resume"),
+        (signal.SIGINT, 4, ["--no-resume"], "Go on from the last committed step with:\n  finetune resume out"),
+        (signal.SIGTERM, 4, [], "Go on from the last committed step with:\n  finetune resume out"),
         (signal.SIGHUP, 0, ["--max-steps=5"], "No step was done. Start again with:\n  finetune run {} --max-steps=5"),
     ],
 )  # fmt: skip
@@ -327,7 +326,7 @@ def test_a_signal_says_how_to_go_on(number: signal.Signals, step: int, given: li
 
 def test_ctrl_c_elsewhere(trainer: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["finetune", "resume", "out"])
-    assert how_to_go_on("resume", 3) == " Go on from the last committed step with:\n  finetune resume out"
+    assert how_to_go_on("resume", 3, Path("out")) == " Go on from the last committed step with:\n  finetune resume out"
     trainer.error = KeyboardInterrupt()
     result = invoke("plan", "--model", "m")
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")

@@ -221,7 +221,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(models, data, tmp_path, unbroken):
     assert f"the state after step {step} is saved" in words
     said = words.splitlines()
     command = shlex.split(said[said.index("Interrupted. Go on from the last committed step with:") + 1])
-    assert command[:2] == ["finetune", "run"] and command[-1] == "--resume"
+    assert command == ["finetune", "resume", str(config.output)]
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {step}" in done.stderr
