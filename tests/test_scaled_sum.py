@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +11,7 @@ from torch import nn
 
 from finetune.adapters.lora_sums import sum_in_one_pass
 from offload.step.deferred_products import Needless
-from offload.step.scaled_sum import ScaledSum
+from offload.step.scaled_sum import ScaledSum, Widener
 
 SCALINGS = (2.0, 1.37, -0.1, 1 / 3)
 
@@ -112,3 +114,32 @@ def test_without_an_adapter_and_with_two():
         for both in (model, plain):
             both.base_model.set_adapter(names)
         assert torch.equal(model(x), plain(x)) and not torch.equal(model(x), bare)
+
+
+class Gated(nn.Module):
+    """Two layers with the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) * self.down(x)
+
+
+def test_layers_share_their_input_in_fp32_and_no_more(monkeypatch):
+    monkeypatch.setattr(__name__ + ".Block", Gated)
+    ours, theirs = (gradients(adapted(torch.bfloat16, one_pass), torch.bfloat16) for one_pass in (True, False))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    widen, x = Widener(), torch.randn(3, 4).bfloat16().requires_grad_()
+    first, again = widen(x), widen(x)
+    assert first is not again and first.data_ptr() == again.data_ptr()
+    with torch.no_grad():
+        x += 1.0
+    changed = widen(x)
+    assert changed.data_ptr() != first.data_ptr() and torch.equal(changed, x.float())
+    (2 * changed + changed).sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and torch.equal(x.grad, torch.full((3, 4), 3.0).bfloat16())
+    used = weakref.ref(changed)
+    del first, again, changed
+    assert used() is None

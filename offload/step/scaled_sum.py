@@ -1,11 +1,15 @@
-"""result + update * scaling, where an adapter adds to the output of the layer that it wraps: one pass over memory on a CPU.
+"""What adapters in fp32 take from a layer's input and add to its output, with fewer passes over memory and less of it.
 
-PyTorch takes a pass for the product, one for the sum and one for its rounding, over fp32 arrays as large as the output: half
-of what LoRA costs there. The bits are the same, forward and backward: product and sum are rounded to fp32, then to the dtype.
+result + update * scaling: PyTorch takes a pass for the product, one for the sum and one for its rounding, over fp32 arrays as
+large as the output: half of what LoRA costs on a CPU. The bits are the same, forward and backward: product and sum are rounded
+to fp32, then to the dtype.
+
+The input in fp32: PyTorch makes, and keeps for backward, one for each layer that gets the same input (q, k and v; gate and up).
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +20,37 @@ from torch import Tensor
 from offload.step.deferred_products import Deferred, values
 
 _DTYPES = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
+
+
+class Widener:
+    """Gives the fp32 values of an input; the same memory as before while it is still in use and the input is the one before."""
+
+    def __init__(self) -> None:
+        self._input = self._widened = lambda: None  # weak references: what is in use keeps them alive
+        self._version = -1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: of any dtype and shape."""
+        if x.dtype == torch.float32:
+            return x
+        known = self._widened() if self._input() is x and self._version == x._version else None
+        widened = Widened.apply(x, None if known is None else known.detach())
+        if known is None:
+            self._input, self._widened, self._version = weakref.ref(x), weakref.ref(widened), x._version
+        return widened
+
+
+class Widened(torch.autograd.Function):
+    """`x.to(torch.float32)` with its gradient. known: these values, if they are there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, known: Tensor | None) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.to(torch.float32) if known is None else known
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 class ScaledSum(torch.autograd.Function):
