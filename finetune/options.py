@@ -63,6 +63,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What is not as it is by default."""
+        for key, value in super().__repr_args__():
+            default = type(self).model_fields[key].default
+            if type(value) is not type(default) or value != default:
+                yield key, value
+
     def conflicts(self) -> Iterator[Conflict]:
         """Between keys of this section, which are named without it. `Config` asks all sections and reports everything."""
         yield from ()

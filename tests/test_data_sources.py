@@ -99,7 +99,8 @@ def test_what_a_configuration_takes(files):
     config = Config(model="m", data=files, dataset={"probabilities": [3, 1, 1]})
     assert yaml.safe_load(config.to_yaml())["data"] == files
     assert Config(model="m", data=files[:1]).data == files[0]
-    assert "data=[<7 rows>, <23 rows>]" in repr(Config(model="m", data=[ROWS[0], ROWS[1]]))
+    shown = repr(Config(model="m", data=[ROWS[0], ROWS[1]], max_steps=3))
+    assert shown == "Config(model='m', data=[<7 rows>, <23 rows>], training=TrainingOptions(max_steps=3))"
     sets = map(datasets.Dataset.from_list, ROWS)
     splits = datasets.DatasetDict(dict(zip(("train", "validation", "x"), sets, strict=True)))
     config = Config(model="m", data=splits)

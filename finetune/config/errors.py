@@ -21,6 +21,9 @@ OTHER_NAMES = {
     "lora_r": "lora.r",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
+    "interleave_probs": "dataset.probabilities",
+    "mix_strategy": "dataset.stopping_strategy",
+    "datasets": "data",
 }
 
 
