@@ -161,7 +161,8 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
             raise UserError("no data to evaluate on: give --data (a path, a hub id, or rows)")
         print("note: there is no eval_data; measuring on the training data", file=sys.stderr)
     append_eos = config.dataset.append_eos
-    prepared = partial(prepare_for, config, source, directory, is_trained_on=is_trained_on)
+    stride = config.dataset.evaluation_stride
+    prepared = partial(prepare_for, config, source, directory, is_trained_on=is_trained_on, stride=stride)
     data = prepared(choices=False, append_eos=append_eos, judged=objective_class(config).judged)
     if (data.meta["different_completions"] or 0) >= 2 and not find_objective(config.objective).section:
         # The loss is to be that of training, so the end-of-text token is there; comparing candidates leaves it out.

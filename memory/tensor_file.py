@@ -73,8 +73,9 @@ class TensorFile:
     def close(self) -> None:
         """Tensors that are there stay valid."""
         global _open
-        _open = None
-        self._native.map_file(-1, 0)
+        if _open is self:
+            _open = None
+            self._native.map_file(-1, 0)
 
 
 @contextlib.contextmanager

@@ -222,6 +222,31 @@ def test_training_data_is_measured_where_there_is_no_other(model, tmp_path, caps
     assert found["examples"] == 5
 
 
+@pytest.mark.parametrize("count, stride", [(61, 5), (32, 16), (40, 12), (9, 3)])
+def test_sliding_windows_are_those_of_transformers_guide(model, tmp_path, count, stride):
+    """Its loop over windows of `max_length` ("Perplexity of fixed-length models"), over two documents."""
+    texts = [" ".join(np.random.default_rng(seed).choice(WORDS, count)) for seed in (1, 2)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    dataset = {"evaluation_stride": stride, "append_eos": False, "sequence_length": 16}
+    found = evaluate(make_config(model, tmp_path, data=data, dataset=dataset, sequence_length=16))
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), plain_model(model, None)
+    total = tokens = 0
+    for text in texts:
+        ids, previous_end = torch.tensor([tokenizer(text)["input_ids"]]), 0
+        for begin in range(0, ids.shape[1], stride):
+            end = min(begin + 16, ids.shape[1])
+            labels = ids[:, begin:end].clone()
+            labels[:, : previous_end - begin] = -100
+            trained = int((labels[:, 1:] != -100).sum())
+            with torch.no_grad():
+                logits = plain(input_ids=ids[:, begin:end]).logits[0, :-1].float()
+            total += float(functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
+            tokens, previous_end = tokens + trained, end
+            if end == ids.shape[1]:
+                break
+    assert found["tokens"] == tokens and found["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
 def test_rows_that_are_cut_are_named(model, tmp_path, capsys):
     rows = [{"prompt": "the cat " * 40, "completion": " great"}, *pairs(ONE_TOKEN, 12)]
     found = evaluate(make_config(model, tmp_path, eval_data=rows))

@@ -27,6 +27,7 @@ class Encoder:
 
     tokenizer        a Transformers tokenizer; for chats it must give offsets (a "fast" one)
     vocab_size       ids must be below it
+    stride           as in `TokenOptions`
     append_eos       True, False, or None: True for pairs and text, left to the template for chats
     """
 
@@ -38,12 +39,14 @@ class Encoder:
         sequence_length: int,
         completion_only: bool,
         append_eos: bool | None,
+        stride: int | None = None,
     ) -> None:
         if append_eos and tokenizer.eos_token_id is None:
             raise DataError("append_eos is on, but the tokenizer has no eos token: set append_eos to false")
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
+        self.stride = sequence_length if stride is None else stride
         self.completion_only = completion_only
         self.append_eos = append_eos
         self._prefix = leading_special_ids(tokenizer)

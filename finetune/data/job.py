@@ -13,6 +13,9 @@ class TokenOptions:
     sequence_length: int
     """Tokens that an example may have. Longer ones are cut at the end and counted in meta["truncated"], plain text is cut into
     consecutive examples; one without any trained token left is counted in meta["dropped"]."""
+    stride: int | None = None
+    """Tokens by which the next example of a plain text moves on. The ones before, which an earlier example has trained, it only
+    sees. None: as many as an example has."""
     form: str = "auto"
     """"auto": found from each file's first row; else one of `finetune.data.forms.FORMS`."""
     completion_only: bool = True

@@ -21,6 +21,9 @@ class DatasetOptions(Section):
     """What rows look like, see `finetune.data.forms`. auto: by the first row of each file."""
     sequence_length: Count = 1024
     """Tokens a row at most."""
+    evaluation_stride: Count | None = None
+    """Of plain text that is measured: tokens by which a window of sequence_length moves on. Those before them are only seen.
+    None: windows lie side by side, and the first tokens of each have little before them."""
     packing: Switch = False
     """Fill rows with several examples; attention stays within each example."""
     completion_only: Switch = True
@@ -39,6 +42,9 @@ class DatasetOptions(Section):
     """Reads no more of `data` than `training.max_steps` can use, and hub data without downloading them whole."""
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
+        if self.evaluation_stride is not None and self.evaluation_stride > self.sequence_length:
+            problem = f"expected at most sequence_length ({self.sequence_length}), found {self.evaluation_stride}"
+            yield Conflict(("dataset.evaluation_stride", "dataset.sequence_length"), problem)
         count, found = len(sources_in(config.data)), len(self.probabilities)
         if found and config.data is not None and found != count:
             problem = f"expected as many dataset.probabilities as data has sources ({count}), found {found}"

@@ -103,16 +103,18 @@ def prepare(
 
 def prepare_for(
     config: Config, source: Any, model: Path, *, choices: bool, append_eos: bool | None, judged: str = "",
-    is_trained_on: bool = False,
+    is_trained_on: bool = False, stride: int | None = None,
 ) -> TokenDataset:  # fmt: skip
     """The token cache of `source` as the configuration has it, beside its run. model: folder or GGUF file of the tokenizer.
-    choices, judged: as in `TokenOptions`. is_trained_on: it is `config.data`, which may be a mixture or a stream."""
+    choices, judged: as in `TokenOptions`. is_trained_on: it is `config.data`, which may be a mixture or a stream. stride: as in
+    `TokenOptions`."""
     options = config.dataset
     return prepare(
         source,
         model=model,
         cache_dir=config.output / "tokens",
         sequence_length=options.sequence_length,
+        stride=stride,
         form=options.form,
         completion_only=options.completion_only,
         append_eos=append_eos,

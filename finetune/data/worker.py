@@ -53,6 +53,7 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         tokenizer,
         vocab_size=_vocab_size(job, tokenizer),
         sequence_length=job.sequence_length,
+        stride=job.stride,
         completion_only=job.completion_only and job.judged != "scores",
         # Candidates are compared by their own likelihood; an eos after them would only add noise.
         append_eos=False if choices and job.append_eos is None else job.append_eos,

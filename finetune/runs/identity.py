@@ -34,7 +34,7 @@ _CHANGES_NOTHING = frozenset(
     "training.load_best_model_at_end "
     "training.early_stopping_patience training.early_stopping_threshold "
     "optimizer.versions engine.io_backend engine.resident_blocks engine.lookahead engine.activations engine.queue_depth "
-    "engine.hidden_states "
+    "engine.hidden_states dataset.evaluation_stride "
     "engine.num_threads engine.expert_slots engine.kept_graphs engine.simulated_copy_gbps engine.simulated_delay_ms".split()
 )
 _EARLIER_NAMES = {"engine.loss_tile_vocab": "tile_vocab", "training.micro_batch_size": "micro_batch_size"}

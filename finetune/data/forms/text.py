@@ -1,5 +1,5 @@
 """text: a document, of which everything is trained, in consecutive runs of `sequence_length` tokens, bos before the first, eos
-after the last."""
+after the last. With a stride, they overlap: what an earlier one has trained is seen and not trained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.data.cache import MASKED
 from finetune.data.errors import DataError
 from finetune.data.forms.base import Form, ParsedRow, RowEncoder, get
 
@@ -22,6 +23,7 @@ class TextEncoder(RowEncoder):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder)
         self._carry: list[int] = []  # tokens of a document that do not fill a sequence yet
+        self._seen = 0  # of these, the first ones, that an earlier sequence has trained
 
     def encode(self, rows: Sequence[tuple[str, TextPiece]]) -> Iterator[Iterator[Encoded]]:
         for (_, piece), ids in zip(rows, self._encoder.ids([piece.text for _, piece in rows]), strict=True):
@@ -32,12 +34,17 @@ class TextEncoder(RowEncoder):
         self._carry += encoder.with_prefix(ids) if piece.first else ids
         if piece.last:
             self._carry = encoder.with_eos(self._carry, piece.text, encoder.append_eos is not False)
-        limit = encoder.sequence_length
-        whole = len(self._carry) // limit * limit
-        for start in range(0, len(self._carry) if piece.last else whole, limit):
+        limit, start = encoder.sequence_length, 0
+        while len(self._carry) - start >= limit or piece.last and len(self._carry) - start > self._seen:
             chunk = self._carry[start : start + limit]
-            yield encoder.cut(chunk, np.asarray(chunk, np.int32))
-        self._carry = [] if piece.last else self._carry[whole:]
+            labels = np.asarray(chunk, np.int32)
+            labels[: self._seen] = MASKED
+            yield encoder.cut(chunk, labels)
+            start += encoder.stride
+            self._seen = limit - encoder.stride
+        self._carry = [] if piece.last else self._carry[start:]
+        if piece.last:
+            self._seen = 0
 
 
 @dataclass(frozen=True, slots=True)
