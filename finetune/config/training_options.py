@@ -137,7 +137,8 @@ class TrainingOptions(EvaluationOptions):
         if self.save_total_limit is not None and "state" not in METHODS[config.method].files(config):
             yield Conflict(
                 ("training.save_total_limit", "method"),
-                f"expected only with methods that save states, found method {config.method}, of which every step is durable",
+                "training.save_total_limit: expected only with methods that save states, found method "
+                f"{config.method}, of which every step is durable",
             )
         yield from self._form_conflicts(config)
         left = ("config", "without") if config.objective in tuple(PREFERENCES) else ("config",)
@@ -161,5 +162,6 @@ class TrainingOptions(EvaluationOptions):
             elif key == "neftune_noise_alpha" and not has_gradients:
                 yield Conflict(
                     ("training.neftune_noise_alpha", "method"),
-                    f"expected a method with gradients, found {config.method}, which compares losses of the same inputs",
+                    f"training.neftune_noise_alpha: expected a method with gradients, found {config.method}, which compares "
+                    "losses of the same inputs",
                 )

@@ -22,10 +22,11 @@ def check_writes(config: Config, plan: Plan, step_bytes: int, num_steps: int, ea
     """
     limit = _limit(config)
     save_bytes = plan.disk_parts.get("resumable states", 0) // (config.training.kept_states + 1)
-    need = num_steps * step_bytes + -(-num_steps // config.training.save_steps) * save_bytes
+    interval = _save_interval(config, num_steps)
+    need = num_steps * step_bytes + -(-num_steps // interval) * save_bytes
     if limit is None or earlier_bytes + need <= limit:
         return
-    of_step = step_bytes + save_bytes / config.training.save_steps
+    of_step = step_bytes + save_bytes / interval
     steps = int(max(0, limit - earlier_bytes - save_bytes) / of_step)
     spent = f", of which {format_bytes(earlier_bytes)} are used" if earlier_bytes else ""
     words = f"enough for about {steps} steps: lower --max-steps" if steps else "not enough for one step: leave it out"
@@ -34,6 +35,15 @@ def check_writes(config: Config, plan: Plan, step_bytes: int, num_steps: int, ea
         f"step; {format_bytes(limit)} are allowed{spent}, {words}, raise --max-writes, or choose a method that writes less "
         "(finetune plan --compare)"
     )
+
+
+def _save_interval(config: Config, num_steps: int) -> int:
+    """Steps from one saved state to the next, at least: a better evaluation saves one too. Of epochs, as many as there are in a
+    run that their number ends; else a state after every step is counted."""
+    options = config.training
+    epoch = 1 if options.max_steps else max(1, int(num_steps / options.epochs))
+    steps = [options.save_steps, *([options.eval_steps] if options.load_best_model_at_end and options.eval_steps else [])]
+    return min(epoch if one == "epoch" else one for one in steps)
 
 
 class WriteCount:
