@@ -19,6 +19,7 @@ from finetune.config.training_options import TrainingOptions
 from finetune.data import preparation, worker
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.learning_rates import find_learning_rate
 from finetune.reporting.report import read_metrics
 from finetune.runs.best import BestStep, read_best
 from memory.errors import UserError
@@ -120,6 +121,9 @@ def test_the_best_step_of_a_journal_is_what_is_used_and_exported(model, tmp_path
     assert evaluate(config, config.output)["loss"] == pytest.approx(max(found), rel=1e-6)
     assert export(config, tmp_path / "exported") == best
     assert export(config, tmp_path / "last", at_step=4) == 4
+    without = config.training.model_copy(update={"load_best_model_at_end": False})
+    Trainer(config.model_copy(update={"resume": True, "training": without})).train()
+    assert read_best(config.output) is None  # the last step is the result again
 
 
 def test_evaluations_at_the_end_of_epochs(model, tmp_path):
@@ -149,3 +153,16 @@ def test_what_cannot_be_is_refused(model, tmp_path):
     config = run_config(model, tmp_path, "a", training={"metric_for_best_model": "bleu"})
     with pytest.raises(UserError, match="metric_for_best_model: expected one of loss, perplexity, .* found bleu"):
         Trainer(config).train()
+
+
+def test_rates_are_tried_on_the_first_steps_of_a_run_and_nothing_stays(model, tmp_path):
+    config = run_config(model, tmp_path, "out")
+    found = find_learning_rate(config, 12, 1e-4, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl"}
+    assert found.rates[0] == pytest.approx(1e-4) and 10 <= len(found.losses) == len(found.rates) <= 12
+    changes = {"max_steps": 2, "learning_rate": found.rates[0], "early_stopping_patience": None, "eval_steps": None}
+    Trainer(run_config(model, tmp_path, "out", training=changes | {"load_best_model_at_end": False})).train()
+    rows = read_metrics(config.output / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == found.losses[:2]  # the second after an update with the first rate
+    with pytest.raises(UserError, match="expected 10 steps or more and rates above 0, .* found 5 steps"):
+        find_learning_rate(config, 5)

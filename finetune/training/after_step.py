@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune.methods.base import Method
 from finetune.reporting.report import MetricsWriter
+from finetune.runs.best import BEST_FILE
 from finetune.training.callbacks import CALLBACK_STATE, Callbacks
 from finetune.training.kept_best import KeptBest
 
@@ -31,6 +32,7 @@ class AfterStep:
         self.saved_step = method.first_step
         self.evaluation: dict[str, float] | None = None
         self.best = callbacks.best
+        (method.config.output / BEST_FILE).unlink(missing_ok=True)  # the run goes on
         self._kept = KeptBest(method, self.best) if method.config.training.load_best_model_at_end else None
 
     def settle(self, step: int, last: bool) -> None:

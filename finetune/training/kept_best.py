@@ -25,7 +25,6 @@ class KeptBest:
         self._method = method
         self._best = best
         self._output = method.config.output
-        (self._output / BEST_FILE).unlink(missing_ok=True)
         if best.step and method.adapter_directory is not None and not self._directory.is_dir():
             raise UserError(
                 f"training.load_best_model_at_end: {self._directory}, the adapter of the best step so far, is missing: bring "
