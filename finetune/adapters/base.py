@@ -32,6 +32,10 @@ class Adapter:
         refuses."""
         raise NotImplementedError
 
+    def rebased(self, parts: ModelParts) -> ModelParts:
+        """The parts with the weights that a fresh adapter expects in place of the base's."""
+        return parts
+
     @classmethod
     def check_loaded(cls, peft_config: Any, directory: Path) -> None:
         """Raises UserError for a saved adapter, in `directory`, whose options a streamed model cannot have."""

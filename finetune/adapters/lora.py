@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
-from finetune.adapters.lora_options import check_beside_parameters, check_fresh, check_loaded, check_option, key_of
+from finetune.adapters.lora_options import (
+    changes_base,
+    check_beside_parameters,
+    check_fresh,
+    check_loaded,
+    check_option,
+    key_of,
+)
 from finetune.adapters.lora_targets import (
     Targets,
     as_peft_takes_it,
@@ -27,6 +34,7 @@ from finetune.adapters.lora_targets import (
     choose_targets,
 )
 from finetune.adapters.peft_files import task_type
+from finetune.adapters.residual import check_beside, keeping_first_values, with_residuals
 from finetune.adapters.tuners import check_memory
 from finetune.config import Config
 from finetune.objectives.registry import find_objective
@@ -44,11 +52,24 @@ class Lora(Adapter):
         on_meta = only_shapes and arguments.get("init_lora_weights", True) is True
         scores = find_objective(config.objective).scores
         on_meta = on_meta and not scores and not any(arguments.get(key) for key in _MADE_OF_WEIGHTS)
-        made_of_base = arguments.get("init_lora_weights") in _MADE_OF_BASE
-        with weights_on_demand(parts, partial(check_memory, config)) if made_of_base else nullcontext():
+        init = arguments.get("init_lora_weights")
+        if changes_base(init):
+            check_beside(arguments, config)
+            if only_shapes:  # no decomposition for a plan
+                arguments, on_meta = arguments | {"init_lora_weights": True}, True
+        made_of_base = arguments.get("init_lora_weights") in _MADE_OF_BASE or changes_base(arguments["init_lora_weights"])
+        with ExitStack() as held:
+            if made_of_base:
+                held.enter_context(weights_on_demand(parts, partial(check_memory, config), changes_base(init)))
+                held.enter_context(keeping_first_values())
             kind = "SEQ_CLS" if scores else None
             model, targets = attach(parts.model, arguments, config.training.seed, kind, experts=experts, on_meta=on_meta)
+        model.peft_config["default"].init_lora_weights = init
         return model, targets.note
+
+    def rebased(self, parts: ModelParts) -> ModelParts:
+        """Of PiSSA and OLoRA, see [Note: residuals] in `finetune/adapters/residual.py`."""
+        return with_residuals(parts, self.model) if changes_base(self.model.active_peft_config.init_lora_weights) else parts
 
     @classmethod
     def check_loaded(cls, peft_config: Any, directory: Path) -> None:

@@ -15,6 +15,7 @@ test, which fails for options that stand in no list.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -52,7 +53,7 @@ class LoraOptions(Section):
     use_dora: Switch = False
     """Liu et al. 2024."""
     init_lora_weights: Annotated[bool, Strict()] | str = True
-    """How PEFT makes the first values: true, false, gaussian, orthogonal or mica."""
+    """How PEFT makes the first values: true, false, gaussian, orthogonal, mica, pissa, pissa_niter_N or olora."""
     loraplus_lr_ratio: Positive | None = None
     """LoRA+ (Hayou et al. 2024): how many times the learning rate of others that of the B matrices is."""
     loraplus_lr_embedding: NonNegative = 1e-6
@@ -113,8 +114,8 @@ REFUSED = {
     "task_type": "the model determines it",
     "inference_mode": "an adapter in inference mode is not trained",
     "bias": "the biases of the model itself are streamed and not trained",
-    "init_lora_weights": "it changes the base weights, which are read from their files in every step, or computes from data or "
-    "from weights before they were quantised. True, false, gaussian, orthogonal and mica do not",
+    "init_lora_weights": "it computes from data or from weights before they were quantised, or was made for a base that PEFT "
+    "has changed. True, false, gaussian, orthogonal, mica, pissa, pissa_niter_N and olora are offered for training",
     "megatron_config": "models of Megatron are not streamed",
     "megatron_core": "models of Megatron are not streamed",
     "loftq_config": "it computes from the base weights as they were before they were quantised",
@@ -157,9 +158,15 @@ def check_fresh(config: Any, task_type: str | None) -> None:
             check_option(option, value)
 
 
+def changes_base(init: Any) -> bool:
+    """Whether this value of init_lora_weights changes the base's weights in a way that is done here, see
+    `finetune/adapters/residual.py`."""
+    return isinstance(init, str) and re.fullmatch(r"pissa|pissa_niter_\d+|olora", init) is not None
+
+
 def check_option(option: str, value: Any) -> None:
     """The same for one option that has another value than its default."""
-    if not _is_equal(option, value):
+    if not _is_equal(option, value) and not (option == "init_lora_weights" and changes_base(value)):
         raise UserError(f"{key_of(option)}={value!r} cannot be used while the model is streamed: {_reason(option)}")
 
 

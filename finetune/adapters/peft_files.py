@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.adapters.residual import convert
 from finetune.adapters.seal import CONFIG, seal_adapter
 from memory.errors import UserError
 from offload.files.new_directory import new_directory
@@ -22,6 +23,7 @@ def save(model: nn.Module, directory: Path, about: Mapping[str, Any] | None) -> 
         with new_directory(directory) as temporary:
             # Embedding and head are placeholders here: PEFT must not take them along.
             model.save_pretrained(temporary, save_embedding_layers=False, selected_adapters=["default"])
+            convert(model, temporary)
             _order_modules(temporary / CONFIG)
             if about is not None:
                 seal_adapter(temporary, about)

@@ -199,7 +199,7 @@ def _reads_weight(layer: nn.Module, base: nn.Module) -> bool:
 
     weight, shape, own = base.weight, base.weight.shape, base.__dict__.get("forward")
     modes = [(module, module.training) for module in layer.modules()]
-    base._parameters["weight"] = nn.Parameter(OnDemand.of(numbers(), "weight", numbers), requires_grad=False)
+    base._parameters["weight"] = nn.Parameter(OnDemand.of(numbers(), "weight", numbers, False), requires_grad=False)
     base.forward = lambda x, *_, **__: x.new_empty(*x.shape[:-1], shape[0])
     asked.clear()
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from finetune.adapters import peft_files as adapters
+from finetune.adapters.residual import initials, read_initial, write_initial
 from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
 from finetune.methods.base import Method, StepResult
@@ -62,6 +63,8 @@ class AdapterTraining(Method):
         if config.resume:
             set_more = session.adapter.set_state
             self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, self.about, set_more)
+        if initials(session.model):
+            (read_initial if self.first_step else write_initial)(session.model, config.output)
         self.scheduler = make_scheduler(options, self.optimizer, self.num_steps, self.first_step)
         return []
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.adapters.base import adapter_of
 from finetune.adapters.registry import ADAPTERS
 from finetune.config import Config
 from finetune.data.batches import Row
@@ -62,6 +63,7 @@ class Method(Setup):
         if self.kind is not None:
             model, note = load(ADAPTERS[self.kind].code).attach(parts, self.config, self.only_plan)
             self.notes += filter(None, [note])
+            parts = adapter_of(model).rebased(parts)
         alpha = self.config.training.neftune_noise_alpha
         if alpha is not None:
             add_embedding_noise(model, alpha)

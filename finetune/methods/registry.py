@@ -59,7 +59,7 @@ def _adapter_training(kind: str) -> MethodEntry:
         f"gradients for {entry.words}",
         "finetune.methods.adapter_training:AdapterTraining",
         reads=(entry.section,) if entry.section else (),
-        files=lambda config: ("state", "adapter"),
+        files=lambda config: ("state", "adapter", "initial-adapter"),
         learning_rate=lambda config: entry.gradient_rate,
         adapter=lambda config: kind,
     )

@@ -94,7 +94,9 @@ class Seat(Session):
         self.planner = Planner(self, shared.setup.visits.setdefault(repr(self.config.lora), {}))
 
     def _wrap(self, method: Method) -> nn.Module:
-        model = method.wrap(self.parts)[0]
+        model, parts = method.wrap(self.parts)
+        if parts is not self.parts:
+            raise UserError("lora.init_lora_weights: runs of a sweep share the base as it is, and this one would change it")
         if self.device.traits.computes_on_host:
             sum_in_one_pass(model)
         return model

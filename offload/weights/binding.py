@@ -144,8 +144,21 @@ class Binding:
         return sum(bound) + max(self.lazy_bytes.values(), default=0)
 
     def read_as(self, weights: Mapping[str, StoredWeight]) -> None:
-        """From now on slots have these weights, under the same names, which may be in other formats."""
+        """From now on slots have these weights, under the same names, which may be in other formats: of linear layers whose
+        weights are packed now, they are decoded when they are multiplied by."""
+        packed = {
+            name: _LazyForward(owner)
+            for name, owner in self.linear_weights.items()
+            if name not in self._lazy and not weights[name].is_stored_as(self.dtypes[name])
+            and self._weights[name].is_stored_as(self.dtypes[name]) and weights[name].num_bytes >= LAZY_MIN_BYTES
+        }  # fmt: skip
         self._weights = dict(weights)
+        kept = [i for i, (name, *_) in enumerate(self._targets) if name not in packed]
+        self._targets, self._empty = [self._targets[i] for i in kept], [self._empty[i] for i in kept]
+        for name, forward in packed.items():
+            self._lazy[name] = self.linear_weights[name].forward = forward
+            self.lazy_bytes[name] = dense_bytes(weights[name].shape, self.dtypes[name])
+        self.lazy_bytes = dict(sorted(self.lazy_bytes.items(), key=lambda item: -item[1]))
         for name, forward in self._lazy.items():
             forward.weight = weights[name]
 

@@ -43,11 +43,13 @@ class OnDemand(torch.Tensor):
     """Reads it."""
     parameter_name: str
     """Fully qualified."""
+    may_change: bool
+    """Whether new values are let go, rather than refused."""
 
     @classmethod
-    def of(cls, placeholder: torch.Tensor, name: str, numbers: Callable[[], torch.Tensor]) -> OnDemand:
+    def of(cls, placeholder: torch.Tensor, name: str, numbers: Callable[[], torch.Tensor], may_change: bool) -> OnDemand:
         tensor = placeholder.detach().as_subclass(cls)
-        tensor.numbers, tensor.parameter_name = numbers, name
+        tensor.numbers, tensor.parameter_name, tensor.may_change = numbers, name, may_change
         return tensor
 
     @classmethod
@@ -56,6 +58,8 @@ class OnDemand(torch.Tensor):
         if word in ("__get__", "__set__"):
             attribute = function.__self__.__name__
             if word == "__set__" and attribute == "data" and isinstance(args[0], cls):
+                if args[0].may_change:
+                    return None
                 raise _changed(args[0])
             known = attribute in _OUTLINE or word == "__set__"
             word = attribute
@@ -76,7 +80,7 @@ class OnDemand(torch.Tensor):
 
 
 def _like(weight: OnDemand, placeholder: torch.Tensor) -> OnDemand:
-    other = OnDemand.of(placeholder, weight.parameter_name, weight.numbers)
+    other = OnDemand.of(placeholder, weight.parameter_name, weight.numbers, weight.may_change)
     return other.requires_grad_(placeholder.requires_grad)
 
 
@@ -88,9 +92,12 @@ def _changed(weight: OnDemand) -> UserError:
 
 
 @contextlib.contextmanager
-def weights_on_demand(parts: ModelParts, check: Callable[[int], None] = lambda num_numbers: None) -> Iterator[None]:
+def weights_on_demand(
+    parts: ModelParts, check: Callable[[int], None] = lambda num_numbers: None, may_change: bool = False
+) -> Iterator[None]:
     """Inside, the parameters of `parts.model` that are placeholders are read by code that computes with them. check: called
-    with how many numbers a weight has, before it is read."""
+    with how many numbers a weight has, before it is read. may_change: whether code may set new values, which go nowhere, for
+    whoever lets it knows them; else that is refused."""
     held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for name, parameter in list(parts.model.named_parameters(remove_duplicate=False)):
         if name not in parts.sources or not is_placeholder(parameter) or type(parameter.data) is not torch.Tensor:
@@ -98,7 +105,7 @@ def weights_on_demand(parts: ModelParts, check: Callable[[int], None] = lambda n
         home = parts.model.get_submodule(name.rpartition(".")[0])._parameters
         numbers = partial(_numbers, parts.sources[name], parameter.dtype, check)
         held.append((home, name.rpartition(".")[2], parameter))
-        home[held[-1][1]] = nn.Parameter(OnDemand.of(parameter, name, numbers), requires_grad=False)
+        home[held[-1][1]] = nn.Parameter(OnDemand.of(parameter, name, numbers, may_change), requires_grad=False)
     try:
         yield
     finally:

@@ -123,7 +123,7 @@ WRONG = {
     "arrow_config": {"arrow_config": {}},
 } | {
     word: {"init_lora_weights": word}
-    for word in ("pissa", "pissa_niter_2", "olora", "loftq", "eva", "corda", "lora_ga", "PiSSA")
+    for word in ("loftq", "eva", "corda", "lora_ga", "PiSSA")
 }  # fmt: skip
 
 
