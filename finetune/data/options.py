@@ -43,7 +43,8 @@ class DatasetOptions(Section):
 
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
         if self.evaluation_stride is not None and self.evaluation_stride > self.sequence_length:
-            problem = f"expected at most sequence_length ({self.sequence_length}), found {self.evaluation_stride}"
+            length, found = self.sequence_length, self.evaluation_stride
+            problem = f"expected dataset.evaluation_stride to be at most dataset.sequence_length ({length}), found {found}"
             yield Conflict(("dataset.evaluation_stride", "dataset.sequence_length"), problem)
         count, found = len(sources_in(config.data)), len(self.probabilities)
         if found and config.data is not None and found != count:

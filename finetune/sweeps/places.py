@@ -100,7 +100,7 @@ def _together(shapes: Sequence[BatchShape], count: int) -> BatchShape:
 
 
 def _largest_visit(visits: Sequence[VisitSize]) -> VisitSize:
-    names = ("peak_bytes", "flops", "boundary_bytes", "graph_bytes", "waiting_bytes")
+    names = ("peak_bytes", "near_bytes", "flops", "boundary_bytes", "graph_bytes", "waiting_bytes")
     most = {name: max(getattr(visit, name) for visit in visits) for name in names}
     return VisitSize(**most, graph_blocks=min(visit.graph_blocks for visit in visits))
 
