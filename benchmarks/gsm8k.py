@@ -80,7 +80,8 @@ class Benchmark:
         self.options = options
         self.work: Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
-        rows = Path(options.data).read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(options.data, encoding="utf-8") as file:
+            rows = list(file)
         self.rows = [json.loads(row) for row in rows[: -options.held_out]]
         (self.work / "train.jsonl").write_text("".join(rows[: -options.held_out]), encoding="utf-8")
         (self.work / "held-out.jsonl").write_text("".join(rows[-options.held_out :]), encoding="utf-8")
@@ -138,7 +139,7 @@ class Benchmark:
             self._answers(["--model", model, "--data", asked], "asked", "record")
             questions = {row["messages"][-1]["content"].strip(): row["messages"][:-1] for row in rows}
             pairs = []
-            for row in map(json.loads, said.read_text(encoding="utf-8").splitlines()):
+            for row in map(json.loads, said.read_text(encoding="utf-8").split("\n")[:-1]):
                 if correct([row["said"]], [row["wanted"]]) == [0.0] and row["said"].strip():
                     chosen, rejected = ([{"role": "assistant", "content": row[key].strip()}] for key in ("wanted", "said"))
                     pairs.append({"prompt": questions[row["wanted"].strip()], "chosen": chosen, "rejected": rejected})

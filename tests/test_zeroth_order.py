@@ -362,6 +362,19 @@ class TestEstimators:
         with pytest.raises(ConfigError, match="perturbations of at least 2"):
             Config(model="m", zo={"estimator": "fzoo"})
 
+    def test_evolution_strategies(self):
+        """Scores are those of Qiu et al. 2025: of losses, less is better."""
+        options = ZerothOrderOptions(estimator="es", perturbations=4, epsilon=0.5)
+        assert variants(options, [7, 8, 9, 6]) == [Variant(seed, 0.5) for seed in (7, 8, 9, 6)] and options.variants == 4
+        found = projected_gradients(options, np.float32([1, 3, 1, 3]))  # of mean 2 and standard deviation 1
+        assert found.tolist() == [-1, 1, -1, 1]
+        assert projected_gradients(options, np.float32([2, 2, 2, 2])).tolist() == [0, 0, 0, 0]
+        options = ZerothOrderOptions(estimator="es_antithetic", perturbations=2, epsilon=0.5)
+        assert variants(options, [7, 8]) == [Variant(7, 0.5), Variant(7, -0.5), Variant(8, 0.5), Variant(8, -0.5)]
+        assert projected_gradients(options, np.float32([1, 3, 3, 3])) == pytest.approx(np.array([-2, 0]) / 2 / np.sqrt(0.75))
+        with pytest.raises(ConfigError, match="at least 2 for es_antithetic"):
+            Config(model="m", zo={"estimator": "es_antithetic"})
+
     def test_low_rank_noise_refuses_what_needs_other_columns(self):
         for wrong in ({"momentum": 0.9}, {"rounding": "stochastic"}):
             with pytest.raises(ConfigError, match="with low_rank noise"):

@@ -9,6 +9,10 @@ Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `fi
   fzoo   g_i = (L(theta + epsilon z_i) - L(theta)) / s, averaged over i, with s the standard deviation of the q perturbed
          losses: one forward pass a perturbation, and steps that are longer where the loss is flat. The learning rate is
          the length of a step, whatever epsilon. FZOO (Dang et al. 2025).
+  es     g_i = Z_i, averaged over i, with Z the losses L(theta + epsilon z_i) less their mean, by their standard deviation: one
+         forward pass a perturbation. Evolution strategies (Salimans et al. 2017), with the scores of Qiu et al. 2025 (Evolution
+         strategies at scale); there, rewards are maximised, sigma is epsilon and alpha the learning rate.
+  es_antithetic  g_i = (Z_i+ - Z_i-) / 2, with Z over both signs of all perturbations (mirrored sampling).
 Noise: signs (FZOO's), normals (MeZO's) or low_rank, LOZO (Chen et al. 2024): z = U V^T / sqrt(rank), with V kept for
 `fold_steps` steps, so that all these steps' updates are one product of that rank. It adds to weights like any other noise,
 or to the products of linear layers (`perturb: products`); momentum would need the V of earlier steps and is for the other
@@ -85,6 +89,8 @@ def variants(options: ZerothOrderOptions, seeds: Sequence[int], shared_seed: int
     epsilon = options.epsilon
     if options.estimator == "fzoo":
         return [Variant(), *(Variant(seed, epsilon, shared_seed) for seed in seeds)]
+    if options.estimator == "es":
+        return [Variant(seed, epsilon, shared_seed) for seed in seeds]
     return [Variant(seed, sign * epsilon, shared_seed) for seed in seeds for sign in (1, -1)]
 
 
@@ -94,6 +100,10 @@ def projected_gradients(options: ZerothOrderOptions, losses: np.ndarray) -> np.n
     if options.estimator == "fzoo":
         spread = losses[1:].std(ddof=1)
         gradients = (losses[1:] - losses[0]) / spread if spread > 0 else np.zeros(len(losses) - 1)
+    elif options.estimator in ("es", "es_antithetic"):
+        spread = losses.std()
+        scores = (losses - losses.mean()) / spread if spread > 0 else np.zeros(len(losses))
+        gradients = scores if options.estimator == "es" else (scores[0::2] - scores[1::2]) / 2
     else:
         gradients = (losses[0::2] - losses[1::2]) / (2 * options.epsilon)
     return gradients.astype(np.float32)

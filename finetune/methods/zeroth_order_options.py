@@ -29,9 +29,9 @@ class ZerothOrderOptions(Section):
     called as `finetune.objectives.rewards.Reward` says."""
     max_new_tokens: Count = 32
     """For f1 and rewards: most tokens that are decoded, greedily. Each is a pass over the weights."""
-    estimator: Literal["spsa", "fzoo"] = "spsa"
-    """How losses become coefficients of the noise. spsa: a pair of losses for each noise. fzoo: one loss each, and one
-    without noise."""
+    estimator: Literal["spsa", "fzoo", "es", "es_antithetic"] = "spsa"
+    """How losses become coefficients of the noise. spsa: a pair of losses for each noise. fzoo: one loss each, and one without
+    noise. es: one loss each, less their mean and by their spread (evolution strategies); es_antithetic: the same with pairs."""
     noise: Literal["rademacher", "gaussian", "low_rank"] = "rademacher"
     """Random signs cost less than half of normals, and a sixth where updates are pending. MeZO uses normals, LOZO low_rank."""
     rank: CountOrZero = 0
@@ -60,10 +60,11 @@ class ZerothOrderOptions(Section):
     """How a sum is added to 16-bit weights. exact: fp32 weights are kept on disk. MeZO: nearest with fold_steps 1."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.estimator == "fzoo" and self.perturbations < 2:
+        if self.estimator != "spsa" and self.perturbations < 2:
             yield Conflict(
                 ("estimator", "perturbations"),
-                f"expected perturbations of at least 2 for fzoo, which takes their spread, found {self.perturbations}",
+                f"expected perturbations of at least 2 for {self.estimator}, which takes their spread, found "
+                f"{self.perturbations}",
             )
         if self.rank and self.noise != "low_rank":
             yield Conflict(
@@ -133,4 +134,5 @@ class ZerothOrderOptions(Section):
     @property
     def variants(self) -> int:
         """Versions of the weights that a step computes."""
-        return self.perturbations + 1 if self.estimator == "fzoo" else 2 * self.perturbations
+        one_sided = {"fzoo": self.perturbations + 1, "es": self.perturbations}
+        return one_sided.get(self.estimator, 2 * self.perturbations)
