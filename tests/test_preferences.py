@@ -22,6 +22,7 @@ from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.evaluate import evaluate
+from finetune.export import export
 from finetune.questions import compare_methods
 from memory.errors import UserError
 
@@ -198,6 +199,29 @@ def test_three_steps_are_those_of_a_plain_loop(model, tmp_path, objective, loss_
     assert saved.keys() == expected.keys()
     for name, value in saved.items():
         torch.testing.assert_close(value, expected[name].detach(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("tile_vocab", [None, 100], ids=["one chunk", "chunks"])
+def test_the_models_own_weights(model, tmp_path, tile_vocab):
+    """A step of all weights, the head among them, of an objective without a reference."""
+    data, training = rows(4), {"max_steps": 1, "learning_rate": 1e-2, "max_grad_norm": None, "adam_epsilon": 1e-8}
+    engine = {"loss_tile_vocab": tile_vocab, "loss_tile_tokens": 16}
+    config = config_of(
+        model, tmp_path / "out", data, "orpo", training=training, method="full", disk="1GiB", engine=engine,
+        optimizer={"name": "sgd", "momentum": 0.0},
+    )  # fmt: skip
+    Trainer(config).train()
+    export(config, tmp_path / "exported")
+    plain = plain_model(model)
+    loss, logged = reference_loss(plain, tokenised(model, data), "orpo", "sigmoid", {})
+    loss.backward()
+    row = metrics_of(config)[0]
+    assert row["loss"] == pytest.approx(float(loss.detach()), rel=2e-6)
+    assert row["rewards/margins"] == pytest.approx(logged["rewards/margins"], rel=1e-5, abs=1e-6)
+    tuned = plain_model(tmp_path / "exported")
+    for name, parameter in plain.named_parameters():
+        expected = parameter.detach() - 1e-2 * parameter.grad
+        torch.testing.assert_close(tuned.get_parameter(name).detach(), expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])

@@ -175,7 +175,7 @@ class WeightTraining(Method):
             raise UserError(f"{error}. Mend the disk, or make room. {self._weights.store.how_to_go_on}") from error
         self.optimizer.step()
         self.scheduler.step()
-        return StepResult(float(updated.loss), batches.tokens, learning_rate, updated.grad_norm)
+        return StepResult(float(updated.loss), batches.tokens, learning_rate, updated.grad_norm, self._objective.logged())
 
     def save(self, step: int) -> None:
         """Every step is durable already."""

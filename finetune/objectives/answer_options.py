@@ -8,6 +8,8 @@ from typing import Any
 from finetune.options import Conflict
 
 METHODS_OF_LORA = ("lora",)
+METHODS_OF_GRADIENTS = ("lora", "full", "lisa", "badam", "slimfit", "frugal")
+"""Of which only lora has a reference: the model without its adapter."""
 
 
 def conflicts_of_answers(config: Any, word: str, methods: Collection[str]) -> Iterator[Conflict]:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune.objectives.answer_options import METHODS_OF_LORA, conflicts_of_answers
+from finetune.objectives.answer_options import METHODS_OF_GRADIENTS, METHODS_OF_LORA, conflicts_of_answers
+from finetune.objectives.registry import find_objective
 from finetune.options import Conflict, NonNegative, Number, Positive, Section, Switch
 
 _LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "cpo": ("sigmoid", "hinge", "ipo")}
@@ -71,7 +72,9 @@ class PreferenceOptions(Section):
             )
         if word not in _READS:
             return
-        yield from conflicts_of_answers(config, word, METHODS_OF_LORA)
+        yield from conflicts_of_answers(
+            config, word, METHODS_OF_LORA if find_objective(word).has_reference else METHODS_OF_GRADIENTS
+        )
         if word == "kto" and config.training.batch_size == 1:
             yield Conflict(
                 ("training.objective", "training.batch_size"),

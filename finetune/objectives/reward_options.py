@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.objectives.answer_options import conflicts_of_answers
+from finetune.objectives.answer_options import METHODS_OF_GRADIENTS, conflicts_of_answers
 from finetune.options import Conflict, NonNegative, Section
-
-_METHODS = ("lora", "full", "lisa", "badam", "slimfit", "frugal")
 
 
 class RewardOptions(Section):
@@ -21,7 +19,7 @@ class RewardOptions(Section):
     def conflicts_with(self, config: Any) -> Iterator[Conflict]:
         word = config.training.objective
         if word == "reward":
-            yield from conflicts_of_answers(config, word, _METHODS)
+            yield from conflicts_of_answers(config, word, METHODS_OF_GRADIENTS)
         elif self.center_rewards_coefficient is not None:
             yield Conflict(
                 ("reward.center_rewards_coefficient", "training.objective"),

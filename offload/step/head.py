@@ -153,6 +153,8 @@ class TiledHead:
                 lane.finish_log_probs()
             for lane, weight in zip(trained, weigh([lane.log_probs for lane in lanes]), strict=True):
                 lane.finish_backward(weight)
+            if self._weights.trains(self._keys[0]):
+                self._train_chunks(trained)
         for lane in trained:
             lane.backward()
 

@@ -72,7 +72,8 @@ class TokenLogProbs(TiledCrossEntropy):
 
     def finish_backward(self, weights: torch.Tensor) -> None:
         """As `plain_backward`, where chunks have been added up."""
-        grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).mul_(-self._spread(weights)[:, None])
+        self._weights = -self._spread(weights)  # of the cross entropies, for the gradient of the head too
+        grad = self._weighted.div_(self._sum[:, None]).sub_(self._label_row).mul_(self._weights[:, None])
         grad[~self._valid] = 0
         with in_file():
             self._grad = grad.to(self._hidden.dtype)
