@@ -40,9 +40,10 @@ class Scored(Objective):
         results = []
         for index, lane in enumerate(lanes):
             ends = np.cumsum([len(one.positions) for one in lane])[:-1]
+            of_lane = [found[v * len(lanes) + index] for v in range(len(variants))]
             pieces = [
-                list(zip(*(np.split(values, ends) for values in found[v * len(lanes) + index]), strict=True))
-                for v in range(len(variants))
+                list(zip(*(np.split(values, ends) for values in scores if values is not None), strict=True))
+                for scores in of_lane
             ]
             for i, one in enumerate(lane):
                 results.append((one, [Scores(*pieces[v][i]) for v in range(len(variants))]))
