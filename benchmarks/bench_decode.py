@@ -22,17 +22,16 @@ from itertools import cycle
 from typing import NamedTuple
 
 import torch
-
-from memory.device_kinds import DEVICE_KINDS
-from offload.devices import Device, choose_device
-from offload.files.gguf_file import BLOCKS
-from offload.rates.decoders import SAMPLES, filled, measure_decoder
-from offload.rates.timing import seconds_of
-from offload.weights.formats import PlainTensor
-from offload.weights.formats.bitsandbytes import CODES
-from offload.weights.formats.gguf import GgufTensor
-from offload.weights.formats.gguf_blocks import DECODERS
-from offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Scales, decode
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.offload.devices import Device, choose_device
+from finetune.offload.files.gguf_file import BLOCKS
+from finetune.offload.rates.decoders import SAMPLES, filled, measure_decoder
+from finetune.offload.rates.timing import seconds_of
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.formats.bitsandbytes import CODES
+from finetune.offload.weights.formats.gguf import GgufTensor
+from finetune.offload.weights.formats.gguf_blocks import DECODERS
+from finetune.offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Scales, decode
 
 FORMATS = ("NF4", "int8", "FP8 e4m3", "FP8 e5m2", "bfloat16", "float16")
 BLOCK = 128  # of FP8

@@ -29,7 +29,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 from finetune.data import BatchPlan, collate, prepare
-from memory.meter import MemoryMeter
+from finetune.memory.meter import MemoryMeter
 model_dir, data, cache, length, batch, micro, steps, dtype, seed, keeps_graphs = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))

@@ -15,10 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from offload.weights.compress import compress_checkpoint
-from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, decode, encode, room_bytes
-from offload.weights.parts import cut
+from finetune.offload.weights.compress import compress_checkpoint
+from finetune.offload.weights.formats.lossless_code import (
+    CHUNK,
+    code_lengths,
+    count_exponents,
+    decode,
+    encode,
+    room_bytes,
+)
+from finetune.offload.weights.parts import cut
 
 NUMBERS = 1 << 25
 

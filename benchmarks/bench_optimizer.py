@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-
-from offload.update.kernels import (
+from finetune.offload.update.kernels import (
     INSTRUCTION_SETS,
     ROOT,
     Code,
@@ -26,8 +25,8 @@ from offload.update.kernels import (
     checksum,
     update,
 )
-from offload.update.rules import OPTIMIZERS
-from offload.update.rules.signs import SignSgd
+from finetune.offload.update.rules import OPTIMIZERS
+from finetune.offload.update.rules.signs import SignSgd
 
 F32, BF16 = torch.float32, torch.bfloat16
 RULES = OPTIMIZERS | {"signsgd": SignSgd}

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from offload.residency.io import IOEngine
+from finetune.offload.residency.io import IOEngine
 
 MIB = 1 << 20
 

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM
 from finetune import Config
 from finetune.data import BatchPlan, collate, prepare
 from finetune.methods.selection import make_selection
-from memory.meter import MemoryMeter
-from offload.weights.skeleton import find_blocks
+from finetune.memory.meter import MemoryMeter
+from finetune.offload.weights.skeleton import find_blocks
 model_dir, data, cache, length, batch, micro, steps, method, seed, masters = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)

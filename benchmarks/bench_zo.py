@@ -24,7 +24,7 @@ import json, sys, time, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from finetune.data import BatchPlan, collate, prepare
-from memory.meter import MemoryMeter
+from finetune.memory.meter import MemoryMeter
 model_dir, data, cache, length, batch, micro, passes, mezo_steps, dtype, seed = json.loads(sys.argv[1])
 meter = MemoryMeter().start()
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()

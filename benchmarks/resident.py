@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers as tf
+from finetune.memory.meter import MemoryMeter
+from finetune.offload.weights.skeleton import find_blocks
 from peft import LoraConfig, get_peft_model
 
 from finetune.config import Config
@@ -23,8 +25,6 @@ from finetune.data import BatchPlan, collate, prepare
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
-from memory.meter import MemoryMeter
-from offload.weights.skeleton import find_blocks
 
 
 class Masters:

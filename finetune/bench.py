@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from finetune.machines.kept import keep_profile
 from finetune.machines.words import describe_machine
-from memory.machine import MachineProfile
-from offload.devices import choose_device
-from offload.files.checkpoint import is_gguf, read_checkpoint, resolve_model
-from offload.rates.disk import nearest_directory
-from offload.rates.machine import Effort, FileRange, measure_machine
+from finetune.memory.machine import MachineProfile
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import is_gguf, read_checkpoint, resolve_model
+from finetune.offload.rates.disk import nearest_directory
+from finetune.offload.rates.machine import Effort, FileRange, measure_machine
 
 
 class Measured(NamedTuple):

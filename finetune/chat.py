@@ -12,9 +12,9 @@ from finetune.data.chat_template import ChatTemplate
 from finetune.data.encode import check_ids
 from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens
 from finetune.generate import Waiting, open_speaker
+from finetune.memory.errors import UserError
 from finetune.planned_run import BatchShape
 from finetune.runs.prompts import was_trained_on_plain_prompts
-from memory.errors import UserError
 
 LEAST_TOKENS = 1024
 """That a conversation may have at least, with its last answer, where the model has as many positions."""

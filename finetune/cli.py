@@ -21,9 +21,9 @@ import typer
 from finetune import cli_export, cli_reports
 from finetune.cli_messages import how_to_go_on, message_of, one_a_flag, print_versions, read_turn, require
 from finetune.cli_options import KEYS, OTHER, SAMPLING, MaxNewTokens, with_options
+from finetune.memory.device_kinds import DEVICE_WORDS
+from finetune.memory.errors import UserError
 from finetune.runs.signals import ignore_signals, take_signals
-from memory.device_kinds import DEVICE_WORDS
-from memory.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -362,8 +362,8 @@ def cache(
     """List the models that --quantize has made, with their sizes, or remove some of them."""
     from pathlib import Path
 
+    from finetune.memory.units import format_bytes
     from finetune.quantization.cache import cache_home, cached_models, remove_cached
-    from memory.units import format_bytes
 
     place = Path(directory).expanduser() if directory else cache_home()
     if action not in ("list", "remove"):

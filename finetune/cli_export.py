@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli_messages import require
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.config import Config
@@ -132,8 +132,8 @@ def compress(
     """
     require(to, "a directory to write to", "--to DIRECTORY")
     from finetune.compress import compress as compress_model
+    from finetune.memory.units import format_bytes
     from finetune.reporting.progress import Ticker
-    from memory.units import format_bytes
 
     target = Path(to).expanduser()
     found = compress_model(config, target, Ticker("compressing"), lambda words: typer.echo(words, err=True))

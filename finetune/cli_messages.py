@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from finetune import __version__
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from finetune.memory.device_kinds import DEVICE_WORDS
 from finetune.methods.registry import METHODS
-from memory.device_kinds import DEVICE_WORDS
 
 OTHER = "Other"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.cli_options import OTHER
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.config import Config

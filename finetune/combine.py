@@ -17,11 +17,11 @@ import torch
 
 from finetune.adapters import peft_files, saved
 from finetune.adapters.seal import trained_on
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.weights.on_demand import weights_on_demand
+from finetune.offload.weights.parts import cut
 from finetune.runs.exports import check_new
-from memory.errors import UserError
-from offload.files.checkpoint import resolve_model
-from offload.weights.on_demand import weights_on_demand
-from offload.weights.parts import cut
 
 KINDS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes, format_seconds
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.sizing.calibration import try_rates
+from finetune.offload.sizing.compression import try_compression
+from finetune.offload.weights.compress import Compressed, compress_checkpoint
+from finetune.offload.weights.formats import quantization_of
+from finetune.offload.weights.parts import ModelParts, cut
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import Progress, check_new, side_files
-from memory.errors import UserError
-from memory.units import format_bytes, format_seconds
-from offload.devices import choose_device
-from offload.files.checkpoint import resolve_model
-from offload.sizing.calibration import try_rates
-from offload.sizing.compression import try_compression
-from offload.weights.compress import Compressed, compress_checkpoint
-from offload.weights.formats import quantization_of
-from offload.weights.parts import ModelParts, cut
 
 BUFFER_BYTES = 64 << 20
 

@@ -15,16 +15,16 @@ from finetune.adapters.base import adapter_of
 from finetune.config import Config
 from finetune.data.preparation import template_text
 from finetune.data.tokenizer_files import read_tokenizer
+from finetune.memory.errors import UserError
+from finetune.memory.tensor_file import in_file
+from finetune.offload.files.checkpoint import is_gguf
+from finetune.offload.files.gguf_file import read_gguf_header
+from finetune.offload.sizing.dry_run import measure_visit
+from finetune.offload.step.cached_attention import attention_in_parts
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.skeleton import cache_argument
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from memory.tensor_file import in_file
-from offload.files.checkpoint import is_gguf
-from offload.files.gguf_file import read_gguf_header
-from offload.sizing.dry_run import measure_visit
-from offload.step.cached_attention import attention_in_parts
-from offload.streamed_model import StreamedModel
-from offload.weights.skeleton import cache_argument
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList

@@ -24,6 +24,9 @@ from finetune.data.micro_batches import make_micro_batches
 from finetune.data.options import name_of
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter
+from finetune.memory.plan import PlanRefused
 from finetune.methods.results import find_result
 from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective, objective_class
@@ -32,17 +35,14 @@ from finetune.objectives.metrics import Predictions, load_metrics
 from finetune.objectives.registry import find_objective
 from finetune.objectives.scoring import Asked, TextRows, score
 from finetune.objectives.written_rows import WrittenRows
+from finetune.offload.sizing.needs import HIDDEN_STATES
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.evaluations import keep_evaluation
 from finetune.runs.prompts import as_trained
 from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
-from memory.errors import UserError
-from memory.meter import MemoryMeter
-from memory.plan import PlanRefused
-from offload.sizing.needs import HIDDEN_STATES
-from offload.streamed_model import StreamedModel
 
 MICRO_BATCH_TOKENS = 256  # short rows compute together up to so many: fewer leave cores idle
 PASS_TOKENS = 1 << 15  # one pass over the weights serves at most so many: beyond, reading is hidden on any machine

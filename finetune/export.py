@@ -8,14 +8,14 @@ from pathlib import Path
 from finetune.config import Config
 from finetune.gguf_adapter import write_adapter
 from finetune.gguf_export import check_target, write_model
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
 from finetune.methods.results import makers
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.rewrite.gguf_contents import check_type
 from finetune.runs.directory import reading, recorded
 from finetune.runs.exports import Export, Progress, check_new
 from finetune.runs.model_card import CARD, model_card
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.files.checkpoint import resolve_model
-from offload.rewrite.gguf_contents import check_type
 
 
 def export_gguf(

@@ -23,15 +23,15 @@ from finetune.decoding import (
     end_tokens,
     load_tokenizer,
 )
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.memory.plan import PlanRefused
 from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.prompts import as_trained, was_trained_on_plain_prompts
 from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
-from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.plan import PlanRefused
 
 
 def generate(

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from finetune.config import Config
 from finetune.gguf_export import check_target, new_gguf
+from finetune.memory.errors import UserError
 from finetune.methods.results import SavedAdapter, find_result
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.rewrite.gguf_contents import check_type, interleaved, laid_out, names_of
+from finetune.offload.rewrite.gguf_writer import GgufFile
+from finetune.offload.rewrite.writer import decoded_rows
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.gguf_model import architecture_of, quantization_config
+from finetune.offload.weights.parts import ModelParts, cut
+from finetune.offload.weights.streamed_parts import read_tensor
 from finetune.runs.directory import reading
 from finetune.runs.exports import Progress
-from memory.errors import UserError
-from offload.files.checkpoint import resolve_model
-from offload.residency.io import IOEngine
-from offload.rewrite.gguf_contents import check_type, interleaved, laid_out, names_of
-from offload.rewrite.gguf_writer import GgufFile
-from offload.rewrite.writer import decoded_rows
-from offload.weights.formats import PlainTensor
-from offload.weights.gguf_model import architecture_of, quantization_config
-from offload.weights.parts import ModelParts, cut
-from offload.weights.streamed_parts import read_tensor
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 _REFUSED = {

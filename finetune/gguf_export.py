@@ -15,22 +15,28 @@ from torch import Tensor
 from finetune.config import Config
 from finetune.data.gguf_tokenizer import add_tokenizer, copy_tokenizer
 from finetune.data.tokenizer_files import read_tokenizer, tokenizer_folder
+from finetune.memory.arena import tune_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.rewrite.gguf_contents import (
+    GgufContents,
+    add_architecture,
+    check_read_back,
+    check_type,
+    gguf_contents,
+)
+from finetune.offload.rewrite.gguf_writer import QUANTIZING_BYTES, GgufFile
+from finetune.offload.rewrite.writer import decoded_rows, decoding_bytes
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.parts import ModelParts, cut
+from finetune.offload.weights.streamed_parts import read_tensor
 from finetune.quantization.base import open_base
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import Progress, check_memory
-from memory.arena import tune_malloc
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.devices import choose_device
-from offload.files.checkpoint import resolve_model
-from offload.files.new_directory import new_directory
-from offload.residency.io import IOEngine
-from offload.rewrite.gguf_contents import GgufContents, add_architecture, check_read_back, check_type, gguf_contents
-from offload.rewrite.gguf_writer import QUANTIZING_BYTES, GgufFile
-from offload.rewrite.writer import decoded_rows, decoding_bytes
-from offload.weights.formats import PlainTensor
-from offload.weights.parts import ModelParts, cut
-from offload.weights.streamed_parts import read_tensor
 
 _SPARE_BYTES = 64 << 20  # of the disk, left free
 

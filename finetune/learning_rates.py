@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 SMOOTHING = 0.8  # of a loss, what comes from those before
 STOP_FACTOR = 4.0  # the steps end where a smoothed loss is so many times the lowest

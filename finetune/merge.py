@@ -20,29 +20,29 @@ from finetune.adapters.seal import CONFIG
 from finetune.config import Config
 from finetune.data.tokenizer_files import read_tokenizer
 from finetune.gguf_export import GgufModel, check_target, stored_values, write_gguf
+from finetune.memory.arena import tune_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
 from finetune.methods.results import SavedAdapter, find_result
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import INDEX_FILE, resolve_model
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.files.safetensors_files import write_index
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.rewrite.contents import Contents, contents, written_dtype
+from finetune.offload.rewrite.gguf_contents import check_type, gguf_contents
+from finetune.offload.rewrite.gguf_writer import QUANTIZING_BYTES
+from finetune.offload.rewrite.writer import Writer, change, decoding_bytes, kept_bytes
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.gguf_model import read_gguf_config
+from finetune.offload.weights.parts import cut
+from finetune.offload.weights.streamed_parts import read_tensor
 from finetune.quantization.base import Base, open_base
 from finetune.quantization.cache import whole
 from finetune.runs.directory import reading
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import Progress, check_memory, check_new, side_files
 from finetune.runs.model_card import CARD, model_card, run_of
-from memory.arena import tune_malloc
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.devices import choose_device
-from offload.files.checkpoint import INDEX_FILE, resolve_model
-from offload.files.new_directory import new_directory
-from offload.files.safetensors_files import write_index
-from offload.residency.io import IOEngine
-from offload.rewrite.contents import Contents, contents, written_dtype
-from offload.rewrite.gguf_contents import check_type, gguf_contents
-from offload.rewrite.gguf_writer import QUANTIZING_BYTES
-from offload.rewrite.writer import Writer, change, decoding_bytes, kept_bytes
-from offload.weights.formats import PlainTensor
-from offload.weights.gguf_model import read_gguf_config
-from offload.weights.parts import cut
-from offload.weights.streamed_parts import read_tensor
 
 FORMS = ("plain", "packed")
 _SPARE_BYTES = 64 << 20  # of the disk, left free

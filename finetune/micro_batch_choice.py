@@ -19,15 +19,15 @@ import numpy as np
 from finetune.config import Config
 from finetune.data.batches import BatchPlan
 from finetune.machines.profiles import find_machine
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.memory.units import format_seconds
 from finetune.objectives.base import objective_class
 from finetune.objectives.router_loss import RouterLoss
+from finetune.offload.devices import DescribedDevice
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.prediction import count_step, described_device
 from finetune.session import Session
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from memory.units import format_seconds
-from offload.devices import DescribedDevice
 
 WORTH = 1.02  # times the fastest step: a smaller micro-batch whose step takes no longer needs less memory
 REFERENCE_MACHINE = "rtx4060-32gb-gen4"  # whose rates count where `finetune bench` has not been run

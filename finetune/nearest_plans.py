@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.plan import SPREAD_BYTES, PlanRefused
+from finetune.memory.units import MIB, format_mib, format_seconds, round_up
 from finetune.methods.base import make_method
 from finetune.micro_batch_choice import sizes, with_micro_batch_size
 from finetune.objectives.base import objective_class
+from finetune.offload.sizing.calibration import Rates, try_rates
 from finetune.planned_run import SHORTEST_ROW, PlannedRun
 from finetune.prediction import count_step, described_device, predict_step
 from finetune.sequence_chunk_choice import chunk_sizes
 from finetune.session import Session
-from memory.errors import UserError
-from memory.plan import SPREAD_BYTES, PlanRefused
-from memory.units import MIB, format_mib, format_seconds, round_up
-from offload.sizing.calibration import Rates, try_rates
 
 MOST_PLANS = 4
 ROW_STEP = 16  # tokens: rows are shortened by multiples

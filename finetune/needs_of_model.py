@@ -12,17 +12,16 @@ from torch import nn
 
 from finetune.adapters import peft_files
 from finetune.adapters.base import adapter_of
-from finetune.planned_run import BatchShape, MeasuredBatch
-from memory.arena import trim_malloc
-from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.needs import Item, Lasts, Needs, Tier
-from memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
-from memory.units import MIB, round_up
-from offload.devices import Device
-from offload.sizing.chunked_dry_run import measure_chunked_visit
-from offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
-from offload.sizing.needs import (
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.memory.needs import Item, Lasts, Needs, Tier
+from finetune.memory.onednn_cache import BYTES_PER_SHAPE, shapes_to_keep
+from finetune.memory.units import MIB, round_up
+from finetune.offload.devices import Device
+from finetune.offload.sizing.chunked_dry_run import measure_chunked_visit
+from finetune.offload.sizing.dry_run import MaskSize, VisitSize, measure_masks, measure_visit, walk
+from finetune.offload.sizing.needs import (
     BLOCK_INPUTS,
     EDGES,
     GRAPHS,
@@ -37,9 +36,10 @@ from offload.sizing.needs import (
     text_needs,
     waiting_needs,
 )
-from offload.step.shared_gradients import shared_parameters
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.parts import ModelParts
+from finetune.offload.step.shared_gradients import shared_parameters
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.parts import ModelParts
+from finetune.planned_run import BatchShape, MeasuredBatch
 
 if TYPE_CHECKING:
     from finetune.session import Session
@@ -136,7 +136,8 @@ def batch_needs(
 
 
 def text_batch_needs(parts: ModelParts, model: nn.Module, batch: MeasuredBatch, place: str, frozen: bool) -> Needs:
-    """As `batch_needs`, where what is as long as a text can lie in a file: see `memory.tensor_file`. place: as in `text_needs`.
+    """As `batch_needs`, where what is as long as a text can lie in a file: see `finetune.memory.tensor_file`. place: as in
+    `text_needs`.
     """
     shape, visit, lanes = batch.shape, batch.visit, batch.shape.lanes
     row_bytes = visit.boundary_bytes // shape.rows  # of a token's hidden states
@@ -184,7 +185,7 @@ def adapter_needs(session: Session) -> Needs:
 
 def trained_adapter_needs(session: Session, micro_batches: int) -> Needs:
     """Of adapters that AdamW trains. On a device they are saved by way of host memory, with their moments. What blocks share
-    has sums of every micro-batch, see `offload.step.shared_gradients`."""
+    has sums of every micro-batch, see `finetune.offload.step.shared_gradients`."""
     parameters, blocks, adapter = session.trainable, session.parts.blocks, session.adapter
     num_bytes = _num_bytes(parameters)
     moment_bytes = ADAMW_BYTES_PER_PARAMETER * sum(p.numel() for p in parameters)

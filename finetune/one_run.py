@@ -19,6 +19,10 @@ from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe, prepare_for
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.evaluate import HeldOut, evaluate_open, open_rows, plan_with_evaluation
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter
+from finetune.memory.plan import PlanRefused
+from finetune.memory.units import format_mib
 from finetune.methods.base import Method
 from finetune.methods.schedule import check_schedule
 from finetune.micro_batch_choice import (
@@ -33,6 +37,7 @@ from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import Objective, make_objective, objective_class
 from finetune.objectives.judged import MeasuredRows
 from finetune.objectives.scoring import TextRows
+from finetune.offload.weights.parts import ModelParts
 from finetune.planned_run import SHORTEST_ROW, BatchShape, PlannedRun
 from finetune.prediction import predict_step
 from finetune.reporting.ending import describe_result, describe_values
@@ -49,11 +54,6 @@ from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
 from finetune.training.loop import TrainingLoop
 from finetune.training.run_report import run_report
-from memory.errors import UserError
-from memory.meter import MemoryMeter
-from memory.plan import PlanRefused
-from memory.units import format_mib
-from offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from memory.units import parse_bytes
+from finetune.memory.units import parse_bytes
 
 
 def show(value: Any) -> str:

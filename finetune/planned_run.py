@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.prediction import predict_compressed, predict_step
-from memory.needs import Needs
-from memory.plan import Plan
-from memory.units import format_bytes, format_seconds
-from offload.sizing.calibration import NoRates, Rates
-from offload.sizing.compression import Compression
-from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import (
+from finetune.memory.needs import Needs
+from finetune.memory.plan import Plan
+from finetune.memory.units import format_bytes, format_seconds
+from finetune.offload.sizing.calibration import NoRates, Rates
+from finetune.offload.sizing.compression import Compression
+from finetune.offload.sizing.dry_run import VisitSize
+from finetune.offload.sizing.needs import (
     ACTIVATIONS,
     GRAPHS,
     HIDDEN_STATES,
@@ -25,8 +24,9 @@ from offload.sizing.needs import (
     TEXTS,
     Streamed,
 )
-from offload.sizing.timing import Timing
-from offload.weights.parts import ModelParts, describe_blocks
+from finetune.offload.sizing.timing import Timing
+from finetune.offload.weights.parts import ModelParts, describe_blocks
+from finetune.prediction import predict_compressed, predict_step
 
 if TYPE_CHECKING:
     from finetune.micro_batch_choice import MicroBatchChoice

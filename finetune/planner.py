@@ -6,6 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.packed_rows import check_positions_argument
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
+from finetune.memory.plan import Limits, Plan, PlanRefused, make_plan
+from finetune.memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from finetune.needs_of_model import (
     batch_needs,
     chunk_of,
@@ -14,14 +18,18 @@ from finetune.needs_of_model import (
     process_of_run,
     text_batch_needs,
 )
+from finetune.offload.sizing.dry_run import VisitSize
+from finetune.offload.sizing.needs import (
+    HOST_HEAD,
+    TEXTS,
+    Streamed,
+    decoded_needs,
+    graph_needs,
+    passing_head,
+    stream_needs,
+)
+from finetune.offload.sizing.positions import longest_row
 from finetune.planned_run import BatchShape, MeasuredBatch, PlannedRun
-from memory.errors import UserError
-from memory.needs import Needs
-from memory.plan import Limits, Plan, PlanRefused, make_plan
-from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
-from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import HOST_HEAD, TEXTS, Streamed, decoded_needs, graph_needs, passing_head, stream_needs
-from offload.sizing.positions import longest_row
 
 if TYPE_CHECKING:
     from finetune.session import Session

@@ -9,15 +9,15 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from finetune.machines.kept import current_profile, kept_drive
-from memory.arena import trim_malloc
-from memory.errors import UserError
-from memory.simulator import Ring, Speeds, StepTime, StepWork, Update, simulate_step
-from memory.units import round_up
-from offload.devices import DescribedDevice
-from offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
-from offload.sizing.compression import Compression
-from offload.sizing.counted_visits import count_visits, profile_rates
-from offload.sizing.needs import (
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.simulator import Ring, Speeds, StepTime, StepWork, Update, simulate_step
+from finetune.memory.units import round_up
+from finetune.offload.devices import DescribedDevice
+from finetune.offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
+from finetune.offload.sizing.compression import Compression
+from finetune.offload.sizing.counted_visits import count_visits, profile_rates
+from finetune.offload.sizing.needs import (
     ACTIVATIONS,
     DECODED_WEIGHTS,
     DEVICE_BLOCKS,
@@ -29,7 +29,7 @@ from offload.sizing.needs import (
     PROCESS,
     STATE,
 )
-from offload.sizing.timing import Timing, Workload, time_chunked_visits, time_visits
+from finetune.offload.sizing.timing import Timing, Workload, time_chunked_visits, time_visits
 
 if TYPE_CHECKING:
     from finetune.planned_run import PlannedRun, StoreSize

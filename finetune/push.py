@@ -8,8 +8,8 @@ from pathlib import Path
 from finetune.adapters.saved import find
 from finetune.adapters.seal import CONFIG
 from finetune.config import Config
+from finetune.memory.errors import UserError
 from finetune.runs.model_card import CARD, model_card, run_of
-from memory.errors import UserError
 
 
 def check_name(name: str) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.memory.units import format_bytes, format_seconds
 from finetune.methods.base import make_method
 from finetune.methods.registry import METHODS
 from finetune.micro_batch_choice import settle_full_steps, with_micro_batch_size
@@ -14,9 +17,6 @@ from finetune.objectives.base import objective_class
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
 from finetune.session import Session
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from memory.units import format_bytes, format_seconds
 
 TOKENS = 16  # of which the longest row is a multiple
 MOST_TOKENS = 1 << 20

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from finetune.config import Config
-from memory.errors import UserError
-from memory.plan import PlanRefused
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 
 if TYPE_CHECKING:
     from finetune.session import Session

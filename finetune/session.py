@@ -19,26 +19,26 @@ from finetune.adapters.placement import copy_to
 from finetune.config import Config
 from finetune.data.tokenizer_files import split_note
 from finetune.machines.profiles import find_machine
+from finetune.memory.arena import Arena, install_arena, trim_malloc, tune_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.machine import MachineProfile
+from finetune.memory.mapped_files import read_code_in_small_pieces
+from finetune.memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
+from finetune.memory.trace import Trace
 from finetune.objectives.registry import find_objective
+from finetune.offload.devices import DescribedDevice, Device, choose_device
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.sizing.needs import TEXTS
+from finetune.offload.step.own_loss import MakeLoss, models_own_loss
+from finetune.offload.streamed_model import Options, StreamedModel
+from finetune.offload.weights.finite import first_not_finite
+from finetune.offload.weights.parts import ModelParts, cut
+from finetune.offload.weights.skeleton import is_placeholder
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.planner import Planner
 from finetune.quantization.base import Base, open_base
 from finetune.runs.identity import model_name
 from finetune.setup import Setup
-from memory.arena import Arena, install_arena, trim_malloc, tune_malloc
-from memory.errors import UserError
-from memory.machine import MachineProfile
-from memory.mapped_files import read_code_in_small_pieces
-from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes, shapes_to_keep
-from memory.trace import Trace
-from offload.devices import DescribedDevice, Device, choose_device
-from offload.files.checkpoint import resolve_model
-from offload.sizing.needs import TEXTS
-from offload.step.own_loss import MakeLoss, models_own_loss
-from offload.streamed_model import Options, StreamedModel
-from offload.weights.finite import first_not_finite
-from offload.weights.parts import ModelParts, cut
-from offload.weights.skeleton import is_placeholder
 
 
 def _choose_device(config: Config, machine: MachineProfile | None) -> Device:

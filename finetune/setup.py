@@ -12,18 +12,18 @@ from torch import nn
 from finetune.adapters.reference import WithReference
 from finetune.adapters.saved import refuse_beside
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
 from finetune.needs_of_model import adapter_needs
 from finetune.objectives.registry import find_objective
+from finetune.offload.devices import Device
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.sizing.needs import Streamed
+from finetune.offload.step.weights import Weights
+from finetune.offload.weights.frozen import FrozenWeights
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.streamed_parts import Room
 from finetune.planned_run import BatchShape, MeasuredBatch, StoreSize
-from memory.errors import UserError
-from memory.needs import Needs
-from offload.devices import Device
-from offload.files.checkpoint import TensorEntry
-from offload.sizing.needs import Streamed
-from offload.step.weights import Weights
-from offload.weights.frozen import FrozenWeights
-from offload.weights.parts import ModelParts
-from offload.weights.streamed_parts import Room
 
 if TYPE_CHECKING:
     from finetune.session import Session
@@ -64,7 +64,7 @@ class Setup:
         return choose_dtype(self.config.engine.dtype, device, self.has_gradients, stored)
 
     def cut_options(self) -> dict[str, Any]:
-        """For `offload.weights.parts.cut`."""
+        """For `finetune.offload.weights.parts.cut`."""
         return {"streams_experts": True}
 
     def wrap(self, parts: ModelParts) -> tuple[nn.Module, ModelParts]:

@@ -16,6 +16,9 @@ from finetune.adapters.side_by_side import Attached
 from finetune.config import Config
 from finetune.config.sweep import check_together
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter
+from finetune.memory.trace import Trace
 from finetune.methods.base import make_method
 from finetune.micro_batch_choice import settle_full_steps
 from finetune.nearest_plans import nearest_named
@@ -46,9 +49,6 @@ from finetune.sweeps.seats import Seat, SharedBase
 from finetune.sweeps.together import ModelOfRun, Together
 from finetune.trainer import Trainer
 from finetune.training.traces import write_traces
-from memory.errors import UserError
-from memory.meter import MemoryMeter
-from memory.trace import Trace
 
 MakeCallbacks = Callable[[str], Sequence[Any]]
 """Given a run's name: Transformers `TrainerCallback` objects of its own."""

@@ -24,10 +24,16 @@ from finetune.data.options import with_splits
 from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter
+from finetune.memory.trace import Trace
 from finetune.methods.base import Method, make_method
 from finetune.micro_batch_choice import refuse_tensors, settle_full_steps, with_least_rows
 from finetune.nearest_plans import Knobs, nearest_named
 from finetune.objectives.base import make_objective, objective_class
+from finetune.offload.devices import DescribedDevice
+from finetune.offload.sizing.compression import try_compression
 from finetune.one_run import ReadyRun, Run, check_start, full_shape, get_ready, identity_of, refuse_writes, take_rows
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step, with_prediction
@@ -42,12 +48,6 @@ from finetune.sequence_chunk_choice import settle_sequence_chunk
 from finetune.session import Session
 from finetune.training.arguments import values_of
 from finetune.training.traces import write_traces
-from memory.arena import trim_malloc
-from memory.errors import UserError
-from memory.meter import MemoryMeter
-from memory.trace import Trace
-from offload.devices import DescribedDevice
-from offload.sizing.compression import try_compression
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from memory.errors import UserError
-from memory.fetch_policy import spread_evenly
-from memory.needs import Item, Lasts, Needs, Pool, Step, Tier
-from memory.slots import Slab, SlotPool
-from memory.units import MIB, format_bytes, format_mib, round_up
+from finetune.memory.errors import UserError
+from finetune.memory.fetch_policy import spread_evenly
+from finetune.memory.needs import Item, Lasts, Needs, Pool, Step, Tier
+from finetune.memory.slots import Slab, SlotPool
+from finetune.memory.units import MIB, format_bytes, format_mib, round_up
 
 SPREAD_BYTES = 4 * MIB  # by which the size of the process itself differs from one start to the next
 MOMENTS_FACTOR = 1.15  # fragmentation, and what kernels allocate inside

@@ -1,9 +1,9 @@
 """Predicted time of a step: the engine's own schedule, with clocks in place of disks, links and processors.
 
 Four servers run beside each other: the disk, the link to a device, the link back, and compute; each does one thing after the
-other. When a block is fetched, and whose slot it takes, is the rule that the engine has too (`memory.fetch_policy`). A fetch
-begins when its server is free and a slot can be had; a visit begins when its block is there and the visit before it is over.
-Beside a device, an update waits for what it copies there and back, as the engine does.
+other. When a block is fetched, and whose slot it takes, is the rule that the engine has too (`finetune.memory.fetch_policy`). A
+fetch begins when its server is free and a slot can be had; a visit begins when its block is there and the visit before it is
+over. Beside a device, an update waits for what it copies there and back, as the engine does.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 
-from memory.fetch_policy import next_fetch, victim
-from memory.trace import Span
+from finetune.memory.fetch_policy import next_fetch, victim
+from finetune.memory.trace import Span
 
 MOST_PIECES = 4096  # that updates are simulated in
 

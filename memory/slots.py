@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-
-from memory.units import round_up
+from finetune.memory.units import round_up
 
 
 @dataclass(slots=True)

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory.errors import UserError
-from memory.units import format_bytes
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
 
 if TYPE_CHECKING:
     import torch

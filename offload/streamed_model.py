@@ -14,31 +14,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.expert_guesses import ExpertGuesses
+from finetune.memory.plan import Plan
+from finetune.memory.slots import Slab
+from finetune.memory.tensor_file import TensorFile, in_file
+from finetune.memory.trace import Trace
+from finetune.memory.units import format_bytes
+from finetune.offload.devices import Device
+from finetune.offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
+from finetune.offload.sizing.needs import (
+    ACTIVATIONS,
+    GRAPHS,
+    HIDDEN_STATES,
+    LANES_NEAR,
+    STAGING_BYTES,
+    TEXTS,
+    TEXTS_ON_DISK,
+)
+from finetune.offload.step.activations import Activations, SpillingActivations
+from finetune.offload.step.engine import AdaptedModel, Engine, Versions
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.head_visits import HeadVisits
+from finetune.offload.step.lane_storages import LaneActivations, LaneStorages
+from finetune.offload.step.own_loss import MakeLoss, StepLoss, StepLosses, models_own_loss
+from finetune.offload.step.tiled_modules import TiledModules
+from finetune.offload.step.traced_weights import TracedWeights
+from finetune.offload.step.weights import Block, HeadChunk, Weights
+from finetune.offload.weights.embedding import RowsOnDemand
+from finetune.offload.weights.frozen import FrozenWeights
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.skeleton import input_table
+from finetune.offload.weights.streamed_parts import Room
 from torch import nn
-
-from memory.expert_guesses import ExpertGuesses
-from memory.plan import Plan
-from memory.slots import Slab
-from memory.tensor_file import TensorFile, in_file
-from memory.trace import Trace
-from memory.units import format_bytes
-from offload.devices import Device
-from offload.residency.io import QUEUE_DEPTH, REQUEST_BYTES, IOEngine
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, LANES_NEAR, STAGING_BYTES, TEXTS, TEXTS_ON_DISK
-from offload.step.activations import Activations, SpillingActivations
-from offload.step.engine import AdaptedModel, Engine, Versions
-from offload.step.head import TiledHead
-from offload.step.head_visits import HeadVisits
-from offload.step.lane_storages import LaneActivations, LaneStorages
-from offload.step.own_loss import MakeLoss, StepLoss, StepLosses, models_own_loss
-from offload.step.tiled_modules import TiledModules
-from offload.step.traced_weights import TracedWeights
-from offload.step.weights import Block, HeadChunk, Weights
-from offload.weights.embedding import RowsOnDemand
-from offload.weights.frozen import FrozenWeights
-from offload.weights.parts import ModelParts
-from offload.weights.skeleton import input_table
-from offload.weights.streamed_parts import Room
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
-
-from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, decode, encode, room_bytes
+from finetune.offload.weights.formats.lossless_code import (
+    CHUNK,
+    code_lengths,
+    count_exponents,
+    decode,
+    encode,
+    room_bytes,
+)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

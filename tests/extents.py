@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-
-from offload.weights.formats import PlainTensor
+from finetune.offload.weights.formats import PlainTensor
 
 
 def read_source(source: PlainTensor) -> torch.Tensor:

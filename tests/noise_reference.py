@@ -1,4 +1,5 @@
-"""The noise and the pass of `offload.noise.noise`, written again in plain NumPy from their definition; one operation a line."""
+"""The noise and the pass of `finetune.offload.noise.noise`, written again in plain NumPy from their definition; one operation a
+line."""
 
 from __future__ import annotations
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 
+import finetune.offload.step.activations
 import pytest
 import torch
-
-import offload.step.activations
-from memory.slots import Slab
-from offload.devices.base import map_host_bytes
-from offload.residency.io import FaultPlan, IOEngine, IOFailure
-from offload.step.activations import Activations, SpillingActivations
+from finetune.memory.slots import Slab
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
+from finetune.offload.step.activations import Activations, SpillingActivations
 
 SLOT_BYTES = 8192
 FAULTS = {
@@ -24,7 +23,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def small_tensors_spill(monkeypatch):
-    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 64)
+    monkeypatch.setattr(finetune.offload.step.activations, "SPILL_MIN_BYTES", 64)
 
 
 def make_tensor(generator: torch.Generator, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

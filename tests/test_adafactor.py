@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import finetune.offload.update.matrices
 import pytest
 import torch
+from finetune.memory.units import round_up
+from finetune.offload.update.rules.adafactor import Adafactor as Rule
+from finetune.offload.update.rules.adafactor import factor_views, observe
+from finetune.offload.update.units import make_unit
+from finetune.offload.weights.layout import BlockLayout, View
 from transformers.optimization import Adafactor
-
-import offload.update.matrices
-from memory.units import round_up
-from offload.update.rules.adafactor import Adafactor as Rule
-from offload.update.rules.adafactor import factor_views, observe
-from offload.update.units import make_unit
-from offload.weights.layout import BlockLayout, View
 
 SHAPES = [(37,), (1, 50), (50, 1), (23, 41), (3, 17, 11)]
 
@@ -28,7 +27,7 @@ def unit_of(shapes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_directions_are_those_of_transformers(scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(finetune.offload.update.matrices, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
     factors = factor_views(unit, torch.zeros(Rule().factor_bytes(unit) // 4))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 PRELUDE = """
 import ctypes, gc, os, random, threading
 import torch
-from memory.arena import install_arena
+from finetune.memory.arena import install_arena
 MIB, PAGE = 1 << 20, 4096
 def make(capacity_bytes=64 * MIB, **options):
     arena = install_arena(capacity_bytes, **options)
@@ -225,7 +225,7 @@ def test_a_forked_child_has_an_arena_of_its_own() -> None:
 
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     run("""
-    from memory.meter import host_bytes
+    from finetune.memory.meter import host_bytes
     arena = make(256 * MIB)
     before = host_bytes()
     live = tensor(8 * MIB, 6)
@@ -296,8 +296,8 @@ def test_absurd_sizes_are_refused() -> None:
 
 def test_tuned_malloc_returns_large_blocks_when_freed() -> None:
     run("""
-    from memory.arena import trim_malloc, tune_malloc
-    from memory.meter import host_bytes
+    from finetune.memory.arena import trim_malloc, tune_malloc
+    from finetune.memory.meter import host_bytes
     if not tune_malloc():  # musl
         raise SystemExit(0)
     # Raises glibc's own, growing threshold in an untuned process: after that 24 MiB blocks would be kept.
@@ -316,8 +316,8 @@ def test_what_is_given_back_leaves_the_process() -> None:
     """Run apart: the arena is the process's own. 256 MiB of it are touched; a tensor that is kept stays valid."""
     code = """
 import torch
-from memory.arena import install_arena
-from memory.meter import host_bytes
+from finetune.memory.arena import install_arena
+from finetune.memory.meter import host_bytes
 arena = install_arena(300 << 20)
 before = host_bytes()
 kept = torch.full((1 << 20,), 7.0)

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError
+from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.formats.awq import PackedAwq
+from finetune.offload.weights.parts import cut
 from grouped_checkpoints import Awq, write_grouped
 from packed_checkpoints import edit, set_config
 from safetensors.torch import load_file
 from test_gptq import RECORDED, changed, read, without, without_kernels, write
 from text_models import assert_resumes, assert_same_answers, write_model
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError
-from offload.sizing.dry_run import LiveBytes
-from offload.weights.formats import PlainTensor
-from offload.weights.formats.awq import PackedAwq
-from offload.weights.parts import cut
 
 
 @pytest.mark.parametrize("size, dtype", product([16, 64], [torch.float16, torch.bfloat16]))
@@ -41,7 +40,7 @@ def test_numbers_are_those_of_the_published_format(outputs, inputs, native, tmp_
     matrix = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(3))
     sizes = [size for size in (-1, 1, 8, 24) if inputs % size == 0]
     for size, dtype, at_once in product(sizes, (torch.float16, torch.bfloat16), (768, 11)):
-        monkeypatch.setattr("offload.weights.formats.base.ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr("finetune.offload.weights.formats.base.ROWS_AT_ONCE", at_once)
         how = Awq(size, dtype)
         stored, expected = how.pack(matrix)
         weight, stored = read(write(tmp_path / "x.safetensors", stored), (outputs, inputs), how.section)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
+from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from text_models import StopAfter, make_config, write_model, write_rows
 
@@ -22,7 +23,6 @@ from finetune.export import export
 from finetune.learning_rates import find_learning_rate
 from finetune.reporting.report import read_metrics
 from finetune.runs.best import BestStep, read_best
-from memory.errors import UserError
 
 TRAINED = [{"prompt": "the cat sat", "completion": " on the mat"}, {"prompt": "hello", "completion": " the cat"}]
 HELD_OUT = [{"prompt": "the cat sat", "completion": " hello hello"}, {"prompt": "hello", "completion": " on on"}]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.binding
 import pytest
 import torch
 from extents import plain_weights
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.formats import PlainTensor
 from torch import nn
-
-import offload.weights.binding
-from offload.weights.binding import Binding
-from offload.weights.formats import PlainTensor
 
 
 class Block(nn.Module):
@@ -38,7 +37,7 @@ def threads(request):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_converted_linear_has_the_bits_of_fp32(rows, columns, shape, stored, bias, threads, monkeypatch):
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 1)
     generator = torch.Generator().manual_seed(3)
     block = Block(rows, columns, bias)
     values = {name: torch.randn(t.shape, generator=generator).to(stored) for name, t in block.state_dict().items()}
@@ -95,7 +94,7 @@ class Doubled(nn.Module):
 @pytest.fixture
 def doubled(monkeypatch) -> tuple[Doubled, Binding, list[str]]:
     """And the shapes of what is decoded, as it is."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 1)
     block, decoded = Doubled(), []
     decode_into = PlainTensor.decode_into
 

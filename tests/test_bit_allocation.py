@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from extents import read_source
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
+from finetune.offload.quantize import sensitivity
+from finetune.offload.quantize.allocation import Choice, allocate, least_bits
+from finetune.offload.quantize.outline import Packing, outline
+from finetune.offload.quantize.sensitivity import relative_errors
+from finetune.offload.quantize.stream import Written, write_quantized
+from finetune.offload.weights.parts import cut
 from safetensors.torch import load_file
 from test_quantize import matrix, quantized, unrounded
 from text_models import write_model
-
-from offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
-from offload.quantize import sensitivity
-from offload.quantize.allocation import Choice, allocate, least_bits
-from offload.quantize.outline import Packing, outline
-from offload.quantize.sensitivity import relative_errors
-from offload.quantize.stream import Written, write_quantized
-from offload.weights.parts import cut
 
 
 def random_choices(seed: int) -> list[list[Choice]]:

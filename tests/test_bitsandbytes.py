@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
+from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
+from finetune.offload.weights.formats.bitsandbytes_files import State4Bit
+from finetune.offload.weights.parts import cut, stored_dtype
 from packed_checkpoints import edit, pack_4bit, pack_int8, set_config, write_packed
 from safetensors.torch import load_file, save_file
 from text_models import assert_resumes, assert_same_answers, make_config, write_model, write_rows
 
 from finetune import Trainer
 from finetune.evaluate import evaluate
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
-from offload.sizing.dry_run import LiveBytes
-from offload.weights.formats import PlainTensor, StoredWeight, find_weights
-from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
-from offload.weights.formats.bitsandbytes_files import State4Bit
-from offload.weights.parts import cut, stored_dtype
 
 RECORDED = Path(__file__).parent / "recorded_bitsandbytes.safetensors"
 """State dicts of bitsandbytes 0.50.2's own layers, and what its dequantisation makes of them on a CPU: `dequantize_4bit`; where
@@ -259,7 +259,7 @@ def test_eval_and_generate(plain_llama, tmp_path, quick_data):
 
 def test_use_of_a_run_that_trained_a_packed_layer_whole(plain_llama, tmp_path, quick_data, monkeypatch):
     """The adapter's file brings the layer's weight in the place of the packed one."""
-    monkeypatch.setattr("offload.weights.binding.LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr("finetune.offload.weights.binding.LAZY_MIN_BYTES", 0)
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "hello the cat", "completion": " sat on the mat"}] * 2)
     lora = {"r": 2, "target_modules": ["q_proj"], "extra": {"modules_to_save": ["k_proj"]}}
     training = {"max_steps": 2, "batch_size": 1, "learning_rate": 1e-2}

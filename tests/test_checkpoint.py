@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header, resolve_model
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, read_checkpoint, read_header, resolve_model
 
 ARRAYS = {
     "a.weight": np.arange(35, dtype=np.float32).reshape(5, 7),
@@ -48,7 +47,7 @@ def test_entries_name_the_bytes_of_each_tensor(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, offload.files.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, finetune.offload.files.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
@@ -247,7 +246,7 @@ def test_a_model_is_a_directory_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_hub_id_offline_says_what_was_tried(tmp_path: Path) -> None:
     code = (
-        "from offload.files.checkpoint import resolve_model, CheckpointError\n"
+        "from finetune.offload.files.checkpoint import resolve_model, CheckpointError\n"
         "try: resolve_model('nobody/nothing')\n"
         "except CheckpointError as error: print(error)"
     )

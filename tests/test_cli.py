@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune.memory.errors import UserError
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -27,7 +28,6 @@ from finetune.config import Config
 from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import read_presets
 from finetune.methods.registry import METHODS
-from memory.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,17 +9,17 @@ import pytest
 import text_models
 import torch
 import transformers as tf
+from finetune.offload.sizing import compression
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.sizing.compression import Compression, try_compression
+from finetune.offload.sizing.needs import HOST_BLOCKS
+from finetune.offload.weights.parts import cut
 from test_cli import invoke
 from text_models import VOCAB, make_config, write_model
 
 from finetune import Trainer
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_compressed, predict_step
-from offload.sizing import compression
-from offload.sizing.calibration import Rates
-from offload.sizing.compression import Compression, try_compression
-from offload.sizing.needs import HOST_BLOCKS
-from offload.weights.parts import cut
 
 
 @pytest.fixture(scope="module")

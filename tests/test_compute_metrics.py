@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
+from finetune.offload.step.deferred_logits import DeferredLogits
+from finetune.offload.step.head import TiledHead
 from test_head import Case, Chunks
 from text_models import make_config, plain_model, write_model, write_rows
 
@@ -18,9 +21,6 @@ from finetune.data import preparation, worker
 from finetune.data.preparation import prepare_for
 from finetune.evaluate import evaluate
 from finetune.reporting.report import read_metrics
-from memory.errors import UserError
-from offload.step.deferred_logits import DeferredLogits
-from offload.step.head import TiledHead
 
 ROWS = [{"prompt": "the cat sat on"[: 3 + i], "completion": " mat hello"[: 4 + i % 5]} for i in range(5)]
 SHARES = """

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from finetune.memory.machine import ComputeRates
+from finetune.offload.sizing import dry_run
+from finetune.offload.sizing.counting import CountedAttention, CountedProduct, Work, count_block, decode_seconds
+from finetune.offload.weights.formats import PlainTensor
 from tiny_models import make_config, save_tiny
 
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.machine import ComputeRates
-from offload.sizing import dry_run
-from offload.sizing.counting import CountedAttention, CountedProduct, Work, count_block, decode_seconds
-from offload.weights.formats import PlainTensor
 
 ROWS, RANK = 21, 3
 # Of a Llama's block: [out, in] of every linear layer.
@@ -85,7 +85,7 @@ def test_without_gradients_there_is_no_backward_pass(tmp_path):
 
 
 def test_what_is_decoded_is_no_work_of_the_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.weights.binding.LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr("finetune.offload.weights.binding.LAZY_MIN_BYTES", 1)
     stored = counted(tmp_path / "a", lora={"r": RANK, "target_modules": ["q_proj"]})
     other = counted(
         tmp_path / "b",

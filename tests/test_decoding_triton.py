@@ -24,11 +24,19 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 pytest.importorskip("triton")
 
-from offload.weights.formats import PlainTensor, StoredWeight, bitsandbytes, compressed_tensors, fp8, grouped, mxfp4  # noqa: E402
-from offload.weights.formats import gguf as gguf_format  # noqa: E402
-from offload.weights.formats.compressed_tensors_config import Scheme  # noqa: E402
-from offload.weights.formats.gguf_blocks import DECODERS  # noqa: E402
-from offload.weights.formats.scaled import RowSpan  # noqa: E402
+from finetune.offload.weights.formats import (  # noqa: E402
+    PlainTensor,
+    StoredWeight,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    grouped,
+    mxfp4,
+)
+from finetune.offload.weights.formats import gguf as gguf_format  # noqa: E402
+from finetune.offload.weights.formats.compressed_tensors_config import Scheme  # noqa: E402
+from finetune.offload.weights.formats.gguf_blocks import DECODERS  # noqa: E402
+from finetune.offload.weights.formats.scaled import RowSpan  # noqa: E402
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,9 +48,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from offload.files.gguf_file import BLOCKS
-from offload.weights.formats import triton_gguf, triton_pairs, triton_scaled
-from offload.weights.formats.triton_scaled import Codes, Scales
+from finetune.offload.files.gguf_file import BLOCKS
+from finetune.offload.weights.formats import triton_gguf, triton_pairs, triton_scaled
+from finetune.offload.weights.formats.triton_scaled import Codes, Scales
 
 class Gpu:
     "What Triton asks a driver before it compiles."

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.binding
 import pytest
 import torch
 from extents import plain_weights
+from finetune.offload.step.deferred_products import Deferred, Needless
+from finetune.offload.weights.binding import Binding
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import offload.weights.binding
-from offload.step.deferred_products import Deferred, Needless
-from offload.weights.binding import Binding
 
 WIDTH, INNER = 24, 40
 
@@ -210,7 +209,7 @@ def test_gradients_are_those_of_plain_autograd(kind, dtype):
 
 def test_converted_weights(monkeypatch):
     """Layers that convert their stored weight at each use."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 1)
     torch.manual_seed(1)
     block = Mlp().requires_grad_(False)
     values = {name: tensor.to(torch.bfloat16) for name, tensor in block.state_dict().items()}

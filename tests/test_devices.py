@@ -9,16 +9,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import finetune.offload.devices
 import pytest
 import torch
-
-import offload.devices
-from memory.device_kinds import DEVICE_KINDS
-from memory.errors import UserError
-from offload.devices import COMPLETED, Direction, RaceError, choose_device
-from offload.devices.base import map_host_bytes
-from offload.devices.cpu import CpuDevice
-from offload.devices.simulated import SimulatedDevice
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.memory.errors import UserError
+from finetune.offload.devices import COMPLETED, Direction, RaceError, choose_device
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.devices.cpu import CpuDevice
+from finetune.offload.devices.simulated import SimulatedDevice
 
 H2D, D2H = Direction.H2D, Direction.D2H
 HOUR = 3600.0
@@ -461,7 +460,7 @@ def test_simulated_memory_is_counted_and_limited(make_simulated):
 def with_accelerator(monkeypatch, kind: str | None) -> None:
     found = torch.device(kind) if kind else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
-    monkeypatch.setattr(offload.devices, "AcceleratorDevice", lambda kind: SimpleNamespace(kind=kind))
+    monkeypatch.setattr(finetune.offload.devices, "AcceleratorDevice", lambda kind: SimpleNamespace(kind=kind))
 
 
 def test_auto_takes_the_accelerator_and_else_the_cpu(monkeypatch):

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from memory.errors import UserError
-from offload.devices import COMPLETED, Direction, choose_device
-from offload.devices.accelerator import AcceleratorDevice
+from finetune.memory.errors import UserError
+from finetune.offload.devices import COMPLETED, Direction, choose_device
+from finetune.offload.devices.accelerator import AcceleratorDevice
 
 H2D, D2H = Direction.H2D, Direction.D2H
 ODD_BYTES = 4096 * 3 + 17

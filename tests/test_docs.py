@@ -106,7 +106,10 @@ def test_examples_for_contributors_are_the_trees():
 
 @pytest.mark.parametrize(
     "heading, place",
-    [("Add a method", "finetune.methods.base:Method"), ("Add a weight format", "offload.weights.formats.base:StoredWeight")],
+    [
+        ("Add a method", "finetune.methods.base:Method"),
+        ("Add a weight format", "finetune.offload.weights.formats.base:StoredWeight"),
+    ],
 )
 def test_what_contributors_are_to_give_has_these_names(heading, place):
     """The names in the table under a heading; `eval` and `generate` are commands."""

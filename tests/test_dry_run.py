@@ -6,6 +6,15 @@ import weakref
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.sizing.chunked_dry_run import measure_chunked_visit
+from finetune.offload.sizing.dry_run import MaskSize, first_call, measure_masks, measure_visit
+from finetune.offload.sizing.needs import STEP
+from finetune.offload.step.sequence_chunks import SequenceChunks
+from finetune.offload.weights.layout import bind_views
+from finetune.offload.weights.parts import cut
 from mixtures import MIXTURES
 from tiny_models import CONFIGS, make_config, save_tiny
 from torch.autograd.graph import get_gradient_edge
@@ -16,15 +25,6 @@ from finetune.adapters import lora, prefix
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.devices.base import map_host_bytes
-from offload.residency.io import IOEngine
-from offload.sizing.chunked_dry_run import measure_chunked_visit
-from offload.sizing.dry_run import MaskSize, first_call, measure_masks, measure_visit
-from offload.sizing.needs import STEP
-from offload.step.sequence_chunks import SequenceChunks
-from offload.weights.layout import bind_views
-from offload.weights.parts import cut
 
 
 class PeakOfStorages(TorchDispatchMode):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.weights.embedding import RowsOnDemand
+from finetune.offload.weights.formats import Extent, PlainTensor
 from safetensors.torch import save_file
 from torch import nn
-
-from memory.errors import UserError
-from offload.residency.io import IOEngine
-from offload.weights.embedding import RowsOnDemand
-from offload.weights.formats import Extent, PlainTensor
 
 ROWS, WIDTH = 101, 13
 

@@ -6,12 +6,11 @@ import gc
 
 import pytest
 import torch
+from finetune.offload.step.activations import Activations, SavedTensor
+from finetune.offload.step.engine import Engine
+from finetune.offload.step.weights import Block as BlockKey
 from torch import nn
 from torch.nn import functional
-
-from offload.step.activations import Activations, SavedTensor
-from offload.step.engine import Engine
-from offload.step.weights import Block as BlockKey
 
 WIDTH = 6
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.offload.sizing.needs import STEP, VISIT
 from text_models import make_adapter, make_config, plain_model, write_adapter, write_model, write_rows
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -20,9 +23,6 @@ from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from offload.sizing.needs import STEP, VISIT
 
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()
 ONE_TOKEN = [" great", " terrible"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.expert_use import ExpertUse
+from finetune.offload.sizing.needs import ExpertSize
+from finetune.offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack
+from finetune.offload.weights.formats import PlainTensor
 from torch import nn
 from torch.nn import functional
-
-from memory.errors import UserError
-from memory.expert_use import ExpertUse
-from offload.sizing.needs import ExpertSize
-from offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack
-from offload.weights.formats import PlainTensor
 
 
 def test_waits_follow_the_order_of_blocks_and_the_share_of_visits():

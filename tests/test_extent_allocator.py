@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-
-from offload.update.extent_allocator import ExtentAllocator
+from finetune.offload.update.extent_allocator import ExtentAllocator
 
 
 def test_no_byte_is_given_twice_and_what_is_freed_is_used_again():

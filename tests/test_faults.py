@@ -18,8 +18,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.step.activations
 import psutil
 import pytest
+from finetune.memory.errors import UserError
+from finetune.offload.perturb.journal import Journal
 from test_resume import ROOT, WORDS, data, models, run_config  # noqa: F401  fixtures
 from test_resume import data_prepared_here as data_prepared_here_everywhere
 from test_weight_runs import config_of
@@ -30,13 +33,10 @@ import finetune.adapters.peft_files
 import finetune.methods.adapter_training
 import finetune.one_run
 import finetune.runs.signals
-import offload.step.activations
 from finetune import Config, Trainer
 from finetune.methods.zeroth_order import ZerothOrder
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter
-from memory.errors import UserError
-from offload.perturb.journal import Journal
 
 FULL = "File too large"  # strerror(EFBIG)
 
@@ -102,7 +102,7 @@ FAULTS = {
     "state": (lora, finetune.methods.adapter_training, "save_state", 2),
     "adapter": (lora, finetune.adapters.peft_files, "save", 1),
     "report": (lora, finetune.one_run, "write_report", 1),
-    "block inputs": (spilling, offload.step.activations.SpillingActivations, "_spill", 9),
+    "block inputs": (spilling, finetune.offload.step.activations.SpillingActivations, "_spill", 9),
     "journal": (zo, Journal, "append", 4),
     "a new journal": (zo, Journal, "create", 1),
     "fold": (zo, ZerothOrder, "_fold", 2),
@@ -143,7 +143,7 @@ def rows(config: Config) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_written_ends_the_run_in_a_sentence(fault, whole, models, data, tmp_path, monkeypatch, capsys):  # noqa: F811
     make, owner, name, call = FAULTS[fault]
-    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 64)
+    monkeypatch.setattr(finetune.offload.step.activations, "SPILL_MIN_BYTES", 64)
     config = make(models["float32"], data, tmp_path)
     with monkeypatch.context() as patch, ExitStack() as mended:
         fail_at(patch, owner, name, call, mended)

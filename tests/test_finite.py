@@ -6,24 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.weights.finite
 import numpy as np
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import read_header
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.finite import first_not_finite
 from safetensors.torch import load_file, save_file
 from text_models import make_config, write_model, write_rows
 from transformers import AutoTokenizer
 
-import offload.weights.finite
 from finetune import Trainer
 from finetune.data import preparation, worker
 from finetune.evaluate import evaluate
 from finetune.generate import generate
 from finetune.methods import zeroth_order
 from finetune.objectives.token_loss import TokenLoss
-from memory.errors import UserError
-from offload.files.checkpoint import read_header
-from offload.streamed_model import StreamedModel
-from offload.weights.finite import first_not_finite
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> str:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("place", [None, 0, 33, 70])
 def test_the_tensor_is_found(dtype, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.finite, "PIECE_BYTES", 64)
+    monkeypatch.setattr(finetune.offload.weights.finite, "PIECE_BYTES", 64)
     tensors = {"a": torch.arange(9), "b": torch.linspace(-1e4, 1e4, 71).to(dtype), "c": torch.full((3,), float("nan"))}
     if place is not None:
         tensors["b"][place] = float("-inf")

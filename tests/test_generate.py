@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from data_tools import CHAT, CHATML, make, prepare_in_this_process, write_tokenizer
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.offload.sizing.needs import STEP
 from text_models import make_adapter, make_config, plain_model, write_model, write_rows
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -26,9 +29,6 @@ from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from offload.sizing.needs import STEP
 
 # As vision models': contents are lists of parts.
 PARTS = CHATML.replace("{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}")

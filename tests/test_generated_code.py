@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
-from offload.devices.base import cpu_multiplies
+from finetune.memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
+from finetune.offload.devices.base import cpu_multiplies
 
 ROOT = Path(__file__).parent.parent
 RUN = """
@@ -32,9 +31,9 @@ print(json.dumps([report[key]["host_peak_bytes"] for key in ("predicted", "measu
 """
 GROW = """
 import json, sys, torch
-from memory.arena import tune_malloc
-from memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes
-from memory.meter import host_bytes
+from finetune.memory.arena import tune_malloc
+from finetune.memory.onednn_cache import BYTES_PER_BUFFER, keep_shapes
+from finetune.memory.meter import host_bytes
 torch.set_num_threads(1)
 if sys.argv[1] != "unbounded":
     keep_shapes(int(sys.argv[1]))

@@ -13,6 +13,9 @@ import pytest
 import torch
 import transformers as tf
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.rewrite import gguf_writer
+from finetune.offload.weights.parts import cut
 from gguf_files import CONFIGS, MIXED, write_gguf
 from safetensors.torch import load_file
 from test_cli import invoke
@@ -23,9 +26,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from finetune import Trainer
 from finetune.config import Config
 from finetune.merge import merge
-from memory.errors import UserError
-from offload.rewrite import gguf_writer
-from offload.weights.parts import cut
 
 
 def types(kind: str) -> dict[str, str]:

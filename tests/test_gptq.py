@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 import torch
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_header
+from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights
+from finetune.offload.weights.formats.gptq import PackedGptq
+from finetune.offload.weights.parts import cut
 from grouped_checkpoints import Gptq, write_grouped
 from packed_checkpoints import edit, set_config
 from safetensors.torch import load_file, save_file
 from text_models import assert_resumes, assert_same_answers, write_model
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, read_header
-from offload.sizing.dry_run import LiveBytes
-from offload.weights.formats import PlainTensor, StoredWeight, find_weights
-from offload.weights.formats.gptq import PackedGptq
-from offload.weights.parts import cut
 
 RECORDED = Path(__file__).parent / "recorded_grouped.safetensors"
 """Random words, and what `TorchLinear` of GPTQModel 7.7.0 makes of them on a CPU, zero points converted by
@@ -57,7 +56,7 @@ def test_numbers_are_those_of_gptqmodel(bits, form, order):
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is where a device has none."""
-    monkeypatch.setattr("offload.weights.formats.grouped.kernels_for", lambda tensor: None)
+    monkeypatch.setattr("finetune.offload.weights.formats.grouped.kernels_for", lambda tensor: None)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -83,7 +82,7 @@ def test_numbers_are_those_of_the_published_format(bits, outputs, inputs, native
 
 
 def test_more_rows_than_are_decoded_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.weights.formats.base.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("finetune.offload.weights.formats.base.ROWS_AT_ONCE", 7)
     for how in (Gptq(4), Gptq(3, act_order=True)):
         stored, expected = how.pack(torch.randn(64, 96))
         weight, stored = read(write(tmp_path / "x.safetensors", stored), (64, 96), how.section)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from data_tools import prepare_in_this_process
+from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from test_preferences import EPSILON, LORA, TRAINING, adapted, metrics_of, rows
 from text_models import StopAfter, make_config, write_model
@@ -19,7 +20,6 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.evaluate import evaluate
 from finetune.objectives.completions import completion_seed
-from memory.errors import UserError
 
 ENDS = {1}
 MOST, COUNT = 7, 4

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.deferred_logits import DeferredLogits
+from finetune.offload.step.head import TiledHead, default_tiles
+from finetune.offload.step.weights import HeadChunk, HeadRows
 from torch import nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
-
-from memory.errors import UserError
-from offload.step.deferred_logits import DeferredLogits
-from offload.step.head import TiledHead, default_tiles
-from offload.step.weights import HeadChunk, HeadRows
 
 VOCAB, HIDDEN = 101, 24
 SHAPES = [(2, 11), (1, 7), (3, 5)]

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from memory.errors import UserError
-from offload.residency.io import FaultPlan, IOEngine, IOFailure
+from finetune.memory.errors import UserError
+from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
 
 PAGE = 4096
 SMALL_REQUEST = 64 * 1024  # makes a few hundred kilobytes a long transfer
@@ -400,7 +399,7 @@ def test_works_under_python_O_and_ends_without_close(tmp_path, backend):
     content = make_file(tmp_path / "data", 20_001)
     code = f"""
 import ctypes
-from offload.residency.io import IOEngine
+from finetune.offload.residency.io import IOEngine
 engine = IOEngine({backend!r})
 file_id = engine.open({str(tmp_path / "data")!r})
 buffer = ctypes.create_string_buffer(20_001)
@@ -419,7 +418,7 @@ def test_ctrl_c_interrupts_a_wait(tmp_path, backend):
         file.truncate(64 << 20)
     code = f"""
 import ctypes, os, signal, threading
-from offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.residency.io import FaultPlan, IOEngine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 # Every transfer is put off for ever: the wait cannot end by itself within the five seconds that EAGAIN is endured.
 engine = IOEngine({backend!r}, inject=FaultPlan(eagain_every=1))

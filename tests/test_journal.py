@@ -7,10 +7,9 @@ import os
 
 import numpy as np
 import pytest
-
-from memory.errors import UserError
-from offload.noise.noise import Group, Update
-from offload.perturb.journal import Journal, Record, combine
+from finetune.memory.errors import UserError
+from finetune.offload.noise.noise import Group, Update
+from finetune.offload.perturb.journal import Journal, Record, combine
 
 ABOUT = {"noise": "rademacher", "rank": 0, "group_steps": 3, "rounding": "exact", "seed": 1, "model": "m"}
 

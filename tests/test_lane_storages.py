@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import finetune.offload.step.activations
 import pytest
 import torch
+from finetune.memory.slots import Slab
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.step.activations import Activations
+from finetune.offload.step.engine import Engine
+from finetune.offload.step.lane_storages import LaneActivations, LaneStorages
 from test_engine import Model, Weights, backward, expected_of, inputs_of, model  # noqa: F401  a fixture
 from torch import nn
-
-import offload.step.activations
-from memory.slots import Slab
-from offload.devices.base import map_host_bytes
-from offload.residency.io import FaultPlan, IOEngine
-from offload.step.activations import Activations
-from offload.step.engine import Engine
-from offload.step.lane_storages import LaneActivations, LaneStorages
 
 SLOT_BYTES = 4096
 
 
 @pytest.fixture(autouse=True)
 def small_tensors_go_to_disk(monkeypatch):
-    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.step.activations, "SPILL_MIN_BYTES", 1)
 
 
 @pytest.fixture(params=["threads", "auto"])

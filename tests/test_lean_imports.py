@@ -21,8 +21,8 @@ print(*(name for name in ("torch._dynamo", "sympy", "torch.distributed.tensor", 
 TRAIN = """
 import contextlib, sys
 import torch
-from memory.meter import host_bytes
-from memory.lean_imports import lean_imports
+from finetune.memory.meter import host_bytes
+from finetune.memory.lean_imports import lean_imports
 before = host_bytes()
 with lean_imports() if LEAN else contextlib.nullcontext():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -98,7 +98,7 @@ def test_heavy_modules_stay_out_of_a_whole_streamed_run(device, tmp_path: Path) 
 def test_the_real_compiler_comes_when_asked_for() -> None:
     run("""
 import torch
-from memory.lean_imports import lean_imports
+from finetune.memory.lean_imports import lean_imports
 is_available = torch.distributed.is_available
 try:
     with lean_imports():
@@ -143,7 +143,7 @@ def test_nothing_changes_where_all_was_imported_before() -> None:
     run("""
 import torch, torch._dynamo, sys
 real = torch._dynamo
-from memory.lean_imports import lean_imports
+from finetune.memory.lean_imports import lean_imports
 with lean_imports():
     import torch._dynamo
 assert torch._dynamo is real is sys.modules["torch._dynamo"]
@@ -152,7 +152,7 @@ assert torch._dynamo is real is sys.modules["torch._dynamo"]
 
 def test_the_models_of_transformers_are_those_of_its_own_scan() -> None:
     run("""
-from memory.lean_imports import lean_imports
+from finetune.memory.lean_imports import lean_imports
 with lean_imports():
     import transformers.models
 from transformers.utils.import_utils import create_import_structure_from_path, define_import_structure
@@ -170,7 +170,7 @@ def test_bitsandbytes_is_not_imported_and_can_be_afterwards(tmp_path: Path) -> N
     run(f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from memory.lean_imports import lean_imports
+from finetune.memory.lean_imports import lean_imports
 with lean_imports():
     from transformers import LlamaConfig, LlamaForCausalLM
     from peft import LoraConfig, get_peft_model

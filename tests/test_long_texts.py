@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from finetune.memory import tensor_file
+from finetune.memory.arena import install_arena
+from finetune.memory.errors import UserError
+from finetune.memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
+from finetune.offload.step.cached_attention import attention_in_parts
 from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
 from text_models import make_config, write_model
 
 from finetune.generate import generate
-from memory import tensor_file
-from memory.arena import install_arena
-from memory.errors import UserError
-from memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
-from offload.step.cached_attention import attention_in_parts
 
 
 @pytest.fixture

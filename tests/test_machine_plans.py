@@ -10,6 +10,16 @@ import psutil
 import pytest
 import torch
 import yaml
+from finetune.memory.errors import UserError
+from finetune.memory.machine import MachineProfile
+from finetune.offload.devices import DescribedDevice
+from finetune.offload.devices.base import Direction
+from finetune.offload.devices.described import CUDA_CONTEXT_BYTES
+from finetune.offload.rates.disk import drive_name
+from finetune.offload.rates.machine import processor_name, versions
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.sizing.counted_visits import profile_rates
+from finetune.offload.sizing.needs import HOST_BLOCKS
 from tiny_models import make_config, save_tiny
 from typer.testing import CliRunner
 
@@ -25,16 +35,6 @@ from finetune.objectives.base import objective_class
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from memory.machine import MachineProfile
-from offload.devices import DescribedDevice
-from offload.devices.base import Direction
-from offload.devices.described import CUDA_CONTEXT_BYTES
-from offload.rates.disk import drive_name
-from offload.rates.machine import processor_name, versions
-from offload.sizing.calibration import Rates
-from offload.sizing.counted_visits import profile_rates
-from offload.sizing.needs import HOST_BLOCKS
 
 GPU, LAPTOP = find_machine("rtx4090-64gb-gen4"), find_machine("laptop-16gb-gen3")
 FAST = 1e18
@@ -195,7 +195,7 @@ def test_calling_operations_sets_the_time_of_tiny_ones(model, tmp_path):
 
 
 def test_weights_that_do_not_stay_decoded_are_decoded_for_every_product(tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.weights.binding.LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr("finetune.offload.weights.binding.LAZY_MIN_BYTES", 1)
     model = save_tiny("llama", tmp_path / "model", torch.bfloat16)
     machine = profile()
     machine["host"]["compute"]["decoded_weights_per_second"] = {"bfloat16": 1e3}

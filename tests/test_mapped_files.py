@@ -12,7 +12,7 @@ import pytest
 KIB = 1024
 PROGRAM = """
 import torch
-from memory.mapped_files import read_code_in_small_pieces
+from finetune.memory.mapped_files import read_code_in_small_pieces
 x = torch.randn(70, 70, generator=torch.Generator().manual_seed(1))
 before = (x @ x).sum().item()
 read_code_in_small_pieces()

@@ -18,6 +18,13 @@ import torch
 import transformers as tf
 from expert_checkpoints import KINDS, MODELS
 from extents import read_source
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter, host_bytes
+from finetune.offload.files import safetensors_files
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.rewrite import writer
+from finetune.offload.weights.parts import cut
 from gguf_files import MIXED, write_gguf
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from packed_checkpoints import pack_mxfp4, write_packed, write_twice
@@ -31,13 +38,6 @@ from finetune import Trainer
 from finetune.compress import compress
 from finetune.config import Config
 from finetune.merge import Merged, merge
-from memory.arena import trim_malloc
-from memory.errors import UserError
-from memory.meter import MemoryMeter, host_bytes
-from offload.files import safetensors_files
-from offload.files.checkpoint import read_checkpoint
-from offload.rewrite import writer
-from offload.weights.parts import cut
 
 
 def save_adapter(model: Path, folder: Path, config: peft.PeftConfig) -> Path:
@@ -228,7 +228,7 @@ def test_a_gguf_file_becomes_a_directory(kind, tmp_path):
 
 
 def test_a_compressed_model_becomes_a_plain_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.weights.compress.MIN_BYTES", 1000)
+    monkeypatch.setattr("finetune.offload.weights.compress.MIN_BYTES", 1000)
     model = save_tiny("llama", tmp_path / "model", torch.bfloat16)
     adapter = save_adapter(model, tmp_path / "adapter", lora("q_proj"))
     compress(Config(model=str(model), output=tmp_path / "run"), tmp_path / "compressed")

@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-
-from memory.meter import MemoryMeter, host_bytes
+from finetune.memory.meter import MemoryMeter, host_bytes
 
 MIB = 1 << 20
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from test_machine_plans import profile
 from tiny_models import make_config, save_tiny, token_data
 
@@ -22,8 +24,6 @@ from finetune.micro_batch_choice import WORTH, MicroBatchChoice, padding_of, siz
 from finetune.objectives.base import scored_shape
 from finetune.session import Session
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from memory.plan import PlanRefused
 
 
 @pytest.fixture(scope="module")

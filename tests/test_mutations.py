@@ -19,10 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.update.units
 import pytest
 import torch
 import transformers as tf
 from data_tools import write_tokenizer
+from finetune.memory.errors import UserError
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.update.store import read_manifest
 from safetensors.torch import load_file
 from test_resume import WORDS
 from test_resume import data_prepared_here as prepared_here
@@ -30,15 +35,10 @@ from test_zeroth_order import weights
 from text_models import VOCAB, StopAfter, make_config, write_rows
 
 import finetune.trainer
-import offload.update.units
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.methods.base import make_method
-from memory.errors import UserError
-from offload.perturb.journal import Journal
-from offload.sizing.calibration import Rates
-from offload.update.store import read_manifest
 
 DRAWS = int(os.environ.get("MUTATIONS", 84))
 SEED = int(os.environ.get("MUTATION_SEED", 1))
@@ -86,7 +86,7 @@ def cheap() -> Iterator[None]:
     """No process for tokens, no measuring of the machine, and garbage of earlier tests is not looked through again."""
     with pytest.MonkeyPatch.context() as patch:
         prepared_here.__wrapped__(patch)
-        patch.setattr(offload.update.units, "PIECE_BYTES", 4096)
+        patch.setattr(finetune.offload.update.units, "PIECE_BYTES", 4096)
         patch.setattr(finetune.trainer, "with_prediction", lambda _, planned, **__: replace(planned, rates=Rates(1e9, 1e9)))
         gc.collect()
         gc.freeze()

@@ -8,20 +8,19 @@ from typing import NoReturn
 import pytest
 import torch
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_header
+from finetune.offload.sizing import dry_run
+from finetune.offload.weights.formats import StoredWeight, find_weights
+from finetune.offload.weights.formats.mxfp4 import MXFP4Experts
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.parts import cut
 from packed_checkpoints import edit, pack_mxfp4, set_config, write_twice
 from safetensors.torch import save_file
 from text_models import assert_resumes, assert_same_answers, write_model
 from tiny_models import HEADS, IDS, TEXT
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, read_header
-from offload.sizing import dry_run
-from offload.weights.formats import StoredWeight, find_weights
-from offload.weights.formats.mxfp4 import MXFP4Experts
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.parts import cut
 
 SECTION = {"quant_method": "mxfp4"}
 SHAPE = (3, 96, 50)
@@ -62,7 +61,7 @@ def test_numbers_and_some_experts(shape, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_code_at_every_exponent(dtype, kernels, monkeypatch):
     """From subnormal numbers to what is beyond a dtype, zeros of both signs too."""
-    monkeypatch.setattr("offload.weights.formats.mxfp4.kernels_for", lambda tensor: kernels)
+    monkeypatch.setattr("finetune.offload.weights.formats.mxfp4.kernels_for", lambda tensor: kernels)
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 16).contiguous()
     weight = MXFP4Experts(PlainTensor(torch.uint8, (1, 256, 16, 16), ()), PlainTensor(torch.uint8, (1, 256, 16), ()))

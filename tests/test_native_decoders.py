@@ -7,17 +7,16 @@ import sys
 
 import pytest
 import torch
+from finetune.offload.weights.formats import PlainTensor, bitsandbytes, grouped, native_kernels
+from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
+from finetune.offload.weights.formats.compressed_tensors_config import Scheme
+from finetune.offload.weights.formats.fp8 import BlockFP8
+from finetune.offload.weights.formats.gptq import PackedGptq
+from finetune.offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Nested, Scales, decode
+from finetune.offload.weights.formats.scaled import RowSpan
 from packed_checkpoints import CODES, pack_4bit, pack_int8
 from test_bitsandbytes import read, read_source, write
 from torch import Tensor
-
-from offload.weights.formats import PlainTensor, bitsandbytes, grouped, native_kernels
-from offload.weights.formats.compressed_tensors import CompressedTensor
-from offload.weights.formats.compressed_tensors_config import Scheme
-from offload.weights.formats.fp8 import BlockFP8
-from offload.weights.formats.gptq import PackedGptq
-from offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Nested, Scales, decode
-from offload.weights.formats.scaled import RowSpan
 
 pytestmark = pytest.mark.every(3)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from finetune.memory.plan import SPREAD_BYTES, PlanRefused
+from finetune.memory.units import MIB
 from tiny_models import make_config, save_tiny
 
 import finetune.nearest_plans
@@ -19,8 +21,6 @@ from finetune.objectives.base import objective_class
 from finetune.planner import Planner
 from finetune.session import Session
 from finetune.trainer import Trainer
-from memory.plan import SPREAD_BYTES, PlanRefused
-from memory.units import MIB
 
 PROCESS_BYTES = 300 << 20
 

@@ -6,8 +6,17 @@ import noise_reference as reference
 import numpy as np
 import pytest
 import torch
-
-from offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Parameter, Target, Update, move, parameter_key, sample
+from finetune.offload.noise.noise import (
+    INSTRUCTION_SETS,
+    Group,
+    Noise,
+    Parameter,
+    Target,
+    Update,
+    move,
+    parameter_key,
+    sample,
+)
 
 KINDS = ["rademacher", "gaussian"]
 SIZES = [1, 7, 127, 128, 129, 2047, 2048, 2049, 5000, 40_001]

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from offload.noise import noise
-from offload.noise import triton_kernels as noise_triton  # noqa: E402
-from offload.noise.noise import Group, Noise, Target, Update  # noqa: E402
+from finetune.offload.noise import noise
+from finetune.offload.noise import triton_kernels as noise_triton  # noqa: E402
+from finetune.offload.noise.noise import Group, Noise, Target, Update  # noqa: E402
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 KEY = noise.parameter_key("layers.3.mlp.weight")
@@ -23,7 +23,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from offload.noise import triton_kernels as noise_triton
+from finetune.offload.noise import triton_kernels as noise_triton
 
 pass_, types = noise_triton._pass, {
     "source": "*bf16", "first_element": "i64", "end_element": "i64", "parameter": "i64", "scales": "*fp32",

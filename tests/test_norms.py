@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from offload.update.norms import WIDTHS, NormInParts
+from finetune.offload.update.norms import WIDTHS, NormInParts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

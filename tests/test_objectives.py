@@ -11,6 +11,11 @@ import noise_reference as reference
 import numpy as np
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.noise.noise import parameter_key
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.sizing.needs import STEP
+from finetune.offload.streamed_model import StreamedModel
 from test_evaluate import ONE_TOKEN, UNLIKE, data_prepared_here, pairs, token_losses  # noqa: F401  fixture
 from text_models import make_config, plain_model, write_model, write_rows
 from transformers import AutoTokenizer
@@ -27,11 +32,6 @@ from finetune.objectives.token_loss import TokenLoss
 from finetune.one_run import take_rows
 from finetune.runs.directory import RunDirectory
 from finetune.session import Session
-from memory.errors import UserError
-from offload.noise.noise import parameter_key
-from offload.perturb.variants import Variant
-from offload.sizing.needs import STEP
-from offload.streamed_model import StreamedModel
 
 VARIANTS = [Variant(), Variant(7, 0.05), Variant(7, -0.05)]
 

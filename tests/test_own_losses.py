@@ -17,15 +17,15 @@ import datasets
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.memory.errors import UserError
+from finetune.offload.weights.parts import cut
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_config
 
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.setup import choose_dtype
 from finetune.trainer import Trainer
-from memory.device_kinds import DEVICE_KINDS
-from memory.errors import UserError
-from offload.weights.parts import cut
 
 VOCAB = 101
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

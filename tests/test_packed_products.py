@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.files.safetensors_files
+import finetune.offload.perturb.unpacked
+import finetune.offload.weights.parts
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from killing import kill_again_and_again
 from packed_checkpoints import write_packed
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
@@ -15,24 +20,19 @@ from test_zeroth_order import journal_bytes, weights
 from text_models import StopAfter, make_config
 from transformers import AutoModelForCausalLM
 
-import offload.files.safetensors_files
-import offload.perturb.unpacked
-import offload.weights.parts
 from finetune import Config, Trainer
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
 from finetune.planner import Planner
-from memory.errors import UserError
-from memory.plan import PlanRefused
 
 PRODUCTS = {"noise": "low_rank", "rank": 16, "perturb": "products", "fold_steps": 3, "epsilon": 1e-2}
 
 
 @pytest.fixture(autouse=True)
 def rows_on_demand(monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_what_a_run_has_tuned_is_measured_and_speaks(bases, data, tmp_path):  # 
 
 
 def test_export_is_that_of_the_plain_weights(bases, data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(offload.files.safetensors_files, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(offload.perturb.unpacked, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(finetune.offload.files.safetensors_files, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(finetune.offload.perturb.unpacked, "CHUNK_BYTES", 5000)
     configs = [run_config(model, data, tmp_path / model.name, 5) for model in bases]
     for config in configs:
         Trainer(config).train()

@@ -11,15 +11,14 @@ import re
 import numpy as np
 import pytest
 import torch
-
-from memory.slots import Slab
-from offload.residency.io import FaultPlan, IOEngine, IOFailure
-from offload.residency.pieces import Piece, State, new_pool, pass_through
-from offload.residency.tiers import Tier
-from offload.step.activations import SpillingActivations
-from offload.step.lane_storages import LaneActivations
-from offload.update.gradient_spill import GradientSpill
-from offload.update.stream import StateStream
+from finetune.memory.slots import Slab
+from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
+from finetune.offload.residency.pieces import Piece, State, new_pool, pass_through
+from finetune.offload.residency.tiers import Tier
+from finetune.offload.step.activations import SpillingActivations
+from finetune.offload.step.lane_storages import LaneActivations
+from finetune.offload.update.gradient_spill import GradientSpill
+from finetune.offload.update.stream import StateStream
 
 CHANGES = {
     "fetch": (State.AWAY, State.FETCHING),

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-
-from memory.needs import Item, Lasts, Needs, Pool, Tier, Worth
-from memory.plan import Limits, Plan, PlanRefused, make_plan
-from memory.simulator import Ring, Speeds, StepWork, simulate_step
-from memory.units import PAGE_BYTES
-from offload.sizing.needs import (
+from finetune.memory.needs import Item, Lasts, Needs, Pool, Tier, Worth
+from finetune.memory.plan import Limits, Plan, PlanRefused, make_plan
+from finetune.memory.simulator import Ring, Speeds, StepWork, simulate_step
+from finetune.memory.units import PAGE_BYTES
+from finetune.offload.sizing.needs import (
     ACTIVATIONS,
     DECODED_WEIGHTS,
     DEVICE_BLOCKS,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import finetune.offload.rates.disk
 import pytest
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.sizing.calibration import Rates
 from tiny_models import make_config, save_tiny
 
-import offload.rates.disk
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.setup import Setup
 from finetune.trainer import Trainer
-from offload.residency.io import FaultPlan, IOEngine
-from offload.sizing.calibration import Rates
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_plan_says_how_long_a_step_takes(model, tmp_path):
 
 def test_a_plan_says_why_it_has_no_time(model, tmp_path, monkeypatch):
     faulty = IOEngine("threads", inject=FaultPlan(eio_at=1))
-    monkeypatch.setattr(offload.rates.disk, "IOEngine", lambda *_: faulty)
+    monkeypatch.setattr(finetune.offload.rates.disk, "IOEngine", lambda *_: faulty)
     last = Trainer(make_config(model, None, tmp_path)).plan().describe().splitlines()[-1]
     assert (
         last.startswith("no time of a step is predicted, because the model cannot be read here: ") and "safetensors" in last

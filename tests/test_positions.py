@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.positions import longest_row
+from finetune.offload.weights.parts import cut
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from text_models import make_config, write_model, write_rows
 
 from finetune import Trainer
 from finetune.evaluate import evaluate
-from memory.errors import UserError
-from offload.sizing.positions import longest_row
-from offload.weights.parts import cut
 
 POSITIONS = 37
 IDS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -53,7 +53,7 @@ def gpt2(tmp_path_factory):
 
 
 def test_longer_rows_are_refused_before_weights_are_read(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.streamed_model.StreamedModel.__init__", None)
+    monkeypatch.setattr("finetune.offload.streamed_model.StreamedModel.__init__", None)
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "some words of a text " * 40}])
     config = make_config(gpt2, tmp_path / "out", data=rows, sequence_length=100)
     for use in (Trainer(config).plan, Trainer(config).train, lambda: evaluate(config)):

@@ -8,6 +8,9 @@ import weakref
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.sizing.needs import STEP
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import journal_bytes, zo_config
 from text_models import CONFIGS, StopAfter, write_model
@@ -18,9 +21,6 @@ from finetune.config import ConfigError
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.journal import Journal
-from offload.sizing.needs import STEP
 
 ZO = {"parameters": "prefix", "epsilon": 0.1, "prefix_tokens": 3}
 

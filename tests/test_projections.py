@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 
+import finetune.offload.update.matrices
 import noise_reference
 import pytest
 import torch
+from finetune.offload.noise.noise import parameter_key
+from finetune.offload.update.rules.apollo import Apollo
+from finetune.offload.update.rules.frugal import Columns, Projection
+from finetune.offload.update.rules.projected import ProjectedRule
 from test_adafactor import unit_of
-
-import offload.update.matrices
-from offload.noise.noise import parameter_key
-from offload.update.rules.apollo import Apollo
-from offload.update.rules.frugal import Columns, Projection
-from offload.update.rules.projected import ProjectedRule
 
 SHAPES = [(37,), (4, 50), (23, 41), (41, 23), (3, 17, 11)]
 RANK = 5
@@ -110,7 +109,7 @@ class PlainDirections:
     ids=lambda rule: f"{type(rule).__name__} {rule.rank}",
 )
 def test_directions_are_those_of_the_papers(rule, scale, dtype, chunk, monkeypatch):
-    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(finetune.offload.update.matrices, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(3)
     unit = unit_of(SHAPES)
     state = torch.zeros(rule.factor_bytes(unit) // 4)

@@ -12,18 +12,17 @@ import pytest
 import quantize_reference as reference
 import torch
 from extents import read_source
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
+from finetune.offload.quantize import kernels
+from finetune.offload.quantize.kernels import BLOCK, Blocks, nest, nested_map, pack_4bit, pack_int8
+from finetune.offload.quantize.outline import NewFile, NewTensor, Packing, outline, write_side, write_sparse
+from finetune.offload.quantize.stream import Written, working_bytes, write_quantized
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
+from finetune.offload.weights.parts import cut
 from packed_checkpoints import edit, set_config
 from safetensors.torch import load_file
 from text_models import write_model
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
-from offload.quantize import kernels
-from offload.quantize.kernels import BLOCK, Blocks, nest, nested_map, pack_4bit, pack_int8
-from offload.quantize.outline import NewFile, NewTensor, Packing, outline, write_side, write_sparse
-from offload.quantize.stream import Written, working_bytes, write_quantized
-from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
-from offload.weights.parts import cut
 
 SHAPES = [(3, 5), (1, 64), (7, 77), (33, 65), (40, 4096)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,7 +158,7 @@ def unrounded(weight: Packed4Bit | Packed8Bit, stored: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize("packing", [Packing("nf4"), Packing("nf4", nested=False), Packing("int8")], ids=str)
 def test_a_checkpoint_is_written_as_published_ones_are(model, packing, tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.quantize.stream.CHUNK_BYTES", 4096)  # many pieces of each matrix
+    monkeypatch.setattr("finetune.offload.quantize.stream.CHUNK_BYTES", 4096)  # many pieces of each matrix
     written = quantized(model, tmp_path / "new", packing)
     parts, original = cut(tmp_path / "new"), cut(model)
     dense = {name: tensor for shard in model.glob("*.safetensors") for name, tensor in load_file(shard).items()}

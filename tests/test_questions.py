@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from finetune.memory.plan import PlanRefused
 from test_cli import invoke
 from tiny_models import make_config, save_tiny
 
@@ -14,7 +15,6 @@ from finetune.objectives.base import objective_class
 from finetune.questions import MOST_BATCH, TOKENS, compare_methods, describe_costs, find_limits, largest
 from finetune.session import Session
 from finetune.trainer import Trainer
-from memory.plan import PlanRefused
 
 
 @pytest.fixture(scope="module")

@@ -6,26 +6,25 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import finetune.offload.rates.disk
+import finetune.offload.rates.machine
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.machine import Drive, MachineProfile
+from finetune.memory.units import PAGE_BYTES
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.rates.compute import HEAD_SIZE, HEADS, Sizes, measure_attention, measure_products
+from finetune.offload.rates.decoders import SAMPLES, measure_decoders
+from finetune.offload.rates.disk import SLOT_BYTES, drive_name, measure_drive, nearest_directory, read_rate
+from finetune.offload.rates.machine import Effort, is_current, measure_machine
+from finetune.offload.rates.timing import seconds_of
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.sizing.calibration import write_rate, write_rate_of
+from finetune.offload.sizing.needs import MARGIN_BYTES, STAGING_BYTES
+from finetune.offload.weights.formats import FORMATS, PlainTensor
 from tiny_models import save_tiny
-
-import offload.rates.disk
-import offload.rates.machine
-from memory.errors import UserError
-from memory.machine import Drive, MachineProfile
-from memory.units import PAGE_BYTES
-from offload.devices import choose_device
-from offload.files.checkpoint import read_checkpoint
-from offload.rates.compute import HEAD_SIZE, HEADS, Sizes, measure_attention, measure_products
-from offload.rates.decoders import SAMPLES, measure_decoders
-from offload.rates.disk import SLOT_BYTES, drive_name, measure_drive, nearest_directory, read_rate
-from offload.rates.machine import Effort, is_current, measure_machine
-from offload.rates.timing import seconds_of
-from offload.residency.io import IOEngine
-from offload.sizing.calibration import write_rate, write_rate_of
-from offload.sizing.needs import MARGIN_BYTES, STAGING_BYTES
-from offload.weights.formats import FORMATS, PlainTensor
 
 TINY = Sizes(shapes=((24, 40),), rows=(1, 3), lengths=(8,), weight_bytes=1 << 14, elements=1 << 10)
 EFFORT = Effort(seconds=1e-4, drive_seconds=0.05, drive_bytes=1, copy_bytes=1 << 16, sizes=TINY, decoded=(128, 256))
@@ -39,7 +38,7 @@ def simulated():
 @pytest.fixture(autouse=True)
 def patience(monkeypatch) -> None:
     """Everything is measured, however busy the machine is."""
-    monkeypatch.setattr(offload.rates.compute, "PATIENCE", float("inf"))
+    monkeypatch.setattr(finetune.offload.rates.compute, "PATIENCE", float("inf"))
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_a_device_behind_a_link_is_measured_too(tmp_path):
 
 def test_a_link_of_a_set_speed_is_found(tmp_path):
     device = choose_device("simulated", simulated_bytes_per_second=1e6)
-    to_device, to_host = offload.rates.compute.measure_copies(device, 1 << 14, 1e-4)
+    to_device, to_host = finetune.offload.rates.compute.measure_copies(device, 1 << 14, 1e-4)
     device.close()
     # A busy machine makes a copy slower, never faster.
     assert to_device <= 1e6 and to_host <= 1e6
@@ -98,13 +97,13 @@ def test_another_machine_is_not_this_one(profile, monkeypatch):
     assert is_current(profile, CPU) and not is_current(profile, simulated())
     for change in ({"processor": "another"}, {"threads": 99}, {"memory_bytes": 1}):
         assert not is_current(profile.model_copy(update={"host": profile.host.model_copy(update=change)}), CPU)
-    monkeypatch.setattr(offload.rates.machine, "MEANING", "0")
+    monkeypatch.setattr(finetune.offload.rates.machine, "MEANING", "0")
     assert not is_current(profile, CPU)
 
 
 def test_a_model_on_another_drive_is_read(tmp_path, monkeypatch):
     model = save_tiny("llama", tmp_path / "model")
-    monkeypatch.setattr(offload.rates.machine, "drive_name", lambda path: str(path))
+    monkeypatch.setattr(finetune.offload.rates.machine, "drive_name", lambda path: str(path))
     ranges = [(entry.path, entry.offset, entry.num_bytes) for entry in read_checkpoint(model).tensors.values()]
     drives = measure_machine(CPU, tmp_path, ranges, model, EFFORT).drives
     assert [drive.name for drive in drives] == [str(model), drive_name(tmp_path)]
@@ -112,7 +111,7 @@ def test_a_model_on_another_drive_is_read(tmp_path, monkeypatch):
 
 
 def test_rates_are_those_of_the_operations_that_are_counted(monkeypatch):
-    monkeypatch.setattr(offload.rates.compute, "seconds_of", lambda call, device, seconds: call() is None or 2.0)
+    monkeypatch.setattr(finetune.offload.rates.compute, "seconds_of", lambda call, device, seconds: call() is None or 2.0)
     table = measure_products(CPU, torch.float32, TINY, 1.0)[0]
     assert [rate.flops_per_second for rate in table.forward] == [24 * 40, 3 * 24 * 40]
     (rate,) = measure_attention(CPU, torch.float32, TINY, 1.0)
@@ -121,8 +120,8 @@ def test_rates_are_those_of_the_operations_that_are_counted(monkeypatch):
 
 
 def test_what_takes_too_long_is_not_measured_at_larger_sizes(monkeypatch):
-    monkeypatch.setattr(offload.rates.compute, "PATIENCE", 8)
-    monkeypatch.setattr(offload.rates.compute, "seconds_of", lambda call, device, seconds: 2.0)
+    monkeypatch.setattr(finetune.offload.rates.compute, "PATIENCE", 8)
+    monkeypatch.setattr(finetune.offload.rates.compute, "seconds_of", lambda call, device, seconds: 2.0)
     table = measure_products(CPU, torch.float32, TINY, 0.1)[0]
     assert [rate.rows for rate in table.forward] == [1]
 
@@ -189,7 +188,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(tmp_path):
 
 
 def test_a_full_drive_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.rates.disk.psutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
+    monkeypatch.setattr(finetune.offload.rates.disk.psutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(UserError, match=r"4.0 MiB are to be written .* 1.0 MiB are free: make room"):
         measure_drive(tmp_path, 0.1)
 
@@ -220,8 +219,8 @@ def test_what_a_written_byte_takes_beside_reads(together, expected):
 
 def test_what_a_prediction_writes_goes_through_memory_that_every_plan_has(tmp_path, monkeypatch):
     """The slots, and the numbers that they are filled with."""
-    sizes, allocate = [], offload.rates.disk.map_host_bytes
-    monkeypatch.setattr(offload.rates.disk, "map_host_bytes", lambda size: sizes.append(size) or allocate(size))
+    sizes, allocate = [], finetune.offload.rates.disk.map_host_bytes
+    monkeypatch.setattr(finetune.offload.rates.disk, "map_host_bytes", lambda size: sizes.append(size) or allocate(size))
     tracemalloc.start()
     try:
         assert write_rate(tmp_path / "not" / "there") > 0

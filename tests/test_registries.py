@@ -6,16 +6,16 @@ import subprocess
 import sys
 
 import pytest
+from finetune.offload.update.rules import OPTIMIZERS, SUBSPACES
+from finetune.offload.update.rules.rule import DirectionRule, Rule
 
 from finetune.adapters.base import Adapter
 from finetune.adapters.registry import ADAPTERS
 from finetune.methods.registry import METHODS
 from finetune.plugin import load
-from offload.update.rules import OPTIMIZERS, SUBSPACES
-from offload.update.rules.rule import DirectionRule, Rule
 
 
-@pytest.mark.parametrize("registry", ["finetune.methods.registry", "offload.update.rules"])
+@pytest.mark.parametrize("registry", ["finetune.methods.registry", "finetune.offload.update.rules"])
 def test_what_there_is_is_listed_without_torch(registry):
     code = f"import sys, {registry}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

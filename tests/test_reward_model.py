@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data_tools import CHATML, prepare_in_this_process
+from finetune.memory.errors import UserError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_preferences import EPSILON, LORA, TRAINING, metrics_of, rows, tokenised
@@ -22,7 +23,6 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.evaluate import evaluate
 from finetune.export import export
-from memory.errors import UserError
 
 PAD = 2
 

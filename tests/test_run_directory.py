@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.files.lock import lock
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.files.sealed import unseal
+from finetune.offload.weights.digest import model_digest
 from safetensors.torch import load_file, save_file
 from test_resume import data_prepared_here  # noqa: F401
 from text_models import StopAfter, make_config, write_model, write_rows
@@ -22,12 +28,6 @@ from finetune.export import export
 from finetune.runs.directory import RunDirectory, reading
 from finetune.runs.identity import RunIdentity, model_name, settings
 from finetune.runs.listing import describe_runs, find_runs
-from memory.errors import UserError
-from offload.files.checkpoint import read_checkpoint
-from offload.files.lock import lock
-from offload.files.new_directory import new_directory
-from offload.files.sealed import unseal
-from offload.weights.digest import model_digest
 
 ROWS = [{"prompt": f"hello {i} there", "completion": " cat" if i % 3 else " was great"} for i in range(7)]
 OTHER_METHODS = {"lora": "zo", "zo": "full", "full": "lora"}

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from text_models import CONFIGS, make_config, plain_model
 from torch.nn import functional
@@ -24,7 +25,6 @@ from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained, score
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
 
 IDS = np.random.default_rng(3).integers(3, 345, 19).astype(np.int32)
 Q = {"target_modules": ["q_proj"]}

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from finetune.config import Config, ConfigError
 from finetune.config.schedule_options import SCHEDULES
 from finetune.methods.schedule import check_schedule, make_scheduler
-from memory.errors import UserError
 
 
 def one_weight(rate: float) -> torch.optim.Optimizer:

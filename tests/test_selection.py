@@ -6,10 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from finetune.memory.errors import UserError
 
 from finetune import Config
 from finetune.methods.selection import Selection, make_selection
-from memory.errors import UserError
 
 BLOCKS = 7
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from memory.simulator import Ring, Speeds, StepWork, Update, simulate_step
+from finetune.memory.simulator import Ring, Speeds, StepWork, Update, simulate_step
 
 NONE = Ring(frozenset(), 0)
 ALL = Ring(frozenset(range(4)), 0)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.runs.state import load_state, save_state, saved_states
-from memory.errors import UserError
 
 ABOUT = {"run": "1" * 32, "seed": 1}
 

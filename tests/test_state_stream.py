@@ -5,21 +5,20 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import finetune.offload.update.units
 import pytest
 import torch
-
-import offload.update.units
-from memory.errors import UserError
-from memory.slots import Slab
-from offload.devices.base import map_host_bytes
-from offload.residency.io import FaultPlan, IOEngine
-from offload.update.gradient_spill import GradientSpill
-from offload.update.rules import OPTIMIZERS
-from offload.update.store import WorkingStore
-from offload.update.stream import Keeping, Request, StateStream
-from offload.update.units import UpdateUnit, make_unit
-from offload.weights.formats import Extent, PlainTensor
-from offload.weights.layout import layout_block
+from finetune.memory.errors import UserError
+from finetune.memory.slots import Slab
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.update.gradient_spill import GradientSpill
+from finetune.offload.update.rules import OPTIMIZERS
+from finetune.offload.update.store import WorkingStore
+from finetune.offload.update.stream import Keeping, Request, StateStream
+from finetune.offload.update.units import UpdateUnit, make_unit
+from finetune.offload.weights.formats import Extent, PlainTensor
+from finetune.offload.weights.layout import layout_block
 
 PIECES = 5
 
@@ -27,7 +26,7 @@ PIECES = 5
 @pytest.fixture
 def units(tmp_path, monkeypatch) -> list[UpdateUnit]:
     """Three bf16 matrices of five pieces of a page."""
-    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(finetune.offload.update.units, "PIECE_BYTES", 4096)
     shape = (PIECES, 2048)
     sources = [PlainTensor(torch.bfloat16, shape, (Extent(tmp_path / "x", 0, PIECES * 4096, 0),)) for _ in "abc"]
     return [make_unit(name, layout_block({"w": s}), {"w": f"{name}.w"}) for name, s in zip("abc", sources, strict=True)]

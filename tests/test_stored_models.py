@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from test_zeroth_order import weights
@@ -19,7 +20,6 @@ from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
-from memory.errors import UserError
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -182,7 +182,7 @@ def grown(tied, tmp_path_factory) -> Path:
 
 
 def test_tokens_beyond_the_embedding_are_refused(grown, tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.streamed_model.StreamedModel.__init__", None)  # before weights are read
+    monkeypatch.setattr("finetune.offload.streamed_model.StreamedModel.__init__", None)  # before weights are read
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a word", "completion": " and <|call|> me"}])
     config = run_config(grown, rows, tmp_path / "out", "lora")
     prompts = generate(config, None, ["words", "and <|call|> me"])

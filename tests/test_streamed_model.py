@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune.offload.step.own_loss import TiledLoss
+from finetune.offload.streamed_model import Options, StreamedModel
 from text_models import VOCAB, make_config, plain_model, write_model
 
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.step.own_loss import TiledLoss
-from offload.streamed_model import Options, StreamedModel
 
 SEEDS = [1, 2]
 

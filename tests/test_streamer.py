@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from memory.fetch_policy import next_fetch, spread_evenly, victim
-from memory.simulator import Ring, Speeds, StepWork, simulate_step
-from memory.slots import Slab, SlotPool
-from offload.devices import Direction
-from offload.devices.base import map_host_bytes
-from offload.devices.simulated import SimulatedDevice
-from offload.residency.io import FaultPlan, IOEngine, IOFailure
-from offload.residency.tiers import DeviceTier, HostTier, PassingTier
-from offload.weights.formats import Extent, PlainTensor
-from offload.weights.layout import BlockLayout, layout_block
+from finetune.memory.fetch_policy import next_fetch, spread_evenly, victim
+from finetune.memory.simulator import Ring, Speeds, StepWork, simulate_step
+from finetune.memory.slots import Slab, SlotPool
+from finetune.offload.devices import Direction
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.devices.simulated import SimulatedDevice
+from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
+from finetune.offload.residency.tiers import DeviceTier, HostTier, PassingTier
+from finetune.offload.weights.formats import Extent, PlainTensor
+from finetune.offload.weights.layout import BlockLayout, layout_block
 
 NUM_BLOCKS = 6
 SIZES = [5000, 7777, 4096, 123, 9001, 7777]

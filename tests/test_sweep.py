@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from data_tools import prepare_in_this_process
+from finetune.memory.errors import UserError
 from text_models import StopAfter, write_model, write_rows
 from text_models import make_config as text_config
 from tiny_models import make_config, save_tiny, token_data
@@ -25,7 +26,6 @@ from finetune.needs_of_model import ADAPTERS, GRADIENTS
 from finetune.planner import Planner
 from finetune.sweeps.outcomes import read_outcomes
 from finetune.sweeps.places import plan_places
-from memory.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from finetune.offload.sizing.needs import DECODED, PROCESS
+from finetune.offload.sizing.timing import Workload, time_visits
+from finetune.offload.weights.formats import PlainTensor
 from tiny_models import make_config, save_tiny
 
 from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step, with_prediction
 from finetune.session import Session
-from offload.sizing.needs import DECODED, PROCESS
-from offload.sizing.timing import Workload, time_visits
-from offload.weights.formats import PlainTensor
 
 pytestmark = pytest.mark.timed
 
@@ -77,7 +77,7 @@ def test_a_step_of_every_method_is_predicted_from_its_own_visits(changes, model,
 @pytest.mark.parametrize("rooms", [False, True])
 def test_weights_that_stay_decoded_are_decoded_by_the_first_lane_alone(rooms, tmp_path, monkeypatch):
     """bf16 in the file, fp32 in products."""
-    monkeypatch.setattr("offload.weights.binding.LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr("finetune.offload.weights.binding.LAZY_MIN_BYTES", 1)
     changes = {"engine": {"dtype": "float32"}, "lora": {"target_modules": ["q_proj"]}}
     stored = save_tiny("llama", tmp_path / "model", torch.bfloat16)
     session, planned = planned_session(stored, tmp_path, monkeypatch, **changes)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from data_tools import write_tokenizer
+from finetune.memory.errors import UserError
+from finetune.memory.trace import Span, Trace, write_trace
+from finetune.offload.residency.io import IOEngine
 from tiny_models import make_config, save_tiny
 
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from memory.trace import Span, Trace, write_trace
-from offload.residency.io import IOEngine
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_only_the_last_step_is_kept():
 
 
 def test_what_began_before_the_step_is_cut(monkeypatch):
-    monkeypatch.setattr("memory.trace.time.perf_counter", lambda: 10.0)
+    monkeypatch.setattr("finetune.memory.trace.time.perf_counter", lambda: 10.0)
     trace = Trace()
     trace.begin_step()
     trace.add("disk", "early", 9.0, 12.0)

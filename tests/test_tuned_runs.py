@@ -9,13 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.update.units
+import finetune.offload.weights.parts
 import pytest
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.offload.update.store import read_manifest
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from text_models import StopAfter, make_config, write_rows
 
 import finetune.one_run
-import offload.update.units
-import offload.weights.parts
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
@@ -23,9 +26,6 @@ from finetune.generate import generate
 from finetune.methods.base import make_method
 from finetune.runs.listing import find_runs
 from finetune.session import Session
-from memory.errors import UserError
-from memory.meter import host_bytes
-from offload.update.store import read_manifest
 
 LOW_RANK = {"noise": "low_rank", "rank": 4, "perturb": "products"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -42,8 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """So that this model too has embedding rows that are read on demand, and several pieces a unit."""
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
-    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.update.units, "PIECE_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-
-from memory.meter import host_bytes
-from memory.units import CgroupLimit, available_host_bytes, cgroup_limits, format_bytes, parse_bytes, total_host_bytes
+from finetune.memory.meter import host_bytes
+from finetune.memory.units import (
+    CgroupLimit,
+    available_host_bytes,
+    cgroup_limits,
+    format_bytes,
+    parse_bytes,
+    total_host_bytes,
+)
 
 
 @pytest.mark.parametrize(

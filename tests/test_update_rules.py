@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-
-from offload.update import kernels
-from offload.update.kernels import (
+from finetune.offload.update import kernels
+from finetune.offload.update.kernels import (
     INSTRUCTION_SETS,
     ROOT,
     ROOTS,
@@ -23,13 +22,13 @@ from offload.update.kernels import (
     code_table,
     square_root,
 )
-from offload.update.rules.adafactor import Adafactor
-from offload.update.rules.adamw import AdamW
-from offload.update.rules.lamb import Lamb
-from offload.update.rules.lion import Lion
-from offload.update.rules.rule import BLOCK, DirectionRule, Rule, TwoBetas
-from offload.update.rules.sgd import Sgd
-from offload.update.rules.signs import SignSgd
+from finetune.offload.update.rules.adafactor import Adafactor
+from finetune.offload.update.rules.adamw import AdamW
+from finetune.offload.update.rules.lamb import Lamb
+from finetune.offload.update.rules.lion import Lion
+from finetune.offload.update.rules.rule import BLOCK, DirectionRule, Rule, TwoBetas
+from finetune.offload.update.rules.sgd import Sgd
+from finetune.offload.update.rules.signs import SignSgd
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # what the kernels and the transcription copy

@@ -10,11 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from extents import read_source
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.conversion import PlacementTensor, extents_of, run_converter
+from finetune.offload.weights.formats import PlainTensor
 from transformers import core_model_loading as ops
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.conversion import PlacementTensor, extents_of, run_converter
-from offload.weights.formats import PlainTensor
 
 
 class Reference:

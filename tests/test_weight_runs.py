@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.step.engine
+import finetune.offload.streamed_model
+import finetune.offload.update.trained_weights
+import finetune.offload.update.units
 import pytest
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.update.store import StoredPiece, WorkingStore, read_manifest
 from killing import kill_again_and_again
 from safetensors.torch import save_file
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
@@ -20,23 +28,15 @@ from tiny_models import keep_at_most
 from transformers import TrainerCallback
 
 import finetune.session
-import offload.step.engine
-import offload.streamed_model
-import offload.update.trained_weights
-import offload.update.units
 from finetune import Config, Trainer
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from offload.residency.io import FaultPlan, IOEngine
-from offload.update.store import StoredPiece, WorkingStore, read_manifest
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(finetune.offload.update.units, "PIECE_BYTES", 8192)
 
 
 def config_of(model: Path, rows: str, output: Path, method: str = "full", steps: int = 9, **changes: Any) -> Config:
@@ -177,11 +177,11 @@ def test_a_failing_disk_leaves_the_last_committed_step(models, data, tmp_path, m
     whole = config_of(models["float32"], data, tmp_path / "whole")
     Trainer(whole).train()
     monkeypatch.setattr(
-        offload.streamed_model, "IOEngine", lambda *args: IOEngine(*args, inject=FaultPlan(eio_at=700))
+        finetune.offload.streamed_model, "IOEngine", lambda *args: IOEngine(*args, inject=FaultPlan(eio_at=700))
     )
     with pytest.raises(UserError, match=r"Input/output error.*Step \d+ is the last committed one"):
         Trainer(config).train()
-    monkeypatch.setattr(offload.streamed_model, "IOEngine", IOEngine)
+    monkeypatch.setattr(finetune.offload.streamed_model, "IOEngine", IOEngine)
     step = read_manifest(config.output / "store")["step"]
     assert 0 < step < 9
     result = Trainer(config.model_copy(update={"resume": True})).train()
@@ -288,7 +288,7 @@ def test_a_store_is_given_up_when_the_model_cannot_be_opened(models, data, tmp_p
         raise UserError("no head today")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no head today"):
-        patch.setattr(offload.update.trained_weights, "StreamedParts", fail)
+        patch.setattr(finetune.offload.update.trained_weights, "StreamedParts", fail)
         Trainer(config).train()
     Trainer(config).train()
 
@@ -307,14 +307,14 @@ def test_weights_that_a_model_uses_twice_are_refused(models, data, tmp_path, mon
         patch.setattr(finetune.session, "cut", tied)
         Trainer(config).train()
 
-    run = offload.step.engine.Engine._run_forward
+    run = finetune.offload.step.engine.Engine._run_forward
 
     def twice(engine, *args):
         run(engine, *args)
         engine.order = [*engine.order, 1]
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="2 times in a pass"):
-        patch.setattr(offload.step.engine.Engine, "_run_forward", twice)
+        patch.setattr(finetune.offload.step.engine.Engine, "_run_forward", twice)
         Trainer(config).train()
 
 

@@ -8,10 +8,9 @@ import stat
 from pathlib import Path
 
 import pytest
-
-from memory.errors import UserError
-from offload.residency.io import IOEngine
-from offload.update.store import StoredPiece, WorkingStore, read_manifest
+from finetune.memory.errors import UserError
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.update.store import StoredPiece, WorkingStore, read_manifest
 
 PAGE = 4096
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from finetune.memory.errors import UserError
 from text_models import make_config, write_model, write_rows
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.config.sweep import check_together
 from finetune.runs import writes
-from memory.errors import UserError
 
 ROWS = [{"prompt": f"hello {i} there", "completion": " cat" if i % 3 else " was great"} for i in range(8)]
 STEP_BYTES, START_BYTES = 1000, 7_000_000  # of a process that counts in tests

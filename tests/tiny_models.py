@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as tf
+from finetune.memory.needs import Needs
+from finetune.offload.residency.tiers import HostTier
+from finetune.offload.sizing.needs import state_needs
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
@@ -28,9 +31,6 @@ from finetune.data.cache import CacheWriter
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.first_order import lane_seed
 from finetune.trainer import Trainer
-from memory.needs import Needs
-from offload.residency.tiers import HostTier
-from offload.sizing.needs import state_needs
 
 VOCAB = 101
 TEXT = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3}

@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # a kind's options may stand beside its code, and are read wi
     from torch import nn
 
     from finetune.config import Config
-    from offload.step.own_loss import MakeLoss
-    from offload.streamed_model import StreamedModel
-    from offload.weights.parts import ModelParts
+    from finetune.offload.step.own_loss import MakeLoss
+    from finetune.offload.streamed_model import StreamedModel
+    from finetune.offload.weights.parts import ModelParts
 
 
 class Adapter:

@@ -37,10 +37,10 @@ from finetune.adapters.peft_files import task_type
 from finetune.adapters.residual import check_beside, keeping_first_values, with_residuals
 from finetune.adapters.tuners import check_memory
 from finetune.config import Config
+from finetune.memory.errors import UserError
 from finetune.objectives.registry import find_objective
-from memory.errors import UserError
-from offload.weights.on_demand import weights_on_demand
-from offload.weights.parts import ModelParts
+from finetune.offload.weights.on_demand import weights_on_demand
+from finetune.offload.weights.parts import ModelParts
 
 
 class Lora(Adapter):

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 from pydantic import Strict, field_validator
 
+from finetune.memory.errors import UserError
 from finetune.options import Conflict, Count, NonNegative, Positive, Section, Share, Switch
-from memory.errors import UserError
 
 
 def _peft_name(key: str) -> str:

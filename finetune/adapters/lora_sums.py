@@ -1,4 +1,5 @@
-"""LoRA layers that share their input in fp32 and add to their base's output in one pass, see `offload.step.scaled_sum`."""
+"""LoRA layers that share their input in fp32 and add to their base's output in one pass, see
+`finetune.offload.step.scaled_sum`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.step.scaled_sum import ScaledSum, Widener
+from finetune.offload.step.scaled_sum import ScaledSum, Widener
 
 
 def sum_in_one_pass(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 ALL_LINEAR = "all-linear"
 

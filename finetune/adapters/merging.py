@@ -19,9 +19,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from memory.errors import UserError
-from offload.sizing.dry_run import peak_bytes
-from offload.weights.formats import PlainTensor, StoredWeight
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.dry_run import peak_bytes
+from finetune.offload.weights.formats import PlainTensor, StoredWeight
 
 # Of every number of a layer: what products and sums between dtypes make inside of themselves, in fp32, unseen by a dry run.
 _UNSEEN_BYTES = 8

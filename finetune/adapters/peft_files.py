@@ -11,9 +11,9 @@ from torch import nn
 
 from finetune.adapters.residual import convert
 from finetune.adapters.seal import CONFIG, seal_adapter
-from memory.errors import UserError
-from offload.files.new_directory import new_directory
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.weights.parts import ModelParts
 
 
 def save(model: nn.Module, directory: Path, about: Mapping[str, Any] | None) -> None:

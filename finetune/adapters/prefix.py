@@ -25,10 +25,10 @@ from finetune.adapters.base import Adapter
 from finetune.adapters.peft_files import task_type
 from finetune.adapters.prompts import check_positions
 from finetune.config import Config
-from memory.errors import UserError
-from offload.streamed_model import StreamedModel
-from offload.weights.parts import ModelParts
-from offload.weights.skeleton import cache_argument
+from finetune.memory.errors import UserError
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.skeleton import cache_argument
 
 
 class Prefix(Adapter):

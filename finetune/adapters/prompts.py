@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from finetune.adapters.base import Adapter
-from memory.errors import UserError
-from offload.weights.skeleton import cache_argument
+from finetune.memory.errors import UserError
+from finetune.offload.weights.skeleton import cache_argument
 
 
 class Prompt(Adapter):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from offload.weights.frozen import FrozenWeights
-from offload.weights.streamed_parts import Room
+from finetune.offload.weights.frozen import FrozenWeights
+from finetune.offload.weights.streamed_parts import Room
 
 
 class ReferenceSwitch:

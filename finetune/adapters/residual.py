@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from finetune.adapters.seal import CONFIG, WEIGHTS
+from finetune.memory.errors import UserError
 from finetune.objectives.registry import find_objective
-from memory.errors import UserError
-from offload.files.new_directory import new_directory
-from offload.weights.formats import PlainTensor
-from offload.weights.formats.residual import Initial, ResidualWeight
-from offload.weights.parts import ModelParts
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.formats.residual import Initial, ResidualWeight
+from finetune.offload.weights.parts import ModelParts
 
 INITIAL = "initial-adapter"
 _NAME = "residual_initial"

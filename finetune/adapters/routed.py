@@ -1,8 +1,10 @@
 """Adapters with routers of their own (MixLoRA, DynMoLE): their loss over all rows of a step, beside the model's.
 
-A router's logits are an output of the block that it is in ([Note: captured outputs] in `offload.step.lanes`). When all lanes
-are through, the tuner makes its loss of the logits of all of them, one behind the other, as is done with a model's own routers
-([Note: load balance of a step] in `offload.step.router_loss`). So it does not depend on how rows are cut into micro-batches.
+A router's logits are an output of the block that it is in ([Note: captured outputs] in `finetune.offload.step.lanes`). When all
+lanes are through, the tuner makes its loss of the logits of all of them, one behind the other, as is done with a model's own
+routers
+([Note: load balance of a step] in `finetune.offload.step.router_loss`). So it does not depend on how rows are cut into
+micro-batches.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import nn
 from transformers.utils.output_capturing import install_output_capuring_hook
 
 from finetune.adapters.tuners import Tuner
-from offload.step.head import TiledHead
-from offload.step.own_loss import MakeLoss, StepLoss, StepLosses
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.own_loss import MakeLoss, StepLoss, StepLosses
 
 _KEY = "adapter_router_logits"
 

@@ -21,13 +21,13 @@ from finetune.adapters.base import class_of
 from finetune.adapters.peft_files import task_type
 from finetune.adapters.seal import CONFIG, WEIGHTS, check_adapter
 from finetune.adapters.tuners import check_kind
-from memory.errors import UserError
-from offload.files.checkpoint import TensorEntry, read_header
-from offload.weights.formats import PlainTensor
-from offload.weights.formats.plain import TORCH_DTYPES
-from offload.weights.on_demand import weights_on_demand
-from offload.weights.parameter_map import ParameterMap
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import TensorEntry, read_header
+from finetune.offload.weights.formats import PlainTensor
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
+from finetune.offload.weights.on_demand import weights_on_demand
+from finetune.offload.weights.parameter_map import ParameterMap
+from finetune.offload.weights.parts import ModelParts
 
 
 def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from memory.errors import UserError
-from offload.files.sealed import crc_text, json_digest
+from finetune.memory.errors import UserError
+from finetune.offload.files.sealed import crc_text, json_digest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSORS_SUM, _CONFIG_SUM = "tensors_checksum", "config_checksum"

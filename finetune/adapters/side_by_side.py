@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from finetune.adapters.reference import ReferenceSwitch
-from offload.weights.frozen import FrozenWeights
-from offload.weights.streamed_parts import Room
+from finetune.offload.weights.frozen import FrozenWeights
+from finetune.offload.weights.streamed_parts import Room
 
 _CONFIG = "peft_config"  # PEFT's mark on a model that it has put an adapter around
 

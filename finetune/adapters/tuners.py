@@ -3,7 +3,8 @@
 [Note: tuners] Nothing here is about one tuner. PEFT makes the adapter, its layers compute, PEFT saves, loads and merges it.
 What streaming asks for:
 
-- Where PEFT computes from the base's weights when it makes an adapter, it gets them (`offload.weights.on_demand`), in its own
+- Where PEFT computes from the base's weights when it makes an adapter, it gets them (`finetune.offload.weights.on_demand`), in
+its own
   order, so its random numbers are those of plain PEFT.
 - Layers of tuners may multiply the weight themselves. Then the weights of layers that have an adapter are bound as numbers, and
   not decoded by the layer's own forward.
@@ -30,14 +31,14 @@ from finetune.adapters.peft_files import base_of, task_type
 from finetune.adapters.tuner_options import REFUSED
 from finetune.config import Config
 from finetune.config.errors import ConfigError
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.memory.units import format_bytes, parse_bytes, total_host_bytes
+from finetune.offload.sizing.dry_run import on_meta
+from finetune.offload.weights.binding import LinearInSlot
+from finetune.offload.weights.on_demand import OnDemand, weights_on_demand
+from finetune.offload.weights.parts import ModelParts
 from finetune.options import show
-from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.units import format_bytes, parse_bytes, total_host_bytes
-from offload.sizing.dry_run import on_meta
-from offload.weights.binding import LinearInSlot
-from offload.weights.on_demand import OnDemand, weights_on_demand
-from offload.weights.parts import ModelParts
 
 _OF_THE_RUN = {
     "task_type": "the model determines it",

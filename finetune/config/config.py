@@ -30,10 +30,10 @@ from finetune.config.sections import SECTIONS
 from finetune.config.unused_keys import unused_keys
 from finetune.config.yaml_text import write_document
 from finetune.data.options import Data, is_named, sources_in, with_splits
+from finetune.memory.device_kinds import DEVICE_WORDS
 from finetune.methods.registry import METHODS
 from finetune.options import AbsoluteAmount, Amount, Conflict, Section, Switch, expand_path, show
 from finetune.quantization.quantization_options import Quantize
-from memory.device_kinds import DEVICE_WORDS
 
 
 def _check_output(path: Any) -> Any:
@@ -244,7 +244,7 @@ class Config(_Sections):
     """What to train, on what, within which limits. Frozen; every key is checked when it is made.
 
     The everyday keys of `SHORTHANDS` are also taken at the top level: `Config(model=..., max_steps=10)`.
-    Byte amounts are words of `memory.units.parse_bytes`.
+    Byte amounts are words of `finetune.memory.units.parse_bytes`.
 
     Raises ConfigError, with all problems in one message.
     """

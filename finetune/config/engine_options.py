@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from finetune.offload.residency.io import BACKENDS
 from finetune.options import Count, CountOrZero, NonNegative, Positive, Section, show
-from offload.residency.io import BACKENDS
 
 
 def _check_sequence_chunk(value: Any) -> Any:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from pydantic import ValidationError
 
 from finetune.config.other_names import RENAMED
+from finetune.memory.errors import UserError
 from finetune.options import show
-from memory.errors import UserError
 
 # What other tools call our keys: named in the message about an unknown key.
 OTHER_NAMES = {

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.errors import DataError
-from offload.files.sealed import crc_text, file_checksum, json_digest, seal, unseal
+from finetune.offload.files.sealed import crc_text, file_checksum, json_digest, seal, unseal
 
 MASKED = -100
 FORMAT_VERSION = 4  # part of every cache key: raise it when the same rows would give other tokens

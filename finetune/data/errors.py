@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 
 class DataError(UserError):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -11,7 +11,7 @@ import torch
 from finetune.data import TokenDataset, collate
 from finetune.data.batches import Row
 from finetune.data.tensor_rows import TensorRows
-from offload.step.engine import Versions
+from finetune.offload.step.engine import Versions
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from finetune.data.cache import MASKED
-from memory.errors import UserError
-from offload.sizing.dry_run import walk
-from offload.step.deferred_logits import DeferredLoss
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.dry_run import walk
+from finetune.offload.step.deferred_logits import DeferredLoss
+from finetune.offload.weights.parts import ModelParts
 
 
 def reads_text(parts: ModelParts) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from finetune.data import Example, collate
-from memory.errors import UserError
-from offload.streamed_model import StreamedModel
+from finetune.memory.errors import UserError
+from finetune.offload.streamed_model import StreamedModel
 
 TOKENS = (6, 4)  # of the two texts; the fewer the second has, the more of it a window of a convolution reaches
 TOLERANCE = {torch.float32: 1e-4}  # relative error of a text's hidden states

@@ -33,9 +33,9 @@ from finetune.data.options import is_stream, sources_in
 from finetune.data.rows import COLUMNS, MEDIA
 from finetune.data.sources import File, HubSplit, resolve, source_of, without_added_nulls
 from finetune.data.tokenizer_files import tokenizer_folder, write_tokenizer
-from offload.files.checkpoint import is_gguf
-from offload.files.gguf_file import metadata_digest
-from offload.files.lock import lock
+from finetune.offload.files.checkpoint import is_gguf
+from finetune.offload.files.gguf_file import metadata_digest
+from finetune.offload.files.lock import lock
 
 # What a tokenizer is made of; config.json says the size of the vocabulary.
 _TOKENIZER_FILES = (

@@ -25,8 +25,8 @@ from finetune.data.cache import MASKED
 from finetune.data.model_kinds import reads_text, taken_names
 from finetune.data.options import sources_in
 from finetune.data.sources import File, HubSplit, read_rows, resolve
-from memory.errors import UserError
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.weights.parts import ModelParts
 
 _TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask"}
 _GRIDS = ("image_grid_thw", "video_grid_thw")

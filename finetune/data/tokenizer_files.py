@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offload.files.checkpoint import is_gguf
-from offload.files.gguf_file import read_gguf, read_gguf_header
+from finetune.offload.files.checkpoint import is_gguf
+from finetune.offload.files.gguf_file import read_gguf, read_gguf_header
 
 
 def tokenizer_folder(model: Path) -> Path | None:

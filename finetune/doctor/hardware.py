@@ -12,12 +12,12 @@ import psutil
 import torch
 
 from finetune.doctor.findings import FAULT, FINE, SLOW, Finding, read_setting
-from memory.device_kinds import DEVICE_KINDS
-from memory.errors import UserError
-from memory.units import format_bytes, total_host_bytes
-from offload.devices import choose_device
-from offload.rates.machine import processor_name
-from offload.residency.io import IOEngine
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes, total_host_bytes
+from finetune.offload.devices import choose_device
+from finetune.offload.rates.machine import processor_name
+from finetune.offload.residency.io import IOEngine
 
 LEAST_LOCKED_BYTES = 256 << 20  # of a few slots of a 7B model's blocks
 LEAST_MEMORY_BYTES = 1 << 30

@@ -11,12 +11,12 @@ import psutil
 import torch
 
 from finetune.doctor.findings import FAULT, FINE, SLOW, Finding
-from memory.errors import UserError
-from memory.units import PAGE_BYTES, format_bytes
-from offload.files.checkpoint import is_gguf, read_checkpoint, resolve_model
-from offload.files.user_cache import user_cache
-from offload.rates.disk import drive_name, nearest_directory
-from offload.residency.io import IOEngine, IOFailure
+from finetune.memory.errors import UserError
+from finetune.memory.units import PAGE_BYTES, format_bytes
+from finetune.offload.files.checkpoint import is_gguf, read_checkpoint, resolve_model
+from finetune.offload.files.user_cache import user_cache
+from finetune.offload.rates.disk import drive_name, nearest_directory
+from finetune.offload.residency.io import IOEngine, IOFailure
 
 IN_MEMORY = ("tmpfs", "ramfs")
 REMOTE = ("nfs", "cifs", "smb", "9p", "ceph", "fuse", "virtiofs", "lustre", "glusterfs")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from finetune.config.errors import ConfigError
 from finetune.machines.profiles import machine_text, read_machine
-from memory.errors import UserError
-from memory.machine import Drive, MachineProfile
-from offload.devices import Device
-from offload.files.new_directory import flush
-from offload.files.user_cache import user_cache
-from offload.rates.disk import drive_name
-from offload.rates.machine import is_current
+from finetune.memory.errors import UserError
+from finetune.memory.machine import Drive, MachineProfile
+from finetune.offload.devices import Device
+from finetune.offload.files.new_directory import flush
+from finetune.offload.files.user_cache import user_cache
+from finetune.offload.rates.disk import drive_name
+from finetune.offload.rates.machine import is_current
 
 
 def profile_path() -> Path:

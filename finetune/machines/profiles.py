@@ -12,8 +12,8 @@ from finetune.config.errors import ConfigError
 from finetune.config.loading import read_yaml
 from finetune.config.presets import presets_folder
 from finetune.config.yaml_text import write_document
+from finetune.memory.machine import MachineProfile
 from finetune.options import show
-from memory.machine import MachineProfile
 
 
 def machine_names() -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from memory.machine import Accelerator, ComputeRates, Drive, Host, MachineProfile
-from memory.units import format_bytes
+from finetune.memory.machine import Accelerator, ComputeRates, Drive, Host, MachineProfile
+from finetune.memory.units import format_bytes
 
 _PRODUCTS = (
     ("forward", "products"),

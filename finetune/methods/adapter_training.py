@@ -13,18 +13,18 @@ from finetune.adapters import peft_files as adapters
 from finetune.adapters.residual import initials, read_initial, write_initial
 from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
 from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.weight_decay import undecayed
 from finetune.needs_of_model import trained_adapter_needs
 from finetune.objectives.base import Objective, check_gradient
+from finetune.offload.sizing.needs import Streamed
 from finetune.planned_run import MeasuredBatch
 from finetune.runs.state import load_state, save_state, saved_states
 from finetune.session import Session
-from memory.errors import UserError
-from memory.needs import Needs
-from offload.sizing.needs import Streamed
 
 
 class AdapterTraining(Method):

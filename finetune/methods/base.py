@@ -18,11 +18,11 @@ from finetune.data.batches import Row
 from finetune.methods.embedding_noise import add_embedding_noise
 from finetune.methods.registry import METHODS
 from finetune.objectives.base import Objective
+from finetune.offload.weights.parts import ModelParts
 from finetune.plugin import load
 from finetune.runs.exports import Export
 from finetune.session import Session
 from finetune.setup import Setup
-from offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)

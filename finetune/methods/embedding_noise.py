@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from finetune.adapters.peft_files import base_of
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 
 def add_embedding_noise(model: nn.Module, alpha: float) -> None:

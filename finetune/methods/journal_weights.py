@@ -16,8 +16,24 @@ from typing import Any
 from torch import nn
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
 from finetune.methods.perturbation_needs import is_packed, most_product_groups, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.offload.devices import choose_device
+from finetune.offload.files.checkpoint import Checkpoint, resolve_model
+from finetune.offload.perturb.folds import newest_fold
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.perturb.perturbed_weights import PerturbedWeights
+from finetune.offload.perturb.replay import Changes, moved_sources, replay
+from finetune.offload.perturb.scales import LEAST_SCALE, check_scales, scale_keys, scale_tensors
+from finetune.offload.perturb.unpacked import write_unpacked
+from finetune.offload.perturb.variants import noise_keys
+from finetune.offload.sizing.needs import Streamed
+from finetune.offload.step.weights import Weights
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
+from finetune.offload.weights.parts import ModelParts, cut
+from finetune.offload.weights.streamed_parts import Room
 from finetune.planned_run import BatchShape, MeasuredBatch
 from finetune.quantization.base import open_base
 from finetune.reporting.report import last_step
@@ -27,22 +43,6 @@ from finetune.runs.exports import Export
 from finetune.runs.identity import check_model, check_same_run, recorded_setting
 from finetune.session import Session
 from finetune.setup import Setup
-from memory.errors import UserError
-from memory.needs import Needs
-from offload.devices import choose_device
-from offload.files.checkpoint import Checkpoint, resolve_model
-from offload.perturb.folds import newest_fold
-from offload.perturb.journal import Journal
-from offload.perturb.perturbed_weights import PerturbedWeights
-from offload.perturb.replay import Changes, moved_sources, replay
-from offload.perturb.scales import LEAST_SCALE, check_scales, scale_keys, scale_tensors
-from offload.perturb.unpacked import write_unpacked
-from offload.perturb.variants import noise_keys
-from offload.sizing.needs import Streamed
-from offload.step.weights import Weights
-from offload.weights.formats.plain import TORCH_DTYPES
-from offload.weights.parts import ModelParts, cut
-from offload.weights.streamed_parts import Room
 
 
 def journal_path(run: Path) -> Path:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Strict, create_model
 
+from finetune.offload.update.rules import OPTIMIZERS, SUBSPACES
+from finetune.offload.update.rules.rule import STATE_ITEMSIZES, options, reads
 from finetune.options import Conflict, Number, Section
-from offload.update.rules import OPTIMIZERS, SUBSPACES
-from offload.update.rules.rule import STATE_ITEMSIZES, options, reads
 
 _NUMBERS = {int: Annotated[int, Strict()], float: Number}
 

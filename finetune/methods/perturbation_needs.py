@@ -7,16 +7,16 @@ from math import prod
 
 import torch
 
+from finetune.memory.needs import Item, Needs, Tier
+from finetune.memory.units import PAGE_BYTES, round_up
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
-from memory.needs import Item, Needs, Tier
-from memory.units import PAGE_BYTES, round_up
-from offload.perturb.products import factor_bytes
-from offload.perturb.replay import BUFFER_BYTES
-from offload.perturb.scales import scale_keys, scale_tensors
-from offload.perturb.variants import find_perturbed, folded_bytes, noise_keys, variant_layout
-from offload.sizing.needs import EDGES, VISIT, expert_sizes, variant_needs
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.parts import ModelParts
+from finetune.offload.perturb.products import factor_bytes
+from finetune.offload.perturb.replay import BUFFER_BYTES
+from finetune.offload.perturb.scales import scale_keys, scale_tensors
+from finetune.offload.perturb.variants import find_perturbed, folded_bytes, noise_keys, variant_layout
+from finetune.offload.sizing.needs import EDGES, VISIT, expert_sizes, variant_needs
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.parts import ModelParts
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,15 @@ from torch import nn
 from finetune.adapters import saved
 from finetune.adapters.seal import WEIGHTS, made_by, step_of, trained_on
 from finetune.config import Config
+from finetune.memory.errors import UserError
 from finetune.methods.base import Method
 from finetune.methods.registry import METHODS
+from finetune.offload.files.checkpoint import TensorEntry, read_header
+from finetune.offload.weights.parts import ModelParts
 from finetune.runs.directory import check_belongs, recorded
 from finetune.runs.identity import check_model
 from finetune.session import Session
 from finetune.setup import Setup
-from memory.errors import UserError
-from offload.files.checkpoint import TensorEntry, read_header
-from offload.weights.parts import ModelParts
 
 
 class SavedAdapter(Setup):

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from memory.errors import UserError
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.weights.parts import ModelParts
 
 
 def check_stochastic_rounding(parts: ModelParts, names: Iterable[str], key: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from finetune.config.schedule_options import length_problem, warmup_note, warmup_steps
 from finetune.config.training_options import TrainingOptions
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 
 def check_schedule(options: TrainingOptions, num_steps: int) -> str | None:

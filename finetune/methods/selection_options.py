@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from finetune.offload.update.rules import SUBSPACES
 from finetune.options import Conflict, Count, NonNegative, Section, Switch
-from offload.update.rules import SUBSPACES
 
 
 class SelectionOptions(Section):

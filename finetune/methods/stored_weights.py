@@ -11,17 +11,17 @@ from typing import Any
 from torch import nn
 
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import resolve_model
+from finetune.offload.update.export import export_store
+from finetune.offload.update.parts import EXPERTS_APART, TrainedParts, find_trained
+from finetune.offload.update.store import lock_store, read_manifest
+from finetune.offload.update.stored_parts import StoredPieces, stored_parts
+from finetune.offload.weights.parts import ModelParts, cut
 from finetune.runs.directory import check_belongs, reading
 from finetune.runs.exports import Export
 from finetune.runs.identity import check_model, check_same_run, recorded_setting
 from finetune.setup import Setup
-from memory.errors import UserError
-from offload.files.checkpoint import resolve_model
-from offload.update.export import export_store
-from offload.update.parts import EXPERTS_APART, TrainedParts, find_trained
-from offload.update.store import lock_store, read_manifest
-from offload.update.stored_parts import StoredPieces, stored_parts
-from offload.weights.parts import ModelParts, cut
 
 
 def has_store(run: Path) -> bool:

@@ -8,18 +8,18 @@ from itertools import chain
 from math import prod
 
 from finetune.config import Config
+from finetune.memory.needs import Item, Lasts, Needs, Tier
 from finetune.methods.selection import interval_of, make_selection
+from finetune.offload.sizing.dry_run import VisitSize
+from finetune.offload.sizing.needs import EDGES, STEP, TEXTS, VISIT, Streamed, state_needs, update_needs
+from finetune.offload.update.kernels import StateFormat
+from finetune.offload.update.parts import TrainedParts
+from finetune.offload.update.rules import OPTIMIZERS, SUBSPACES
+from finetune.offload.update.rules.rule import Rule
+from finetune.offload.update.stream import FACTORS, Keeping
+from finetune.offload.update.units import UpdateUnit
+from finetune.offload.weights.parts import ModelParts
 from finetune.planned_run import MeasuredBatch, StoreSize
-from memory.needs import Item, Lasts, Needs, Tier
-from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import EDGES, STEP, TEXTS, VISIT, Streamed, state_needs, update_needs
-from offload.update.kernels import StateFormat
-from offload.update.parts import TrainedParts
-from offload.update.rules import OPTIMIZERS, SUBSPACES
-from offload.update.rules.rule import Rule
-from offload.update.stream import FACTORS, Keeping
-from offload.update.units import UpdateUnit
-from offload.weights.parts import ModelParts
 
 
 def make_rule(config: Config, of_blocks: bool = False) -> Rule:
@@ -30,7 +30,8 @@ def make_rule(config: Config, of_blocks: bool = False) -> Rule:
 
 
 def _make(kind: type[Rule], config: Config, **given: float) -> Rule:
-    """Numbers that are not given are the configuration's, see [Note: a rule's numbers] in `offload.update.rules.rule`."""
+    """Numbers that are not given are the configuration's, see [Note: a rule's numbers] in
+    `finetune.offload.update.rules.rule`."""
     sections = [config.selection, config.training, config.optimizer]
     found = {key: getattr(section, key) for section in sections for key in type(section).model_fields}
     return kind(**{field.name: (found | given)[field.name] for field in fields(kind)})

@@ -1,7 +1,7 @@
 """Gradients for the model's own weights, all of them or some at a time, with the optimizer out of core.
 
-See [Note: the reference loop] in `finetune.trainer` for the gradients, and `offload.update.rules` for the arithmetic of the
-optimizer. Every step is committed to the working store, which is the checkpoint.
+See [Note: the reference loop] in `finetune.trainer` for the gradients, and `finetune.offload.update.rules` for the arithmetic
+of the optimizer. Every step is committed to the working store, which is the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from finetune.config import Config
 from finetune.data.batches import Row
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
 from finetune.methods.base import Method, StepResult
 from finetune.methods.first_order import check_finite, lane_seed
 from finetune.methods.rounding import check_stochastic_rounding
@@ -33,27 +35,25 @@ from finetune.methods.weight_needs import (
 )
 from finetune.objectives.base import Objective, check_gradient
 from finetune.objectives.errors import StepNotKept
+from finetune.offload.devices import DescribedDevice, Device
+from finetune.offload.residency.io import IOFailure
+from finetune.offload.sizing.kernel_timing import update_seconds
+from finetune.offload.sizing.needs import Streamed
+from finetune.offload.step.weights import Weights
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.update.expert_units import stack_of
+from finetune.offload.update.parts import TrainedParts, find_trained
+from finetune.offload.update.rules.rule import Rule
+from finetune.offload.update.rules.signs import SignSgd
+from finetune.offload.update.step import Update
+from finetune.offload.update.stream import Request
+from finetune.offload.update.trained_weights import StoreOptions, TrainedWeights, clip_scale
+from finetune.offload.update.units import UpdateUnit
+from finetune.offload.weights.streamed_parts import Room
 from finetune.planned_run import MeasuredBatch, StoreSize
 from finetune.runs.exports import Export
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
-from memory.errors import UserError
-from memory.needs import Needs
-from offload.devices import DescribedDevice, Device
-from offload.residency.io import IOFailure
-from offload.sizing.kernel_timing import update_seconds
-from offload.sizing.needs import Streamed
-from offload.step.weights import Weights
-from offload.streamed_model import StreamedModel
-from offload.update.expert_units import stack_of
-from offload.update.parts import TrainedParts, find_trained
-from offload.update.rules.rule import Rule
-from offload.update.rules.signs import SignSgd
-from offload.update.step import Update
-from offload.update.stream import Request
-from offload.update.trained_weights import StoreOptions, TrainedWeights, clip_scale
-from offload.update.units import UpdateUnit
-from offload.weights.streamed_parts import Room
 
 
 class WeightTraining(Method):

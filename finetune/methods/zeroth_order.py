@@ -1,7 +1,7 @@
 """Zeroth-order tuning: forward passes under random perturbations, and a journal of seeds and scalars.
 
 The weights are never written step by step: an update is a few (seed, coefficient) pairs, which
-`offload.perturb.perturbed_weights` applies while blocks are fetched, and the journal of them is the checkpoint.
+`finetune.offload.perturb.perturbed_weights` applies while blocks are fetched, and the journal of them is the checkpoint.
 
 Estimators, for q perturbations z_i, radius epsilon, losses L (or another of `finetune.objectives`):
   spsa   g_i = (L(theta + epsilon z_i) - L(theta - epsilon z_i)) / (2 epsilon), averaged over i.
@@ -21,7 +21,7 @@ Updates:
   sgd    theta <- (1 - lr weight_decay) theta - lr / q sum_i g_i z_i
   sign   the same with the sign of each g_i in place of g_i
   clip, clip_quantile: g_i is first clipped to a size. With `parameters: scales` this is QZO (Shang et al. 2025), see
-         `offload.perturb.scales`.
+         `finetune.offload.perturb.scales`.
   momentum beta: in place of g_i z_i, the sum over the last `momentum_window` steps of beta^age g_i z_i; past noise is made
          again from its seeds, so no buffer is kept.
 """
@@ -43,6 +43,8 @@ from finetune.adapters import peft_files as adapters
 from finetune.adapters.registry import ADAPTERS
 from finetune.config import Config
 from finetune.data.batches import Row
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
 from finetune.methods.base import Method, StepResult
 from finetune.methods.journal_weights import JournalWeights, export_journal, journal_path, moves_weights
 from finetune.methods.perturbation_needs import fold_needs, most_product_groups, perturbed_sizes, steps_between_folds
@@ -52,27 +54,25 @@ from finetune.methods.zeroth_order_options import ZerothOrderOptions
 from finetune.needs_of_model import perturbed_adapter_needs
 from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
+from finetune.offload.devices import DescribedDevice, Device
+from finetune.offload.noise.noise import Group, Noise, Update
+from finetune.offload.perturb.folds import folds, newest_fold
+from finetune.offload.perturb.journal import Journal, Record
+from finetune.offload.perturb.perturbed_weights import PerturbedWeights
+from finetune.offload.perturb.products import product_weights
+from finetune.offload.perturb.scales import check_scales
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.sizing.kernel_timing import variant_seconds
+from finetune.offload.sizing.needs import Streamed
+from finetune.offload.step.weights import Weights
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.update.parts import check_storage
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.streamed_parts import Room
 from finetune.planned_run import BatchShape, MeasuredBatch
 from finetune.runs.exports import Export
 from finetune.runs.identity import check_same_run
 from finetune.session import Session
-from memory.errors import UserError
-from memory.needs import Needs
-from offload.devices import DescribedDevice, Device
-from offload.noise.noise import Group, Noise, Update
-from offload.perturb.folds import folds, newest_fold
-from offload.perturb.journal import Journal, Record
-from offload.perturb.perturbed_weights import PerturbedWeights
-from offload.perturb.products import product_weights
-from offload.perturb.scales import check_scales
-from offload.perturb.variants import Variant
-from offload.sizing.kernel_timing import variant_seconds
-from offload.sizing.needs import Streamed
-from offload.step.weights import Weights
-from offload.streamed_model import StreamedModel
-from offload.update.parts import check_storage
-from offload.weights.parts import ModelParts
-from offload.weights.streamed_parts import Room
 
 CLIP_HISTORY = 100  # projected gradients over which the quantile of clipping is taken
 CLIP_MIN_HISTORY = 10

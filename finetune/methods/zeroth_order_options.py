@@ -38,7 +38,7 @@ class ZerothOrderOptions(Section):
     """Of low_rank noise. 0: 4."""
     perturb: Literal["weights", "products"] = "weights"
     """products: low-rank noise is added to what linear layers compute, x W^T + (x V) U^T, and W stays as it is. Faster, in
-    less memory, and rounded differently; see `offload.perturb.products`."""
+    less memory, and rounded differently; see `finetune.offload.perturb.products`."""
     epsilon: Positive = 1e-3
     """How far the weights are moved along the noise."""
     perturbations: Count = 1

@@ -16,16 +16,16 @@ from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches
 from finetune.data.model_kinds import refuse_text
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.errors import UserError
 from finetune.methods.registry import METHODS
 from finetune.objectives.registry import find_objective
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.own_loss import StepLoss, models_own_loss
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.parts import ModelParts
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.variants import Variant
-from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, models_own_loss
-from offload.streamed_model import StreamedModel
-from offload.weights.parts import ModelParts
 
 
 class Objective(ABC):

@@ -10,14 +10,14 @@ import numpy as np
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.batches import Row
+from finetune.memory.errors import UserError
 from finetune.objectives.base import rows_of, scored_shape
 from finetune.objectives.scored import Scored
 from finetune.objectives.scoring import Asked, ask_candidates
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.variants import Variant
-from offload.streamed_model import StreamedModel
 
 
 class Candidates(Scored):

@@ -15,9 +15,9 @@ import torch
 
 from finetune.adapters.base import adapter_of
 from finetune.decoding import make_cache
-from memory.errors import UserError
-from offload.streamed_model import StreamedModel
-from offload.weights.skeleton import cache_argument
+from finetune.memory.errors import UserError
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.skeleton import cache_argument
 
 Choose = Callable[[torch.Tensor], int]
 """From logits, fp32 [vocabulary] on the CPU, to a token."""

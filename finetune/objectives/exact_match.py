@@ -14,10 +14,10 @@ from finetune.data.batches import Row
 from finetune.objectives.base import rows_of, scored_shape
 from finetune.objectives.scored import Scored
 from finetune.objectives.scoring import ask_trained
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.perturb.variants import Variant
-from offload.streamed_model import StreamedModel
 
 
 class ExactMatch(Scored):

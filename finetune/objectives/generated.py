@@ -12,12 +12,12 @@ from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.data.cache import MASKED
 from finetune.decoding import Sampling, TextPieces, cache_bytes, chooser, decode, end_tokens, load_tokenizer
+from finetune.memory.errors import UserError
 from finetune.objectives.base import Objective, rows_of
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.variants import Variant
-from offload.streamed_model import StreamedModel
 
 
 class Generated(Objective):

@@ -24,6 +24,8 @@ from finetune.data.batches import Row
 from finetune.data.cache import MASKED
 from finetune.data.micro_batches import MicroBatches, make_micro_batches
 from finetune.decoding import Sampling, cache_bytes, chooser, end_tokens, load_tokenizer
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.objectives.answers import LabelledLane
 from finetune.objectives.base import rows_of, scored_shape
 from finetune.objectives.completions import completion_seed, write_completions
@@ -31,11 +33,9 @@ from finetune.objectives.generated import split_example
 from finetune.objectives.judged import Judged
 from finetune.objectives.rewards import Reward, call_reward, load_reward
 from finetune.objectives.written_rows import WrittenRows
+from finetune.offload.step.engine import Versions
 from finetune.planned_run import BatchShape, Writing
 from finetune.session import Session
-from memory.errors import UserError
-from memory.plan import PlanRefused
-from offload.step.engine import Versions
 
 _LEAST_SPREAD = 1e-4  # TRL's: added to what advantages are divided by
 

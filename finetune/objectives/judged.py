@@ -1,8 +1,8 @@
 """What objectives have in common that learn from judged answers: log-probabilities of all lanes of a step, then the loss.
 
-See [Note: losses of sequences] in `offload.step.sequence_loss`. An objective with a reference has lanes more, under the weights
-without the adapter: these only go forward, in the same visits of blocks. So a step reads the base as often as one of supervised
-training.
+See [Note: losses of sequences] in `finetune.offload.step.sequence_loss`. An objective with a reference has lanes more, under
+the weights without the adapter: these only go forward, in the same visits of blocks. So a step reads the base as often as one
+of supervised training.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import nn
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.micro_batches import MicroBatches
+from finetune.memory.errors import UserError
 from finetune.objectives.answers import LabelledLane
 from finetune.objectives.base import Objective
 from finetune.objectives.router_loss import RouterLoss
 from finetune.objectives.scoring import Asked, Scores
+from finetune.offload.step.engine import Versions
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.own_loss import StepLoss, StepLosses, loss_in
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.step.engine import Versions
-from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, StepLosses, loss_in
-from offload.streamed_model import StreamedModel
 
 
 class MeasuredRows(Protocol):

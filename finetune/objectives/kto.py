@@ -22,10 +22,10 @@ from finetune.objectives.answers import LabelledLane, sums_of
 from finetune.objectives.base import scored_shape
 from finetune.objectives.judged import Judged
 from finetune.objectives.scoring import Asked, Scores, ask_trained, score
+from finetune.offload.step.engine import Versions
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.step.engine import Versions
-from offload.streamed_model import StreamedModel
 
 
 class KTO(Judged):

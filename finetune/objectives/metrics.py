@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from finetune.data.cache import MASKED
+from finetune.memory.errors import UserError
 from finetune.objectives.rewards import load_reward
-from memory.errors import UserError
 
 KEY = "training.compute_metrics"
 _OWN = ("loss", "perplexity", "tokens", "examples", "accuracy", "seconds")  # names of what is measured anyway

@@ -27,9 +27,9 @@ from finetune.objectives.base import scored_shape
 from finetune.objectives.judged import Judged
 from finetune.objectives.preference_rows import PreferenceRows
 from finetune.objectives.registry import find_objective
+from finetune.offload.step.engine import Versions
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.step.engine import Versions
 
 
 class Preference(Judged):

@@ -12,7 +12,7 @@ from finetune.data import TokenDataset
 from finetune.data.cache import MASKED
 from finetune.objectives.answers import Answers, Pairs
 from finetune.objectives.scoring import Asked, Scores, score
-from offload.streamed_model import StreamedModel
+from finetune.offload.streamed_model import StreamedModel
 
 if TYPE_CHECKING:
     from finetune.objectives.preference import Preference

@@ -24,12 +24,12 @@ from finetune.data.batches import Row
 from finetune.data.micro_batches import MicroBatches, make_micro_batches
 from finetune.objectives.base import Objective, scored_shape
 from finetune.objectives.scoring import Asked, Scores
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.own_loss import StepLoss, StepLosses
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.parts import ModelParts
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from offload.step.head import TiledHead
-from offload.step.own_loss import StepLoss, StepLosses
-from offload.streamed_model import StreamedModel
-from offload.weights.parts import ModelParts
 
 
 class RewardModel(Objective):

@@ -15,9 +15,9 @@ import numpy as np
 
 from finetune.config import Config
 from finetune.data import TokenDataset
+from finetune.memory.errors import UserError
 from finetune.objectives.generated import Generated
 from finetune.session import Session
-from memory.errors import UserError
 
 Reward = Callable[..., Sequence[float]]
 """Called with the keyword arguments prompts, completions (what the model said) and references (the data's completions), all

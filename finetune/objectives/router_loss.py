@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from finetune.config.training_options import TrainingOptions
+from finetune.memory.errors import UserError
+from finetune.offload.step.own_loss import StepLoss
+from finetune.offload.step.router_loss import StepBalance, has_balance
 from finetune.planned_run import BatchShape
-from memory.errors import UserError
-from offload.step.own_loss import StepLoss
-from offload.step.router_loss import StepBalance, has_balance
 
 _SWITCH, _COEFFICIENT = "output_router_logits", "router_aux_loss_coef"  # Transformers' words
 

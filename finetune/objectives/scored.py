@@ -11,9 +11,9 @@ from finetune.data import TokenDataset
 from finetune.objectives.base import Objective
 from finetune.objectives.errors import StepNotKept
 from finetune.objectives.scoring import Asked, Scores, score
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.streamed_model import StreamedModel
 from finetune.session import Session
-from offload.perturb.variants import Variant
-from offload.streamed_model import StreamedModel
 
 
 class Scored(Objective):

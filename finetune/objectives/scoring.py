@@ -25,7 +25,7 @@ from torch.nn import functional
 from finetune.data import Example, TokenDataset, collate
 from finetune.data.cache import MASKED
 from finetune.objectives.metrics import Predictions, prediction_bytes
-from offload.streamed_model import StreamedModel
+from finetune.offload.streamed_model import StreamedModel
 
 
 @dataclass(frozen=True, slots=True)

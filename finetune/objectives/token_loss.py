@@ -15,16 +15,16 @@ from finetune.data.batches import Row
 from finetune.data.cache import trained_tokens
 from finetune.data.micro_batches import MicroBatches, make_micro_batches
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.errors import UserError
 from finetune.objectives.base import Objective, scored_shape
 from finetune.objectives.router_loss import RouterLoss
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.loss_form import LossForm, StepForm
+from finetune.offload.step.own_loss import StepLoss, models_own_loss
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
-from offload.perturb.variants import Variant
-from offload.step.head import TiledHead
-from offload.step.loss_form import LossForm, StepForm
-from offload.step.own_loss import StepLoss, models_own_loss
-from offload.streamed_model import StreamedModel
 
 
 class TokenLoss(Objective):

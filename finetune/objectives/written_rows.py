@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune.decoding import cache_bytes
+from finetune.memory.plan import PlanRefused
 from finetune.objectives.completions import write_completions
+from finetune.offload.streamed_model import StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.plan import PlanRefused
-from offload.streamed_model import StreamedModel
 
 if TYPE_CHECKING:
     from finetune.objectives.grpo import GRPO

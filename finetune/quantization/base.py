@@ -15,25 +15,25 @@ from typing import Any
 import torch
 
 from finetune.config import Config
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.memory.units import format_bytes, format_seconds, parse_bytes, total_host_bytes
+from finetune.offload.devices import DescribedDevice, Device
+from finetune.offload.files.checkpoint import CheckpointError, is_gguf, read_checkpoint, resolve_model
+from finetune.offload.files.lock import lock
+from finetune.offload.files.new_directory import flush
+from finetune.offload.files.sealed import json_digest, seal
+from finetune.offload.quantize.kernels import Blocks, pack_4bit, pack_int8
+from finetune.offload.quantize.outline import Outline, Packing, outline, write_side, write_sparse
+from finetune.offload.quantize.stream import PROGRESS, Written, working_bytes, write_quantized
+from finetune.offload.sizing.calibration import NoRates, Rates, try_rates
+from finetune.offload.weights.digest import model_digest
+from finetune.offload.weights.parts import ModelParts, cut
 from finetune.quantization.cache import FORMAT, NOTE, cache_home, open_lock, partial_path, whole
 from finetune.reporting.progress import Ticker, say
 from finetune.runs.disk import free_bytes
 from finetune.runs.exports import side_files
-from memory.arena import trim_malloc
-from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.units import format_bytes, format_seconds, parse_bytes, total_host_bytes
-from offload.devices import DescribedDevice, Device
-from offload.files.checkpoint import CheckpointError, is_gguf, read_checkpoint, resolve_model
-from offload.files.lock import lock
-from offload.files.new_directory import flush
-from offload.files.sealed import json_digest, seal
-from offload.quantize.kernels import Blocks, pack_4bit, pack_int8
-from offload.quantize.outline import Outline, Packing, outline, write_side, write_sparse
-from offload.quantize.stream import PROGRESS, Written, working_bytes, write_quantized
-from offload.sizing.calibration import NoRates, Rates, try_rates
-from offload.weights.digest import model_digest
-from offload.weights.parts import ModelParts, cut
 
 _SPARE_BYTES = 64 << 20  # of the disk, left free
 _PROBE_WEIGHTS = 1 << 22
@@ -67,8 +67,8 @@ def open_base(
 ) -> Base:
     """The base of a session of `config`, whose model is in `source`.
 
-    choose_dtype: as `offload.weights.parts.cut` takes it. only_plan: nothing is quantised; where that has not been done, the
-    directory has headers and holes.
+    choose_dtype: as `finetune.offload.weights.parts.cut` takes it. only_plan: nothing is quantised; where that has not been
+    done, the directory has headers and holes.
     Raises UserError when it cannot be quantised, or the disk or the memory does not suffice for that.
     """
     base = Base(source)

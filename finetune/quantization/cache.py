@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory.errors import UserError
-from offload.files.checkpoint import read_checkpoint
-from offload.files.lock import lock
-from offload.files.sealed import unseal
-from offload.files.user_cache import user_cache
-from offload.weights.digest import model_digest
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.files.lock import lock
+from finetune.offload.files.sealed import unseal
+from finetune.offload.files.user_cache import user_cache
+from finetune.offload.weights.digest import model_digest
 
 FORMAT = 1
 NOTE = "quantized.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memory.units import format_seconds
+from finetune.memory.units import format_seconds
 
 
 def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, is_text: bool) -> str:

@@ -9,10 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes, format_seconds
 from finetune.reporting.report import METRIC_KEYS, read_metrics, write_text
 from finetune.reporting.svg_chart import Curve, chart, shares
-from memory.errors import UserError
-from memory.units import format_bytes, format_seconds
 
 PAGE = "report.html"
 SMOOTHED_STEPS = 10  # of a loss, at most so many count; fewer in a short run

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TextIO
 
-from memory.units import format_seconds
+from finetune.memory.units import format_seconds
 
 _REDRAW_SECONDS = 0.2
 _LOG_STEP_SECONDS = 10.0

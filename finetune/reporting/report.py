@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.files.sealed import SEAL, seal, unseal
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
+from finetune.offload.files.sealed import SEAL, seal, unseal
 
 METRIC_KEYS = (
     "step",  # optimizer updates done, from 1

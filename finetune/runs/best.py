@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.training_options import TrainingOptions
-from memory.errors import UserError
-from offload.files.sealed import unseal
+from finetune.memory.errors import UserError
+from finetune.offload.files.sealed import unseal
 
 BEST = "best"
 """In a run's directory: what was best, as step-N, while the run goes on."""

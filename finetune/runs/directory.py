@@ -30,16 +30,16 @@ import finetune
 from finetune.config import Config
 from finetune.config.loading import RUN_FILE
 from finetune.config.run_file import may_be_replaced, run_text
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
 from finetune.methods.registry import METHODS
+from finetune.offload.files import lock as file_lock
+from finetune.offload.files.replaced import replace_file
+from finetune.offload.files.sealed import seal, unseal
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.update.store import check_unused, read_manifest
 from finetune.runs.identity import RunIdentity, check_same_run, recorded_setting
 from finetune.runs.state import saved_states
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.files import lock as file_lock
-from offload.files.replaced import replace_file
-from offload.files.sealed import seal, unseal
-from offload.perturb.journal import Journal
-from offload.update.store import check_unused, read_manifest
 
 FORMAT = 1
 RUN, LOCK, PREVIOUS = "run.json", "run.lock", "previous"

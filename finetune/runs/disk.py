@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finetune.config import Config
-from memory.errors import UserError
-from memory.plan import Plan
-from memory.units import MIB, format_mib, parse_bytes
+from finetune.memory.errors import UserError
+from finetune.memory.plan import Plan
+from finetune.memory.units import MIB, format_mib, parse_bytes
 
 
 def free_bytes(directory: Path) -> int:

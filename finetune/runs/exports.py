@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from memory.errors import UserError
-from memory.meter import host_bytes
-from memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
+from finetune.memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".onnx", ".onnx_data",

@@ -17,13 +17,13 @@ import torch
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.errors import UserError
 from finetune.methods.registry import METHODS, not_shared
 from finetune.objectives.registry import OBJECTIVE_SECTIONS, find_objective
-from memory.errors import UserError
-from offload.files.sealed import json_digest
-from offload.update import units as update_units
-from offload.weights.digest import model_digest
-from offload.weights.parts import ModelParts
+from finetune.offload.files.sealed import json_digest
+from finetune.offload.update import units as update_units
+from finetune.offload.weights.digest import model_digest
+from finetune.offload.weights.parts import ModelParts
 
 # Keys that change no number of a step. A resumed run may be given more steps; the model and the data have digests. Threads and
 # devices do change the last bits of products, but a run may go on on another machine.

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetune.memory.errors import UserError
+from finetune.offload.files.sealed import SEAL, unseal
 from finetune.runs.directory import LOCK, PREVIOUS, RUN, reading, recorded
 from finetune.runs.identity import flat
-from memory.errors import UserError
-from offload.files.sealed import SEAL, unseal
 
 MOST_LEVELS = 4
 """Of directories that are looked through."""

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.memory.errors import UserError
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.files.sealed import SEAL, file_checksum, seal, unseal
 from finetune.runs.identity import check_same_run
-from memory.errors import UserError
-from offload.files.new_directory import new_directory
-from offload.files.sealed import SEAL, file_checksum, seal, unseal
 
 _PREFIX = "step-"
 _ABOUT, _TENSORS = "state.json", "tensors.safetensors"

@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 
 from finetune.config import Config
-from memory.errors import UserError
-from memory.plan import Plan
-from memory.units import format_bytes, parse_bytes
+from finetune.memory.errors import UserError
+from finetune.memory.plan import Plan
+from finetune.memory.units import format_bytes, parse_bytes
 
 WRITTEN = "written_bytes"  # in metrics: by the run so far, with saves and with what it did before it was resumed
 

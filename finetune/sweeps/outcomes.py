@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_seconds
 from finetune.reporting.report import read_metrics, write_report
 from finetune.runs.best import read_best
-from memory.errors import UserError
-from memory.units import format_seconds
 
 WAITING, FINISHED, STOPPED, FAILED = "waiting", "finished", "stopped", "failed"
 FORMAT = 1

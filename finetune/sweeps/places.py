@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from finetune.adapters.side_by_side import Attached
+from finetune.memory.needs import Needs
+from finetune.memory.plan import PlanRefused
+from finetune.memory.units import format_mib
+from finetune.offload.sizing.dry_run import VisitSize
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.session import Session
 from finetune.sweeps.seats import Seat
-from memory.needs import Needs
-from memory.plan import PlanRefused
-from memory.units import format_mib
-from offload.sizing.dry_run import VisitSize
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,19 @@ from finetune.adapters.base import adapter_of
 from finetune.adapters.lora_sums import sum_in_one_pass
 from finetune.adapters.side_by_side import SideBySide, SideBySideWeights
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Item, Needs, Tier
 from finetune.methods.base import Method
 from finetune.needs_of_model import trained_adapter_needs
+from finetune.offload.sizing.dry_run import VisitSize
+from finetune.offload.sizing.needs import Streamed
+from finetune.offload.step.weights import Weights
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.streamed_parts import Room
 from finetune.planned_run import MeasuredBatch
 from finetune.planner import Planner
 from finetune.session import Session
 from finetune.setup import Setup
-from memory.errors import UserError
-from memory.needs import Item, Needs, Tier
-from offload.sizing.dry_run import VisitSize
-from offload.sizing.needs import Streamed
-from offload.step.weights import Weights
-from offload.weights.parts import ModelParts
-from offload.weights.streamed_parts import Room
 
 LAYER_BYTES = 4096
 """Of one module of an adapter: Python's objects, beside its numbers."""

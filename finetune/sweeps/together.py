@@ -18,10 +18,10 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from finetune.adapters.side_by_side import Attached
+from finetune.offload.step.engine import AdaptedModel, Versions
+from finetune.offload.step.own_loss import StepLoss
+from finetune.offload.streamed_model import PassOfRun, StepOfRun, StreamedModel, Traffic
 from finetune.runs.signals import Stopped
-from offload.step.engine import AdaptedModel, Versions
-from offload.step.own_loss import StepLoss
-from offload.streamed_model import PassOfRun, StepOfRun, StreamedModel, Traffic
 
 
 class ModelOfRun:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.other_names import with_own_names
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -17,12 +17,12 @@ import torch
 
 from finetune.config import Config
 from finetune.data import BatchPlan
+from finetune.memory.errors import UserError
 from finetune.methods.base import Method
+from finetune.offload.devices import Device
 from finetune.reporting.report import METRIC_KEYS
 from finetune.runs.best import BestStep, best_directory
 from finetune.session import Session
-from memory.errors import UserError
-from offload.devices import Device
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from finetune.memory.errors import UserError
 from finetune.methods.base import Method
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.files.sealed import seal
 from finetune.reporting.report import write_report
 from finetune.runs.best import BEST, BEST_FILE, BestStep, best_directory
-from memory.errors import UserError
-from offload.files.new_directory import new_directory
-from offload.files.sealed import seal
 
 
 class KeptBest:

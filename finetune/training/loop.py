@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from finetune.data import BatchPlan
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter
 from finetune.methods.base import Method, StepResult
 from finetune.objectives.errors import StepNotKept
+from finetune.offload.streamed_model import Traffic
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter
 from finetune.runs.signals import StoppedAtOnce
@@ -19,9 +22,6 @@ from finetune.runs.writes import WRITTEN, WriteCount
 from finetune.session import Session
 from finetune.training.after_step import AfterStep
 from finetune.training.callbacks import Callbacks
-from memory.errors import UserError
-from memory.meter import MemoryMeter
-from offload.streamed_model import Traffic
 
 
 class TrainingLoop:

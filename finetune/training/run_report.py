@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from finetune.memory.expert_guesses import ExpertGuesses
+from finetune.memory.meter import MemoryMeter
+from finetune.offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, TEXTS
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.training.loop import TrainingLoop
-from memory.expert_guesses import ExpertGuesses
-from memory.meter import MemoryMeter
-from offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, TEXTS
 
 
 def run_report(

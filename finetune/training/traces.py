@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.memory.errors import UserError
+from finetune.memory.trace import Trace, write_trace
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step
-from memory.errors import UserError
-from memory.trace import Trace, write_trace
 
 
 def write_traces(path: Path, planned: PlannedRun, trace: Trace | None = None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-
-from memory.device_kinds import DEVICE_KINDS, DEVICE_WORDS
-from memory.errors import UserError
-from offload.devices.accelerator import AcceleratorDevice
-from offload.devices.base import COMPLETED, Device, Direction, Event, RaceError
-from offload.devices.cpu import CpuDevice
-from offload.devices.described import DescribedDevice
-from offload.devices.simulated import SimulatedDevice
+from finetune.memory.device_kinds import DEVICE_KINDS, DEVICE_WORDS
+from finetune.memory.errors import UserError
+from finetune.offload.devices.accelerator import AcceleratorDevice
+from finetune.offload.devices.base import COMPLETED, Device, Direction, Event, RaceError
+from finetune.offload.devices.cpu import CpuDevice
+from finetune.offload.devices.described import DescribedDevice
+from finetune.offload.devices.simulated import SimulatedDevice
 
 __all__ = ["COMPLETED", "DescribedDevice", "Device", "Direction", "Event", "RaceError", "choose_device"]
 

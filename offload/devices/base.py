@@ -9,9 +9,8 @@ from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
-
-from memory.device_kinds import DEVICE_KINDS, DeviceTraits
-from memory.errors import UserError
+from finetune.memory.device_kinds import DEVICE_KINDS, DeviceTraits
+from finetune.memory.errors import UserError
 
 
 class Direction(enum.Enum):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-
-from memory.machine import MachineProfile
-from offload.devices.base import Device, Direction, Event
+from finetune.memory.machine import MachineProfile
+from finetune.offload.devices.base import Device, Direction, Event
 
 CUDA_CONTEXT_BYTES = 1 << 30
 """Host memory that a process with PyTorch for CUDA holds more than one without: libraries and the driver's context. Assumed."""

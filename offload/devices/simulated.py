@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
-
-from memory.errors import UserError
-from offload.devices.base import COMPLETED, Device, Direction, Event, RaceError, check_copy, map_host_bytes
+from finetune.memory.errors import UserError
+from finetune.offload.devices.base import COMPLETED, Device, Direction, Event, RaceError, check_copy, map_host_bytes
 
 _POISON = 0xFF
 _START = {Direction.H2D: 0, Direction.D2H: 0}

@@ -1,5 +1,5 @@
 """Index of a checkpoint: where each tensor's bytes lie, found from the headers alone. Of safetensors here, of GGUF in
-`offload.files.gguf_file`.
+`finetune.offload.files.gguf_file`.
 
 No weights are read and torch is not imported. Each header is proved sound the way the safetensors library does it
 (`safetensors/src/tensor.rs`, `read_metadata` and `Metadata::validate`) before any offset in it is used.
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from memory.errors import UserError
+from finetune.memory.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSOR_BYTES = 1 << 63

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from offload.files.checkpoint import (
+from finetune.offload.files.checkpoint import (
     GGUF_PART,
     MAX_HEADER_BYTES,
     MAX_TENSOR_BYTES,

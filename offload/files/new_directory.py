@@ -10,9 +10,8 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from finetune.offload.files.lock import lock
 from safetensors import SafetensorError
-
-from offload.files.lock import lock
 
 
 @contextmanager

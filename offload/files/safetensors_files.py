@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from memory.units import round_up
-from offload.files.checkpoint import SINGLE_FILE
+from finetune.memory.units import round_up
+from finetune.offload.files.checkpoint import SINGLE_FILE
 
 SHARD_BYTES = 4 << 30
 

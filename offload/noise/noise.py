@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune_native import Dtype
 from finetune_native import noise as _native
-
-from memory.device_kinds import DEVICE_KINDS
 
 ROUNDINGS = tuple(_native.Rounding.__members__)
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
@@ -133,7 +132,7 @@ def move(
         return
     kind = "gaussian" if noise.kind == "low_rank" else noise.kind
     if _kernels_for(source) == "triton":
-        from offload.noise import triton_kernels
+        from finetune.offload.noise import triton_kernels
 
         triton_kernels.move(kind, parameter, source, pending, targets, segments[0][0])
         return

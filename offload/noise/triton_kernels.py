@@ -1,4 +1,5 @@
-"""The pass of `offload.noise.noise` on accelerators, in Triton: the same words, the same single fp32 operations, the same bits.
+"""The pass of `finetune.offload.noise.noise` on accelerators, in Triton: the same words, the same single fp32 operations, the
+same bits.
 
 Nothing may be fused (`enable_fp_fusion=False`), roots are IEEE's, constants are the nearest fp32. A program does `TILE`
 elements: of every span of 128, word w of their counters' 64 (normals) gives elements w and w + 64, so elements are held as
@@ -14,9 +15,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-
-from offload.devices.triton_rounding import ROUNDED_TO, put, rounded
-from offload.noise.noise import ROUNDINGS, Group, Parameter, Target
+from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
+from finetune.offload.noise.noise import ROUNDINGS, Group, Parameter, Target
 
 TILE = 2048
 _RADEMACHER, _GAUSSIAN = 0, 1
@@ -171,7 +171,8 @@ def move(
     targets: Sequence[Target],
     first_element: int,
 ) -> None:
-    """`offload.noise.noise.move` of one or two targets, for signs and normals, all on one accelerator; checked there."""
+    """`finetune.offload.noise.noise.move` of one or two targets, for signs and normals, all on one accelerator; checked
+    there."""
     if not source.numel() or not targets:
         return
     device = source.device

@@ -1,7 +1,7 @@
 """Experts under perturbation, where they are fetched one by one: a variant of a matrix is made when it is multiplied by.
 
-As in `offload.perturb.variants`, from the clean matrix in its slot, in one pass with the updates that no checkpoint holds yet.
-Noise is a function of seed, parameter and element, so that of an expert is had without that of the others.
+As in `finetune.offload.perturb.variants`, from the clean matrix in its slot, in one pass with the updates that no checkpoint
+holds yet. Noise is a function of seed, parameter and element, so that of an expert is had without that of the others.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import partial
 from math import prod
 
 import torch
-
-from memory.slots import SlotPool
-from offload.perturb.variants import Perturbation
-from offload.weights.experts import StackedMatrices
-from offload.weights.formats import Stored
-from offload.weights.formats.plain import dense_bytes
+from finetune.memory.slots import SlotPool
+from finetune.offload.perturb.variants import Perturbation
+from finetune.offload.weights.experts import StackedMatrices
+from finetune.offload.weights.formats import Stored
+from finetune.offload.weights.formats.plain import dense_bytes
 
 
 class ExpertVariants:

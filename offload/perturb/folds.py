@@ -17,13 +17,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from memory.errors import UserError
-from offload.files.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from offload.files.sealed import file_checksum, seal, unseal
-from offload.perturb.journal import Journal
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.update.kernels import checksum
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from finetune.offload.files.sealed import file_checksum, seal, unseal
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.update.kernels import checksum
 
 CHECKSUMS = "checksums.json"
 _BUFFERS = 4

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory.errors import UserError
-from offload.files import lock as file_lock
-from offload.files.sealed import SEAL, seal, unseal
-from offload.noise.noise import Group, Noise, Update
+from finetune.memory.errors import UserError
+from finetune.offload.files import lock as file_lock
+from finetune.offload.files.sealed import SEAL, seal, unseal
+from finetune.offload.noise.noise import Group, Noise, Update
 
 _FIXED = struct.Struct("<IdfHH")  # step, scale, learning rate, number of updates, number of scalars
 _UPDATE = struct.Struct("<Qf")
@@ -71,8 +71,8 @@ class Journal:
     """Appends records, gives pending groups. Holds all records in memory: 20,000 steps are a few MB.
 
     about: JSON values in the header. Those that say how records are to be applied: "noise" and "rank" (of
-    `offload.noise.noise.Noise`), "group_steps", "rounding" (of whole groups) and "seed". torn_bytes: what stood behind the last
-    whole record when the file was read.
+    `finetune.offload.noise.noise.Noise`), "group_steps", "rounding" (of whole groups) and "seed". torn_bytes: what stood behind
+    the last whole record when the file was read.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], records: list[Record]) -> None:

@@ -5,7 +5,7 @@ The original checkpoint is never written. What the journal's steps add is applie
 does not grow with the number of steps, whole groups are folded from time to time into a checkpoint of their own, in fp32
 (a directory of safetensors files like the original, written as a stream and renamed into place when durable). The journal
 stays complete, so losing such a directory loses nothing. Folded or pending, the sums are the same: see [Note: groups] in
-`offload.perturb.journal`.
+`finetune.offload.perturb.journal`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-
-from offload.files.checkpoint import Checkpoint, read_checkpoint
-from offload.noise.noise import Noise, parameter_key
-from offload.perturb.expert_variants import ExpertVariants
-from offload.perturb.replay import Changes, moved_sources, replay
-from offload.perturb.scales import LEAST_SCALE, scale_keys, scale_tensors
-from offload.perturb.variants import (
+from finetune.offload.files.checkpoint import Checkpoint, read_checkpoint
+from finetune.offload.noise.noise import Noise, parameter_key
+from finetune.offload.perturb.expert_variants import ExpertVariants
+from finetune.offload.perturb.replay import Changes, moved_sources, replay
+from finetune.offload.perturb.scales import LEAST_SCALE, scale_keys, scale_tensors
+from finetune.offload.perturb.variants import (
     Perturbation,
     PerturbedRows,
     Resident,
@@ -32,14 +30,16 @@ from offload.perturb.variants import (
     Variant,
     noise_keys,
 )
-from offload.sizing.needs import EXPERT_VARIANTS
-from offload.step.weights import HeadRows, Key
-from offload.weights.formats.plain import TORCH_DTYPES
-from offload.weights.streamed_parts import Room, StreamedParts, read_edges
+from finetune.offload.sizing.needs import EXPERT_VARIANTS
+from finetune.offload.step.weights import HeadRows, Key
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
+from finetune.offload.weights.streamed_parts import Room, StreamedParts, read_edges
+from torch import nn
 
 
 class PerturbedWeights:
-    """A policy of `offload.step.weights`. `perturbation.pending` is what the weights lack; the caller keeps it up to date."""
+    """A policy of `finetune.offload.step.weights`. `perturbation.pending` is what the weights lack; the caller keeps it up to
+    date."""
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ layer pays for two thin products. (LOZO, Chen et al. 2024, whose factors stand i
 perturbed weights, which are rounded to the dtype that computes with their noise in them; here what is added to W is rounded
 by itself and keeps its own precision.
 
-What is no weight of an `nn.Linear` (norms, biases, stacked experts) is perturbed as ever, see `offload.perturb.variants`.
+What is no weight of an `nn.Linear` (norms, biases, stacked experts) is perturbed as ever, see
+`finetune.offload.perturb.variants`.
 
 [Note: packed weights under products]
 W may be packed: it is decoded for its product, and its bytes never change. Nothing can be folded into them, so the factors of
@@ -21,12 +22,11 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from finetune.offload.noise import noise
+from finetune.offload.weights.binding import LinearInSlot
+from finetune.offload.weights.parts import ModelParts
 from torch import nn
 from torch.nn import functional
-
-from offload.noise import noise
-from offload.weights.binding import LinearInSlot
-from offload.weights.parts import ModelParts
 
 
 class Factors(NamedTuple):

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from offload.files.checkpoint import Checkpoint, TensorEntry
-from offload.files.safetensors_files import file_header, write_new
-from offload.noise import noise
-from offload.perturb.folds import WrittenRange, write_checksums
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.update.kernels import checksum
-from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.formats.plain import DTYPE_NAMES, TORCH_DTYPES
-from offload.weights.parameter_map import ParameterMap, copies_of
+from finetune.offload.files.checkpoint import Checkpoint, TensorEntry
+from finetune.offload.files.safetensors_files import file_header, write_new
+from finetune.offload.noise import noise
+from finetune.offload.perturb.folds import WrittenRange, write_checksums
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.update.kernels import checksum
+from finetune.offload.weights.checkpoint_directory import new_checkpoint
+from finetune.offload.weights.formats import Extent, PlainTensor, StoredWeight
+from finetune.offload.weights.formats.plain import DTYPE_NAMES, TORCH_DTYPES
+from finetune.offload.weights.parameter_map import ParameterMap, copies_of
 
 CHUNK_BYTES = 2 << 20  # of the original, per buffer
 BUFFERS = 4
@@ -111,8 +110,8 @@ def replay(
 
     newer: what `changes` are to be added to where that is not in `checkpoint`: a replay of some of its tensors.
 
-    steps: the digest of the steps that are in the result, kept beside it with checksums (`offload.perturb.folds`); None:
-    neither is. side_files: as `new_checkpoint` takes them. progress: bytes of the original done, and of all.
+    steps: the digest of the steps that are in the result, kept beside it with checksums (`finetune.offload.perturb.folds`);
+    None: neither is. side_files: as `new_checkpoint` takes them. progress: bytes of the original done, and of all.
     Raises UserError when the disk is full or the directory cannot be written, IOFailure for failed reads and writes.
     """
     with new_checkpoint(directory, checkpoint, side_files) as temporary, IOEngine(io_backend) as io:

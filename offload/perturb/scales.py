@@ -7,19 +7,20 @@ of a block has scales of its own and the clean slot's codes.
 
 [Note: least scale]
 A step may not turn the signs of a block: in the authors' code, scales that an update makes smaller than 1e-7 are set to that.
-Here a group's sum is an update, see [Note: groups] in `offload.perturb.journal`. Perturbed scales may be smaller, as there.
+Here a group's sum is an update, see [Note: groups] in `finetune.offload.perturb.journal`. Perturbed scales may be smaller, as
+there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memory.errors import UserError
-from offload.noise.noise import parameter_key
-from offload.perturb.products import product_weights
-from offload.weights.formats import PlainTensor, StoredWeight, stored_name
-from offload.weights.parameter_map import ParameterMap
-from offload.weights.parts import ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.noise.noise import parameter_key
+from finetune.offload.perturb.products import product_weights
+from finetune.offload.weights.formats import PlainTensor, StoredWeight, stored_name
+from finetune.offload.weights.parameter_map import ParameterMap
+from finetune.offload.weights.parts import ModelParts
 
 LEAST_SCALE = 1e-7
 

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from finetune.offload.files.checkpoint import INDEX_FILE
+from finetune.offload.files.safetensors_files import cut_files, file_header, write_index, write_new
+from finetune.offload.noise import noise
+from finetune.offload.perturb.replay import CHUNK_BYTES
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.weights.checkpoint_directory import new_checkpoint
+from finetune.offload.weights.formats import PlainTensor, StoredWeight
+from finetune.offload.weights.formats.plain import DTYPE_NAMES, dense_bytes
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.streamed_parts import read_tensor
 from torch import Tensor
-
-from offload.files.checkpoint import INDEX_FILE
-from offload.files.safetensors_files import cut_files, file_header, write_index, write_new
-from offload.noise import noise
-from offload.perturb.replay import CHUNK_BYTES
-from offload.residency.io import IOEngine
-from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.formats import PlainTensor, StoredWeight
-from offload.weights.formats.plain import DTYPE_NAMES, dense_bytes
-from offload.weights.parts import ModelParts
-from offload.weights.streamed_parts import read_tensor
 
 
 class _Chunk(NamedTuple):

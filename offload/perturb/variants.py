@@ -1,8 +1,8 @@
 """Weights under perturbation: while a block is in its slot, it is brought up to date and perturbed into other slots.
 
 The weights on disk, and in the slots they are fetched into, stay clean: every variant of a step is made from the clean copy
-by `offload.noise.noise`, in one pass over memory that also applies the updates that no checkpoint holds yet. (Or, with noise
-of low rank, only what is no matrix of a linear layer; see `offload.perturb.products`.) Nothing is perturbed
+by `finetune.offload.noise.noise`, in one pass over memory that also applies the updates that no checkpoint holds yet. (Or, with
+noise of low rank, only what is no matrix of a linear layer; see `finetune.offload.perturb.products`.) Nothing is perturbed
 and restored in place, so nothing drifts. (MeZO, Malladi et al. 2023, perturbs in place; ZO2, Wang et al. 2025, perturbs
 while a block is resident.)
 
@@ -18,27 +18,26 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-
-from memory.slots import SlotPool
-from memory.units import PAGE_BYTES, round_up
-from offload.noise import noise
-from offload.perturb.products import (
+from finetune.memory.slots import SlotPool
+from finetune.memory.units import PAGE_BYTES, round_up
+from finetune.offload.noise import noise
+from finetune.offload.perturb.products import (
     NO_FACTORS,
     Factors,
     MatrixNoise,
     PerturbedProduct,
     perturbed_product,
 )
-from offload.perturb.scales import element_in
-from offload.sizing.needs import HEAD_VARIANTS, VARIANTS
-from offload.step.weights import Block, HeadChunk, HeadRows, Key
-from offload.weights.binding import Binding
-from offload.weights.embedding import RowsOnDemand
-from offload.weights.formats import stored_name
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.layout import BlockLayout, View, bind_views
-from offload.weights.parameter_map import ParameterMap
-from offload.weights.streamed_parts import Room, StreamedParts
+from finetune.offload.perturb.scales import element_in
+from finetune.offload.sizing.needs import HEAD_VARIANTS, VARIANTS
+from finetune.offload.step.weights import Block, HeadChunk, HeadRows, Key
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.embedding import RowsOnDemand
+from finetune.offload.weights.formats import stored_name
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.layout import BlockLayout, View, bind_views
+from finetune.offload.weights.parameter_map import ParameterMap
+from finetune.offload.weights.streamed_parts import Room, StreamedParts
 
 CACHE_LINE_BYTES = 64
 

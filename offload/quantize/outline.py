@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from finetune.offload.files.checkpoint import DTYPE_BITS, INDEX_FILE, Checkpoint, CheckpointError, TensorEntry
+from finetune.offload.files.safetensors_files import file_header, shard_names, write_index
+from finetune.offload.quantize.allocation import Choice, allocate, least_bits
+from finetune.offload.quantize.experts import WORDS, find_experts, is_within
+from finetune.offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
+from finetune.offload.quantize.sensitivity import relative_errors
+from finetune.offload.weights.formats.bitsandbytes_files import CODES
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.parts import ModelParts
 from torch import nn
-
-from offload.files.checkpoint import DTYPE_BITS, INDEX_FILE, Checkpoint, CheckpointError, TensorEntry
-from offload.files.safetensors_files import file_header, shard_names, write_index
-from offload.quantize.allocation import Choice, allocate, least_bits
-from offload.quantize.experts import WORDS, find_experts, is_within
-from offload.quantize.kernels import BLOCK, NESTED_BLOCK, nested_map
-from offload.quantize.sensitivity import relative_errors
-from offload.weights.formats.bitsandbytes_files import CODES
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.parts import ModelParts
 
 KINDS = ("nf4", "int8")
 _LONGEST_OFFSET = -1.2345678901234567e-38

@@ -17,14 +17,13 @@ from math import isfinite, prod
 from pathlib import Path
 
 import torch
+from finetune.memory.units import MIB
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.quantize.kernels import Blocks, Sums, nest, pack_4bit, pack_int8
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
 from torch import Tensor
-
-from memory.units import MIB
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.quantize.kernels import Blocks, Sums, nest, pack_4bit, pack_int8
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.weights.formats.plain import TORCH_DTYPES
 
 MATRIX_BYTES = MIB
 """Of a matrix that are looked at, at most; of a single row more."""

@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.units import round_up
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.files.replaced import replace_file
+from finetune.offload.files.sealed import json_digest, seal, unseal
+from finetune.offload.quantize.kernels import BLOCK, Blocks, Sums, pack_4bit, pack_int8
+from finetune.offload.quantize.matrix import check_packed, store_statistics
+from finetune.offload.quantize.outline import NewFile, Outline
+from finetune.offload.residency.io import IOEngine, IOFailure
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
 from torch import Tensor
-
-from memory.errors import UserError
-from memory.units import round_up
-from offload.files.checkpoint import TensorEntry
-from offload.files.replaced import replace_file
-from offload.files.sealed import json_digest, seal, unseal
-from offload.quantize.kernels import BLOCK, Blocks, Sums, pack_4bit, pack_int8
-from offload.quantize.matrix import check_packed, store_statistics
-from offload.quantize.outline import NewFile, Outline
-from offload.residency.io import IOEngine, IOFailure
-from offload.residency.pieces import new_pool, pass_through
-from offload.weights.formats.plain import TORCH_DTYPES
 
 CHUNK_BYTES = 4 << 20
 BUFFERS = 4

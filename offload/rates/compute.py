@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
+from finetune.memory.machine import AttentionRate, ProductRate, Products
+from finetune.memory.units import MIB
+from finetune.offload.devices import Device, Direction
+from finetune.offload.noise.noise import Noise, Parameter, Target, move
+from finetune.offload.rates.timing import seconds_of
+from finetune.offload.update.kernels import PieceState, Segment, StateFormat, Step, update
+from finetune.offload.update.rules import OPTIMIZERS
 from torch import Tensor
 from torch.nn import functional
-
-from memory.machine import AttentionRate, ProductRate, Products
-from memory.units import MIB
-from offload.devices import Device, Direction
-from offload.noise.noise import Noise, Parameter, Target, move
-from offload.rates.timing import seconds_of
-from offload.update.kernels import PieceState, Segment, StateFormat, Step, update
-from offload.update.rules import OPTIMIZERS
 
 PATIENCE = 8  # rows or tokens go up until one operation takes so many times the seconds that it is given
 NOISE_RANK = 4
@@ -169,7 +168,7 @@ def measure_memory_copy(device: Device, num_bytes: int, seconds: float) -> float
 def measure_noise(
     device: Device, dtype: torch.dtype, kinds: Iterable[str], sizes: Sizes, seconds: float
 ) -> dict[str, float]:
-    """Elements per second, by kind. kinds: of `offload.noise.noise.Noise`. Empty where nothing runs our kernels."""
+    """Elements per second, by kind. kinds: of `finetune.offload.noise.noise.Noise`. Empty where nothing runs our kernels."""
     if device.traits.kernels is None:
         return {}
     source = torch.ones(sizes.elements, dtype=dtype, device=device.torch_device)

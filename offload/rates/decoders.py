@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from finetune.offload.devices import Device
+from finetune.offload.rates.timing import seconds_of
+from finetune.offload.weights.formats import FORMATS, PlainTensor, Stored, StoredWeight
+from finetune.offload.weights.formats.awq import PackedAwq
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
+from finetune.offload.weights.formats.bitsandbytes_files import State4Bit
+from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
+from finetune.offload.weights.formats.compressed_tensors_config import Scheme
+from finetune.offload.weights.formats.fp8 import BlockFP8
+from finetune.offload.weights.formats.gguf import GgufTensor
+from finetune.offload.weights.formats.gptq import PackedGptq
+from finetune.offload.weights.formats.lossless import LosslessWeight
+from finetune.offload.weights.formats.lossless import Span as LosslessSpan
+from finetune.offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
+from finetune.offload.weights.formats.mxfp4 import MXFP4Experts
+from finetune.offload.weights.formats.scaled import RowSpan
 from torch import Tensor
-
-from offload.devices import Device
-from offload.rates.timing import seconds_of
-from offload.weights.formats import FORMATS, PlainTensor, Stored, StoredWeight
-from offload.weights.formats.awq import PackedAwq
-from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
-from offload.weights.formats.bitsandbytes_files import State4Bit
-from offload.weights.formats.compressed_tensors import CompressedTensor
-from offload.weights.formats.compressed_tensors_config import Scheme
-from offload.weights.formats.fp8 import BlockFP8
-from offload.weights.formats.gguf import GgufTensor
-from offload.weights.formats.gptq import PackedGptq
-from offload.weights.formats.lossless import LosslessWeight
-from offload.weights.formats.lossless import Span as LosslessSpan
-from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
-from offload.weights.formats.mxfp4 import MXFP4Experts
-from offload.weights.formats.scaled import RowSpan
 
 ROWS, COLUMNS = 1024, 4096  # of a matrix that is made up; multiples of every format's blocks
 

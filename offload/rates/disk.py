@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-
-from memory.errors import UserError
-from memory.machine import Drive
-from memory.units import MIB, PAGE_BYTES, format_bytes
-from offload.devices.base import map_host_bytes
-from offload.residency.io import IOEngine
+from finetune.memory.errors import UserError
+from finetune.memory.machine import Drive
+from finetune.memory.units import MIB, PAGE_BYTES, format_bytes
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.residency.io import IOEngine
 
 SLOT_BYTES = 16 * MIB  # of a ticket, as of a small block
 SLOTS = 4  # tickets under way

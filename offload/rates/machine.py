@@ -9,14 +9,13 @@ from pathlib import Path
 
 import psutil
 import torch
-
-from memory.machine import Accelerator, ComputeRates, Drive, Host, MachineProfile
-from memory.units import MIB
-from offload.devices import Device, choose_device
-from offload.rates import compute
-from offload.rates.compute import Sizes
-from offload.rates.decoders import COLUMNS, ROWS, measure_decoders
-from offload.rates.disk import MOST_BYTES, drive_name, measure_drive, read_rate
+from finetune.memory.machine import Accelerator, ComputeRates, Drive, Host, MachineProfile
+from finetune.memory.units import MIB
+from finetune.offload.devices import Device, choose_device
+from finetune.offload.rates import compute
+from finetune.offload.rates.compute import Sizes
+from finetune.offload.rates.decoders import COLUMNS, ROWS, measure_decoders
+from finetune.offload.rates.disk import MOST_BYTES, drive_name, measure_drive, read_rate
 
 MEANING = "1"
 """Of the rates in a profile. Another number: those that are kept mean something else."""

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from offload.devices import Device
+from finetune.offload.devices import Device
 
 _GROUP_SECONDS = (
     2e-3  # of calls that are timed together: longer than the clock, and than what waiting for a device costs

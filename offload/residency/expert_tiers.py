@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memory.expert_use import ExpertUse
-from memory.slots import Lease, SlotPool
-from offload.devices import Device
-from offload.residency.pieces import State
-from offload.residency.tiers import DeviceTier, HostTier, Tier
-from offload.weights.layout import BlockLayout, Read
+from finetune.memory.expert_use import ExpertUse
+from finetune.memory.slots import Lease, SlotPool
+from finetune.offload.devices import Device
+from finetune.offload.residency.pieces import State
+from finetune.offload.residency.tiers import DeviceTier, HostTier, Tier
+from finetune.offload.weights.layout import BlockLayout, Read
 
 
 class ExpertUnits:
@@ -36,7 +36,7 @@ class ExpertUnits:
 
 
 class _LeastUseful(Tier):
-    """Evicts what is likely wanted last, see `memory.expert_use`."""
+    """Evicts what is likely wanted last, see `finetune.memory.expert_use`."""
 
     units: ExpertUnits
     use: ExpertUse

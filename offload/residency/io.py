@@ -8,10 +8,9 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from finetune.memory.errors import UserError
+from finetune.memory.units import MIB, PAGE_BYTES
 from finetune_native import io as _native
-
-from memory.errors import UserError
-from memory.units import MIB, PAGE_BYTES
 
 FaultPlan = _native.FaultPlan
 QUEUE_DEPTH = 32  # requests under way at most

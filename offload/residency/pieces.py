@@ -11,9 +11,8 @@ from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import torch
-
-from memory.slots import Lease, Slab, SlotPool
-from memory.units import PAGE_BYTES, round_up
+from finetune.memory.slots import Lease, Slab, SlotPool
+from finetune.memory.units import PAGE_BYTES, round_up
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ class State(Enum):
 
 
 class Mover(Protocol):
-    """Moves bytes: an `offload.residency.io.IOEngine`, or what copies between host and device."""
+    """Moves bytes: an `finetune.offload.residency.io.IOEngine`, or what copies between host and device."""
 
     def submit_reads(self, extents: Sequence[Any]) -> Any:
         """Starts to fill a buffer; returns a ticket."""

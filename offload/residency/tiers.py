@@ -3,7 +3,7 @@
 [Note: tiers]
 `HostTier` fetches from disk into host slots. On the CPU a block is used where it lies. With an accelerator a
 `DeviceTier` stands on top: it fetches from host slots into device slots, holding the host slot until its copy is done.
-Both follow memory.fetch_policy: resident blocks keep their slots, the others share `lookahead` + 1.
+Both follow finetune.memory.fetch_policy: resident blocks keep their slots, the others share `lookahead` + 1.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from memory.errors import UserError
-from memory.fetch_policy import next_fetch, victim
-from memory.slots import Lease, SlotPool
-from offload.devices import COMPLETED, Device, Direction, Event
-from offload.residency.pieces import Mover, Piece, State, new_pool
-from offload.weights.layout import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
+from finetune.memory.errors import UserError
+from finetune.memory.fetch_policy import next_fetch, victim
+from finetune.memory.slots import Lease, SlotPool
+from finetune.offload.devices import COMPLETED, Device, Direction, Event
+from finetune.offload.residency.pieces import Mover, Piece, State, new_pool
+from finetune.offload.weights.layout import BlockLayout, Copy, Read, View, align_views, bind_views, view_slot
 
 
 class Tier:
@@ -190,7 +189,8 @@ class Tier:
 class HostTier(Tier):
     """Disk to host slots, through the I/O engine.
 
-    layouts: per block, the reads that fill a slot. io: an offload.residency.io.IOEngine, which the tier does not close.
+    layouts: per block, the reads that fill a slot. io: an finetune.offload.residency.io.IOEngine, which the tier does not
+    close.
     """
 
     def __init__(

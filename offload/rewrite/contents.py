@@ -18,16 +18,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.files.safetensors_files import cut_files
-from offload.quantize.kernels import BLOCK, NESTED_BLOCK
-from offload.quantize.outline import NewFile, NewTensor, Packing, stored_tensors
-from offload.weights.formats import Extent, FoundWeight, PlainTensor, StoredWeight, find_weights, quantization_of
-from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
-from offload.weights.formats.plain import DTYPE_NAMES, TORCH_DTYPES, dense_bytes
-from offload.weights.formats.stacked import JoinedRows, StackedWeights
-from offload.weights.parts import ModelParts
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.files.safetensors_files import cut_files
+from finetune.offload.quantize.kernels import BLOCK, NESTED_BLOCK
+from finetune.offload.quantize.outline import NewFile, NewTensor, Packing, stored_tensors
+from finetune.offload.weights.formats import (
+    Extent,
+    FoundWeight,
+    PlainTensor,
+    StoredWeight,
+    find_weights,
+    quantization_of,
+)
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
+from finetune.offload.weights.formats.plain import DTYPE_NAMES, TORCH_DTYPES, dense_bytes
+from finetune.offload.weights.formats.stacked import JoinedRows, StackedWeights
+from finetune.offload.weights.parts import ModelParts
 
 _WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

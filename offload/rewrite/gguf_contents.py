@@ -15,10 +15,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from memory.errors import UserError
-from offload.files.gguf_file import BLOCKS
-from offload.weights.gguf_model import (
+from finetune.memory.errors import UserError
+from finetune.offload.files.gguf_file import BLOCKS
+from finetune.offload.weights.gguf_model import (
     ROPE_FACTORS,
     architecture_of,
     head_dim_of,
@@ -27,7 +26,7 @@ from offload.weights.gguf_model import (
     rope_of,
     tensor_names,
 )
-from offload.weights.parts import ModelParts
+from finetune.offload.weights.parts import ModelParts
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

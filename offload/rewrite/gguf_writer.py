@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.rewrite.gguf_contents import NewGgufTensor
+from finetune.offload.rewrite.writer import Progress
 from torch import Tensor
-
-from memory.errors import UserError
-from offload.residency.io import IOEngine
-from offload.rewrite.gguf_contents import NewGgufTensor
-from offload.rewrite.writer import Progress
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -8,18 +8,17 @@ from math import prod
 from pathlib import Path
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.quantize.kernels import Sums
+from finetune.offload.quantize.matrix import pack_matrix
+from finetune.offload.quantize.outline import NewFile
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.rewrite.contents import Contents
+from finetune.offload.weights.formats import PlainTensor, StoredWeight
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
 from torch import Tensor
-
-from memory.errors import UserError
-from offload.files.checkpoint import TensorEntry
-from offload.quantize.kernels import Sums
-from offload.quantize.matrix import pack_matrix
-from offload.quantize.outline import NewFile
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.rewrite.contents import Contents
-from offload.weights.formats import PlainTensor, StoredWeight
-from offload.weights.formats.plain import TORCH_DTYPES
 
 CHUNK_BYTES = 4 << 20
 BUFFERS = 4

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.machine import Drive
+from finetune.offload.devices import Device, Direction
+from finetune.offload.rates.disk import measure_drive, nearest_directory, read_rate
+from finetune.offload.weights.parts import ModelParts
 from torch.nn import functional
-
-from memory.errors import UserError
-from memory.machine import Drive
-from offload.devices import Device, Direction
-from offload.rates.disk import measure_drive, nearest_directory, read_rate
-from offload.weights.parts import ModelParts
 
 PROBE_BYTES = 64 << 20  # that are written
 PROBE_SLOT_BYTES = 4 << 20  # at a time: a prediction is made inside of the budget

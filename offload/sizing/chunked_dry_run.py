@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from finetune.memory.tensor_file import in_file
+from finetune.offload.sizing.dry_run import VisitSize, counted_on_meta, first_call, unlike_blocks
+from finetune.offload.step.chunked_attention import refusal
+from finetune.offload.step.sequence_chunks import META_CHUNKS, SequenceChunks
+from finetune.offload.weights.parts import ModelParts
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-from memory.tensor_file import in_file
-from offload.sizing.dry_run import VisitSize, counted_on_meta, first_call, unlike_blocks
-from offload.step.chunked_attention import refusal
-from offload.step.sequence_chunks import META_CHUNKS, SequenceChunks
-from offload.weights.parts import ModelParts
 
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a model's code raises that does not go with chunks."""

@@ -6,15 +6,21 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.machine import ComputeRates
+from finetune.offload.weights.compress import is_compressible
+from finetune.offload.weights.formats import PlainTensor, quantization_of
+from finetune.offload.weights.formats.lossless import LosslessWeight
+from finetune.offload.weights.formats.lossless_code import (
+    CHUNK,
+    code_lengths,
+    count_exponents,
+    decode,
+    encode,
+    room_bytes,
+)
+from finetune.offload.weights.parts import ModelParts
 from torch import Tensor
-
-from memory.errors import UserError
-from memory.machine import ComputeRates
-from offload.weights.compress import is_compressible
-from offload.weights.formats import PlainTensor, quantization_of
-from offload.weights.formats.lossless import LosslessWeight
-from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, decode, encode, room_bytes
-from offload.weights.parts import ModelParts
 
 SAMPLES = 8  # matrices, of blocks that are evenly spaced
 SAMPLE_NUMBERS = 1 << 18  # of each, at most

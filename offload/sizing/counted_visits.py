@@ -7,17 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from finetune.memory.machine import ComputeRates
+from finetune.offload.devices import DescribedDevice
+from finetune.offload.sizing.calibration import Rates, write_rate_of
+from finetune.offload.sizing.counting import BlockWork, Work, count_block, decode_seconds
+from finetune.offload.sizing.dry_run import first_call
+from finetune.offload.sizing.needs import DECODED
+from finetune.offload.sizing.timing import BlockSeconds, PassSeconds, Timing, Workload, block_kind
+from finetune.offload.step.mask_rows import MaskRows, MasksInParts
+from finetune.offload.weights.parts import HeadPart, ModelParts
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-from memory.machine import ComputeRates
-from offload.devices import DescribedDevice
-from offload.sizing.calibration import Rates, write_rate_of
-from offload.sizing.counting import BlockWork, Work, count_block, decode_seconds
-from offload.sizing.dry_run import first_call
-from offload.sizing.needs import DECODED
-from offload.sizing.timing import BlockSeconds, PassSeconds, Timing, Workload, block_kind
-from offload.step.mask_rows import MaskRows, MasksInParts
-from offload.weights.parts import HeadPart, ModelParts
 
 
 def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rates:

@@ -1,8 +1,8 @@
 """What a block's visit computes, counted on the meta device: for machines that are not here, whose rates are known.
 
 Every product, attention and other operation of the model's own code, its adapters and their gradients is seen with its shapes.
-What one takes follows from a machine's rates (`memory.machine.ComputeRates`): a product is as fast as such products are there,
-everything else as fast as memory moves its bytes, and nothing is faster than it is called.
+What one takes follows from a machine's rates (`finetune.memory.machine.ComputeRates`): a product is as fast as such products
+are there, everything else as fast as memory moves its bytes, and nothing is faster than it is called.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.machine import ComputeRates, Product
+from finetune.offload.sizing.dry_run import MetaAttention, block_on_meta, run_operation
+from finetune.offload.step.chunked_attention import ChunkAttention, KeysKnown
+from finetune.offload.step.deferred_products import Needless
+from finetune.offload.step.mask_rows import Span
+from finetune.offload.weights.binding import LinearInSlot
+from finetune.offload.weights.formats import StoredWeight
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.parts import ModelParts
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from memory.machine import ComputeRates, Product
-from offload.sizing.dry_run import MetaAttention, block_on_meta, run_operation
-from offload.step.chunked_attention import ChunkAttention, KeysKnown
-from offload.step.deferred_products import Needless
-from offload.step.mask_rows import Span
-from offload.weights.binding import LinearInSlot
-from offload.weights.formats import StoredWeight
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.parts import ModelParts
 
 
 class CountedProduct(NamedTuple):

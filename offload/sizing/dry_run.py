@@ -15,21 +15,20 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.tensor_file import allocates_in_file
+from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
+from finetune.offload.step.lanes import collected_keys, run_capturing
+from finetune.offload.step.own_loss import loss_in
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.skeleton import is_placeholder
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-
-from memory.errors import UserError
-from memory.tensor_file import allocates_in_file
-from offload.step.deferred_logits import DeferredLogits, DeferredLoss
-from offload.step.lanes import collected_keys, run_capturing
-from offload.step.own_loss import loss_in
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.parts import ModelParts
-from offload.weights.skeleton import is_placeholder
 
 LONG_NUMBERS = 1 << 24  # of hidden states of a text that is not made whole while it is measured
 MOST_PASSES = 100
@@ -45,7 +44,7 @@ class VisitSize:
     boundary_bytes: int = 0  # of the block's input
     graph_bytes: int = 0  # that its graph keeps for backward beside its input
     graph_blocks: int = 0  # for so many blocks, the last ones, `graph_bytes` is known, and there are gradients to compute
-    near_bytes: int = 0  # of `peak_bytes`, where texts are cut: what cannot lie in a file, see `memory.tensor_file`
+    near_bytes: int = 0  # of `peak_bytes`, where texts are cut: what cannot lie in a file, see `finetune.memory.tensor_file`
     waiting_bytes: int = 0  # of what gradients of experts are made of, when the visit's other micro-batches are done
 
 
@@ -445,7 +444,7 @@ def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> An
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages between their first appearance in a result and their end. near: without those that can lie
-    in a file, see `memory.tensor_file`."""
+    in a file, see `finetune.memory.tensor_file`."""
 
     def __init__(self) -> None:
         super().__init__()

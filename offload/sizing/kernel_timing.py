@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-
-from offload.noise.noise import Group, Noise, Parameter, Target, move
-from offload.update.kernels import PieceState, Segment, Step, checksum, update
-from offload.update.rules.rule import Rule
-from offload.update.stream import Keeping
+from finetune.offload.noise.noise import Group, Noise, Parameter, Target, move
+from finetune.offload.update.kernels import PieceState, Segment, Step, checksum, update
+from finetune.offload.update.rules.rule import Rule
+from finetune.offload.update.stream import Keeping
 
 ELEMENTS = 1 << 20  # of the sample: larger than what caches near the cores hold
 COLUMNS = 1 << 10

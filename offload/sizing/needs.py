@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 
-from memory.needs import Item, Lasts, Needs, Pool, Step, Tier, Worth, ascent
-from memory.units import MIB, PAGE_BYTES, round_up
-from offload.devices import Device
-from offload.weights.experts import StackedMatrices
-from offload.weights.layout import aligned_bytes
-from offload.weights.parts import ModelParts
+from finetune.memory.needs import Item, Lasts, Needs, Pool, Step, Tier, Worth, ascent
+from finetune.memory.units import MIB, PAGE_BYTES, round_up
+from finetune.offload.devices import Device
+from finetune.offload.weights.experts import StackedMatrices
+from finetune.offload.weights.layout import aligned_bytes
+from finetune.offload.weights.parts import ModelParts
 
 HOST_BLOCKS = "host blocks"
 DEVICE_BLOCKS = "device blocks"

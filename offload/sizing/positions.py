@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from finetune.offload.sizing.dry_run import run_first_block
+from finetune.offload.weights.parts import ModelParts
 from torch import nn
-
-from offload.sizing.dry_run import run_first_block
-from offload.weights.parts import ModelParts
 
 
 def longest_row(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> int:

@@ -16,27 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune.memory.arena import keep_freed_memory
+from finetune.memory.plan import Plan, Slots
+from finetune.memory.slots import Slab
+from finetune.offload.devices import Device
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.sizing.dry_run import block_on_meta, first_call
+from finetune.offload.sizing.needs import DECODED, HEAD_VARIANTS, VARIANTS
+from finetune.offload.step.chunked_attention import ChunkAttention, attending_by
+from finetune.offload.step.deferred_logits import DeferredLogits
+from finetune.offload.step.deferred_products import Needless
+from finetune.offload.step.lanes import run_capturing
+from finetune.offload.step.mask_rows import Span
+from finetune.offload.step.tiled_loss import TiledCrossEntropy
+from finetune.offload.step.weights import Block, HeadChunk
+from finetune.offload.weights.layout import BlockLayout
+from finetune.offload.weights.parts import ModelParts
+from finetune.offload.weights.skeleton import is_placeholder
+from finetune.offload.weights.streamed_parts import Room, StreamedParts
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
-
-from memory.arena import keep_freed_memory
-from memory.plan import Plan, Slots
-from memory.slots import Slab
-from offload.devices import Device
-from offload.residency.io import IOEngine
-from offload.sizing.dry_run import block_on_meta, first_call
-from offload.sizing.needs import DECODED, HEAD_VARIANTS, VARIANTS
-from offload.step.chunked_attention import ChunkAttention, attending_by
-from offload.step.deferred_logits import DeferredLogits
-from offload.step.deferred_products import Needless
-from offload.step.lanes import run_capturing
-from offload.step.mask_rows import Span
-from offload.step.tiled_loss import TiledCrossEntropy
-from offload.step.weights import Block, HeadChunk
-from offload.weights.layout import BlockLayout
-from offload.weights.parts import ModelParts
-from offload.weights.skeleton import is_placeholder
-from offload.weights.streamed_parts import Room, StreamedParts
 
 WARM_UPS = 2  # one teaches what need not be recomputed; both touch memory for the first time, and load and compile code
 REPEATS = 3

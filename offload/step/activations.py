@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-
-from memory.errors import UserError
-from memory.slots import Lease, SlotPool
-from memory.units import round_up
-from offload.residency.io import IOEngine, IOFailure
-from offload.residency.pieces import Piece, State
+from finetune.memory.errors import UserError
+from finetune.memory.slots import Lease, SlotPool
+from finetune.memory.units import round_up
+from finetune.offload.residency.io import IOEngine, IOFailure
+from finetune.offload.residency.pieces import Piece, State
 
 SPILL_MIN_BYTES = 65536  # smaller tensors (masks, positions, rotary tables) are not worth a disk request
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from finetune.offload.step.chunked_attention import attending_by, attention_to_parts, part_seen
+from finetune.offload.step.mask_rows import NONE, MaskRows, Span, causal_kind, masks_made_by, with_whole_masks
 from torch import nn
-
-from offload.step.chunked_attention import attending_by, attention_to_parts, part_seen
-from offload.step.mask_rows import NONE, MaskRows, Span, causal_kind, masks_made_by, with_whole_masks
 
 
 @contextlib.contextmanager

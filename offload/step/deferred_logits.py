@@ -1,5 +1,5 @@
 """What a model's forward is given in place of logits, and its own loss makes of them. See [Note: loss tiles] in
-`offload.step.tiled_loss`."""
+`finetune.offload.step.tiled_loss`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.loss_form import LossForm
+from finetune.offload.step.random_state import RandomState, get_random_state
+from finetune.offload.step.tiled_loss import IGNORE_INDEX, Operation, TiledCrossEntropy, apply_operations
 from torch.nn import functional
-
-from memory.errors import UserError
-from offload.step.loss_form import LossForm
-from offload.step.random_state import RandomState, get_random_state
-from offload.step.tiled_loss import IGNORE_INDEX, Operation, TiledCrossEntropy, apply_operations
 
 
 class DeferredLogits:

@@ -13,19 +13,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.tensor_file import in_file, moved_to_file
+from finetune.offload.step.activations import Activations, SavedTensor
+from finetune.offload.step.deferred_products import Needless
+from finetune.offload.step.kept_graphs import BoundTensors
+from finetune.offload.step.lane_storages import LaneStorages
+from finetune.offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
+from finetune.offload.step.mask_rows import with_whole_masks
+from finetune.offload.step.sequence_chunks import SequenceChunks
+from finetune.offload.step.shared_gradients import SharedGradients
+from finetune.offload.step.weights import Block, Weights
 from torch import nn
 from torch.utils._pytree import tree_map_only
-
-from memory.tensor_file import in_file, moved_to_file
-from offload.step.activations import Activations, SavedTensor
-from offload.step.deferred_products import Needless
-from offload.step.kept_graphs import BoundTensors
-from offload.step.lane_storages import LaneStorages
-from offload.step.lanes import BlockCall, Lane, Record, release, requires_grad, run_backward, run_capturing
-from offload.step.mask_rows import with_whole_masks
-from offload.step.sequence_chunks import SequenceChunks
-from offload.step.shared_gradients import SharedGradients
-from offload.step.weights import Block, Weights
 
 
 @dataclass(slots=True)

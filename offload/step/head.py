@@ -1,5 +1,5 @@
 """The language-model head: its tiles and chunks, and what is asked of logits that are never whole. See [Note: loss tiles] in
-`offload.step.tiled_loss`."""
+`finetune.offload.step.tiled_loss`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
+from finetune.offload.step.sequence_loss import TokenLogProbs, Weigh
+from finetune.offload.step.tiled_loss import (
+    LaneLoss,
+    TiledCrossEntropy,
+    TokenScores,
+    apply_operations,
+    lane_losses,
+    step_items,
+)
+from finetune.offload.step.weights import HeadChunk, HeadRows, Weights
 from torch import nn
 
-from offload.step.deferred_logits import DeferredLogits, DeferredLoss
-from offload.step.sequence_loss import TokenLogProbs, Weigh
-from offload.step.tiled_loss import LaneLoss, TiledCrossEntropy, TokenScores, apply_operations, lane_losses, step_items
-from offload.step.weights import HeadChunk, HeadRows, Weights
-
 if TYPE_CHECKING:
-    from offload.step.engine import Versions
+    from finetune.offload.step.engine import Versions
 
 LOGITS_TILE_BYTES = 8 * 2**20  # fp32 logits of one tile
 TRAINED_TILE_BYTES = 32 * 2**20  # where the head is trained: every tile adds to a gradient of the head's size
@@ -126,7 +132,7 @@ class TiledHead:
         self, losses: Sequence[DeferredLoss], versions: Versions, weigh: Weigh, temperature: float = 1.0
     ) -> None:
         """Log-probabilities of the labels of all lanes, then backward from what `weigh` makes of them, as far as
-        `loss_and_backward` goes. See [Note: losses of sequences] in `offload.step.sequence_loss`.
+        `loss_and_backward` goes. See [Note: losses of sequences] in `finetune.offload.step.sequence_loss`.
 
         losses: the lanes' own; what they ask for is which rows meet which label. temperature: that logits are divided by.
         """

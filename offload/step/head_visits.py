@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from finetune.offload.step.weights import HeadChunk, HeadRows, Key, Weights
 from greenlet import getcurrent, greenlet
-
-from offload.step.weights import HeadChunk, HeadRows, Key, Weights
 
 
 class HeadVisits:

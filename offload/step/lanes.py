@@ -29,21 +29,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from finetune.memory.tensor_file import in_file, moved_to_file
+from finetune.offload.step.activations import Activations, SavedTensor
+from finetune.offload.step.deferred_products import Needless
+from finetune.offload.step.kept_graphs import KeptGraph
+from finetune.offload.step.lane_storages import LaneStorages, StoredTensor
+from finetune.offload.step.random_state import RandomState, get_random_state, set_random_state
+from finetune.offload.step.sequence_chunks import SequenceChunks
 from greenlet import getcurrent, greenlet
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memory.tensor_file import in_file, moved_to_file
-from offload.step.activations import Activations, SavedTensor
-from offload.step.deferred_products import Needless
-from offload.step.kept_graphs import KeptGraph
-from offload.step.lane_storages import LaneStorages, StoredTensor
-from offload.step.random_state import RandomState, get_random_state, set_random_state
-from offload.step.sequence_chunks import SequenceChunks
-
 if TYPE_CHECKING:
-    from offload.step.engine import AdaptedModel
+    from finetune.offload.step.engine import AdaptedModel
 
 
 @dataclass(slots=True)

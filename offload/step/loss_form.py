@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from finetune.memory.errors import UserError
 from torch.nn import functional
-
-from memory.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,8 @@ class StepForm:
     divisor: float | None = None
 
     def applied(self, losses: Sequence) -> list:
-        """`losses`, the lanes' own (`offload.step.deferred_logits.DeferredLoss`; several versions of the weights one after the
-        other), in this form. Raises UserError where a model's own loss is made otherwise."""
+        """`losses`, the lanes' own (`finetune.offload.step.deferred_logits.DeferredLoss`; several versions of the weights one
+        after the other), in this form. Raises UserError where a model's own loss is made otherwise."""
         if self.form.is_plain and not self.weights:
             return list(losses)
         found = []

@@ -14,14 +14,13 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.loss_form import StepForm
+from finetune.offload.step.tiled_loss import IGNORE_INDEX
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-from memory.errors import UserError
-from offload.step.head import TiledHead
-from offload.step.loss_form import StepForm
-from offload.step.tiled_loss import IGNORE_INDEX
 
 
 class StepLosses(NamedTuple):

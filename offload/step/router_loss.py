@@ -9,7 +9,7 @@ counted over the whole batch they can (Qiu et al. 2025, Demons in the Detail).
 Here the model's function notes with what it is called, in the lane that runs, and gives 0. When all lanes are through it is
 called once, with the logits of all of them, one behind the other: that is the loss of a step in one micro-batch, whatever the
 formula. f_i has no gradient. That of p_i goes to the logits, which are outputs of visits ([Note: captured outputs] in
-`offload.step.lanes`), and through their recomputation into the routers and what stands before them.
+`finetune.offload.step.lanes`), and through their recomputation into the routers and what stands before them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.own_loss import StepLoss, StepLosses
 from torch import nn
-
-from memory.errors import UserError
-from offload.step.own_loss import StepLoss, StepLosses
 
 _FUNCTION = "load_balancing_loss_func"
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]

@@ -6,7 +6,7 @@ several versions of the weights. Its derivative by the log-probability of a toke
 have been through the head. So the head goes over the rows twice: without a graph, for the log-probabilities; and, once the
 weights are known, tile by tile with a graph, backward from the sum of weight times log-probability. A head of one chunk is
 plain PyTorch both times, and stays where it is in between. A head in chunks is read once: the sums of [Note: loss tiles] in
-`offload.step.tiled_loss` are those of the gradient of each row, of which its weight is a factor.
+`finetune.offload.step.tiled_loss` are those of the gradient of each row, of which its weight is a factor.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.tensor_file import in_file
+from finetune.offload.step.deferred_logits import DeferredLoss
+from finetune.offload.step.random_state import set_random_state
+from finetune.offload.step.tiled_loss import IGNORE_INDEX, TiledCrossEntropy, apply_operations
 from torch.nn import functional
-
-from memory.errors import UserError
-from memory.tensor_file import in_file
-from offload.step.deferred_logits import DeferredLoss
-from offload.step.random_state import set_random_state
-from offload.step.tiled_loss import IGNORE_INDEX, TiledCrossEntropy, apply_operations
 
 Weigh = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 """From the log-probabilities of all lanes, each fp32 [labels of the lane], to the derivatives of the loss by those of the lanes

@@ -20,7 +20,7 @@ each row, with x = f(z), z = W h, label y,
     dL/dh      = (a / s - f'(z_y) W_y) / divisor
 Where the head itself is trained its chunks are visited once more, with m and s known:
     dL/dW      = sum over rows of (exp(x - m) / s - onehot(y)) f'(z) h^T / divisor      (added up in fp32)
-(these are of the cross entropy alone; `offload.step.loss_form` has other forms).
+(these are of the cross entropy alone; `finetune.offload.step.loss_form` has other forms).
 Tile sizes follow from the model alone (`default_tiles`), never from a budget, so placement does not change results.
 """
 
@@ -30,15 +30,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from finetune.memory.tensor_file import in_file
+from finetune.offload.step.loss_form import LossForm
+from finetune.offload.step.random_state import set_random_state
 from torch import nn
 
-from memory.tensor_file import in_file
-from offload.step.loss_form import LossForm
-from offload.step.random_state import set_random_state
-
 if TYPE_CHECKING:
-    from offload.step.deferred_logits import DeferredLogits, DeferredLoss
-    from offload.step.weights import HeadRows
+    from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
+    from finetune.offload.step.weights import HeadRows
 
 IGNORE_INDEX: int = nn.CrossEntropyLoss().ignore_index
 """The label of a row that has none: -100, by PyTorch's own default."""

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from finetune.memory.tensor_file import in_file
+from finetune.offload.step.random_state import get_random_state, set_random_state
+from finetune.offload.step.sequence_chunks import WideSums
 from torch import nn
-
-from memory.tensor_file import in_file
-from offload.step.random_state import get_random_state, set_random_state
-from offload.step.sequence_chunks import WideSums
 
 TRIED_TOKENS = 16  # by which it is found out whether a module treats every token by itself
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from memory.trace import Trace
-from offload.step.weights import Block, Key, Weights
+from finetune.memory.trace import Trace
+from finetune.offload.step.weights import Block, Key, Weights
 
 
 class TracedWeights:
-    """A policy of `offload.step.weights` like `weights`. On an accelerator, times are those at which the host has enqueued."""
+    """A policy of `finetune.offload.step.weights` like `weights`. On an accelerator, times are those at which the host has
+    enqueued."""
 
     def __init__(self, weights: Weights, trace: Trace) -> None:
         self._weights, self._trace = weights, trace

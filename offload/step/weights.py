@@ -1,7 +1,7 @@
 """What a step asks of the weights that are streamed: blocks and chunks of the head, made ready and let go one after the other.
 
-A policy answers: weights as they are (`offload.weights.frozen`), variants of them (`offload.perturb.perturbed_weights`), or
-weights that are trained (`offload.update.trained_weights`).
+A policy answers: weights as they are (`finetune.offload.weights.frozen`), variants of them
+(`finetune.offload.perturb.perturbed_weights`), or weights that are trained (`finetune.offload.update.trained_weights`).
 """
 
 from __future__ import annotations

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-
-from memory.units import PAGE_BYTES, round_up
-from offload.update.units import UpdateUnit, make_unit
-from offload.weights.experts import StackedMatrices
-from offload.weights.layout import BlockLayout, View, layout_block
+from finetune.memory.units import PAGE_BYTES, round_up
+from finetune.offload.update.units import UpdateUnit, make_unit
+from finetune.offload.weights.experts import StackedMatrices
+from finetune.offload.weights.layout import BlockLayout, View, layout_block
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from offload.files.checkpoint import Checkpoint
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.update.stored_parts import Move, StoredPieces
-from offload.update.units import UpdateUnit
-from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.parameter_map import ParameterMap
+from finetune.offload.files.checkpoint import Checkpoint
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.update.stored_parts import Move, StoredPieces
+from finetune.offload.update.units import UpdateUnit
+from finetune.offload.weights.checkpoint_directory import new_checkpoint
+from finetune.offload.weights.parameter_map import ParameterMap
 
 BUFFER_BYTES = 4 << 20
 

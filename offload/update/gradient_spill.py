@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-
-from memory.units import round_up
-from offload.residency.io import IOEngine
-from offload.residency.pieces import Piece, State
+from finetune.memory.units import round_up
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import Piece, State
 
 
 class _Spilled(Piece):

@@ -2,7 +2,7 @@
 
 A *piece* is `units` consecutive elements of state: arrays of them, beside the weights that its segments point to. An update
 reads gradients, weights and state once and writes the new ones. What a rule does to an element stands in its file in
-`offload.update.rules`; with fp32 state and fp32 weights (or bf16 weights with the lower half of their fp32 master,
+`finetune.offload.update.rules`; with fp32 state and fp32 weights (or bf16 weights with the lower half of their fp32 master,
 `remainder`) the results are, bit for bit, those of torch.optim with foreach=False on fp32 parameters. There g is the gradient
 times `gradient_scale`, rounded to the gradient's dtype: what clipping leaves in `.grad`.
 
@@ -27,10 +27,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from finetune.offload.update.rules.rule import BLOCK, STATE_ITEMSIZES, Rule
 from finetune_native import Dtype
 from finetune_native import optimizer as _native
-
-from offload.update.rules.rule import BLOCK, STATE_ITEMSIZES, Rule
 
 ROUNDINGS = ("nearest", "stochastic")
 ROOTS = tuple(_native.Root.__members__)

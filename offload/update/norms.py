@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from offload.update.kernels import add_squares, sum_of_squares
+from finetune.offload.update.kernels import add_squares, sum_of_squares
 
 WIDTHS = 8, 4, 16
 """Lanes of PyTorch's vectors, the likeliest first: of AVX2, for which this kernel of it is built on x86; of ARM; of AVX-512."""

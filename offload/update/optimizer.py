@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-
-from offload.update import kernels
-from offload.update.kernels import Sums
-from offload.update.matrices import scaled
-from offload.update.rules.rule import Direction, FirstPass, Rule
-from offload.update.stream import FACTORS, Request, StatePiece, StateStream
-from offload.update.units import Segment, UpdateUnit
+from finetune.offload.update import kernels
+from finetune.offload.update.kernels import Sums
+from finetune.offload.update.matrices import scaled
+from finetune.offload.update.rules.rule import Direction, FirstPass, Rule
+from finetune.offload.update.stream import FACTORS, Request, StatePiece, StateStream
+from finetune.offload.update.units import Segment, UpdateUnit
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from memory.errors import UserError
-from offload.files.sealed import json_digest
-from offload.step.head import HEAD_CHUNK_BYTES
-from offload.update.expert_units import TrainedStack
-from offload.update.units import UpdateUnit, make_unit
-from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.layout import layout_block
-from offload.weights.parameter_map import ParameterMap
-from offload.weights.parts import HeadPart, ModelParts
+from finetune.memory.errors import UserError
+from finetune.offload.files.sealed import json_digest
+from finetune.offload.step.head import HEAD_CHUNK_BYTES
+from finetune.offload.update.expert_units import TrainedStack
+from finetune.offload.update.units import UpdateUnit, make_unit
+from finetune.offload.weights.formats import Extent, PlainTensor, StoredWeight
+from finetune.offload.weights.layout import layout_block
+from finetune.offload.weights.parameter_map import ParameterMap
+from finetune.offload.weights.parts import HeadPart, ModelParts
 
 EXPERTS_APART = "experts_apart"
 """Key of what a store says of itself: whether experts are units of their own."""

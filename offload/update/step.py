@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-
-from offload.step.engine import Engine
-from offload.update.kernels import Sums
-from offload.update.stream import Request
-from offload.update.units import UpdateUnit
+from finetune.offload.step.engine import Engine
+from finetune.offload.update.kernels import Sums
+from finetune.offload.update.stream import Request
+from finetune.offload.update.units import UpdateUnit
 
 
 @dataclass(frozen=True, slots=True)

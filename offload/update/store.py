@@ -31,19 +31,19 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memory.errors import UserError
-from memory.units import format_bytes
-from offload.files import lock as file_lock
-from offload.files.replaced import replace_file
-from offload.residency.io import IOEngine
-from offload.update.extent_allocator import ExtentAllocator
-from offload.update.units import Piece
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes
+from finetune.offload.files import lock as file_lock
+from finetune.offload.files.replaced import replace_file
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.update.extent_allocator import ExtentAllocator
+from finetune.offload.update.units import Piece
 
 FORMAT = 1
 GROWTH_BYTES = 256 << 20  # the data file grows by at most so much at a time
 
 Key = tuple[str, int]
-"""(name of the unit, index of the piece; -1 is state that belongs to no piece, see `offload.update.stream.FACTORS`)"""
+"""(name of the unit, index of the piece; -1 is state that belongs to no piece, see `finetune.offload.update.stream.FACTORS`)"""
 
 
 @dataclass(frozen=True, slots=True)

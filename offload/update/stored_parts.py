@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from offload.residency.io import IOEngine
-from offload.residency.pieces import new_pool, pass_through
-from offload.update.kernels import checksum
-from offload.update.parts import TrainedParts
-from offload.update.store import Key, StoredPiece, damaged, stored_pieces
-from offload.update.units import UpdateUnit
-from offload.weights.formats import Extent, PlainTensor, StoredWeight
-from offload.weights.parameter_map import ParameterMap, copies_of
-from offload.weights.parts import ModelParts
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.pieces import new_pool, pass_through
+from finetune.offload.update.kernels import checksum
+from finetune.offload.update.parts import TrainedParts
+from finetune.offload.update.store import Key, StoredPiece, damaged, stored_pieces
+from finetune.offload.update.units import UpdateUnit
+from finetune.offload.weights.formats import Extent, PlainTensor, StoredWeight
+from finetune.offload.weights.parameter_map import ParameterMap, copies_of
+from finetune.offload.weights.parts import ModelParts
 
 _Range = tuple[int, int, int]
 """Bytes [start, stop) of a file of the checkpoint, and where the store's file has what they are now."""

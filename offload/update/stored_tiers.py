@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
-from memory.expert_use import ExpertUse
-from memory.slots import Lease, SlotPool
-from offload.residency.expert_tiers import ExpertUnits, HostExperts
-from offload.residency.io import IOEngine
-from offload.residency.tiers import HostTier
-from offload.update.expert_units import TrainedStack
-from offload.update.store import WorkingStore
-from offload.update.stream import StateStream, check_weights, stored_reads
-from offload.update.units import UpdateUnit
+from finetune.memory.expert_use import ExpertUse
+from finetune.memory.slots import Lease, SlotPool
+from finetune.offload.residency.expert_tiers import ExpertUnits, HostExperts
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.tiers import HostTier
+from finetune.offload.update.expert_units import TrainedStack
+from finetune.offload.update.store import WorkingStore
+from finetune.offload.update.stream import StateStream, check_weights, stored_reads
+from finetune.offload.update.units import UpdateUnit
 
 
 class StoredTier(HostTier):

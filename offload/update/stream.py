@@ -15,17 +15,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-
-from memory.slots import SlotPool
-from memory.units import round_up
-from offload.residency.io import Extent, IOEngine
-from offload.residency.pieces import Piece, State
-from offload.update.kernels import StateFormat, checksum
-from offload.update.rules.rule import Rule
-from offload.update.store import Key, StoredPiece, WorkingStore, damaged
-from offload.update.units import Piece as ImagePiece
-from offload.update.units import Segment, UpdateUnit, clipped_reads, missing_ranges
-from offload.weights.layout import Read
+from finetune.memory.slots import SlotPool
+from finetune.memory.units import round_up
+from finetune.offload.residency.io import Extent, IOEngine
+from finetune.offload.residency.pieces import Piece, State
+from finetune.offload.update.kernels import StateFormat, checksum
+from finetune.offload.update.rules.rule import Rule
+from finetune.offload.update.store import Key, StoredPiece, WorkingStore, damaged
+from finetune.offload.update.units import Piece as ImagePiece
+from finetune.offload.update.units import Segment, UpdateUnit, clipped_reads, missing_ranges
+from finetune.offload.weights.layout import Read
 
 FACTORS = -1
 """Index of the piece that holds no weights, but what a rule with directions keeps of a unit's matrices."""
@@ -179,7 +178,7 @@ class StateStream:
     """Brings pieces with their state into buffers, in the order of a step, and writes them.
 
     pool: buffers, each for the largest piece. kept_pieces: how many of them may be kept; `MIN_STATE_SLOTS` of
-    `offload.sizing.needs` are left at least. threads: of checksums. Not thread-safe.
+    `finetune.offload.sizing.needs` are left at least. threads: of checksums. Not thread-safe.
     """
 
     def __init__(

@@ -14,24 +14,23 @@ from contextlib import contextmanager
 from math import prod
 
 import torch
-
-from memory.errors import UserError
-from offload.update.expert_units import TrainedStack
-from offload.update.gradient_spill import GradientSpill
-from offload.update.norms import NormInParts
-from offload.update.optimizer import Optimizer
-from offload.update.parts import TrainedParts
-from offload.update.step import Step
-from offload.update.store import WorkingStore
-from offload.update.stream import Later, Request, StateStream
-from offload.weights.streamed_experts import StreamedExperts
+from finetune.memory.errors import UserError
+from finetune.offload.update.expert_units import TrainedStack
+from finetune.offload.update.gradient_spill import GradientSpill
+from finetune.offload.update.norms import NormInParts
+from finetune.offload.update.optimizer import Optimizer
+from finetune.offload.update.parts import TrainedParts
+from finetune.offload.update.step import Step
+from finetune.offload.update.store import WorkingStore
+from finetune.offload.update.stream import Later, Request, StateStream
+from finetune.offload.weights.streamed_experts import StreamedExperts
 
 Gradients = Iterator[tuple[int, torch.Tensor | None]]
 """(expert, gradient as its matrix is stored, in host memory; None: it is 0) of all experts, in ascending order."""
 
 
 class TrainedExperts:
-    """Of a model whose own weights are trained; see [Note: gradients of stacks] in `offload.weights.experts`.
+    """Of a model whose own weights are trained; see [Note: gradients of stacks] in `finetune.offload.weights.experts`.
 
     image: where a matrix is updated, in host memory; None: in its slot.
     """

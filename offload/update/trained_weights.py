@@ -22,25 +22,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-
-from memory.slots import Slab
-from offload.devices.base import map_host_bytes
-from offload.sizing.needs import STATE, UPDATE
-from offload.step.weights import Block, HeadChunk, HeadRows, Key
-from offload.update.gradient_spill import GradientSpill
-from offload.update.optimizer import Optimizer
-from offload.update.parts import EXPERTS_APART, RowUnit, TrainedParts, rows_source
-from offload.update.step import Step, Update, Updated
-from offload.update.store import WorkingStore
-from offload.update.stored_tiers import StoredExperts, StoredTier
-from offload.update.stream import Keeping, Later, Request, StateStream, check_weights, stored_reads
-from offload.update.trained_experts import TrainedExperts, check_visits
-from offload.update.units import UpdateUnit
-from offload.weights.layout import bind_views
-from offload.weights.streamed_parts import Room, StreamedParts, read_edges
+from finetune.memory.slots import Slab
+from finetune.offload.devices.base import map_host_bytes
+from finetune.offload.sizing.needs import STATE, UPDATE
+from finetune.offload.step.weights import Block, HeadChunk, HeadRows, Key
+from finetune.offload.update.gradient_spill import GradientSpill
+from finetune.offload.update.optimizer import Optimizer
+from finetune.offload.update.parts import EXPERTS_APART, RowUnit, TrainedParts, rows_source
+from finetune.offload.update.step import Step, Update, Updated
+from finetune.offload.update.store import WorkingStore
+from finetune.offload.update.stored_tiers import StoredExperts, StoredTier
+from finetune.offload.update.stream import Keeping, Later, Request, StateStream, check_weights, stored_reads
+from finetune.offload.update.trained_experts import TrainedExperts, check_visits
+from finetune.offload.update.units import UpdateUnit
+from finetune.offload.weights.layout import bind_views
+from finetune.offload.weights.streamed_parts import Room, StreamedParts, read_edges
 
 if TYPE_CHECKING:
-    from offload.streamed_model import StreamedModel
+    from finetune.offload.streamed_model import StreamedModel
 
 
 class StoreOptions(NamedTuple):
@@ -53,8 +52,8 @@ class StoreOptions(NamedTuple):
 
 
 class TrainedWeights:
-    """A policy of `offload.step.weights`: binds weights with what is trained in them, takes their gradients at the end of a
-    visit, and updates them. Chunks after the head's own, in the head's tier, are runs of rows of the input embedding."""
+    """A policy of `finetune.offload.step.weights`: binds weights with what is trained in them, takes their gradients at the end
+    of a visit, and updates them. Chunks after the head's own, in the head's tier, are runs of rows of the input embedding."""
 
     def __init__(self, room: Room, trained: TrainedParts, store: StoreOptions, keeping: Keeping, seed: int) -> None:
         """seed: of stochastic rounding."""

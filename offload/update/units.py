@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from offload.weights.layout import BlockLayout, Read, View
+from finetune.offload.weights.layout import BlockLayout, Read, View
 
 PIECE_BYTES = 2 << 20  # of weights: with its state, what a level 3 cache holds and a disk reads at full speed
 

@@ -1,6 +1,6 @@
 """The weights' room meets Transformers and PEFT first, and without the parts that a streamed run never uses."""
 
-from memory.lean_imports import lean_imports
+from finetune.memory.lean_imports import lean_imports
 
 with lean_imports():
     import peft  # noqa: F401

@@ -12,10 +12,10 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.conversion import PlacementTensor
-from offload.weights.formats import FoundWeight, PlainTensor, StoredWeight
-from offload.weights.formats.stacked import JoinedRows, StackedWeights
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.conversion import PlacementTensor
+from finetune.offload.weights.formats import FoundWeight, PlainTensor, StoredWeight
+from finetune.offload.weights.formats.stacked import JoinedRows, StackedWeights
 
 
 class _Run(NamedTuple):

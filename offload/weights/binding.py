@@ -18,13 +18,12 @@ from functools import partial
 from itertools import chain
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.deferred_products import DeferProducts, values
+from finetune.offload.weights.formats import Stored, StoredWeight
+from finetune.offload.weights.formats.plain import dense_bytes
 from torch import nn
 from torch.nn import functional
-
-from memory.errors import UserError
-from offload.step.deferred_products import DeferProducts, values
-from offload.weights.formats import Stored, StoredWeight
-from offload.weights.formats.plain import dense_bytes
 
 LAZY_MIN_BYTES = 65536  # smaller weights are decoded once, at bind
 

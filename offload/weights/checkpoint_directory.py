@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory.errors import UserError
-from offload.files.checkpoint import Checkpoint
-from offload.files.new_directory import new_directory
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import Checkpoint
+from finetune.offload.files.new_directory import new_directory
 
 
 @contextmanager

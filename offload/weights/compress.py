@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.memory.units import format_bytes, round_up
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.files.safetensors_files import file_header, write_index
+from finetune.offload.weights.checkpoint_directory import new_checkpoint
+from finetune.offload.weights.formats import PlainTensor, StoredWeight
+from finetune.offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, OFFSETS, VERSION
+from finetune.offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
+from finetune.offload.weights.formats.plain import DTYPE_NAMES
+from finetune.offload.weights.parts import ModelParts, stored_dtype
 from torch import Tensor, nn
-
-from memory.errors import UserError
-from memory.units import format_bytes, round_up
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.files.safetensors_files import file_header, write_index
-from offload.weights.checkpoint_directory import new_checkpoint
-from offload.weights.formats import PlainTensor, StoredWeight
-from offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, OFFSETS, VERSION
-from offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
-from offload.weights.formats.plain import DTYPE_NAMES
-from offload.weights.parts import ModelParts, stored_dtype
 
 LAYER_CHUNK = CHUNK  # numbers
 TABLE_CHUNK = 2048  # of weights whose rows are read alone: a chunk is the least that can be read

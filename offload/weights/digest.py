@@ -8,8 +8,8 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
-from offload.files.gguf_file import metadata_digest
+from finetune.offload.files.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from finetune.offload.files.gguf_file import metadata_digest
 
 SAMPLE_BYTES = 4096
 MAX_SAMPLED_TENSORS = 2048

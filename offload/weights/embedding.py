@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.weights.formats import PlainTensor, StoredWeight
+from finetune.offload.weights.layout import row_ranges
 from torch import nn
-
-from memory.errors import UserError
-from offload.weights.formats import PlainTensor, StoredWeight
-from offload.weights.layout import row_ranges
 
 
 class RowsOnDemand:

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.weights.formats import Stored, StoredWeight
 from torch import Tensor, nn
-
-from memory.errors import UserError
-from offload.weights.formats import Stored, StoredWeight
 
 ALIGNMENT = 16
 """Bytes: MKL rounds a lone row's product otherwise where the matrix is not aligned so, as in files it may not be."""

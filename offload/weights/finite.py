@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.plain import TORCH_DTYPES
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats.plain import TORCH_DTYPES
 
 PIECE_BYTES = 4 * 2**20  # a multiple of every element's size
 _DTYPES = ("F16", "BF16", "F32", "F64")

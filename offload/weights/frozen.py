@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload.step.weights import HeadRows, Key
-from offload.weights.streamed_parts import Room, StreamedParts, read_edges
+from finetune.offload.step.weights import HeadRows, Key
+from finetune.offload.weights.streamed_parts import Room, StreamedParts, read_edges
 
 
 class FrozenWeights:
-    """A policy of `offload.step.weights`: there is one variant of the weights, and they are not trained."""
+    """A policy of `finetune.offload.step.weights`: there is one variant of the weights, and they are not trained."""
 
     def __init__(self, room: Room) -> None:
         head = room.parts.head

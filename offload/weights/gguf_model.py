@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-
-from memory.errors import UserError
-from offload.files.checkpoint import Checkpoint, CheckpointError
-from offload.files.gguf_file import MAGIC, GgufHeader, raw_metadata, read_gguf_header
-from offload.weights.formats.gguf import METHOD
-from offload.weights.formats.stored_parts import check, read_bytes
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import Checkpoint, CheckpointError
+from finetune.offload.files.gguf_file import MAGIC, GgufHeader, raw_metadata, read_gguf_header
+from finetune.offload.weights.formats.gguf import METHOD
+from finetune.offload.weights.formats.stored_parts import check, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,7 +97,7 @@ def quantization_config(name: str, config: PretrainedConfig) -> dict[str, Any]:
 
 def read_gguf_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The configuration of the model in a GGUF file. Its `quantization_config` says how
-    weights are to be found and decoded, see `offload.weights.formats.gguf`.
+    weights are to be found and decoded, see `finetune.offload.weights.formats.gguf`.
 
     Raises UserError for an architecture or a setting that is not supported, and without the package gguf.
     """

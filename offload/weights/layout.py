@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from finetune.memory.units import PAGE_BYTES, round_up
+from finetune.offload.weights.formats import PlainTensor, StoredWeight, stored_name
+from finetune.offload.weights.formats.plain import dense_bytes
 from torch import Tensor
-
-from memory.units import PAGE_BYTES, round_up
-from offload.weights.formats import PlainTensor, StoredWeight, stored_name
-from offload.weights.formats.plain import dense_bytes
 
 ALIGNMENT = 256
 """Bytes, of every tensor on an accelerator: products choose their kernels, so their rounding, by what up to 256 divides the

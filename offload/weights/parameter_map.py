@@ -1,7 +1,7 @@
 """From a model's parameters to bytes of its checkpoint.
 
 Nothing is converted and nothing is copied on disk: a parameter is a list of extents of the user's own safetensors files, or
-several such lists where it is in a format of more than one tensor (`offload.weights.formats`).
+several such lists where it is in a format of more than one tensor (`finetune.offload.weights.formats`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.utils.loading_report import LoadStateDictInfo
-
-from offload.files.checkpoint import Checkpoint, CheckpointError
-from offload.weights.assembly import Sources
-from offload.weights.conversion import PlacementTensor, extents_of, run_converter
-from offload.weights.formats import (
+from finetune.offload.files.checkpoint import Checkpoint, CheckpointError
+from finetune.offload.weights.assembly import Sources
+from finetune.offload.weights.conversion import PlacementTensor, extents_of, run_converter
+from finetune.offload.weights.formats import (
     FORMATS,
     Extent,
     FoundWeight,
@@ -31,10 +25,15 @@ from offload.weights.formats import (
     find_weights,
     quantization_of,
 )
-from offload.weights.formats.plain import torch_dtype
-from offload.weights.formats.stacked import JoinedRows, StackedWeights
-from offload.weights.formats.stored_parts import check
-from offload.weights.gguf_model import gguf_names
+from finetune.offload.weights.formats.plain import torch_dtype
+from finetune.offload.weights.formats.stacked import JoinedRows, StackedWeights
+from finetune.offload.weights.formats.stored_parts import check
+from finetune.offload.weights.gguf_model import gguf_names
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
 
 _COMPARED_ELEMENTS = 1 << 19
 

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from memory.errors import UserError
-from offload.files.checkpoint import Checkpoint, is_gguf, read_checkpoint
-from offload.files.gguf_file import read_gguf
-from offload.step.head import default_tiles
-from offload.weights.binding import Binding
-from offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack, can_be_streamed
-from offload.weights.formats import PlainTensor, StoredWeight, find_weights, quantization_of
-from offload.weights.formats.gguf import dtype_to_compute_in
-from offload.weights.formats.plain import dense_bytes
-from offload.weights.gguf_model import read_gguf_config
-from offload.weights.layout import BlockLayout, layout_block
-from offload.weights.parameter_map import ParameterMap, map_parameters
-from offload.weights.skeleton import (
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import Checkpoint, is_gguf, read_checkpoint
+from finetune.offload.files.gguf_file import read_gguf
+from finetune.offload.step.head import default_tiles
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack, can_be_streamed
+from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights, quantization_of
+from finetune.offload.weights.formats.gguf import dtype_to_compute_in
+from finetune.offload.weights.formats.plain import dense_bytes
+from finetune.offload.weights.gguf_model import read_gguf_config
+from finetune.offload.weights.layout import BlockLayout, layout_block
+from finetune.offload.weights.parameter_map import ParameterMap, map_parameters
+from finetune.offload.weights.skeleton import (
     build_on_meta,
     build_scorer,
     draw_scores,
@@ -36,6 +34,7 @@ from offload.weights.skeleton import (
     read_config,
     set_placeholders,
 )
+from torch import nn
 
 SCORE = "score.weight"  # of Transformers' classifiers that are language models
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory

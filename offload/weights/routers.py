@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from finetune.offload.residency.tiers import Tier
+from finetune.offload.step.lanes import run_capturing
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.experts import ExpertStack
 from torch import Tensor, nn
-
-from offload.residency.tiers import Tier
-from offload.step.lanes import run_capturing
-from offload.weights.binding import Binding
-from offload.weights.experts import ExpertStack
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -2,10 +2,10 @@
 
 [Note: experts ahead]
 Before the router of a block has spoken, experts are fetched: in a step's backward pass those that its forward pass has wanted;
-where few tokens choose few experts those that the router names when it is asked ahead (`offload.weights.routers`), as far as it
-was right so far (`memory.expert_guesses`); else those that nearly every visit has wanted. A wrong guess costs time only. What a
-lane wants for sure is fetched before what is guessed, and as long as other lanes of the visit are to come, whose experts may be
-evicted by guesses, these need slots for two blocks' experts.
+where few tokens choose few experts those that the router names when it is asked ahead (`finetune.offload.weights.routers`), as
+far as it was right so far (`finetune.memory.expert_guesses`); else those that nearly every visit has wanted. A wrong guess
+costs time only. What a lane wants for sure is fetched before what is guessed, and as long as other lanes of the visit are to
+come, whose experts may be evicted by guesses, these need slots for two blocks' experts.
 
 [Note: order of experts]
 Products of experts do not depend on one another. Those that are near come first: with fewer slots than experts that are chosen,
@@ -18,19 +18,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from finetune.memory.expert_use import ExpertUse
+from finetune.memory.plan import Slots
+from finetune.offload.residency.expert_tiers import DeviceExperts, ExpertUnits, HostExperts
+from finetune.offload.residency.tiers import Tier
+from finetune.offload.sizing.needs import ExpertSize, expert_sizes
+from finetune.offload.weights.experts import StackedMatrices
+from finetune.offload.weights.layout import BlockLayout, layout_block
+from finetune.offload.weights.routers import Routers
 from torch import Tensor
 
-from memory.expert_use import ExpertUse
-from memory.plan import Slots
-from offload.residency.expert_tiers import DeviceExperts, ExpertUnits, HostExperts
-from offload.residency.tiers import Tier
-from offload.sizing.needs import ExpertSize, expert_sizes
-from offload.weights.experts import StackedMatrices
-from offload.weights.layout import BlockLayout, layout_block
-from offload.weights.routers import Routers
-
 if TYPE_CHECKING:
-    from offload.weights.streamed_parts import Room
+    from finetune.offload.weights.streamed_parts import Room
 
 Experts = tuple[int, Iterable[int]]
 """A stack, and some of its experts."""
@@ -40,7 +39,7 @@ MOST_AHEAD = 24
 
 
 class StreamedExperts:
-    """Brings the matrices of all stacks near, as `offload.weights.experts.NearExperts`."""
+    """Brings the matrices of all stacks near, as `finetune.offload.weights.experts.NearExperts`."""
 
     def __init__(self, room: Room, trunks: Tier, make_tier: Callable[..., HostExperts] = HostExperts) -> None:
         """trunks: the slots of blocks, which are without their experts. make_tier: of the hosts' memory."""

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune.memory.expert_guesses import ExpertGuesses
+from finetune.memory.plan import Plan, Slots
+from finetune.memory.slots import Slab
+from finetune.offload.devices import Device
+from finetune.offload.residency.expert_tiers import HostExperts
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.tiers import DeviceTier, HostTier, PassingTier, Tier
+from finetune.offload.sizing.needs import DECODED, DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
+from finetune.offload.step.weights import Block, HeadRows, Key
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.embedding import RowsOnDemand
+from finetune.offload.weights.formats import PlainTensor, Stored
+from finetune.offload.weights.parts import EdgeTensor, ModelParts
+from finetune.offload.weights.streamed_experts import StreamedExperts
 from torch import nn
-
-from memory.expert_guesses import ExpertGuesses
-from memory.plan import Plan, Slots
-from memory.slots import Slab
-from offload.devices import Device
-from offload.residency.expert_tiers import HostExperts
-from offload.residency.io import IOEngine
-from offload.residency.tiers import DeviceTier, HostTier, PassingTier, Tier
-from offload.sizing.needs import DECODED, DEVICE_BLOCKS, DEVICE_HEAD, HOST_BLOCKS, HOST_HEAD
-from offload.step.weights import Block, HeadRows, Key
-from offload.weights.binding import Binding
-from offload.weights.embedding import RowsOnDemand
-from offload.weights.formats import PlainTensor, Stored
-from offload.weights.parts import EdgeTensor, ModelParts
-from offload.weights.streamed_experts import StreamedExperts
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models, also where this folder is run alone
 
+import finetune.offload.step.activations
 import pytest
 import torch
 from tiny_models import CONFIGS, image_rows, save_tiny, token_data
 
 import finetune.one_run
-import offload.step.activations
 from finetune.data import TokenDataset
 
 
@@ -55,4 +55,4 @@ def quick_data(monkeypatch) -> None:
 @pytest.fixture
 def spill_everything(monkeypatch) -> None:
     """The tiny models' block inputs are below what is worth a disk request."""
-    monkeypatch.setattr(offload.step.activations, "SPILL_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.step.activations, "SPILL_MIN_BYTES", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.binding
 import pytest
 import test_perturbations as perturbations
 import test_weight_training as weights
@@ -9,8 +10,6 @@ import torch
 from packed_checkpoints import write_packed
 from test_weight_training import roots_that_kernels_have, small_pieces  # noqa: F401  fixtures
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
-
-import offload.weights.binding
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
@@ -54,7 +53,7 @@ def test_adapters_of_other_architectures(name, checkpoint, tokens, images, tmp_p
 @pytest.mark.parametrize("engine", [PLACEMENTS[0], PLACEMENTS[2]], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_over_packed_weights(kind, nested, engine, dtype, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     packed, decoded = write_packed(checkpoint("llama", getattr(torch, dtype)), tmp_path, kind, nested)
     expected = reference_run(make_config(decoded, tokens, tmp_path / "plain", device="auto", engine={"dtype": dtype}))
     found = streamed_run(make_config(packed, tokens, tmp_path / "out", device="auto", engine={"dtype": dtype, **engine}))

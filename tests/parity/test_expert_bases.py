@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import finetune.offload.weights.binding
 import pytest
 import torch
 from expert_checkpoints import KINDS, MODELS
+from finetune.memory.errors import UserError
 from tiny_models import (
     CONFIGS,
     aligned_copies,
@@ -18,9 +20,7 @@ from tiny_models import (
     streamed_run,
 )
 
-import offload.weights.binding
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 pytestmark = pytest.mark.every(4)
 
@@ -34,7 +34,7 @@ def moe(tmp_path, monkeypatch) -> Callable[..., tuple[Path, Path]]:
         return KINDS[kind](save_tiny(name, tmp_path / "model", dtype), tmp_path)
 
     aligned_copies(monkeypatch)
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     return get
 
 

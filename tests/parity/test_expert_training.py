@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.plan import PlanRefused
+from finetune.offload.sizing.needs import GRAPHS, HOST_BLOCKS, STATE
+from finetune.offload.update.store import read_manifest
+from finetune.offload.update.stored_tiers import StoredExperts
 from mixtures import MIXTURES
 from test_weight_training import (  # noqa: F401  fixtures
     assert_same,
@@ -24,10 +28,6 @@ from tiny_models import CONFIGS, IDS, TEXT, aligned_copies, keep_at_most
 
 from finetune import Trainer
 from finetune.session import Session
-from memory.plan import PlanRefused
-from offload.sizing.needs import GRAPHS, HOST_BLOCKS, STATE
-from offload.update.store import read_manifest
-from offload.update.stored_tiers import StoredExperts
 
 PLACES = {
     "one slot": {"expert_slots": 1, "resident_blocks": 0, "lookahead": 0, "activations": "disk"},

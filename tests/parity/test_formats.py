@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.formats
+import finetune.offload.weights.parts
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats import PlainTensor, Stored, StoredWeight
 from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
 
-import offload.weights.binding
-import offload.weights.formats
-import offload.weights.parts
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats import PlainTensor, Stored, StoredWeight
 
 METHOD = "int8 rows"
 
@@ -58,7 +58,7 @@ class Int8Rows(StoredWeight):
 @pytest.fixture
 def stored_twice(checkpoint, tmp_path, monkeypatch):
     """Of a tiny model: a checkpoint of `Int8Rows`, and one of the numbers that these are, in fp32."""
-    formats = offload.weights.formats
+    formats = finetune.offload.weights.formats
     monkeypatch.setattr(formats, "FORMATS", (Int8Rows, *formats.FORMATS))
 
     def get(name: str) -> tuple[Path, Path]:
@@ -85,8 +85,8 @@ def stored_twice(checkpoint, tmp_path, monkeypatch):
 )
 def test_adapters(name, device, least_bytes, stored_twice, tokens, tmp_path, monkeypatch):
     """Linear layers that keep their weight packed and those that have it decoded, rows of embeddings, tied tables."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", least_bytes)
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", least_bytes)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", least_bytes)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", least_bytes)
     packed, decoded = stored_twice(name)
     config = make_config(packed, tokens, tmp_path / "out", device=device, engine={"resident_blocks": 1})
     assert_same_bits(streamed_run(config), reference_run(make_config(decoded, tokens, tmp_path / "plain")))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
+import finetune.offload.weights.binding
 import pytest
+from finetune.memory.errors import UserError
 from gguf_files import CONFIGS, MIXED, write_gguf
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
-import offload.weights.binding
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 pytestmark = pytest.mark.every(4)
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.every(4)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters(kind, tokens, tmp_path, monkeypatch):
     """Of every architecture, on a CPU and beside a device; tensors of all kinds of types."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     model, dense = write_gguf(kind, tmp_path, MIXED)
     lora = {"target_modules": "all-linear"} | ({"dropout": 0.0} if kind == "qwen3moe" else {})  # experts have none
     assert_same_on_both_devices(model, dense, tokens, tmp_path, lora)

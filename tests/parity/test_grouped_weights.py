@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.binding
 import pytest
 import torch
+from finetune.memory.errors import UserError
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from tiny_models import (
     CONFIGS,
@@ -14,9 +16,7 @@ from tiny_models import (
     streamed_run,
 )
 
-import offload.weights.binding
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 pytestmark = pytest.mark.every(4)
 
@@ -35,7 +35,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, how, lora = CASES[case]
     packed, decoded = write_grouped(checkpoint(name), tmp_path, how)
     assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)

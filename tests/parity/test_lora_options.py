@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import finetune.offload.weights.parts
 import peft
 import pytest
 import torch
+from finetune.memory.errors import UserError
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from tiny_models import aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
-import offload.weights.parts
 from finetune.adapters.lora_options import DESCRIPTIVE, EQUAL, EQUAL_VALUES, REFUSED, check_fresh, key_of
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 BD = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}
@@ -74,7 +74,7 @@ def use_of_one_end(lora: dict[str, Any]) -> bool:
 @pytest.mark.every(3)
 @pytest.mark.parametrize("case", SAME)
 def test_gives_plain_pefts_bits(case, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     name, lora = SAME[case]
     if name == "mixtral":
         aligned_copies(monkeypatch)
@@ -88,7 +88,7 @@ def test_gives_plain_pefts_bits(case, checkpoint, tokens, tmp_path, monkeypatch)
 
 
 def test_lora_plus_has_pefts_groups(checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     plus = {"loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 1e-3}
     lora = own(target_modules=["embed_tokens", "q_proj"]) | plus
     training = {"max_steps": 3, "batch_size": 4, "micro_batch_size": 2}

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import finetune.offload.weights.parts
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.loss_form import LossForm, StepForm
 from test_head import Case, Chunks, soft_cap
 from test_perturbations import zo_config, zo_run
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
@@ -14,12 +18,8 @@ from torch.nn import functional
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.trainer_pt_utils import LabelSmoother
 
-import offload.weights.parts
 from finetune.config import Config, ConfigError
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from offload.step.head import TiledHead
-from offload.step.loss_form import LossForm, StepForm
 
 IGNORED = -100
 
@@ -71,7 +71,7 @@ def make_noisy(model: Any) -> None:
 
 def test_noise_in_embeddings_is_transformers_own(checkpoint, tokens, tmp_path, monkeypatch):
     """With dropout behind it, an adapter of the table, and micro-batches that wait on disk."""
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     config = make_config(
         checkpoint("llama"), tokens, tmp_path / "out", lora={"target_modules": ["embed_tokens", "q_proj"]},
         training={"max_steps": 3, "neftune_noise_alpha": 5.0}, engine={"hidden_states": "disk"},

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.compress
+import finetune.offload.weights.parts
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.weights.compress import compress_checkpoint
+from finetune.offload.weights.parts import cut
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
 
-import offload.weights.binding
-import offload.weights.compress
-import offload.weights.parts
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from offload.weights.compress import compress_checkpoint
-from offload.weights.parts import cut
 
 pytestmark = pytest.mark.every(3)
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.every(3)
 def twice(checkpoint, tmp_path, monkeypatch) -> Callable[[str], tuple[Path, Path]]:
     """Of a tiny model in bf16: compressed, in chunks that rows begin within, and as it is."""
     for name, value in {"MIN_BYTES": 0, "SHARE": 2, "LAYER_CHUNK": 256, "TABLE_CHUNK": 64}.items():
-        monkeypatch.setattr(offload.weights.compress, name, value)
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+        monkeypatch.setattr(finetune.offload.weights.compress, name, value)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
 
     def get(name: str) -> tuple[Path, Path]:
         model = checkpoint(name, torch.bfloat16)
@@ -56,7 +56,7 @@ def test_adapters(case, twice, tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_head_in_chunks_and_rows_of_embeddings(name, twice, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 0)
     engine = {"loss_tile_vocab": 33}
     assert_same_bits(*(streamed_run(make_config(m, tokens, tmp_path / f"o-{m.name}", engine=engine)) for m in twice(name)))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
 from tiny_models import (
     CONFIGS,
     HEADS,
@@ -20,10 +23,7 @@ from tiny_models import (
     token_loss,
 )
 
-import offload.weights.binding
-import offload.weights.parts
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 LORA = {
     "opt-layerdrop": {"target_modules": r".*layers\.\d+\..*(k_proj|fc1)"},
@@ -57,7 +57,7 @@ def test_twenty_steps(dtype, checkpoint, tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt", "mixtral", "vit"])
 def test_stored_bf16_computed_in_fp32(name, checkpoint, tokens, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 1)
     data = images if name == "vit" else tokens
     config = make_config(checkpoint(name, torch.bfloat16), data, tmp_path / "out", lora=LORA.get(name, {}))
     assert_same_bits(streamed_run(config), reference_run(config))
@@ -70,13 +70,13 @@ def test_stored_fp32_computed_in_bf16(checkpoint, tokens, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt2", "opt"])
 def test_embedding_rows_on_demand(name, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     config = make_config(checkpoint(name), tokens, tmp_path / "out")
     assert_same_bits(streamed_run(config), reference_run(config))
 
 
 def test_dora_over_converted_weights(checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 1)
     config = make_config(checkpoint("llama", torch.bfloat16), tokens, tmp_path / "out", lora={"use_dora": True})
     assert_same_bits(streamed_run(config), reference_run(config))
 

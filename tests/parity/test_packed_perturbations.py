@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
 import numpy as np
 import pytest
 import torch
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from packed_checkpoints import CODES, edit, write_packed, write_twice
 from safetensors.torch import load_file
 from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
 from test_quantised_bases import BASES
 
-import offload.weights.binding
-import offload.weights.parts
 from finetune.export import export
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
-from offload.weights.formats.bitsandbytes import Packed4Bit
 
 pytestmark = pytest.mark.every(4)
 
@@ -39,7 +39,7 @@ def journal(output: Path) -> bytes:
 @pytest.mark.parametrize("case", CASES)
 def test_products(case, checkpoint, tokens, tmp_path, monkeypatch):
     """Plain weights fold nothing in so many steps; packed ones never do."""
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     monkeypatch.setattr(ZerothOrderOptions, "steps_between_folds", property(lambda self: 100))
     name, kind, nested, device, engine = CASES[case]
     losses = []
@@ -54,7 +54,7 @@ def test_products(case, checkpoint, tokens, tmp_path, monkeypatch):
 
 def test_variants_share_what_stays_decoded(checkpoint, tokens, tmp_path, monkeypatch):
     """Noise in products leaves the weight as it is: it is decoded once for all of them. Losses are those over plain weights."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     decoded: list[int] = []
     decode_into = Packed4Bit.decode_into
 
@@ -154,7 +154,7 @@ SCALES = {
 def test_scales(case, checkpoint, tokens, tmp_path, monkeypatch):
     """Against a plain loop; and what is exported holds its scales, beside all other bytes as they were. Some layers are decoded
     when they are bound, the larger ones when they multiply."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 700)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 700)
     name, kind, zo, device, engine = SCALES[case]
     ends = ("proj.weight", "lm_head.weight") if "head" in case else ("proj.weight",)
     if kind == "fp8":

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import finetune.offload.sizing.needs
+import finetune.offload.weights.binding
 import pytest
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 from packed_checkpoints import write_packed
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
 import finetune.trainer
-import offload.sizing.needs
-import offload.weights.binding
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from offload.sizing.calibration import Rates
-from offload.weights.formats.bitsandbytes import Packed4Bit
 
 CASES = {
     "nf4 nested": ("llama", "nf4", True, {}),
@@ -29,7 +29,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, kind, nested, lora = CASES[case]
     packed, decoded = write_packed(checkpoint(name), tmp_path, kind, nested)
     assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
@@ -38,7 +38,7 @@ def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_weights_that_stay_decoded_for_a_visit(device, checkpoint, tokens, tmp_path, monkeypatch):
     """All of them, the two largest of a block, or none: the same bits, in fewer decodings."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     decoded: list[torch.dtype] = []
     decode_into = Packed4Bit.decode_into
 
@@ -54,7 +54,7 @@ def test_weights_that_stay_decoded_for_a_visit(device, checkpoint, tokens, tmp_p
     expected = reference_run(make_config(plain, tokens, tmp_path / "plain"))
     counts = []
     for rooms in (16, 2, 0):
-        monkeypatch.setattr(offload.sizing.needs, "DECODED_WEIGHTS", rooms)
+        monkeypatch.setattr(finetune.offload.sizing.needs, "DECODED_WEIGHTS", rooms)
         decoded.clear()
         config = make_config(packed, tokens, tmp_path / f"{rooms}", device=device, engine={"kept_graphs": 0})
         assert_same_bits(streamed_run(config), expected)

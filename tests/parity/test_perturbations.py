@@ -8,6 +8,8 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.noise.noise
+import finetune.offload.weights.parts
 import noise_reference as reference
 import numpy as np
 import pytest
@@ -17,8 +19,6 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import CONFIGS, load_plain, loss_shares, make_config, plain_batches, reference_device, token_loss
 
-import offload.noise.noise
-import offload.weights.parts
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.export import export
@@ -82,10 +82,10 @@ class PlainMezo:
 
     def up_to_date(self, name: str) -> torch.Tensor:
         coefficients, scale = self.sum_of_group()
-        group = offload.noise.noise.Group(scale, tuple(coefficients.items()))
+        group = finetune.offload.noise.noise.Group(scale, tuple(coefficients.items()))
         groups = [] if not self.group else [group]
-        with_pairs = [g._replace(updates=tuple(offload.noise.noise.Update(*u) for u in g.updates)) for g in groups]
-        key = offload.noise.noise.parameter_key(name)
+        with_pairs = [g._replace(updates=tuple(finetune.offload.noise.noise.Update(*u) for u in g.updates)) for g in groups]
+        key = finetune.offload.noise.noise.parameter_key(name)
         if self.zo.noise != "low_rank":
             return reference.moved(self.zo.noise, key, self.values[name], with_pairs)
         if len(shape := self.named[name].shape) == 1:
@@ -94,7 +94,7 @@ class PlainMezo:
         return reference.moved_low_rank(key, self.values[name].view(shape), with_pairs, self.zo.noise_rank)
 
     def noise(self, name: str, seed: int, count: int) -> np.ndarray:
-        key, shape = offload.noise.noise.parameter_key(name), self.named[name].shape
+        key, shape = finetune.offload.noise.noise.parameter_key(name), self.named[name].shape
         if self.zo.noise == "low_rank" and len(shape) > 1:
             rank, columns = self.zo.noise_rank, shape[-1]
             return reference.low_rank(seed, self.shared_seed, key, rank, count // columns, columns).reshape(-1)
@@ -169,7 +169,7 @@ def assert_exported(config: Config, plain: PlainMezo, folder: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_architectures(name, dtype, checkpoint, tokens, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     model = checkpoint(name, getattr(torch, dtype))
     config = zo_config(model, images if name == "vit" else tokens, tmp_path / "out", engine={"dtype": dtype})
     plain = PlainMezo(config).run()
@@ -214,7 +214,7 @@ def test_placements(device, engine, noise, checkpoint, tokens, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
 def test_low_rank(name, device, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     zo = {"noise": "low_rank", "rank": 3, "perturbations": 2}
     config = zo_config(
         checkpoint(name, torch.bfloat16), tokens, tmp_path / "out", zo, device=device,

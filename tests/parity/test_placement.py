@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from finetune.memory.errors import UserError
+from finetune.memory.needs import Needs
+from finetune.memory.plan import PlanRefused
+from finetune.offload.devices import RaceError
+from finetune.offload.devices.simulated import SimulatedDevice
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.residency.io import IOEngine
+from finetune.offload.residency.tiers import DeviceTier, PassingTier
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.sizing.needs import HOST_HEAD
+from finetune.offload.weights.parts import cut
 from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
 
 import finetune.planner
 import finetune.trainer
 from finetune.config import Config
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from memory.needs import Needs
-from memory.plan import PlanRefused
-from offload.devices import RaceError
-from offload.devices.simulated import SimulatedDevice
-from offload.files.checkpoint import read_checkpoint
-from offload.residency.io import IOEngine
-from offload.residency.tiers import DeviceTier, PassingTier
-from offload.sizing.calibration import Rates
-from offload.sizing.needs import HOST_HEAD
-from offload.weights.parts import cut
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}
 CPU = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import finetune.offload.weights.parts
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,6 @@ from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
 from tiny_models import aligned_copies
-
-import offload.weights.parts
 
 ZO = {"parameters": "prefix", "prefix_tokens": 4, "epsilon": 0.1, "perturbations": 2}
 
@@ -47,7 +46,7 @@ class PlainPrefix(PlainMezo):
     + [("llama", "simulated"), ("gemma2", "simulated")],
 )
 def test_architectures(name, device, dtype, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     if name == "mixtral" and dtype == "float32":
         aligned_copies(monkeypatch)
     config = zo_config(

@@ -6,16 +6,15 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import finetune.offload.weights.parts
 import noise_reference as reference
 import numpy as np
 import pytest
 import torch
+from finetune.offload.noise.noise import parameter_key
 from test_perturbations import PLACEMENTS, PlainMezo, assert_exported, zo_config, zo_run
 from tiny_models import CONFIGS
 from torch import nn
-
-import offload.weights.parts
-from offload.noise.noise import parameter_key
 
 ZO = {"noise": "low_rank", "rank": 3, "perturb": "products", "perturbations": 2, "fold_steps": 2}
 
@@ -104,7 +103,7 @@ ARCHITECTURES = [name for name in CONFIGS if name not in ("vit", "gpt2")]
     ],
 )  # fmt: skip
 def test_architectures(name, device, dtype, checkpoint, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 1)
     config = zo_config(
         checkpoint(name, getattr(torch, dtype)), tokens, tmp_path / "out", ZO, device=device,
         training={"max_steps": 7, "weight_decay": 0.1}, engine={"dtype": dtype, **PLACEMENTS[1]},

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
 import pytest
 import torch
+from finetune.memory.errors import UserError
 from packed_bases import BASES, Base, write
 from packed_checkpoints import pack_mxfp4
 from tiny_models import (
@@ -22,10 +25,7 @@ from tiny_models import (
 )
 from transformers import GptOssConfig
 
-import offload.weights.binding
-import offload.weights.parts
 from finetune.trainer import Trainer
-from memory.errors import UserError
 
 pytestmark = pytest.mark.every(4)
 
@@ -44,7 +44,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_adapters(case, checkpoint, tokens, tmp_path, monkeypatch):
     """On a CPU, where weights stay packed, and beside a device, with one block in each memory."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     name, kind, lora = CASES[case]
     packed, decoded = write(BASES[kind], checkpoint(name), tmp_path)
     assert_same_on_both_devices(packed, decoded, tokens, tmp_path, lora)
@@ -104,7 +104,7 @@ def test_methods_that_would_change_packed_experts_are_refused(method, gpt_oss, t
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_head_in_chunks_and_rows_of_embeddings(name, kind, checkpoint, tokens, tmp_path, monkeypatch):
     """Rows that begin within a block, of two matrices and of one that is both; layers beside them are not quantised."""
-    monkeypatch.setattr(offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.parts, "ROWS_ON_DEMAND_MIN_BYTES", 0)
     ends = ("lm_head.weight", "embed_tokens.weight", "up_proj.weight")
     models = write(BASES[kind], checkpoint(name), tmp_path, ends)
     engine = {"loss_tile_vocab": 33}

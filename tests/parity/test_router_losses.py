@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
+from finetune.offload.step.router_loss import has_balance
 from mixtures import MIXTURES, WITHOUT_ROUTER_LOSS
 from peft import get_peft_model_state_dict
 from test_own_losses import KINDS, sequences
@@ -34,8 +36,6 @@ from tiny_models import (
 from finetune.data.tensor_rows import TensorRows
 from finetune.methods.first_order import lane_seed
 from finetune.trainer import Trainer
-from memory.errors import UserError
-from offload.step.router_loss import has_balance
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 LORA = {"dropout": 0.0, "target_modules": ["q_proj", "o_proj"], "target_parameters": [*STACKS, "mlp.gate.weight"]}

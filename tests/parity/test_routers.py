@@ -13,6 +13,10 @@ import pytest
 import torch
 import transformers as tf
 from data_tools import write_tokenizer
+from finetune.memory.expert_guesses import ExpertGuesses
+from finetune.offload.residency.expert_tiers import HostExperts
+from finetune.offload.weights.routers import Routers
+from finetune.offload.weights.streamed_experts import StreamedExperts
 from mixtures import MIXTURES, MORE
 from peft import LoraConfig, get_peft_model
 from text_models import VOCAB
@@ -24,10 +28,6 @@ from finetune.generate import generate
 from finetune.methods.results import find_result
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.expert_guesses import ExpertGuesses
-from offload.residency.expert_tiers import HostExperts
-from offload.weights.routers import Routers
-from offload.weights.streamed_experts import StreamedExperts
 
 ALL = {**MIXTURES, **MORE}
 WITHOUT = {"llama4", "minimax"}

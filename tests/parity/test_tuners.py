@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import finetune.offload.weights.binding
 import pytest
 import torch
 import transformers as tf
+from finetune.memory.errors import UserError
 from packed_bases import BASES, write
 from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_models import IDS, VOCAB, Run, assert_same_bits, load_plain, make_config, reference_run, streamed_run
 
 import finetune.one_run
-import offload.weights.binding
 from finetune.adapters.tuner_options import REFUSED
 from finetune.config import Config, ConfigError
 from finetune.decoding import decode
@@ -24,7 +25,6 @@ from finetune.methods.results import find_result
 from finetune.needs_of_model import ADAPTERS
 from finetune.planned_run import BatchShape
 from finetune.session import Session
-from memory.errors import UserError
 
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -170,7 +170,7 @@ def test_a_type_is_asked_for_and_says_the_method(tmp_path):
 
 
 def test_modules_are_trained_whole_beside_a_tuner(model, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     packed, decoded = write(BASES["fp8"], model, tmp_path)
     adapter = {"type": "ia3", **SAME["ia3"], "modules_to_save": ["o_proj", "model.norm", "lm_head"]}
     training = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2}
@@ -192,7 +192,7 @@ def test_only_weights_that_layers_compute_with_are_bound_as_numbers(model, token
 @pytest.mark.parametrize("word, device", [("hra", "cpu"), ("vblora", "simulated"), ("c3a", "cpu")])
 def test_over_a_packed_base(word, device, model, tokens, tmp_path, monkeypatch):
     """HRA multiplies the weight itself, VB-LoRA's bank is shared by blocks, C3A adds in place. One block is in each memory."""
-    monkeypatch.setattr(offload.weights.binding, "LAZY_MIN_BYTES", 0)
+    monkeypatch.setattr(finetune.offload.weights.binding, "LAZY_MIN_BYTES", 0)
     packed, decoded = write(BASES["fp8"], model, tmp_path)
     engine = {"kept_graphs": 0, "resident_blocks": 1, **({} if device == "simulated" else {"hidden_states": "disk"})}
     found = streamed_run(configure(packed, tokens, tmp_path / "out", word, device=device, engine=engine))

@@ -1,7 +1,7 @@
 """Training of a model's own weights, out of core, against plain PyTorch with everything resident: bit for bit.
 
 The reference keeps an fp32 master of every 16-bit weight, which torch.optim.AdamW updates; the weight is the master rounded
-half away from zero (see `offload.update.kernels`).
+half away from zero (see `finetune.offload.update.kernels`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import finetune.offload.update.matrices
+import finetune.offload.update.units
 import pytest
 import torch
 import transformers as tf
+from finetune.offload.sizing.needs import DEVICE_BLOCKS, stream_needs
+from finetune.offload.update.kernels import ROOT, square_root
+from finetune.offload.update.rules.projected import ProjectedRule
+from finetune.offload.weights.skeleton import find_blocks
 from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
@@ -37,18 +43,12 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.optimization import get_scheduler
 
 import finetune.planner
-import offload.update.matrices
-import offload.update.units
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_needs import make_rule
 from finetune.trainer import Trainer
-from offload.sizing.needs import DEVICE_BLOCKS, stream_needs
-from offload.update.kernels import ROOT, square_root
-from offload.update.rules.projected import ProjectedRule
-from offload.weights.skeleton import find_blocks
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 
@@ -56,7 +56,7 @@ SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models
 @pytest.fixture(autouse=True)
 def small_pieces(request, monkeypatch):
     """How many of them stay in memory differs: all, or some where ways of clipping are compared."""
-    monkeypatch.setattr(offload.update.units, "PIECE_BYTES", SMALL_PIECES)
+    monkeypatch.setattr(finetune.offload.update.units, "PIECE_BYTES", SMALL_PIECES)
     clipping = getattr(request.node, "callspec", None) and request.node.callspec.params.get("clipping")
     if clipping:
         keep_at_most(3 if clipping == "previous" else 1, monkeypatch)
@@ -330,7 +330,7 @@ def test_experts_without_tokens(dtype, method, checkpoint, tokens, tmp_path, mon
 )  # fmt: skip
 def test_rules_that_look_at_whole_matrices(optimizer, name, clipping, checkpoint, tokens, tmp_path, monkeypatch):
     """To rounding: sums over matrices are taken in chunks. Adafactor is Transformers' own."""
-    monkeypatch.setattr(offload.update.matrices, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(finetune.offload.update.matrices, "CHUNK_ELEMENTS", 100)
     config = weights_config(
         checkpoint(name), tokens, tmp_path / "out", training={"weight_decay": 0.1, "micro_batch_size": 5},
         optimizer={"name": optimizer, "clipping": clipping}

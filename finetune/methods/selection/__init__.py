@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from finetune.memory.errors import UserError
 from finetune.methods.registry import METHODS
 from finetune.methods.selection_options import SelectionOptions
 from finetune.plugin import load
-from memory.errors import UserError
 
 
 class Selection:

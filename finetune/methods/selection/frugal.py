@@ -1,6 +1,6 @@
 """Every `interval` steps `layers` blocks at random have AdamW's state; all others take the sign of their gradient. FRUGAL
 (Zmushko et al. 2024, algorithm 1, blockwise). With another `subspace` every matrix of every block has a part with state and
-takes signs in the rest, see `offload.update.rules.frugal`."""
+takes signs in the rest, see `finetune.offload.update.rules.frugal`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from offload.update.rules.rule import Rule
+from finetune.offload.update.rules.rule import Rule
 
 
 def _load(place: str) -> type[Rule]:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from offload.update.matrices import TEMPORARY_BYTES, Elements, Rows, chunks, parts, scaled, sum_of_squares
-from offload.update.rules.rule import Direction, DirectionRule
+from finetune.offload.update.matrices import TEMPORARY_BYTES, Elements, Rows, chunks, parts, scaled, sum_of_squares
+from finetune.offload.update.rules.rule import Direction, DirectionRule
 
 if TYPE_CHECKING:
     import torch
-
-    from offload.update.units import UpdateUnit
+    from finetune.offload.update.units import UpdateUnit
 
 DECAY = -0.8
 EPSILON = 1e-30

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offload.update.rules.rule import AdamNumbers, Scalars
+from finetune.offload.update.rules.rule import AdamNumbers, Scalars
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """APOLLO (Zhu et al. 2024, algorithm 1): the gradient, scaled by how long a step its projection takes.
 
-With P normal of variance 1 / r, and U and R of `offload.update.rules.projected`:
+With P normal of variance 1 / r, and U and R of `finetune.offload.update.rules.projected`:
     s_j = |U_j| / |R_j|, a number a column (one for all with r = 1: APOLLO-Mini)
     D = sqrt(scale) G diag(s), whose norm grows by 1% a step at most; the root is the authors' code's.
 """
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
-
-from offload.update.rules.projected import Projected, ProjectedRule
-from offload.update.rules.rule import Direction
+from finetune.offload.update.rules.projected import Projected, ProjectedRule
+from finetune.offload.update.rules.rule import Direction
 
 if TYPE_CHECKING:
     import torch

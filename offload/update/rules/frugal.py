@@ -1,6 +1,7 @@
 """FRUGAL (Zmushko et al. 2024, algorithm 1) in subspaces of matrices: AdamW's step inside, the sign of the gradient outside.
 
-With U, R and P of `offload.update.rules.projected`, where P has orthonormal rows, or for `Columns` r rows of the identity:
+With U, R and P of `finetune.offload.update.rules.projected`, where P has orthonormal rows, or for `Columns` r rows of the
+identity:
     D = P^T U + sign_scale sign(G - P^T R), and M and V begin anew with every P.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload.update.rules.projected import Projected, ProjectedRule
-from offload.update.rules.rule import Direction
+from finetune.offload.update.rules.projected import Projected, ProjectedRule
+from finetune.offload.update.rules.rule import Direction
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload.update.matrices import TEMPORARY_BYTES, sum_of_squares
-from offload.update.rules.adamw import AdamW
+from finetune.offload.update.matrices import TEMPORARY_BYTES, sum_of_squares
+from finetune.offload.update.rules.adamw import AdamW
 
 if TYPE_CHECKING:
     import torch
-
-    from offload.update.units import UpdateUnit
+    from finetune.offload.update.units import UpdateUnit
 
 
 @dataclass(frozen=True, kw_only=True)

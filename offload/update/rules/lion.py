@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offload.update.rules.rule import Scalars, TwoBetas
+from finetune.offload.update.rules.rule import Scalars, TwoBetas
 
 
 @dataclass(frozen=True, kw_only=True)

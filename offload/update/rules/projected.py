@@ -18,14 +18,12 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from annotated_types import Ge
-
-from offload.update.matrices import TEMPORARY_BYTES, Elements, Rows, chunks, parts, scaled
-from offload.update.rules.rule import AdamNumbers, Direction, DirectionRule
+from finetune.offload.update.matrices import TEMPORARY_BYTES, Elements, Rows, chunks, parts, scaled
+from finetune.offload.update.rules.rule import AdamNumbers, Direction, DirectionRule
 
 if TYPE_CHECKING:
     import torch
-
-    from offload.update.units import UpdateUnit
+    from finetune.offload.update.units import UpdateUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +191,7 @@ def _project(
 def _normals(shape: Shape, fqn: str, draw: str, matrix: int) -> torch.Tensor:
     """fp32 [r, n], of a parameter's matrix; draw: another word gives others."""
     import torch
-
-    from offload.noise import noise
+    from finetune.offload.noise import noise
 
     values = torch.zeros(shape.rank * shape.small)
     target = noise.Target(values, int.from_bytes(hashlib.blake2b(draw.encode(), digest_size=8).digest(), "little"), 1.0)

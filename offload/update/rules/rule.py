@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, get_type_
 
 if TYPE_CHECKING:
     import torch
-
-    from offload.update.units import UpdateUnit
+    from finetune.offload.update.units import UpdateUnit
 
 STATE_ITEMSIZES = {"float32": 4, "bfloat16": 2, "8bit": 1}
 """How state may be kept -> bytes of a number. bf16 state is always rounded stochastically."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge, Lt
-
-from offload.update.rules.rule import Rule, Scalars
+from finetune.offload.update.rules.rule import Rule, Scalars
 
 
 @dataclass(frozen=True, kw_only=True)

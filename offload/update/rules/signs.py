@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offload.update.rules.rule import Rule
+from finetune.offload.update.rules.rule import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.awq import PackedAwq
-from offload.weights.formats.base import Stored, StoredWeight, stored_name
-from offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
-from offload.weights.formats.compressed_tensors import CompressedTensor
-from offload.weights.formats.fp8 import BlockFP8
-from offload.weights.formats.gguf import GgufTensor
-from offload.weights.formats.gptq import PackedGptq
-from offload.weights.formats.lossless import LosslessWeight
-from offload.weights.formats.mxfp4 import MXFP4Experts
-from offload.weights.formats.plain import Extent, PlainTensor
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats.awq import PackedAwq
+from finetune.offload.weights.formats.base import Stored, StoredWeight, stored_name
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
+from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
+from finetune.offload.weights.formats.fp8 import BlockFP8
+from finetune.offload.weights.formats.gguf import GgufTensor
+from finetune.offload.weights.formats.gptq import PackedGptq
+from finetune.offload.weights.formats.lossless import LosslessWeight
+from finetune.offload.weights.formats.mxfp4 import MXFP4Experts
+from finetune.offload.weights.formats.plain import Extent, PlainTensor
 
 __all__ = [
     "FORMATS", "Extent", "FoundWeight", "PlainTensor", "Stored", "StoredWeight", "find_weights", "quantization_of",

@@ -19,13 +19,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.offload.files.checkpoint import TensorEntry
 from torch import Tensor, nn
 
-from memory.device_kinds import DEVICE_KINDS
-from offload.files.checkpoint import TensorEntry
-
 if TYPE_CHECKING:
-    from offload.weights.formats.plain import PlainTensor
+    from finetune.offload.weights.formats.plain import PlainTensor
 
 Stored = Tensor | dict[str, Tensor]
 """Bytes of a weight in memory: its stored tensors by name; of a plain one, the tensor."""
@@ -37,7 +36,8 @@ def stored_name(name: str, part: str) -> str:
 
 
 def kernels_for(tensor: Tensor) -> str | None:
-    """What kernels the tensor's device runs, as in `memory.device_kinds`; None on meta, and where Triton is not installed."""
+    """What kernels the tensor's device runs, as in `finetune.memory.device_kinds`; None on meta, and where Triton is not
+    installed."""
     traits = DEVICE_KINDS.get(tensor.device.type)
     if traits is None or traits.kernels == "triton" and not _has_triton():
         return None
@@ -96,7 +96,7 @@ class StoredWeight(ABC):
 
         Raises CheckpointError for parts that do not fit each other.
         """
-        from offload.weights.formats.plain import PlainTensor
+        from finetune.offload.weights.formats.plain import PlainTensor
 
         return cls(**{name: PlainTensor.of(entry) for name, entry in parts.items()})
 
@@ -117,7 +117,7 @@ class StoredWeight(ABC):
     @property
     def tensors(self) -> dict[str, PlainTensor]:
         """The stored tensors by field; a plain weight's only one is "". """
-        from offload.weights.formats.plain import PlainTensor
+        from finetune.offload.weights.formats.plain import PlainTensor
 
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, PlainTensor)}
@@ -135,7 +135,7 @@ class StoredWeight(ABC):
     @property
     def scale_parts(self) -> tuple[str, ...]:
         """Fields of the stored tensors that are the numbers' scales, where these are positive, in fp32, and one for some of the
-        numbers each: they can be tuned while the rest stays (`offload.perturb.scales`)."""
+        numbers each: they can be tuned while the rest stays (`finetune.offload.perturb.scales`)."""
         return ()
 
     def moved(self, move: Callable[[PlainTensor], PlainTensor]) -> StoredWeight:

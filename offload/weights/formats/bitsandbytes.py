@@ -24,12 +24,10 @@ from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.bitsandbytes_files import (
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.bitsandbytes_files import (
     CODES,
     STATES,
     State4Bit,
@@ -37,8 +35,9 @@ from offload.weights.formats.bitsandbytes_files import (
     read_shape,
     read_state,
 )
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
+from torch import Tensor, nn
 
 _PER_STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes rounds it
 
@@ -166,7 +165,7 @@ class Packed4Bit(StoredWeight):
             done += out.numel()
 
     def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        from offload.weights.formats import triton_pairs
+        from finetune.offload.weights.formats import triton_pairs
 
         state, nested, done = self.state, None, 0
         if state.nested_offset is not None:
@@ -272,7 +271,7 @@ class Packed8Bit(StoredWeight):
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         kernels = kernels_for(numbers)
         if kernels == "triton":
-            from offload.weights.formats import triton_scaled
+            from finetune.offload.weights.formats import triton_scaled
 
             scales = triton_scaled.Scales(stored["scales"][:, None], self.shape[1])
             triton_scaled.decode(triton_scaled.Codes(stored["packed"], "int8"), scales, numbers, factor=_PER_STEP)

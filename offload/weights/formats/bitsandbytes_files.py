@@ -9,9 +9,8 @@ from math import prod
 from typing import Any
 
 import torch
-
-from offload.files.checkpoint import TensorEntry, parse_json
-from offload.weights.formats.stored_parts import check, check_tensor, read_bytes
+from finetune.offload.files.checkpoint import TensorEntry, parse_json
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, read_bytes
 
 CODES = {
     "nf4": (

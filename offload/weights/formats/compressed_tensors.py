@@ -19,15 +19,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.compressed_tensors_config import (
+    Scheme,
+    check_section,
+    is_compressed_tensors,
+    schemes_of,
+)
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.scaled import (
+    RowSpan,
+    are_first,
+    cut_scales,
+    scale_columns,
+    scales_here,
+    scales_of_rows,
+)
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
 from torch import Tensor, nn
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.compressed_tensors_config import Scheme, check_section, is_compressed_tensors, schemes_of
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import RowSpan, are_first, cut_scales, scale_columns, scales_here, scales_of_rows
-from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
 
 _PARTS = {
     "words": ".weight_packed", "scales": ".weight_scale", "zero_points": ".weight_zero_point", "groups": ".weight_g_idx",
@@ -164,7 +175,7 @@ class CompressedTensor(StoredWeight):
         native_kernels.decode(codes, scales, numbers, rounded=of_rows.dtype)
 
     def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        from offload.weights.formats import triton_scaled
+        from finetune.offload.weights.formats import triton_scaled
 
         packed, bits, zeros, form = stored["packed"], self.scheme.num_bits, stored.get("zero_points"), "none"
         if self.scheme.is_packed:

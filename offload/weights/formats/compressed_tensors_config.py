@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.files.checkpoint import CheckpointError
+from finetune.offload.files.checkpoint import CheckpointError
 
 FORMATS_READ = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 """Values of `format` that are read."""

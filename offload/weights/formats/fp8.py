@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.scaled import RowSpan, cut_scales, scale_columns, scales_here, scales_of_rows
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape
 from torch import Tensor, nn
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.scaled import RowSpan, cut_scales, scale_columns, scales_here, scales_of_rows
-from offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape
 
 _SCALES = {"scales": ".weight_scale_inv", "one scale": ".weight_scale"}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -105,7 +104,7 @@ class BlockFP8(StoredWeight):
             codes = native_kernels.Codes("float8_e4m3fn", stored["packed"])
             native_kernels.decode(codes, native_kernels.Scales(scales, width, height), numbers)
         else:
-            from offload.weights.formats import triton_scaled
+            from finetune.offload.weights.formats import triton_scaled
 
             codes = triton_scaled.Codes(stored["packed"].view(torch.uint8), "e4m3")
             triton_scaled.decode(codes, triton_scaled.Scales(scales, width, height), numbers)

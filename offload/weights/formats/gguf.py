@@ -16,15 +16,14 @@ from math import prod
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import TensorEntry, is_gguf
+from finetune.offload.files.gguf_file import BLOCKS
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.gguf_blocks import DECODERS
+from finetune.offload.weights.formats.plain import TORCH_DTYPES, Extent, PlainTensor
+from finetune.offload.weights.formats.stored_parts import check
 from torch import Tensor
-
-from offload.files.checkpoint import TensorEntry, is_gguf
-from offload.files.gguf_file import BLOCKS
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.gguf_blocks import DECODERS
-from offload.weights.formats.plain import TORCH_DTYPES, Extent, PlainTensor
-from offload.weights.formats.stored_parts import check
 
 METHOD = "gguf"
 """`quant_method` of the configuration that is made of a GGUF file's metadata."""
@@ -114,7 +113,7 @@ class GgufTensor(StoredWeight):
             native_kernels.decode_blocks(self.block_type, rows, numbers)
             return
         if kernels == "triton":
-            from offload.weights.formats import triton_gguf
+            from finetune.offload.weights.formats import triton_gguf
 
             triton_gguf.decode(self.block_type, rows, numbers)
             return

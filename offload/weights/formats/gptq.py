@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.formats.grouped import (
+    WORD_BITS,
+    GroupedWeight,
+    check_parts,
+    check_words,
+    find_grouped,
+    unpack,
+)
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.stored_parts import check, matrix_shape, read_bytes
 from torch import Tensor
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats.grouped import WORD_BITS, GroupedWeight, check_parts, check_words, find_grouped, unpack
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, matrix_shape, read_bytes
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = {"gptq": True, "gptq_v2": False}

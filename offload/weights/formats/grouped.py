@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.plain import Extent, PlainTensor
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather
 from torch import Tensor, nn
-
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.plain import Extent, PlainTensor
-from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 WORD_BITS = 32
 _SUFFIXES = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx"}
@@ -111,7 +110,7 @@ class GroupedWeight(StoredWeight):
                 done += stop - start
 
     def _decode_on_accelerator(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
-        from offload.weights.formats import triton_scaled
+        from finetune.offload.weights.formats import triton_scaled
 
         codes = triton_scaled.Codes(stored["codes"].t(), "columns" if self.has_words_of_inputs else "rows", self.bits)
         scales = triton_scaled.Scales(

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.weights.formats.base import StoredWeight
+from finetune.offload.weights.formats.lossless_code import CHUNK, decode, is_complete
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
 from torch import Tensor
-
-from memory.errors import UserError
-from offload.files.checkpoint import CheckpointError, TensorEntry
-from offload.weights.formats.base import StoredWeight
-from offload.weights.formats.lossless_code import CHUNK, decode, is_complete
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
 
 METHOD = "finetune_lossless"
 VERSION = 1

@@ -17,13 +17,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats import native_kernels
+from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
+from finetune.offload.weights.formats.plain import PlainTensor
+from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather
 from torch import Tensor
-
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats import native_kernels
-from offload.weights.formats.base import StoredWeight, kernels_for, pieces
-from offload.weights.formats.plain import PlainTensor
-from offload.weights.formats.stored_parts import check, check_tensor, gather
 
 _VALUES = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _BLOCK = 32
@@ -75,7 +74,7 @@ class MXFP4Experts(StoredWeight):
     def decode_into(self, stored: dict[str, Tensor], numbers: Tensor) -> None:
         blocks, scales = stored["blocks"], stored["scales"]
         if kernels_for(numbers) == "triton":
-            from offload.weights.formats import triton_scaled
+            from finetune.offload.weights.formats import triton_scaled
 
             for words, exponents, target in zip(blocks.flatten(2).view(torch.int32), scales, numbers, strict=True):
                 of_blocks = triton_scaled.Scales(exponents, _BLOCK)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from finetune.offload.files.gguf_file import BLOCKS
 from finetune_native import Dtype
 from finetune_native import blocks as _blocks
 from finetune_native import decode as _native
 from torch import Tensor
-
-from offload.files.gguf_file import BLOCKS
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""
@@ -116,7 +115,7 @@ def decode(
 
 def decode_blocks(block_type: str, blocks: Tensor, target: Tensor, instructions: str = INSTRUCTION_SETS[0]) -> Tensor:
     """Fills `target` (contiguous; fp32, bf16 or fp16) with the numbers of GGUF's blocks and gives it back, on PyTorch's number
-    of threads. The bits are those of `offload.weights.formats.gguf_blocks`.
+    of threads. The bits are those of `finetune.offload.weights.formats.gguf_blocks`.
 
     block_type: ggml's word. blocks: uint8, contiguous. Raises ValueError for what does not fit.
     """

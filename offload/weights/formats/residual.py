@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats.base import Stored, StoredWeight
+from finetune.offload.weights.formats.plain import PlainTensor
 from torch import Tensor, nn
-
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.base import Stored, StoredWeight
-from offload.weights.formats.plain import PlainTensor
 
 
 class Initial(nn.Module):

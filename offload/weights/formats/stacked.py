@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats.base import Stored, StoredWeight, stored_name
+from finetune.offload.weights.formats.plain import PlainTensor
 from torch import Tensor
-
-from offload.files.checkpoint import TensorEntry
-from offload.weights.formats.base import Stored, StoredWeight, stored_name
-from offload.weights.formats.plain import PlainTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class _Assembled(StoredWeight):
     def find(
         cls, entries: Mapping[str, TensorEntry], quantization: Mapping[str, Any] | None
     ) -> dict[str, dict[str, TensorEntry]]:
-        """None: `offload.weights.assembly` puts them together."""
+        """None: `finetune.offload.weights.assembly` puts them together."""
         return {}
 
     @property

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from offload.files.checkpoint import CheckpointError, TensorEntry
+from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 
 
 def gather(

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from finetune.offload.devices.triton_rounding import put
+from finetune.offload.files.gguf_file import BLOCKS
+from finetune.offload.weights.formats.gguf_blocks import iq4_table
 from torch import Tensor
-
-from offload.devices.triton_rounding import put
-from offload.files.gguf_file import BLOCKS
-from offload.weights.formats.gguf_blocks import iq4_table
 
 ELEMENTS = 2048
 
