@@ -20,10 +20,11 @@ import torch
 
 from finetune.config import Config
 from finetune.data import TokenDataset
+from finetune.data.image_rows import open_samples
 from finetune.data.micro_batches import make_micro_batches
 from finetune.data.options import name_of
 from finetune.data.preparation import describe, prepare_for
-from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.data.tensor_rows import TensorRows
 from finetune.memory.errors import UserError
 from finetune.memory.meter import MemoryMeter
 from finetune.memory.plan import PlanRefused
@@ -104,9 +105,8 @@ def plan_with_evaluation(
         kinds = ("text", "rows of tensors") if shape.samples is None else ("rows of tensors", "text")
         raise UserError(f"eval_data: expected {kinds[0]}, as the training data are, found {kinds[1]}")
     if isinstance(rows, TensorRows):
-        longest = rows.longest(shape.samples)
         together = 1 if session.plan(shape).plan.count(HIDDEN_STATES) else shape.micro_batches
-        measured = BatchShape(rows.collate(longest), together, train=False, samples=len(longest))
+        measured = _shape_of_samples(rows, shape.samples, together)
         return session.plan(shape, measured), HeldOut(rows, measured)
     if isinstance(rows, WrittenRows):
         measured = rows.shape(session)
@@ -176,7 +176,7 @@ def _prepare(config: Config, directory: Path) -> TokenDataset:
 def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | WrittenRows | TensorRows:
     """The evaluation data, else the training data. Tokens are made now: in mid-run that would be more than is planned."""
     source = config.data if config.eval_data is None else config.eval_data
-    tensors = open_tensor_rows(source, session.parts)
+    tensors = open_samples(source, session.parts, config)
     if tensors is not None:
         if config.training.compute_metrics is not None:
             raise UserError("training.compute_metrics: expected rows of text, found samples of tensors: leave it out")
@@ -193,8 +193,7 @@ def open_rows(session: Session, config: Config) -> TextRows | MeasuredRows | Wri
 def _plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows, micro_batch_size: int) -> PlannedRun:
     """The plan that reads least: more micro-batches a pass make fewer passes, but leave less for resident blocks."""
     if isinstance(rows, TensorRows):
-        longest = rows.longest(micro_batch_size)
-        shape = BatchShape(rows.collate(longest), 1, train=False, samples=len(longest))
+        shape = _shape_of_samples(rows, micro_batch_size, 1)
         return _least_reading(session, shape, -(-len(rows) // micro_batch_size), PASS_TOKENS)
     if isinstance(rows, WrittenRows):
         return session.plan(rows.shape(session))
@@ -211,8 +210,7 @@ def _least_plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | 
     """Of passes with one micro-batch."""
     size = config.training.least_micro_batch_size
     if isinstance(rows, TensorRows):
-        longest = rows.longest(size)
-        return session.plan(BatchShape(rows.collate(longest), 1, train=False, samples=len(longest)))
+        return session.plan(_shape_of_samples(rows, size, 1))
     if isinstance(rows, WrittenRows):
         return session.plan(rows.shape(session))
     length = min(rows.max_length, config.dataset.sequence_length)
@@ -222,6 +220,13 @@ def _least_plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | 
 def _kept_bytes(rows: TextRows | MeasuredRows) -> int:
     """What a pass over the rows keeps of all of them."""
     return rows.kept_bytes if isinstance(rows, TextRows) else 0
+
+
+def _shape_of_samples(rows: TensorRows, size: int, micro_batches: int) -> BatchShape:
+    """size: rows of a micro-batch."""
+    longest = rows.longest(size)
+    shape = BatchShape(rows.collate(longest), micro_batches, train=False, samples=len(longest))
+    return shape.keeping(rows.reading_bytes(len(longest)))
 
 
 def _plan_text(session: Session, rows: TextRows | MeasuredRows, micro_batch_size: int) -> PlannedRun:

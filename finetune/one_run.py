@@ -14,10 +14,11 @@ from finetune.config import Config
 from finetune.config.training_options import REPORTERS
 from finetune.config.unused_keys import unused_adapter_note
 from finetune.data import BatchPlan, TokenDataset
+from finetune.data.image_rows import open_samples
 from finetune.data.options import sources_in
 from finetune.data.packed_rows import check_texts_stay_apart
 from finetune.data.preparation import describe, prepare_for
-from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.data.tensor_rows import TensorRows
 from finetune.evaluate import HeldOut, evaluate_open, open_rows, plan_with_evaluation
 from finetune.memory.errors import UserError
 from finetune.memory.meter import MemoryMeter
@@ -94,10 +95,12 @@ def take_rows(
     """
     config, source = session.config, session.config.data
     inputs = [session.base.source, session.parts.directory, *_local_paths(config.data, config.eval_data)]
-    tensors = open_tensor_rows(source, session.parts)
+    tensors = open_samples(source, session.parts, config)
     if tensors is not None:
         refuse_tensors(config)
         directory.take(config, inputs)
+        for line in tensors.describe():
+            say(line)
         return tensors
     objective_class(config).check_model(session.parts)
     kind, least = objective_class(config), with_least_rows(config)

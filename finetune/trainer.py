@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.config import Config
 from finetune.config.loading import expand_shorthands, merge
+from finetune.data.image_rows import open_samples
 from finetune.data.options import with_splits
-from finetune.data.tensor_rows import open_tensor_rows
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.memory.arena import trim_malloc
@@ -96,7 +96,7 @@ class Trainer:
         config = self.config
         session = Session(make_method(config), only_plan=True)
         try:
-            tensors = None if config.data is None else open_tensor_rows(config.data, session.parts)
+            tensors = None if config.data is None else open_samples(config.data, session.parts, config)
             choice, is_text = None, tensors is None
 
             def plan(config: Config) -> PlannedRun:

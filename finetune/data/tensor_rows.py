@@ -61,6 +61,14 @@ class TensorRows:
         with_values = in_memory or _digest([self._row(0)], True) == _digest([self._row(0)], True)
         return _digest((self._row(index) for index in indices), with_values, len(self._rows))
 
+    def reading_bytes(self, count: int) -> int:
+        """What reading so many rows together takes at most, beside their tensors."""
+        return 0
+
+    def describe(self) -> list[str]:
+        """What became of the rows, in lines for the user."""
+        return []
+
     def collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A micro-batch of these rows: `input_ids` first, where there are any, then tensors [B, ...]."""
         rows = [self._row(index) for index in indices]

@@ -54,11 +54,13 @@ class TokenLoss(Objective):
     def shape(self, session: Session) -> BatchShape:
         packing = self._config.dataset.sequence_length if self._config.dataset.packing else None
         shape = replace(scored_shape(self._config, packing or int(self.lengths.max())), can_wait=True)
+        reading = 0
         if isinstance(self._data, TensorRows):
             longest = self._data.longest(shape.inputs["input_ids"].shape[0])
             shape = replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
-        routers = self._routers.kept_bytes(shape) + _of_adapter(session, shape)
-        return shape.keeping(routers + _form_bytes(self._form.form, session, shape))
+            reading = self._data.reading_bytes(len(longest))
+        more = reading + self._routers.kept_bytes(shape) + _of_adapter(session, shape)
+        return shape.keeping(more + _form_bytes(self._form.form, session, shape))
 
     def lanes(self, groups: Sequence[Sequence[Row]], device: torch.device) -> MicroBatches:
         batches = make_micro_batches(self._data, groups, device)
