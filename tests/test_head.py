@@ -233,7 +233,7 @@ def test_token_scores_and_last_logits(tile_tokens, tile_vocab, operation):
         deferred = [operation(case.head(hidden)) for hidden in case.hidden]
         scores = tiled.token_scores([one.view(-1, VOCAB) for one in deferred], [y.flatten() for y in case.labels])
         last = tiled.last_logits(deferred)
-    for (found, likeliest), logits, labels in zip(scores, whole, case.labels, strict=True):
+    for (found, likeliest, _), logits, labels in zip(scores, whole, case.labels, strict=True):
         logits, labels = logits.flatten(0, 1), labels.flatten()
         expected = functional.cross_entropy(logits, labels, reduction="none")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
