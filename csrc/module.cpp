@@ -10,6 +10,7 @@
 #include "noise_bindings.h"
 #include "optimizer_bindings.h"
 #include "quantize_bindings.h"
+#include "rms_norm_bindings.h"
 #include "scaled_sum_bindings.h"
 
 NB_MODULE(finetune_native, m) {
@@ -28,5 +29,6 @@ NB_MODULE(finetune_native, m) {
     register_blocks(m);
     register_quantize(m);
     register_lossless(m);
+    register_rms_norm(m);
     register_scaled_sum(m);
 }

@@ -30,6 +30,7 @@ from finetune.offload.devices import DescribedDevice, Device, choose_device
 from finetune.offload.files.checkpoint import resolve_model
 from finetune.offload.sizing.needs import TEXTS
 from finetune.offload.step.own_loss import MakeLoss, models_own_loss
+from finetune.offload.step.rms_norm import norms_in_few_passes
 from finetune.offload.streamed_model import Options, StreamedModel
 from finetune.offload.weights.finite import first_not_finite
 from finetune.offload.weights.parts import ModelParts, cut
@@ -111,6 +112,7 @@ class Session:
         self.adapter.take_over()
         if self.device.traits.computes_on_host:
             sum_in_one_pass(self.model)
+            norms_in_few_passes(parts.blocks)
         self.parts = parts.read_whole(*reads_whole(self.model, parts))
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.adapter_parameters = [p for p in self.model.parameters() if not is_placeholder(p)]

@@ -19,6 +19,7 @@ NATIVE_IMPORTERS = {
     "offload/residency/io.py", "memory/arena.py", "memory/tensor_file.py",
     "offload/noise/noise.py", "offload/update/kernels.py",
     "offload/weights/formats/native_kernels.py", "offload/quantize/kernels.py",
+    "offload/step/rms_norm.py",
     "offload/step/scaled_sum.py",
     "offload/weights/formats/lossless_code.py",
 }  # fmt: skip
