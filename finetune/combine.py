@@ -90,6 +90,9 @@ def _combined(model: Any, names: Sequence[str], read: Sequence[Any], weights: Se
         found = set_peft_model_state_dict(adapted, values, adapter_name=name)
         if found.unexpected_keys:
             raise UserError(f"an adapter has tensors that the model has no place for, such as {found.unexpected_keys[0]}")
+        lost = saved.missing_tensors(adapted, name, values.keys(), found.missing_keys)
+        if lost:
+            raise UserError(f"an adapter lacks tensors that its configuration names, such as {lost[0]}: it is not whole")
     torch.manual_seed(how.seed)
     adapted.add_weighted_adapter(
         list(names), list(weights), "default", combination_type=how.kind, svd_rank=how.rank, density=how.density,

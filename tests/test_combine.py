@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import invoke
 from test_merge import load, lora, save_adapter
 from tiny_models import save_tiny
@@ -67,15 +68,22 @@ def test_numbers_are_pefts(kind, made, tmp_path):
     (("{one}", "{two}", "--rank", "3"), "--rank: expected a positive number, with kinds that end in svd"),
     (("{one}", "{dora}"), "has use_dora, and PEFT does not combine magnitudes"),
     (("{one}", "{other}"), "PEFT cannot combine these adapters: All adapters must have the same r value"),
+    (("{one}", "{lacking}"), "an adapter lacks tensors that its configuration names, such as base_model.model."),
     (("{one}", "{nowhere}"), "is not an adapter"),
 ])  # fmt: skip
 def test_what_cannot_be_combined(words, message, made, tmp_path):
     model, one, two = made
-    places = {"one": one, "two": two, "dora": tmp_path / "dora", "other": tmp_path / "other", "nowhere": tmp_path / "nowhere"}
+    names = ("dora", "other", "nowhere", "lacking")
+    places = {"one": one, "two": two, **{name: tmp_path / name for name in names}}
     if "{dora}" in words:
         save_adapter(model, places["dora"], lora("q_proj", use_dora=True))
     if "{other}" in words:
         save_adapter(model, places["other"], peft.LoraConfig(r=5, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    if "{lacking}" in words:
+        shutil.copytree(two, places["lacking"])
+        values = load_file(two / "adapter_model.safetensors")
+        values.pop(next(name for name in values if "lora_A" in name))
+        save_file(values, places["lacking"] / "adapter_model.safetensors")
     found = invoke("combine", *(word.format(**places) for word in words), "--to", str(tmp_path / "to"))
     assert found.exit_code == 1 and message in " ".join(found.stderr.split()), found.stderr
     assert not (tmp_path / "to").exists()

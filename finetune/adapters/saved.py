@@ -62,7 +62,8 @@ def load(parts: ModelParts, directory: Path) -> tuple[nn.Module, ModelParts]:
     except Exception as error:  # whatever PEFT's layers raise for files that are not theirs
         raise UserError(f"the adapter in {directory} does not fit this model: {_line(error)}") from error
     if not config.is_prompt_learning:
-        missing = _missing(model, {entry.name for entry in entries}, result.missing_keys)
+        names = {entry.name for entry in entries}
+        missing = missing_tensors(model, model.active_adapter, names, result.missing_keys)
         _check_complete(directory, config, missing, result.unexpected_keys)
     return model, parts.on(parts.checkpoint, sources) if tables else parts
 
@@ -206,15 +207,15 @@ def _is_part(parameter: str, module: str) -> bool:
     return f".{module}." in f".{parameter}"
 
 
-def _missing(model: nn.Module, found: Collection[str], not_loaded: Iterable[str]) -> list[str]:
-    """Names of tensors that PEFT would save of the adapter and that are not in `found`, nor other names of those, nor, by
-    `not_loaded`, made of what is found under other names."""
+def missing_tensors(model: nn.Module, adapter: str, found: Collection[str], not_loaded: Iterable[str]) -> list[str]:
+    """Names of tensors that PEFT would save of the adapter that the model knows as `adapter`, and that are not in `found`, nor
+    other names of those, nor, by `not_loaded`, made of what is found under other names."""
     from peft import get_peft_model_state_dict
 
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     there = {value.data_ptr() for name, value in own.items() if name in found}
-    absent = {key.replace(f".{model.active_adapter}", "") for key in not_loaded}
-    return [name for name, value in own.items() if name in absent - found and value.data_ptr() not in there]
+    absent = {key.replace(f".{adapter}", "") for key in not_loaded}
+    return [name for name, value in own.items() if name in absent - set(found) and value.data_ptr() not in there]
 
 
 def _check_complete(directory: Path, config: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
