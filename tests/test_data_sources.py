@@ -111,6 +111,7 @@ def test_what_a_configuration_takes(files):
     for message, values in {
         "expected as many dataset.probabilities as data has sources": {"data": files, "dataset": {"probabilities": [1, 1]}},
         "training.max_steps where data are read as a stream, which has no": {"data": stream},
+        "at each place of the list, found null": {"data": [files[0], None]},
         "expected training.max_steps": {"data": files, "dataset": {"streaming": True}},
         "named train and validation, found a mapping with x": {"data": datasets.DatasetDict({"x": splits["x"]})},
         "expected paths, hub ids, a sequence of rows or a datasets.IterableDataset, found": {"data": iter(ROWS[0])},

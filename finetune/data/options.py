@@ -105,6 +105,8 @@ def _check_data(data: Any) -> Any:
         named = ", ".join(map(str, data))
         raise ValueError(f"expected rows, or splits named train and validation, found a mapping with {named:.60}")
     if len(sources := sources_in(data)) > 1 or sources[0] is not data:
+        if any(one is None for one in sources):
+            raise ValueError("expected a path, a hub id or rows at each place of the list, found null: remove it")
         checked = [_check_data(one) for one in sources]
         return checked if len(checked) > 1 else checked[0]
     in_sequence = hasattr(data, "__len__") and hasattr(data, "__getitem__")
