@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from test_cli import invoke
 from test_merge import load, lora, save_adapter
 from text_models import make_config, write_model, write_rows
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from finetune import Trainer
 from finetune.config import Config
+from finetune.data.gguf_tokenizer import add_tokenizer
 from finetune.merge import merge
 
 
@@ -130,6 +131,23 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     original = tf.AutoTokenizer.from_pretrained(dense)
     for text in ("the cat sat", "a mat, the théâtre"):
         assert back(text, add_special_tokens=False).input_ids == original(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("normalizer, word", [
+    (normalizers.Lowercase(), "Lowercase"), (normalizers.Sequence([normalizers.NFKC(), normalizers.NFC()]), "NFKC"),
+    (normalizers.Replace(" ", "_"), "Replace"), (normalizers.NFC(), None),
+])  # fmt: skip
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_what_a_tokenizer_does_to_text_before_is_said_or_refused(is_scored, normalizer, word):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], byte_fallback=is_scored))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast, writer = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer), gguf.GGUFWriter(None, "llama")
+    if word is None and not is_scored:  # as llama.cpp's own converter passes over it
+        add_tokenizer(writer, fast, 3, changed())
+        return
+    with pytest.raises(UserError, match=rf"changes a text before it splits it .{word or 'NFC'}"):
+        add_tokenizer(writer, fast, 3, changed())
 
 
 LLAMA3 = {

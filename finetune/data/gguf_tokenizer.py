@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _LAST_SCORE = -1e6  # of pieces that no merge makes
+_PASSED_OVER = ({"type": "NFC"},)  # by llama.cpp's own converter too, since most text has that form
+_SPACES = ({"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"})
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Any, rows: int, config: Any) -> None:
@@ -88,6 +90,7 @@ def _tokens(found: Mapping[str, Any], rows: int) -> list[tuple[str, int]]:
 
 
 def _add_byte_level(writer: GGUFWriter, found: Mapping[str, Any], tokens: Sequence[tuple[str, int]]) -> None:
+    _check_normalizer(found, _PASSED_OVER)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_split_name(found))
     writer.add_token_list([text for text, _ in tokens])
@@ -98,6 +101,7 @@ def _add_byte_level(writer: GGUFWriter, found: Mapping[str, Any], tokens: Sequen
 def _add_scored(writer: GGUFWriter, found: Mapping[str, Any], tokens: Sequence[tuple[str, int]]) -> None:
     from gguf import TokenType
 
+    _check_normalizer(found, _SPACES)
     scores: dict[str, float] = {}
     for place, pair in enumerate(_merges(found)):
         scores.setdefault("".join(pair), -float(place))
@@ -117,6 +121,13 @@ def _add_scored(writer: GGUFWriter, found: Mapping[str, Any], tokens: Sequence[t
     writer.add_token_scores([scores.get(text, _LAST_SCORE) for text, _ in tokens])
     writer.add_token_types(types)
     writer.add_add_space_prefix(_adds_space(found))
+
+
+def _check_normalizer(found: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> None:
+    """known: what may be done to a text before it is split."""
+    for part in _parts(found["normalizer"], "normalizers"):
+        if part not in known:
+            raise _unknown(f"it changes a text before it splits it ({part['type']})")
 
 
 def _merges(found: Mapping[str, Any]) -> list[Sequence[str]]:
