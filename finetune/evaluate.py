@@ -224,9 +224,9 @@ def _kept_bytes(rows: TextRows | MeasuredRows) -> int:
 
 def _shape_of_samples(rows: TensorRows, size: int, micro_batches: int) -> BatchShape:
     """size: rows of a micro-batch."""
-    longest = rows.longest(size)
-    shape = BatchShape(rows.collate(longest), micro_batches, train=False, samples=len(longest))
-    return shape.keeping(rows.reading_bytes(len(longest)))
+    samples = min(size, len(rows))
+    shape = BatchShape(rows.largest(samples), micro_batches, train=False, samples=samples)
+    return shape.keeping(rows.reading_bytes(samples))
 
 
 def _plan_text(session: Session, rows: TextRows | MeasuredRows, micro_batch_size: int) -> PlannedRun:

@@ -4,8 +4,8 @@
 A row has `messages`, whose contents may be lists of parts as Transformers' processors take them: {"type": "text", "text": ...}
 and {"type": "image", ...}. The image of a part is a file, encoded bytes or an object of Pillow, in the part itself or, one
 after the other, in the row's column `images`. Nothing is fetched from a network. A micro-batch is what the processor makes of
-its rows when it is given them together, padded on the right. Images are read when their row is computed; tokens and labels
-are kept.
+its rows when it is given them together, padded on the right. Images are read when their row is computed; until then
+they are on disk, see `finetune.data.pictures`. Text and labels are kept.
 
 The assistant's turns are trained: what a turn adds to the tokens of the prompt that asks for it. Where the tokens of the whole
 conversation do not begin with that prompt, the row is refused.
@@ -13,10 +13,7 @@ conversation do not begin with that prompt, the row is refused.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -31,14 +28,13 @@ from finetune.data.cache import MASKED
 from finetune.data.errors import DataError
 from finetune.data.messages import ROLES, kind_of
 from finetune.data.options import sources_in
+from finetune.data.pictures import Aside, Pictures, open_image
 from finetune.data.preparation import template_text
-from finetune.data.sources import read_rows, resolve
+from finetune.data.sources import read_rows, resolve, with_encoded_images
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
 from finetune.memory.errors import UserError
 from finetune.offload.weights.parts import ModelParts
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What Pillow reads without another program."""
 _PLACES = ("image", "path", "url", "base64", "bytes")
 _BYTES_OF_A_PIXEL, _BYTES_WHILE_PROCESSED = 4, 48
 """Of an image as it is read, and of one at a time that is brought to numbers: resized, in fp32, scaled, cut into patches."""
@@ -48,68 +44,82 @@ Messages = list[dict[str, Any]]
 
 
 class ImageRows(TensorRows):
-    """See [Note: conversations with images]. left_out: rows that are longer than `sequence_length`."""
+    """See [Note: conversations with images]. left_out: rows that are longer than `sequence_length`. digest: of their tokens,
+    labels and images and their order, 128 bits in hexadecimal."""
 
-    def __init__(self, rows: Iterable[tuple[str, Any]], processor: Any, sequence_length: int, template: str | None) -> None:
+    digest = ""
+
+    def __init__(
+        self, rows: Iterable[tuple[str, Any]], processor: Any, sequence_length: int, template: str | None, pictures: Pictures
+    ) -> None:
         """rows: (where it is, the row). processor: the model's. template: the text of a chat template in place of its own.
-        Raises UserError for rows that are not conversations with images."""
-        self._processor = processor
+        pictures: has the images. Raises UserError for rows that are not conversations with images."""
+        self._processor, self._pictures = processor, pictures
         self._template = {} if template is None else {"chat_template": template}
-        self._conversations: list[tuple[Messages, list[Any]]] = []
-        self._ids: list[torch.Tensor] = []
-        self._labels: list[torch.Tensor] = []
-        self._pixels: list[list[int]] = []  # of the images of each row
-        self.left_out = 0
+        self._texts: list[str] = []
+        self._images: list[list[str | Aside]] = []
+        self._labels: list[np.ndarray] = []  # int32 [tokens]
+        self._most_pixels = self.left_out = 0  # of an image
+        sizes, digest = [], hashlib.blake2b(digest_size=16)
         for place, row in rows:
             messages, images = parse_conversation(row, place)
             opened = [open_image(image, place) for image in images]
-            ids, labels = self._tokens(messages, opened, place)
+            batch, labels = self._read(messages, opened, place)
+            ids = batch["input_ids"][0]
             if len(ids) > sequence_length or not bool((labels[1:] != MASKED).any()):
                 self.left_out += 1
                 continue
-            self._conversations.append((messages, images))
-            self._ids.append(ids)
-            self._labels.append(labels)
-            self._pixels.append([0, *(image.width * image.height for image in opened)])
-        if not self._ids:
+            self._texts.append(self._text(messages))
+            self._images.append([pictures.keep(*both, place) for both in zip(images, opened, strict=True)])
+            self._labels.append(labels.numpy().astype(np.int32))
+            pixels = [image.width * image.height for image in opened]
+            self._most_pixels = max(self._most_pixels, *pixels, 0)
+            sizes.append((len(ids), sum(pixels), sum(x.numel() for x in batch.values() if x.is_floating_point())))
+            digest.update(ids.numpy().tobytes() + labels.numpy().tobytes())
+            for image in opened:
+                digest.update(f"{image.size}".encode() + image.tobytes())
+        if not sizes:
             raise DataError(
                 f"no conversation is left of {self.left_out}: none has a trained token and at most {sequence_length} tokens, "
                 "images counted as the model's processor makes them: raise sequence_length"
             )
-        self.lengths = np.array([len(ids) for ids in self._ids], np.int64)
+        self.digest = digest.hexdigest()
+        # Of each row: tokens, pixels of its images as they are read, and numbers that the processor makes of these.
+        self.lengths, self._pixels, self._numbers = np.array(sizes, np.int64).T
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._texts)
 
-    @property
-    def digest(self) -> str:
-        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=16)
-        for (_, images), ids, labels in zip(self._conversations, self._ids, self._labels, strict=True):
-            digest.update(ids.numpy().tobytes() + labels.numpy().tobytes())
-            for image in images:
-                opened = open_image(image, "data")
-                digest.update(f"{opened.size}".encode() + opened.tobytes())
-        return digest.hexdigest()
+    def largest(self, count: int) -> dict[str, torch.Tensor]:
+        """The rows of which the processor makes most numbers, as long as the longest one: text may be long without an image."""
+        batch = self.collate(np.argsort(-self._numbers, kind="stable")[:count].tolist())
+        rows, tokens = batch["input_ids"].shape
+        batch.pop("attention_mask", None)
+        more = int(self.lengths.max()) - tokens
+        for name, value in batch.items():
+            if value.shape == (rows, tokens) and not value.is_floating_point():
+                batch[name] = torch.cat([value, value[:, -1:].expand(-1, more)], 1)
+        if rows > 1 and self.lengths.min() < self.lengths.max():
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][-1, -1] = 0  # something is padded
+        return batch
 
     def reading_bytes(self, count: int) -> int:
-        return _BYTES_OF_A_PIXEL * count * max(map(sum, self._pixels)) + _BYTES_WHILE_PROCESSED * max(map(max, self._pixels))
+        return int(_BYTES_OF_A_PIXEL * count * self._pixels.max() + _BYTES_WHILE_PROCESSED * self._most_pixels)
 
     def describe(self) -> list[str]:
         left = f", {self.left_out:,} left out: longer than sequence_length, or without a trained token" if self.left_out else ""
-        images = sum(len(images) for _, images in self._conversations)
+        images = sum(map(len, self._images))
         return [f"{len(self):,} conversations with {images:,} images, at most {self.lengths.max():,} tokens{left}"]
 
     def collate(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        texts, images = [], []
-        for index in indices:
-            messages, places = self._conversations[index]
-            texts.append(self._text(messages))
-            images.append([open_image(image, f"data[{index}]") for image in places])
+        texts = [self._texts[index] for index in indices]
+        images = [[self._pictures.open(one, f"data[{index}]") for one in self._images[index]] for index in indices]
         batch = self._processed(texts, images)
         length = batch["input_ids"].shape[1]
-        rows = [self._labels[index] for index in indices]
+        rows = [torch.from_numpy(self._labels[index]).long() for index in indices]
         labels = [functional.pad(row, (0, length - len(row)), value=MASKED) for row in rows]
-        if len({len(self._ids[index]) for index in indices}) == 1:
+        if len({int(self.lengths[index]) for index in indices}) == 1:
             del batch["attention_mask"]  # nothing is padded
         return batch | {"labels": torch.stack(labels)}
 
@@ -122,16 +132,17 @@ class ImageRows(TensorRows):
     def _text(self, messages: Messages, prompt: bool = False) -> str:
         return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **self._template)
 
-    def _tokens(self, messages: Messages, images: list[Any], place: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [tokens] of the whole conversation, and its labels."""
+    def _read(self, messages: Messages, images: list[Any], place: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What the processor makes of the whole conversation, alone, and its labels, int64 [tokens]."""
         try:
-            ids = self._ids_of(messages, images, place, prompt=False)
+            batch = self._batch_of(messages, images, place, prompt=False)
+            ids = batch["input_ids"][0]
             labels = torch.full_like(ids, MASKED)
             for number, message in enumerate(messages):
                 if message["role"] != "assistant":
                     continue
-                before = self._ids_of(messages[:number], images, place, prompt=True)
-                after = self._ids_of(messages[: number + 1], images, place, prompt=False)
+                before = self._batch_of(messages[:number], images, place, prompt=True)["input_ids"][0]
+                after = self._batch_of(messages[: number + 1], images, place, prompt=False)["input_ids"][0]
                 if not (ids[: len(before)].equal(before) and ids[: len(after)].equal(after) and len(after) > len(before)):
                     raise DataError(
                         f"{place}: the chat template writes messages[{number}] of the whole conversation otherwise than as an "
@@ -143,16 +154,16 @@ class ImageRows(TensorRows):
         except Exception as error:  # whatever templates and processors raise
             words = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{place}: the model's processor refuses the conversation: {words:.300}") from error
-        return ids, labels
+        return batch, labels
 
-    def _ids_of(self, messages: Messages, images: list[Any], place: str, prompt: bool) -> torch.Tensor:
+    def _batch_of(self, messages: Messages, images: list[Any], place: str, prompt: bool) -> dict[str, torch.Tensor]:
         text = self._text(messages, prompt)
         parts = [part for message in messages for part in message["content"]]
         lost = next((part["text"] for part in parts if part["type"] == "text" and part["text"].strip() not in text), None)
         if lost is not None:
             raise DataError(f"{place}: the chat template leaves out the text {lost!r:.80}: give another dataset.chat_template")
         count = sum(part["type"] == "image" for part in parts)
-        return self._processed([text], [images[:count]])["input_ids"][0]
+        return self._processed([text], [images[:count]])
 
 
 def parse_conversation(row: Any, place: str) -> tuple[Messages, list[Any]]:
@@ -205,29 +216,6 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def open_image(image: Any, place: str) -> Any:
-    """RGB, as an object of Pillow. image: the path of a file, its bytes, a data URL, {"path", "bytes"} as datasets have it, or
-    such an object. Raises UserError without Pillow and DataError for what is no image here."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise UserError("rows with images need the package Pillow, which is not installed: pip install pillow") from None
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, Mapping):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str) and image.startswith(("http://", "https://", "ftp://")):
-        raise DataError(f"{place}: images are not fetched from a network: download {image:.100} and give its path")
-    try:
-        if isinstance(image, str) and image.startswith("data:"):
-            image = base64.b64decode(image.partition(",")[2], validate=True)
-        source = io.BytesIO(image) if isinstance(image, bytes) else Path(str(image).removeprefix("file://")).expanduser()
-        with Image.open(source, formats=_FORMATS) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError, binascii.Error) as error:
-        raise DataError(f"{place}: an image can't be read: {error}; expected {', '.join(_FORMATS)}") from error
-
-
 def open_samples(source: Any, parts: ModelParts, config: Config) -> TensorRows | None:
     """The rows of `source`, a sequence or paths of files, where they are tensors to this model, or conversations of which one
     has images and it reads these; None: they are text. Raises UserError."""
@@ -255,7 +243,8 @@ def _open_image_rows(source: Any, place: Path, config: Config) -> ImageRows | No
             "preprocessor_config.json and processor_config.json beside its weights"
         )
     rows = chain.from_iterable(map(_rows, sources))
-    return ImageRows(rows, processor, config.dataset.sequence_length, template_text(config.dataset.chat_template))
+    template = template_text(config.dataset.chat_template)
+    return ImageRows(rows, processor, config.dataset.sequence_length, template, Pictures(config.output))
 
 
 def has_images(row: Any) -> bool:
@@ -273,7 +262,9 @@ def _rows(source: Any) -> Iterator[tuple[str, Any]]:
     """(place, row). Paths of images in a file are relative to it."""
     if not isinstance(source, str | Path):
         is_sequence = not isinstance(source, Mapping) and hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        yield from ((f"data[{index}]", source[index]) for index in range(len(source) if is_sequence else 0))
+        found = with_encoded_images(source)
+        rows = found if found is not source else (source[index] for index in range(len(source) if is_sequence else 0))
+        yield from ((f"data[{index}]", row) for index, row in enumerate(rows))
         return
     for file in resolve(source):
         folder = Path(file.path).parent if hasattr(file, "path") and isinstance(file.path, str) else None

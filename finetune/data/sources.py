@@ -17,7 +17,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from finetune.data.rows import COLUMNS, MEDIA
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 TEXT_PIECE_CHARS = 1 << 18
+_ROWS_WITH_IMAGES = 16  # of Parquet, that are in memory together where they may be
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSED = (*_OPENERS, ".zst", ".zip", ".lz4", ".br")
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(?P<part>:((?P<config>[\w.-]+):)?(?P<split>.+))?")
@@ -179,6 +180,21 @@ def without_added_nulls(value: Any) -> Any:
     return [without_added_nulls(one) for one in value] if isinstance(value, list) else value
 
 
+def with_encoded_images(rows: Any) -> Any:
+    """Of a datasets.Dataset of conversations with images, its rows with these as in Arrow, as bytes or paths; else `rows`."""
+    features = getattr(rows, "features", None)
+    if not isinstance(features, Mapping) or "messages" not in features or rows.format["type"] == "custom":
+        return rows
+    return (row for table in rows.with_format("arrow") for row in table.to_pylist()) if _has_images(features) else rows
+
+
+def _has_images(feature: Any) -> bool:
+    """feature: one of datasets, or columns or a list of them."""
+    inner = feature.values() if isinstance(feature, Mapping) else feature if isinstance(feature, list) else ()
+    inner = [feature.feature] if hasattr(feature, "feature") else inner
+    return type(feature).__name__ == "Image" or any(map(_has_images, inner))
+
+
 def _format(path: Path) -> str:
     """The suffix that says what a file holds: the one before that of a compression."""
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
@@ -301,7 +317,7 @@ def _parquet_rows(file: File, every_column: bool) -> Iterator[tuple[str, Any]]:
             known = [] if every_column else _known(names)
             media = {} if every_column else dict.fromkeys(MEDIA.intersection(names), True)
             number = 0
-            for batch in table.iter_batches(batch_size=256, columns=known or names):
+            for batch in table.iter_batches(batch_size=_ROWS_WITH_IMAGES if every_column else 256, columns=known or names):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file.name}:{number}", without_added_nulls(row) | media
@@ -352,5 +368,7 @@ def _hub_rows(source: HubSplit, every_column: bool, streaming: bool) -> Iterator
     media = {} if every_column else dict.fromkeys(MEDIA.intersection(names), True)
     if known:
         rows = rows.select_columns(known)
+    if every_column:
+        rows = with_encoded_images(rows)
     for number, row in enumerate(rows, 1):
         yield f"{source.name}:{number}", without_added_nulls(row) | media

@@ -91,9 +91,9 @@ class TensorRows:
             batch |= _padding_mask(rows)
         return batch
 
-    def longest(self, count: int) -> list[int]:
-        """Indices of `count` rows of which none is shorter than any other row."""
-        return np.argsort(-self.lengths, kind="stable")[:count].tolist()
+    def largest(self, count: int) -> dict[str, torch.Tensor]:
+        """A micro-batch that takes no less memory than any `count` rows: the longest ones."""
+        return self.collate(np.argsort(-self.lengths, kind="stable")[:count].tolist())
 
     def _padded(
         self, name: str, values: Sequence[torch.Tensor], rows: Sequence[Mapping[str, torch.Tensor]]

@@ -56,9 +56,9 @@ class TokenLoss(Objective):
         shape = replace(scored_shape(self._config, packing or int(self.lengths.max())), can_wait=True)
         reading = 0
         if isinstance(self._data, TensorRows):
-            longest = self._data.longest(shape.inputs["input_ids"].shape[0])
-            shape = replace(shape, inputs=self._data.collate(longest), samples=len(longest), packed=False)
-            reading = self._data.reading_bytes(len(longest))
+            samples = min(shape.inputs["input_ids"].shape[0], len(self._data))
+            shape = replace(shape, inputs=self._data.largest(samples), samples=samples, packed=False)
+            reading = self._data.reading_bytes(samples)
         more = reading + self._routers.kept_bytes(shape) + _of_adapter(session, shape)
         return shape.keeping(more + _form_bytes(self._form.form, session, shape))
 

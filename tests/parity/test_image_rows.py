@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import base64
+import copy
+import io
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from finetune.memory.errors import UserError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny_models import Run, assert_same_bits, make_config, streamed_run, token_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.processing_utils import ProcessorMixin
 
 from finetune.data import BatchPlan
 from finetune.data.errors import DataError
-from finetune.data.image_rows import ImageRows, open_image, parse_conversation
+from finetune.data.image_rows import ImageRows, _rows, parse_conversation
+from finetune.data.pictures import Aside, Pictures, open_image
 from finetune.methods.first_order import lane_seed
 
 TEMPLATE = (
@@ -269,18 +274,79 @@ def test_an_image_is_a_file_bytes_or_a_url_of_its_data(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=message):
             open_image(image, "data[0]")
+    turned = pixels.getexif()
+    turned[ExifTags.Base.Orientation] = 6
+    pixels.save(tmp_path / "turned.png", exif=turned)
+    for image in (str(tmp_path / "turned.png"), Image.open(tmp_path / "turned.png")):
+        assert open_image(image, "data[0]").tobytes() == pixels.rotate(-90, expand=True).tobytes()
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match="need the package Pillow"):
         open_image(whole, "data[0]")
 
 
-def test_long_rows_are_left_out_and_templates_that_lose_text_refused(model):
+def test_long_rows_are_left_out_and_templates_that_lose_text_refused(model, tmp_path):
     _, processor = model("llava")
     rows = [(f"data[{i}]", row) for i, row in enumerate(conversations())]
-    found = ImageRows(rows, processor, 60, None)
+    found = ImageRows(rows, processor, 60, None, Pictures(tmp_path))
     assert found.left_out > 0 and found.lengths.max() <= 60
     assert f"{found.left_out} left out" in found.describe()[0]
     with pytest.raises(DataError, match="no conversation is left of 9"):
-        ImageRows(rows, processor, 3, None)
+        ImageRows(rows, processor, 3, None, Pictures(tmp_path))
     with pytest.raises(DataError, match="leaves out the text 'what 0'"):
-        ImageRows(rows, processor, 256, "{% for m in messages %}{{ m.role }}{% endfor %}")
+        ImageRows(rows, processor, 256, "{% for m in messages %}{{ m.role }}{% endfor %}", Pictures(tmp_path))
+
+
+def encoded(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2-vl"])
+def test_a_micro_batch_is_planned_that_no_other_exceeds(name, model, tmp_path):
+    """The longest rows have no image."""
+    _, processor = model(name)
+    rows = conversations()
+    rows[3]["messages"][1]["content"] = "long " * 30
+    found = ImageRows([("data", row) for row in rows], processor, 512, None, Pictures(tmp_path))
+    for count in (1, 2):
+        planned = found.largest(count)
+        batches = [found.collate(pair) for pair in itertools.combinations(range(len(rows)), count)]
+        assert planned.keys() == set().union(*batches)
+        for key, value in planned.items():
+            assert value.numel() == max(batch[key].numel() for batch in batches if key in batch), key
+        assert planned["labels"].shape == planned["input_ids"].shape
+    assert "attention_mask" in planned and not planned["attention_mask"].all()
+
+
+def test_images_are_on_disk_until_their_row_is_computed(model, tmp_path):
+    """In whatever way rows have them: the same samples, the same digest, and nothing left in the directory."""
+    _, processor = model("llava")
+    (folder := tmp_path / "out").mkdir()
+    of_pillow = [row for row in conversations() if len(row["messages"][0]["content"]) > 1]
+    ways: dict[str, Any] = {"objects": of_pillow}
+    for way in ("path", "bytes", "base64"):
+        ways[way] = copy.deepcopy(of_pillow)
+        for i, part in enumerate(part for row in ways[way] for part in row["messages"][0]["content"] if "image" in part):
+            data = encoded(part.pop("image"))
+            (tmp_path / f"{i}.png").write_bytes(data)
+            url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+            part[way] = {"path": str(tmp_path / f"{i}.png"), "bytes": data, "base64": url}[way]
+    columns = {"messages": [], "images": []}
+    for row in of_pillow:
+        parts = [{"type": part["type"], "text": part.get("text")} for part in row["messages"][0]["content"]]
+        turns = [{"role": "user", "content": parts}]
+        answer = [{"type": "text", "text": one["content"]} for one in row["messages"][1:]]
+        turns += [{"role": one["role"], "content": [text]} for one, text in zip(row["messages"][1:], answer, strict=True)]
+        columns["messages"].append(turns)
+        columns["images"].append([part["image"] for part in row["messages"][0]["content"] if "image" in part])
+    ways["a data set"] = datasets.Dataset.from_dict(columns).cast_column("images", datasets.List(datasets.Image()))
+    digests = set()
+    for way, rows in ways.items():
+        found = ImageRows(_rows(rows), processor, 256, None, Pictures(folder / "not there yet"))
+        assert all(isinstance(one, str if way == "path" else Aside) for images in found._images for one in images), way
+        expected = plain_batch(processor, [of_pillow[2], of_pillow[0]])
+        for key, value in found.collate([2, 0]).items():
+            assert value.equal(expected[key]), (way, key)
+        digests.add(found.digest)
+    assert len(digests) == 1 and not list(folder.iterdir())
