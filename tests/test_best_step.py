@@ -51,7 +51,20 @@ def run_config(model: Path, folder: Path, name: str, **changes: Any) -> Config:
 
 
 def losses(directory: Path) -> list[float]:
-    return [row["eval_loss"] for row in read_metrics(directory / "metrics.jsonl")]
+    return [row.get("eval_loss") for row in read_metrics(directory / "metrics.jsonl")]
+
+
+class RaisesOnce:
+    """In place of metrics: what ends a run in its evaluation number `call`."""
+
+    def __init__(self, call: int) -> None:
+        self._left = call
+
+    def __call__(self, found: Any) -> dict[str, float]:
+        self._left -= 1
+        if not self._left:
+            raise OSError("there is no room")
+        return {}
 
 
 @pytest.mark.parametrize("greater", [False, True])
@@ -87,8 +100,12 @@ def test_a_run_ends_early_with_its_best_adapter_and_so_does_a_resumed_one(model,
     assert evaluate(config, config.output)["loss"] == pytest.approx(min(found), rel=1e-6)
     assert [path.name for path in (config.output / "best").iterdir()] == [f"step-{best:08d}"]
 
-    parts = run_config(model, tmp_path, "parts", training={"save_steps": 50, "save_total_limit": 1})
-    Trainer(parts, [StopAfter(best + 1)]).train()
+    changes = {"save_steps": 50, "save_total_limit": 1, "compute_metrics": RaisesOnce(best)}
+    parts = run_config(model, tmp_path, "parts", training=changes)
+    with pytest.raises(UserError, match="compute_metrics: .* failed: OSError"):
+        Trainer(parts).train()
+    assert losses(parts.output) == [*found[: best - 1], None]
+    Trainer(parts.model_copy(update={"resume": True}), [StopAfter(best + 1)]).train()  # it evaluates the best step first
     (parts.output / "best.json").unlink()
     assert len(list((parts.output / "state").iterdir())) == 1
     resumed = parts.model_copy(update={"resume": True})
@@ -128,8 +145,11 @@ def test_the_best_step_of_a_journal_is_what_is_used_and_exported(model, tmp_path
 
 def test_evaluations_at_the_end_of_epochs(model, tmp_path):
     training = {"batch_size": 1, "eval_steps": "epoch", "save_steps": "epoch", "epochs": 2.5, "max_steps": None}
+    training |= {"compute_metrics": RaisesOnce(1)}
     config = run_config(model, tmp_path, "epochs", training=training)
-    Trainer(config).train()
+    with pytest.raises(UserError, match="there is no room"):
+        Trainer(config).train()
+    Trainer(config.model_copy(update={"resume": True})).train()  # it evaluates the end of the first epoch
     rows = list(read_metrics(config.output / "metrics.jsonl"))
     assert ["eval_loss" in row for row in rows] == [False, True, False, True, True]
     assert json.loads((config.output / "best.json").read_text())["step"] in (2, 4, 5)

@@ -133,6 +133,14 @@ class Callbacks:
             self._control.should_evaluate = options.eval_steps == "epoch" and self._config.eval_data is not None
             self._control.should_save = options.save_steps == "epoch"
 
+    def resumed(self, row: Mapping[str, Any], ends_epoch: bool) -> None:
+        """row: of metrics, of the step that the run goes on from, the last of an epoch or not. Sets whether it lacks an
+        evaluation."""
+        steps = self._config.training.eval_steps
+        is_due = ends_epoch if steps == "epoch" else self._is_due(steps, row["step"])
+        is_done = any(key.startswith("eval_") for key in row)
+        self._control.should_evaluate = is_due and not is_done and self._config.eval_data is not None
+
     @staticmethod
     def _is_due(steps: int | str | None, step: int) -> bool:
         return isinstance(steps, int) and step % steps == 0

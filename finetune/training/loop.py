@@ -56,6 +56,7 @@ class TrainingLoop:
         batches = self._batches
         batch = self.step + batches.skipped(metrics.last_row)
         with self._kept(after):
+            self._do_what_was_left(batch, callbacks, after, metrics)
             while batch < batches.num_steps and not callbacks.should_stop:
                 writes.check_next()
                 callbacks.step_begin()
@@ -75,6 +76,14 @@ class TrainingLoop:
                 self._stop_if_asked()
         after.finish(self.step)
         callbacks.train_end(self.training_loss, self.seconds)
+
+    def _do_what_was_left(self, batch: int, callbacks: Callbacks, after: AfterStep, metrics: MetricsWriter) -> None:
+        """An evaluation that was due after the step that the run goes on from, where a process was ended before or in it."""
+        row = metrics.last_row
+        if row is not None and row["step"] == self.step:
+            callbacks.resumed(row, ends_epoch=batch % self._batches.steps_per_epoch == 0)
+            after.settle(self.step, last=False)
+            self._traffic = self._session.streamed.traffic()
 
     @property
     def training_loss(self) -> float:
