@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,13 @@ def test_a_hub_id_is_named(run):
     card = ModelCard(model_card(run[1], "owner/name", "peft", "Words."))
     assert card.data.base_model == "owner/name" and "base_model:adapter:owner/name" in card.data.tags
     assert "[owner/name](https://huggingface.co/owner/name)" in card.content
+
+
+def test_of_a_run_that_leaves_its_best_step_the_card_says_what_that_one_is(run, tmp_path):
+    (tmp_path / "run.json").write_bytes((run[1] / "run.json").read_bytes())
+    report = {"steps": 9, "first_loss": 4.0, "last_loss": 1.0, "evaluation": {"loss": 3.5, "perplexity": 33.0}}
+    report["best"] = {"step": 5, "metric": "loss", "value": 2.25}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    card = model_card(tmp_path, "owner/name", "peft", "Words.")
+    assert "`lora`, 5 of 9 steps, after which loss was best" in card and "| loss | 2.25 |" in card and "3.5 |" not in card
+    assert "perplexity" not in card and "last loss" not in card

@@ -54,7 +54,9 @@ def model_card(output: Path, base: str, library: str, what: str, base_card: Path
         rows = run.get("data", {}).get("examples")
         shown = ", ".join(map(shown_name, names)) or "not named"
         lines += [f"- Data: {shown}{f' ({rows} rows)' if rows is not None else ''}"]
-        lines += [f"- Method: `{method}`, {report.get('steps', run.get('num_steps'))} steps"]
+        steps, best = report.get("steps", run.get("num_steps")), report.get("best")
+        words = f"{best['step']} of {steps} steps, after which {best['metric']} was best" if best else f"{steps} steps"
+        lines += [f"- Method: `{method}`, {words}"]
         lines += _table("Settings", ((key, settings[key]) for key in _SETTINGS if settings.get(key) not in (None, False)))
         lines += _table("Results", _results(report))
         versions = ", ".join(f"{name} {number}" for name, number in run.get("versions", {}).items())
@@ -77,10 +79,12 @@ def shown_name(name: str) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    for key in ("first_loss", "last_loss", "training_loss"):
+    """Of the step that is the result: what was measured after others is left out."""
+    best = report.get("best")
+    for key in ("first_loss",) if best else ("first_loss", "last_loss", "training_loss"):
         if report.get(key) is not None:
             yield key.replace("_", " "), report[key]
-    yield from (report.get("evaluation") or {}).items()
+    yield from [(best["metric"], best["value"])] if best else (report.get("evaluation") or {}).items()
 
 
 def _table(title: str, rows: Iterable[tuple[str, Any]]) -> list[str]:
