@@ -67,7 +67,12 @@ def export(
                 words = f"The base model after {steps} steps of tuning, made with finetune."
                 base = resolve_model(config.model)
                 card = model_card(config.output, config.model, "transformers", words, base / CARD)
-                (directory / CARD).write_text(card, encoding="utf-8")
+                try:
+                    (directory / CARD).write_text(card, encoding="utf-8")
+                except OSError as error:
+                    raise UserError(
+                        f"the model is written, but not {directory / CARD}: {error.strerror or error}. Make room, or do without"
+                    ) from error
                 return steps
     adapter = config.output / "adapter"
     found = "found none of these"

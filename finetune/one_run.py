@@ -44,7 +44,7 @@ from finetune.prediction import predict_step
 from finetune.reporting.ending import describe_result, describe_values
 from finetune.reporting.page import write_page
 from finetune.reporting.progress import Progress
-from finetune.reporting.report import MetricsWriter, write_report
+from finetune.reporting.report import MetricsWriter, write_report, write_text
 from finetune.runs.directory import RunDirectory
 from finetune.runs.identity import RunIdentity, model_name
 from finetune.runs.model_card import CARD, model_card
@@ -219,7 +219,7 @@ class Run:
         write_page(output, describe_result(output, method.adapter_directory is not None, is_text))
         if (output / "adapter").is_dir():
             words = "An adapter for use with PEFT, made with finetune."
-            (output / "adapter" / CARD).write_text(model_card(output, model_name(config.model), "peft", words))
+            write_text(output / "adapter" / CARD, model_card(output, model_name(config.model), "peft", words))
         return loop, report
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -55,6 +55,7 @@ def test_cards_and_uploads(run, hub, tmp_path):
     card = ModelCard.load(out / "adapter" / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation" and "lora" in card.data.tags
     assert card.data.base_model is None and str(model.parent) not in card.content  # a path is nobody else's business
+    assert (out / "adapter" / "README.md").stat().st_mode & 0o777 == 0o600
     assert "rows.jsonl (3 rows)" in card.content and "`lora`, 2 steps" in card.content and "| lora.r | 3 |" in card.content
     found = invoke("export", str(out), "--merge", "plain", "--to", str(tmp_path / "merged"))
     assert found.exit_code == 0, found.stderr
@@ -100,3 +101,6 @@ def test_of_a_run_that_leaves_its_best_step_the_card_says_what_that_one_is(run, 
     card = model_card(tmp_path, "owner/name", "peft", "Words.")
     assert "`lora`, 5 of 9 steps, after which loss was best" in card and "| loss | 2.25 |" in card and "3.5 |" not in card
     assert "perplexity" not in card and "last loss" not in card
+    (tmp_path / "report.json").write_text("[")
+    (tmp_path / "config.yaml").write_bytes(b"data: [\xff")
+    assert "- Data: not named (3 rows)\n- Method: `lora`, 2 steps" in model_card(tmp_path, "owner/name", "peft", "Words.")

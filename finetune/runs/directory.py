@@ -72,6 +72,7 @@ _HALF_WRITTEN = {
     "state": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "weights": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
     "best": re.compile(rf"\.{_NUMBERED}\.\d+\.tmp"),
+    "adapter": re.compile(r"\.README\.md\.\d+\.tmp"),
     "scratch": re.compile(r"activations-\d+\.scratch|gradients"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,20 @@ def _list(value: Any) -> list[Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return _mapping(path, json.loads)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return read_document(path.read_text(encoding="utf-8"))[0] or {} if path.is_file() else {}
+    return _mapping(path, lambda text: read_document(text)[0])
+
+
+def _mapping(path: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Empty where there is none, or it is damaged: a card is made of what is left."""
+    try:
+        found = read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _header(card: Path | None) -> dict[str, Any]:
