@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.adapters.saved import find
-from finetune.adapters.seal import CONFIG
+from finetune.adapters.saved import base_name, find
+from finetune.adapters.seal import CONFIG, rename_base, trained_on
 from finetune.config import Config
 from finetune.memory.errors import UserError
-from finetune.runs.model_card import CARD, model_card, run_of
+from finetune.runs.model_card import CARD, model_card, run_of, shown_name
 
 
 def check_name(name: str) -> None:
@@ -44,7 +48,8 @@ def push(path: Path, name: str, public: bool = False, card: str = "") -> str:
     try:
         address = str(api.create_repo(name, private=not public, exist_ok=True))
         if path.is_dir():
-            api.upload_folder(repo_id=name, folder_path=path)
+            with _without_places(path) as folder:
+                api.upload_folder(repo_id=name, folder_path=folder)
         else:
             api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=name)
             api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
@@ -54,3 +59,19 @@ def push(path: Path, name: str, public: bool = False, card: str = "") -> str:
             "`hf auth login`, and give the same command with --push alone, or upload it with `hf upload`"
         ) from error
     return address
+
+
+@contextmanager
+def _without_places(path: Path) -> Iterator[Path]:
+    """`path`, or where that is an adapter that names its base by a place on this machine, a copy that names it without."""
+    names = []
+    if (path / CONFIG).is_file():
+        names = [name for name in (base_name(path), (trained_on(path) or {}).get("name")) if name]
+    if all(name == shown_name(name) for name in names):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / path.name
+        shutil.copytree(path, copy)
+        rename_base(copy, shown_name(names[0]))
+        yield copy

@@ -9,10 +9,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from test_cli import invoke
 from text_models import make_config, write_model, write_rows
 
 from finetune import Trainer
+from finetune.adapters.saved import base_name
+from finetune.adapters.seal import check_adapter, trained_on
 from finetune.runs.model_card import model_card
 
 
@@ -37,6 +40,8 @@ class Hub:
         def call(*args: Any, **options: Any) -> str:
             if name == self.refuses:
                 raise ConnectionError("no way there")
+            if "folder_path" in options:  # which may be gone later
+                options["files"] = {path.name: path.read_bytes() for path in options.pop("folder_path").iterdir()}
             self.calls.append((name, options | {"args": args}))
             return "https://hub/me/mine"
 
@@ -64,10 +69,20 @@ def test_cards_and_uploads(run, hub, tmp_path):
     assert not hub.calls  # nothing goes away unasked
     found = invoke("export", str(out), "--push", "me/mine")
     assert found.exit_code == 0 and "uploaded to https://hub/me/mine" in found.stdout, found.stderr
-    assert hub.calls == [
-        ("create_repo", {"args": ("me/mine",), "private": True, "exist_ok": True}),
-        ("upload_folder", {"args": (), "repo_id": "me/mine", "folder_path": out / "adapter"}),
-    ]
+    made, (call, options) = hub.calls
+    assert made == ("create_repo", {"args": ("me/mine",), "private": True, "exist_ok": True})
+    files = options.pop("files")
+    assert call == "upload_folder" and options == {"args": (), "repo_id": "me/mine"}
+    assert files.keys() == {path.name for path in (out / "adapter").iterdir()}
+    assert not any(str(model.parent).encode() in content for content in files.values())
+    (tmp_path / "copy").mkdir()
+    for name, content in files.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    check_adapter(tmp_path / "copy")
+    assert base_name(tmp_path / "copy") == trained_on(tmp_path / "copy")["name"] == "model"
+    assert base_name(out / "adapter") == str(model)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "copy", out / "adapter"))
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     hub.calls.clear()
     found = invoke("export", str(out), "--gguf", "f16", "--to", str(tmp_path / "x.gguf"), "--push", "me/mine", "--public")
     assert found.exit_code == 0, found.stderr

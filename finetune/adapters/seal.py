@@ -29,18 +29,32 @@ _REMEDY = "Bring it back from a copy, or let the run that made it write it again
 def seal_adapter(directory: Path, about: Mapping[str, Any]) -> None:
     """Adds checksums of weights and configuration to the adapter that was just written to `directory`. about: what its
     run says of itself, and the step. Raises OSError."""
+    with open(directory / WEIGHTS, "rb") as file:
+        tensors_sum = _tensors_sum(_read_json_header(file), file)
+    _add(directory, {
+        _TENSORS_SUM: tensors_sum,
+        _CONFIG_SUM: _config_sum(directory),
+        _BASE_NAME: about["model"]["name"],
+        _BASE_DIGEST: about["model"]["digest"],
+        _RUN: about["run"],
+    } | ({_STEP: str(about["step"])} if "step" in about else {}))  # fmt: skip
+
+
+def rename_base(directory: Path, name: str) -> None:
+    """The adapter in `directory` is from now on one that was trained on `name`; its checksums fit as before. Raises OSError."""
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    (directory / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2), encoding="utf-8")
+    if _BASE_NAME in _metadata(directory):
+        _add(directory, {_BASE_NAME: name})
+
+
+def _add(directory: Path, added: Mapping[str, str]) -> None:
+    """To the metadata of the weights, in place of what stands there under the same names."""
     path, sealed = directory / WEIGHTS, directory / f".{WEIGHTS}.sealed"
     with open(path, "rb") as old, open(sealed, "wb") as new:
         header = _read_json_header(old)
-        start = old.tell()
-        added = {
-            _TENSORS_SUM: _tensors_sum(header, old),
-            _CONFIG_SUM: _config_sum(directory),
-            _BASE_NAME: about["model"]["name"],
-            _BASE_DIGEST: about["model"]["digest"],
-            _RUN: about["run"],
-        } | ({_STEP: str(about["step"])} if "step" in about else {})
-        text = json.dumps({**header, "__metadata__": header.get("__metadata__", {}) | added}, separators=(",", ":")).encode()
+        start, metadata = old.tell(), {**header.get("__metadata__", {}), **added}
+        text = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         new.write(len(text).to_bytes(8, "little") + text)
         old.seek(start)
