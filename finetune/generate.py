@@ -27,6 +27,7 @@ from finetune.memory.errors import UserError
 from finetune.memory.meter import host_bytes
 from finetune.memory.plan import PlanRefused
 from finetune.methods.results import find_result
+from finetune.needs_of_model import check_device_cuts
 from finetune.planned_run import BatchShape, PlannedRun
 from finetune.reporting.progress import Progress
 from finetune.runs.prompts import as_trained, was_trained_on_plain_prompts
@@ -214,6 +215,7 @@ def _piece(config: Config) -> int | None:
 def _plan_for(session: Session, prompt_tokens: int, max_new_tokens: int, together: int) -> PlannedRun:
     piece = _piece(session.config)
     if piece is not None and piece < prompt_tokens + max_new_tokens:
+        check_device_cuts(session.device)
         tokens = min(piece, prompt_tokens)
         size = cache_size(session, tokens, prompt_tokens + max_new_tokens, together, piece=piece)
         shape = BatchShape.of_text(1, tokens, together, train=False).filling_caches(size.near_bytes)

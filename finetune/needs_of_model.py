@@ -82,6 +82,12 @@ def chunk_of(shape: BatchShape, sequence_chunk: int | str | None) -> int | None:
     return sequence_chunk if sequence_chunk < shape.inputs["input_ids"].shape[1] else None
 
 
+def check_device_cuts(device: Device) -> None:
+    """Raises UserError where texts can't be run in chunks."""
+    if not device.traits.computes_on_host:
+        raise UserError(f"engine.sequence_chunk: only a CPU runs chunks of a text yet, found {device.kind}: leave it out")
+
+
 def _chunked_visit(
     parts: ModelParts, model: nn.Module, shape: BatchShape, chunk: int, trained: Sequence[frozenset[str]] | None
 ) -> VisitSize:

@@ -12,6 +12,7 @@ from finetune.memory.plan import Limits, Plan, PlanRefused, make_plan
 from finetune.memory.units import available_host_bytes, format_bytes, parse_bytes, total_host_bytes
 from finetune.needs_of_model import (
     batch_needs,
+    check_device_cuts,
     chunk_of,
     measure_batch,
     process_as_it_is,
@@ -197,10 +198,8 @@ class Planner:
         session = self._session
         measured = (session.parts, session.model, shape, session.setup.gradient_names)
         chunk = chunk_of(shape, session.config.engine.sequence_chunk)
-        if chunk is not None and not session.device.traits.computes_on_host:
-            raise UserError(
-                f"engine.sequence_chunk: only a CPU runs chunks of a text yet, found {session.device.kind}: leave it out"
-            )
+        if chunk is not None:
+            check_device_cuts(session.device)
         if shape.samples is not None:
             return measure_batch(*measured)
         key = self._visit_key(shape)
