@@ -20,7 +20,8 @@ from finetune.memory.tensor_file import in_file
 from finetune.offload.files.checkpoint import is_gguf
 from finetune.offload.files.gguf_file import read_gguf_header
 from finetune.offload.sizing.dry_run import measure_visit
-from finetune.offload.step.cached_attention import attention_in_parts
+from finetune.offload.step.cached_attention import attention_in_parts, refusing_what_has_no_parts
+from finetune.offload.step.chunked_attention import check_sdpa
 from finetune.offload.streamed_model import StreamedModel
 from finetune.offload.weights.skeleton import cache_argument
 from finetune.planned_run import BatchShape
@@ -239,14 +240,19 @@ def cache_bytes(session: Session, prompt_tokens: int, max_new_tokens: int, promp
 def cache_size(
     session: Session, tokens: int, most_tokens: int, prompts: int, rows: int = 1, piece: int | None = None
 ) -> CacheSize:
-    """tokens: of a prompt that is tried. most_tokens: that a text has at most. rows: of each prompt. piece: as in `decode`."""
+    """tokens: of a prompt that is tried. most_tokens: that a text has at most. rows: of each prompt. piece: as in `decode`.
+
+    Raises UserError for a model whose attention does not go in pieces."""
     from transformers import DynamicCache
 
     # The dry run of a visit fills one layer of this cache on the meta device: so large is a layer's.
     probe = DynamicCache(config=session.parts.model.config)
     inputs = BatchShape.of_text(1, tokens, 1, train=False).inputs
     inputs |= {cache_argument(session.parts.model): probe, "use_cache": True}
-    measure_visit(session.parts, session.model, inputs, train=False)
+    if piece is not None:
+        check_sdpa(session.parts.model)
+    with nullcontext() if piece is None else refusing_what_has_no_parts():
+        measure_visit(session.parts, session.model, inputs, train=False)
     text_config = session.parts.model.config.get_text_config(decoder=True)
     filled = [layer for layer in probe.layers if getattr(layer, "keys", None) is not None]
     sizes = (layer.keys.nbytes + layer.values.nbytes for layer in filled)

@@ -13,9 +13,10 @@ from finetune.memory import tensor_file
 from finetune.memory.arena import install_arena
 from finetune.memory.errors import UserError
 from finetune.memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
-from finetune.offload.step.cached_attention import attention_in_parts
+from finetune.offload.step.cached_attention import attention_in_parts, refusing_what_has_no_parts
 from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
 from text_models import make_config, write_model
+from transformers import modeling_utils
 
 from finetune.generate import generate
 
@@ -104,3 +105,21 @@ def test_generated_text_is_the_same_in_pieces_and_on_disk(tmp_path, monkeypatch)
         prompts = ["what is it about the user and the great world", "hello"]
         texts.append("".join(generate(config, None, prompts, max_new_tokens=6)))
     assert len(opened) == 1 and len(set(texts)) == 1 and texts[0].strip()
+
+def test_pieces_that_would_need_more_than_is_planned_are_refused(tmp_path):
+    def message(name: str, engine: dict, **options) -> str:
+        model = write_model(name, tmp_path / name)
+        config = make_config(model, tmp_path / "out", engine=engine, **options)
+        with pytest.raises(UserError) as caught:
+            "".join(generate(config, None, ["what is it about the user"], max_new_tokens=6))
+        return str(caught.value)
+
+    found = message("llama", {"sequence_chunk": 3}, device="simulated")
+    assert found == "engine.sequence_chunk: only a CPU runs chunks of a text yet, found simulated: leave it out"
+    assert "its attention is eager, and only Transformers' sdpa is known" in message("gemma2", {"sequence_chunk": 3})
+    query = torch.ones(1, 2, 8, 4)
+    for inside in (attention_in_parts(4), refusing_what_has_no_parts()):
+        with inside, pytest.raises(UserError, match="Linear can't be run in chunks .* has a position_bias"):
+            attend = modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+            attend(torch.nn.Linear(1, 1), query, query, query, None, position_bias=query)
+

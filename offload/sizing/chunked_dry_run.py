@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from finetune.memory.tensor_file import in_file
 from finetune.offload.sizing.dry_run import VisitSize, counted_on_meta, first_call, unlike_blocks
-from finetune.offload.step.chunked_attention import refusal
+from finetune.offload.step.chunked_attention import check_sdpa, refusal
 from finetune.offload.step.sequence_chunks import META_CHUNKS, SequenceChunks
 from finetune.offload.weights.parts import ModelParts
 from torch import nn
@@ -33,9 +33,7 @@ def measure_chunked_visit(
     chunks, name = SequenceChunks(tokens), type(parts.model).__name__
     if parts.experts:
         raise refusal(name, "its experts would be fetched again for every chunk")
-    attention = parts.model.config.get_text_config()._attn_implementation
-    if attention != "sdpa":
-        raise refusal(name, f"its attention is {attention}, and only Transformers' sdpa is known to go")
+    check_sdpa(parts.model)
     try:
         with chunks.masks:
             first, args, kwargs = first_call(parts, model, inputs)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from finetune.offload.step.chunked_attention import attending_by, attention_to_parts, part_seen
+from finetune.offload.step.chunked_attention import attending_by, attention_to_parts, check_options, part_seen
 from finetune.offload.step.mask_rows import NONE, MaskRows, Span, causal_kind, masks_made_by, with_whole_masks
 from torch import nn
 
@@ -29,8 +29,9 @@ def attention_in_parts(tokens: int) -> Iterator[None]:
     ) -> tuple[torch.Tensor, None]:
         count, length = query.shape[2], key.shape[2]
         is_known = isinstance(mask, MaskRows) or mask is None and count == 1
-        others = ("dropout", "softcap", "position_bias")
-        if length <= tokens or not is_known or any(options.get(name) for name in others):
+        if length > tokens:
+            check_options(type(module).__name__, options)
+        if length <= tokens or not is_known or options.get("dropout"):
             return plain(module, query, key, value, with_whole_masks(mask), **options)
         queries, parts = Span(length - count, length), []
         starts = range(0, queries.start, tokens)
@@ -44,6 +45,21 @@ def attention_in_parts(tokens: int) -> Iterator[None]:
         return output.transpose(1, 2).contiguous(), None
 
     with attending_by(attend), masks_made_by(lambda make, given: _rows_behind_cache(make, given, tokens)):
+        yield
+
+
+@contextlib.contextmanager
+def refusing_what_has_no_parts() -> Iterator[None]:
+    """Inside, attention is whole, and one that `attention_in_parts` does not go with is refused (UserError)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module: nn.Module, *given: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        check_options(type(module).__name__, options)
+        return plain(module, *given, **options)
+
+    with attending_by(attend):
         yield
 
 

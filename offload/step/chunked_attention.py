@@ -100,9 +100,7 @@ class ChunkAttention:
             raise refusal(self._block, "its attention is not between the tokens of one text")
         if options.get("dropout"):
             raise refusal(self._block, "it has attention dropout: set attention_dropout to 0 in the model's config.json")
-        for name in ("softcap", "position_bias"):
-            if options.get(name) is not None:
-                raise refusal(self._block, f"its attention has a {name}")
+        check_options(self._block, options)
         if mask is None:
             if not is_causal:
                 raise refusal(self._block, "its tokens attend to later ones")
@@ -293,6 +291,20 @@ def _expanded(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     if groups == heads:
         return tensor
     return tensor[:, :, None].expand(batch, groups, heads // groups, length, width).reshape(batch, heads, length, width)
+
+
+def check_sdpa(model: nn.Module) -> None:
+    """Raises UserError for a model of another attention: parts of its keys have no sums that are known."""
+    attention = model.config.get_text_config()._attn_implementation
+    if attention != "sdpa":
+        raise refusal(type(model).__name__, f"its attention is {attention}, and only Transformers' sdpa is known to go")
+
+
+def check_options(block: str, options: dict[str, Any]) -> None:
+    """Raises UserError for what attention is asked for and has no sums over parts of the keys."""
+    for name in ("softcap", "position_bias"):
+        if options.get(name) is not None:
+            raise refusal(block, f"its attention has a {name}")
 
 
 def refusal(block: str, why: str) -> UserError:
