@@ -37,6 +37,7 @@ from finetune.offload.step.head import TiledHead
 from finetune.offload.step.head_visits import HeadVisits
 from finetune.offload.step.lane_storages import LaneActivations, LaneStorages
 from finetune.offload.step.own_loss import MakeLoss, StepLoss, StepLosses, models_own_loss
+from finetune.offload.step.tiled_loss import TokenScores
 from finetune.offload.step.tiled_modules import TiledModules
 from finetune.offload.step.traced_weights import TracedWeights
 from finetune.offload.step.weights import Block, HeadChunk, Weights
@@ -240,6 +241,7 @@ class StreamedModel:
         self._begin(inputs)
         variants = [variant for run in runs for variant in run.variants or [0] * len(run.inputs)]
         outputs = iter(self.engine.forward(inputs, variants, models=[run.model for run in runs for _ in run.inputs]))
+        self._check_file()
         return [[next(outputs) for _ in run.inputs] for run in runs]
 
     def step_losses(
@@ -273,7 +275,17 @@ class StreamedModel:
         """Logits of the last position of each output of `forward`, fp32 [B, V]."""
         if self.head is None:
             return [output.logits[:, -1].float() for output in outputs]
-        return self.head.last_logits([output.logits for output in outputs], variants)
+        found = self.head.last_logits([output.logits for output in outputs], variants)
+        self._check_file()
+        return found
+
+    def token_scores(
+        self, logits: Sequence[Any], labels: Sequence[torch.Tensor], variants: Sequence[int] = (), predicts: bool = False
+    ) -> list[TokenScores]:
+        """As `TiledHead.token_scores`, of deferred logits that `forward` has given."""
+        found = self.head.token_scores(logits, labels, variants, predicts)
+        self._check_file()
+        return found
 
     @property
     def notes(self) -> list[str]:
@@ -347,7 +359,6 @@ class StreamedModel:
 
         if storages is not None:
             storages.begin_step(inputs, begin_lane)
-
 
     def _check_file(self) -> None:
         if self._file is not None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 from finetune.memory import tensor_file
 from finetune.memory.arena import install_arena
+from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.memory.errors import UserError
 from finetune.memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
+from finetune.offload.devices.simulated import SimulatedDevice
 from finetune.offload.step.cached_attention import attention_in_parts, refusing_what_has_no_parts
+from finetune.offload.streamed_model import PassOfRun, StreamedModel
 from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
 from text_models import make_config, write_model
 from transformers import modeling_utils
@@ -58,9 +63,11 @@ def test_what_is_allocated_inside_lies_in_the_file(arena, tmp_path):
     file.close()
     del parts
     assert int(large.sum()) == (1 << 19) * ((1 << 20) - 1) and float(again.sum()) == 1 << 19  # they stay valid
+    del too_large
+    before = arena.stats().used_bytes
     with in_file():
-        torch.ones(1 << 20)
-    assert file.used_bytes == 0
+        late = torch.ones(1 << 20)
+    assert arena.stats().used_bytes - before >= late.nbytes  # not in the file
 
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
@@ -106,7 +113,7 @@ def test_generated_text_is_the_same_in_pieces_and_on_disk(tmp_path, monkeypatch)
         texts.append("".join(generate(config, None, prompts, max_new_tokens=6)))
     assert len(opened) == 1 and len(set(texts)) == 1 and texts[0].strip()
 
-def test_pieces_that_would_need_more_than_is_planned_are_refused(tmp_path):
+def test_pieces_that_would_need_more_than_is_planned_are_refused(tmp_path, monkeypatch):
     def message(name: str, engine: dict, **options) -> str:
         model = write_model(name, tmp_path / name)
         config = make_config(model, tmp_path / "out", engine=engine, **options)
@@ -114,6 +121,8 @@ def test_pieces_that_would_need_more_than_is_planned_are_refused(tmp_path):
             "".join(generate(config, None, ["what is it about the user"], max_new_tokens=6))
         return str(caught.value)
 
+    own_memory = replace(DEVICE_KINDS["simulated"], computes_on_host=False)
+    monkeypatch.setattr(SimulatedDevice, "traits", own_memory)
     found = message("llama", {"sequence_chunk": 3}, device="simulated")
     assert found == "engine.sequence_chunk: only a CPU runs chunks of a text yet, found simulated: leave it out"
     assert "its attention is eager, and only Transformers' sdpa is known" in message("gemma2", {"sequence_chunk": 3})
@@ -123,3 +132,22 @@ def test_pieces_that_would_need_more_than_is_planned_are_refused(tmp_path):
             attend = modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
             attend(torch.nn.Linear(1, 1), query, query, query, None, position_bias=query)
 
+
+
+def test_what_could_not_be_written_is_told_before_any_result_is_used():
+    def full() -> None:
+        raise UserError("hidden states could not be written to disk")
+
+    streamed = StreamedModel.__new__(StreamedModel)
+    streamed._file, streamed._begin = SimpleNamespace(check=full), lambda inputs: None
+    streamed.engine = SimpleNamespace(forward=lambda inputs, variants, models=(): inputs)
+    streamed.head = SimpleNamespace(last_logits=lambda logits, variants: logits, token_scores=lambda *asked: asked)
+    output = SimpleNamespace(logits=torch.ones(1, 1, 3))
+    for ask in (
+        lambda: streamed.forward([output]),
+        lambda: streamed.forward_together([PassOfRun([output], [0], None)]),
+        lambda: streamed.last_logits([output]),
+        lambda: streamed.token_scores([output.logits], [torch.ones(1)]),
+    ):
+        with pytest.raises(UserError, match="could not be written"):
+            ask()

@@ -166,6 +166,6 @@ def score(
         labels.append(target)
     del outputs
     if streamed.head is not None:
-        found = streamed.head.token_scores(logits, labels, variants, predicts)
+        found = streamed.token_scores(logits, labels, variants, predicts)
         results = [Scores(*(None if values is None else values.cpu().numpy() for values in one)) for one in found]
     return results

@@ -32,7 +32,7 @@ class ModelOfRun:
         self._adapted = adapted
         self._loss = loss
         self.parts, self.device, self.head = streamed.parts, streamed.device, streamed.head
-        self.weights, self.guesses = streamed.weights, streamed.guesses
+        self.weights, self.guesses, self.token_scores = streamed.weights, streamed.guesses, streamed.token_scores
 
     def train_step(
         self,
