@@ -417,7 +417,7 @@ class TestTheSameRun:
             "metric_for_best_model",
             "greater_is_better", "load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold",
         }  # fmt: skip
-        assert kept["dataset"].keys() == config.dataset.model_dump().keys()
+        assert kept["dataset"].keys() == config.dataset.model_dump().keys() - {"evaluation_stride"}
         assert kept["optimizer"].keys() == config.optimizer.model_dump().keys() - {"versions"}
         assert kept["engine"].keys() == {"dtype", "loss_tile_tokens", "loss_tile_vocab", "sequence_chunk"}
         assert "lora" not in kept and "zo" not in kept
