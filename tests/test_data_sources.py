@@ -95,6 +95,48 @@ def test_no_more_of_a_stream_is_read_than_is_used(plain, tmp_path, here):
     assert 300 <= packed.meta["tokens"] < 8 * 300
 
 
+def uneven():
+    """Of four rows three have no room for their completion."""
+    for number in itertools.count():
+        yield {"prompt": f"the cat {number}" + " mat" * (100 if number % 4 else 1), "completion": " sat"}
+
+
+@pytest.mark.parametrize("way", ["rows", "a file"])
+def test_rows_of_a_stream_that_are_left_out_are_replaced(way, plain, tmp_path, here):
+    stream = datasets.IterableDataset.from_generator(uneven)
+    if way == "a file":
+        stream = str(write_jsonl(tmp_path / "long.jsonl", itertools.islice(uneven(), 1000)))
+    data = make(stream, plain, tmp_path, most_rows=6, sequence_length=40, streaming=True)
+    assert [text for text, _ in texts(plain, data)] == [f"<s>the cat {i} mat sat</s>" for i in range(0, 24, 4)]
+    assert data.meta["enough"] and not data.meta["notes"]
+    assert make(stream, plain, tmp_path, most_rows=6, sequence_length=40, streaming=True).path == data.path
+
+
+def test_a_stream_is_read_on_where_a_token_takes_many_bytes(plain, tmp_path, here):
+    def rows():
+        for number in itertools.count():
+            yield {"prompt": f"{number}", "completion": " sat" * 300}
+
+    data = make(datasets.IterableDataset.from_generator(rows), plain, tmp_path, most_tokens=400, sequence_length=20)
+    assert 400 <= data.meta["tokens"] < 1000 and data.meta["truncated"] == len(data) and data.meta["rows"] == len(data)
+
+
+def test_a_stream_that_ends_too_early_is_said_to_repeat(plain, tmp_path, here, capsys):
+    few = datasets.IterableDataset.from_generator(lambda: itertools.islice(endless(), 3))
+    found = describe(make(few, plain, tmp_path, most_rows=9))
+    assert found[1] == "note: the steps take 9 rows, and the 3 rows that were read of the data give 3: each is used 3.0 times"
+
+    def rows():
+        for number in itertools.count():
+            yield {"prompt": "the cat" + " mat" * 100 * bool(number), "completion": " sat"}
+
+    # What is left out endlessly is not read endlessly.
+    long = datasets.IterableDataset.from_generator(rows)
+    found = make(long, plain, tmp_path, most_rows=2, sequence_length=40)
+    assert "2 rows, and the 128 rows that were read of the data give 1: each is used 2.0 times" in describe(found)[1]
+    assert "no more than 128 rows of a stream were read" in capsys.readouterr().err
+
+
 def test_what_a_configuration_takes(files):
     config = Config(model="m", data=files, dataset={"probabilities": [3, 1, 1]})
     assert yaml.safe_load(config.to_yaml())["data"] == files

@@ -27,7 +27,7 @@ from finetune.data.errors import DataError
 from finetune.offload.files.sealed import crc_text, file_checksum, json_digest, seal, unseal
 
 MASKED = -100
-FORMAT_VERSION = 4  # part of every cache key: raise it when the same rows would give other tokens
+FORMAT_VERSION = 5  # part of every cache key: raise it when the same rows would give other tokens
 _ITEM_BYTES = {"tokens.int32": 4, "labels.int32": 4, "offsets.int64": 8, "answers.int32": 4}
 
 
@@ -44,7 +44,8 @@ class TokenDataset:
 
     `meta` holds, among others: form, rows (of the source), examples, tokens, label_tokens, truncated, dropped, notes,
     sequence_length, tokenizer (fingerprint), eos_token_id, choices (texts of the candidates, or null),
-    different_completions (of prompt + completion rows; null when there are more than choices can compare, or none).
+    enough (whether there are as many as `most_rows` or `most_tokens` ask for), different_completions (of prompt + completion
+    rows; null when there are more than choices can compare, or none).
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:

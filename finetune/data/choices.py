@@ -34,6 +34,9 @@ class Examples:
     """Writes rows as examples. truncated, dropped: how many were cut, and left out because no trained token was left of them.
     dropped_short: of those, how many were not even cut."""
 
+    of_a_row = 1
+    """Examples that a row becomes."""
+
     def __init__(self, encoder: Encoder, writer: CacheWriter) -> None:
         self.truncated = self.dropped = self.dropped_short = 0
         self._encoder = encoder
@@ -51,6 +54,8 @@ class Examples:
 
 class Pairs(Examples):
     """Writes rows of two answers as two examples; dropped: rows of which an answer has no trained token left."""
+
+    of_a_row = 2
 
     def add(self, batch: Sequence[tuple[str, Preference]]) -> None:
         encoded = self._encoder.encode(batch)
@@ -102,6 +107,7 @@ class Candidates(Examples):
     def __init__(self, encoder: Encoder, writer: CacheWriter, choices: Sequence[str]) -> None:
         super().__init__(encoder, writer)
         self._choices = choices
+        self.of_a_row = len(choices)
 
     def add(self, batch: Sequence[tuple[str, Pair]]) -> None:
         expanded = [(place, Pair(row.prompt, choice)) for place, row in batch for choice in self._choices]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MOST_READ = 64
+"""Times the rows that steps take: so many are read at most where rows are left out or cut."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOptions:
@@ -43,7 +46,7 @@ class TokenOptions:
     streaming: bool = False
     """Whether hub data are read as a stream, without downloading them whole."""
     most_rows: int | None = None
-    """No more rows are read."""
+    """That the steps take, without those that are left out; no more are read than this needs."""
     most_tokens: int | None = None
     """No further rows are read when there are so many."""
 

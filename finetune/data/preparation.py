@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from finetune.config import Config
 from finetune.data.cache import FORMAT_VERSION, TokenDataset
 from finetune.data.errors import DataError
 from finetune.data.forms import FORMS
-from finetune.data.job import Job, TokenOptions
+from finetune.data.job import MOST_READ, Job, TokenOptions
 from finetune.data.options import is_stream, sources_in
 from finetune.data.rows import COLUMNS, MEDIA
 from finetune.data.sources import File, HubSplit, resolve, source_of, without_added_nulls
@@ -45,7 +45,9 @@ _TOKENIZER_FILES = (
 
 _PREPARING = ".preparing-"
 _BYTES_OF_A_TOKEN = 8
-"""That more rows of a stream are read than are needed, rather than fewer, where they are packed."""
+"""Of rows of a stream that are read at first, where they are packed."""
+_TIMES = (1, 4, 16, MOST_READ)
+"""As much of a stream is read, one after the other, until the steps have enough: rows may be left out or cut."""
 
 
 def prepare(
@@ -75,30 +77,52 @@ def prepare(
     except OSError as error:
         raise DataError(f"the folder for token caches, {cache_dir}, cannot be made: {error.strerror}") from error
     tokenizer = _tokenizer_place(str(model))
+    counting = asdict(replace(wanted, chat_template=template_text(wanted.chat_template)))
+    counting["fingerprint"] = _fingerprint(tokenizer)
     with _preparing(cache_dir), tempfile.TemporaryDirectory(prefix=_PREPARING, dir=cache_dir) as scratch:
-        sources = _find_sources(source, wanted, Path(scratch))
-        counting = asdict(replace(wanted, chat_template=template_text(wanted.chat_template)))
-        counting["fingerprint"] = _fingerprint(tokenizer)
-        key = _key(sources, counting)
-        if (cache_dir / key).exists():
-            try:
-                return TokenDataset.open(cache_dir / key)
-            except DataError as error:
-                print(f"note: {error}; it is made again from the data", file=sys.stderr)
-                shutil.rmtree(cache_dir / key, ignore_errors=True)
-        folder = Path(scratch) / key
-        folder.mkdir(mode=0o700)
-        if is_gguf(tokenizer):
-            tokenizer = _unpacked(tokenizer, Path(scratch) / "tokenizer")
-        where = {"folder": str(folder), "tokenizer": str(tokenizer), "model": str(model)}
-        job = Job(sources=[[asdict(part) for part in one] for one in sources], **where, **counting)
-        _run_worker(asdict(job), Path(scratch) / "stderr.txt")
+        for times in _TIMES:
+            (folder := Path(scratch) / str(times)).mkdir(mode=0o700)
+            sources, limits = _find_sources(source, wanted, folder, times)
+            data = _prepared(sources, counting, tokenizer, str(model), cache_dir, folder)
+            if not _is_short(data.meta, limits):
+                return data
+    print(f"note: no more than {data.meta['rows']:,} rows of a stream were read, and the steps use more", file=sys.stderr)
+    return data
+
+
+def _prepared(
+    sources: list[list[File | HubSplit]], counting: dict[str, Any], tokenizer: Path, model: str, cache_dir: Path, scratch: Path
+) -> TokenDataset:
+    """The cache in `cache_dir`, found or made. counting: what a cache depends on beside its rows and the libraries. model: what
+    the user calls it. scratch: an own directory for this."""
+    key = _key(sources, counting)
+    if (cache_dir / key).exists():
         try:
-            folder.rename(cache_dir / key)
-        except OSError:
-            # Another run made the same cache meanwhile; if it is not whole, opening it says so.
-            pass
-        return TokenDataset.open(cache_dir / key)
+            return TokenDataset.open(cache_dir / key)
+        except DataError as error:
+            print(f"note: {error}; it is made again from the data", file=sys.stderr)
+            shutil.rmtree(cache_dir / key, ignore_errors=True)
+    folder = scratch / key
+    folder.mkdir(mode=0o700)
+    if is_gguf(tokenizer):
+        tokenizer = _unpacked(tokenizer, scratch / "tokenizer")
+    where = {"folder": str(folder), "tokenizer": str(tokenizer), "model": model}
+    job = Job(sources=[[asdict(part) for part in one] for one in sources], **where, **counting)
+    _run_worker(asdict(job), scratch / "stderr.txt")
+    try:
+        folder.rename(cache_dir / key)
+    except OSError:
+        # Another run made the same cache meanwhile; if it is not whole, opening it says so.
+        pass
+    return TokenDataset.open(cache_dir / key)
+
+
+def _is_short(meta: Mapping[str, Any], limits: list[int | None]) -> bool:
+    """Whether more of a stream would be used than was read. limits: as `_find_sources` gives them."""
+    counts = [count for _, count in meta["rows_of"]]
+    ended = [count for count, limit in zip(counts, limits, strict=True) if limit is not None and count >= limit]
+    # Of several sources, others came after, or this one began again.
+    return any(not meta["enough"] or meta["rows"] > count for count in ended)
 
 
 def prepare_for(
@@ -139,15 +163,22 @@ def _mixture(config: Config) -> dict[str, Any]:
     return mixture
 
 
-def _find_sources(data: Any, options: TokenOptions, scratch: Path) -> list[list[File | HubSplit]]:
-    """Of each source its files. Rows in memory are written into the directory `scratch`."""
-    found, several = [], len(sources_in(data)) > 1
+def _find_sources(
+    data: Any, options: TokenOptions, scratch: Path, times: int
+) -> tuple[list[list[File | HubSplit]], list[int | None]]:
+    """Of each source its files, and how many rows were read of it where there may be more. Rows in memory are written into the
+    directory `scratch`, of a stream so many times what `options` ask for."""
+    found, limits, several = [], [], len(sources_in(data)) > 1
     for index, source in enumerate(sources_in(data)):
         if isinstance(source, str | Path):
             found.append(resolve(source))
+            limits.append(None)
         else:
-            found.append([_write_rows(source, scratch / (f"data[{index}].jsonl" if several else "data.jsonl"), options)])
-    return found
+            path = scratch / (f"data[{index}].jsonl" if several else "data.jsonl")
+            file, limit = _write_rows(source, path, options, times)
+            found.append([file])
+            limits.append(limit)
+    return found, limits
 
 
 def describe(data: TokenDataset) -> list[str]:
@@ -257,18 +288,20 @@ def template_text(template: str | None) -> str | None:
         raise DataError(f"chat_template: expected Jinja text or a file, found {template!r}: {error}") from error
 
 
-def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path, options: TokenOptions) -> File:
+def _write_rows(
+    rows: Iterable[Mapping[str, Any]], path: Path, options: TokenOptions, times: int
+) -> tuple[File, int | None]:
     """Rows in memory as JSON lines: tokens are made in another process, which needs them on disk. Of a stream, which may be
-    endless, no more than `options` ask for."""
+    endless, no more than so many times what `options` ask for: then also how many rows these are."""
     if isinstance(rows, Mapping):  # a datasets.DatasetDict
         raise DataError(f"data: expected rows, found a mapping with {', '.join(map(str, rows))}: hand over one of them")
-    most_rows, most_bytes = options.most_rows, math.inf
-    if options.most_tokens is not None:
-        most_bytes = _BYTES_OF_A_TOKEN * options.most_tokens
+    most_rows = math.inf if options.most_rows is None else times * options.most_rows
+    most_bytes = math.inf if options.most_tokens is None else times * _BYTES_OF_A_TOKEN * options.most_tokens
+    limit = None
     digest = hashlib.sha256()
     from_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-        for index, row in enumerate(islice(rows, most_rows)):
+        for index, row in enumerate(rows):
             place = f"{path.stem}[{index}]"
             if not isinstance(row, Mapping):
                 raise DataError(f"{place}: expected a dict, found {type(row).__name__}")
@@ -285,10 +318,11 @@ def _write_rows(rows: Iterable[Mapping[str, Any]], path: Path, options: TokenOpt
                 raise DataError(f"{place}: expected strings, numbers, lists and dicts: {error}") from error
             digest.update(line)
             stream.write(line)
-            if stream.tell() >= most_bytes:
+            if index + 1 >= most_rows or stream.tell() >= most_bytes:
+                limit = index + 1
                 break
     stat = path.stat()
-    return File(str(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest())
+    return File(str(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest()), limit
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from finetune.data.encode import Encoder
 from finetune.data.errors import DataError
 from finetune.data.forms.base import ParsedRow
 from finetune.data.forms.prompt_completion import Pair
-from finetune.data.job import Job
+from finetune.data.job import MOST_READ, Job
 from finetune.data.mixing import interleave
 from finetune.data.rows import check_judged, detect_form, parse
 from finetune.data.sources import File, HubSplit, read_rows, source_of
@@ -63,10 +64,11 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
         examples = Candidates(encoder, writer, choices)
     else:
         examples = _WRITERS[job.judged](encoder, writer)
-    for batch in _batches(rows):
+    missing = partial(_missing, job, examples, writer)
+    for batch in _batches(rows, missing):
         examples.add(batch)
         report(rows.count, writer.tokens)
-        if job.most_tokens is not None and writer.tokens >= job.most_tokens:
+        if missing() <= 0:
             break
     names = [part.label for part in parts]
     if not writer.examples:
@@ -83,7 +85,8 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "rows_of": [[_label(source), count] for source, count in zip(sources, rows.counts, strict=True)],
             "truncated": examples.truncated,
             "dropped": examples.dropped,
-            "notes": encoder.notes(),
+            "notes": encoder.notes() + _repeats(job, examples, writer, rows.count),
+            "enough": missing() <= 0,
             "sequence_length": job.sequence_length,
             "completion_only": job.completion_only,
             "tokenizer": job.fingerprint,
@@ -94,6 +97,26 @@ def run(job: Job, report: Callable[[int, int], None]) -> None:
             "different_completions": rows.different_completions,
         }
     )
+
+
+def _missing(job: Job, examples: Examples, writer: CacheWriter) -> float:
+    """Rows that are still to be written for all steps, of packed ones tokens; infinity: all that there are."""
+    if job.most_tokens is not None:
+        return job.most_tokens - writer.tokens
+    return math.inf if job.most_rows is None else job.most_rows - writer.examples // examples.of_a_row
+
+
+def _repeats(job: Job, examples: Examples, writer: CacheWriter, count: int) -> list[str]:
+    """A note where the steps take more than there is. count: rows that were read."""
+    missing = _missing(job, examples, writer)
+    if math.isinf(missing) or missing <= 0:
+        return []
+    word, wanted = ("rows", job.most_rows) if job.most_tokens is None else ("tokens", job.most_tokens)
+    found = wanted - missing
+    return [
+        f"the steps take {wanted:,} {word}, and the {count:,} rows that were read of the data give {found:,}: each is used "
+        f"{wanted / max(1, found):.1f} times"
+    ]
 
 
 def _label(source: list[File | HubSplit]) -> str:
@@ -112,6 +135,9 @@ class _Rows:
         self._form = job.form
         self._judged = job.judged
         self._chat = chat
+        # Rows may be left out: even then an endless stream is to end. Choices are those of no more rows than are needed.
+        times = 1 if job.choices else MOST_READ
+        self._most_rows = job.most_tokens if job.most_rows is None else times * job.most_rows
         self.counts = [0] * len(sources)
         self.forms: set[str] = set()
         self.prompts: set[str] = set()  # see `ParsedRow.prompts`
@@ -135,7 +161,7 @@ class _Rows:
                 self.completions.add(row.completion)
             self.counts[index] += row.begins
             yield place, row
-            if row.ends and self.count == job.most_rows:
+            if row.ends and self.count == self._most_rows:
                 return
 
     @property
@@ -185,13 +211,13 @@ def _until_unreadable(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, An
         yield "", error
 
 
-def _batches(rows: _Rows) -> Iterator[list[tuple[str, ParsedRow]]]:
-    """Rows in batches that stay small in rows and in characters."""
+def _batches(rows: _Rows, missing: Callable[[], float]) -> Iterator[list[tuple[str, ParsedRow]]]:
+    """Rows in batches that stay small in rows and in characters, of no more rows than are missing."""
     batch, size = [], 0
     for place, row in rows:
         batch.append((place, row))
         size += row.size
-        if len(batch) >= BATCH_ROWS or size >= BATCH_CHARS:
+        if len(batch) >= min(BATCH_ROWS, missing()) or size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:
