@@ -96,8 +96,9 @@ def plan_with_evaluation(
 ) -> tuple[PlannedRun, HeldOut | None]:
     """The plan of a training run whose steps have `shape` and which measures `rows`, where there are any.
 
-    Rows longer than those of a step are planned for. most_tokens: that a row of text has, `dataset.sequence_length`.
-    Raises PlanRefused when the budgets are too small.
+    Rows compute together as where they are measured by themselves, so that both give the same numbers; only where there is no
+    room for that, in micro-batches of as many rows as those of a step. most_tokens: that a row of text has,
+    `dataset.sequence_length`. Raises PlanRefused when the budgets are too small.
     """
     if rows is None:
         return session.plan(shape), None
@@ -115,16 +116,17 @@ def plan_with_evaluation(
     planned = session.plan(shape)
     longest, waits = shape.inputs["input_ids"].shape[1], planned.plan.count(HIDDEN_STATES)
     max_length = min(rows.max_length, most_tokens)
-    if max_length <= longest and not waits:
-        return planned, HeldOut(rows, shape)
-    # As many tokens a pass as a step has; where they do not fit, one row. Micro-batches of a pass wait in memory.
-    most = 1 if waits else max(1, shape.rows * shape.micro_batches // max_length)
-    for micro_batches in sorted({most, 1}, reverse=True):
-        longer = BatchShape.of_text(1, max_length, micro_batches * rows.versions, train=False).keeping(_kept_bytes(rows))
-        try:
-            return session.plan(shape, longer), HeldOut(rows, longer)
-        except PlanRefused as error:
-            refused = error
+    size = session.config.training.least_micro_batch_size
+    # As many tokens a pass as a step has; where they do not fit, one micro-batch. Micro-batches of a pass wait in memory.
+    for together in dict.fromkeys((_rows_together(rows, size), size, 1)):
+        most = 1 if waits else max(1, shape.rows * shape.micro_batches // (together * max_length))
+        for micro_batches in sorted({most, 1}, reverse=True):
+            lanes = micro_batches * rows.versions
+            measured = BatchShape.of_text(together, max_length, lanes, train=False).keeping(_kept_bytes(rows))
+            try:
+                return session.plan(shape, measured), HeldOut(rows, measured)
+            except PlanRefused as error:
+                refused = error
     raise PlanRefused(
         f"the longest row of eval_data has {max_length} tokens, that of training {longest}: with eval_data {refused.message}",
         refused.smallest_bytes,
@@ -197,13 +199,18 @@ def _plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | Tensor
         return _least_reading(session, shape, -(-len(rows) // micro_batch_size), PASS_TOKENS)
     if isinstance(rows, WrittenRows):
         return session.plan(rows.shape(session))
-    together = min(max(micro_batch_size, MICRO_BATCH_TOKENS // rows.max_length), len(rows))
+    together = _rows_together(rows, micro_batch_size)
     try:
         return _plan_text(session, rows, together)
     except PlanRefused:
         if together <= micro_batch_size:
             raise
         return _plan_text(session, rows, micro_batch_size)
+
+
+def _rows_together(rows: TextRows | MeasuredRows, micro_batch_size: int) -> int:
+    """That compute together, of the longest."""
+    return min(max(micro_batch_size, MICRO_BATCH_TOKENS // rows.max_length), len(rows))
 
 
 def _least_plan(session: Session, rows: TextRows | MeasuredRows | WrittenRows | TensorRows, config: Config) -> PlannedRun:

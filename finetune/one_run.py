@@ -44,7 +44,7 @@ from finetune.prediction import predict_step
 from finetune.reporting.ending import describe_result, describe_values
 from finetune.reporting.page import write_page
 from finetune.reporting.progress import Progress
-from finetune.reporting.report import MetricsWriter, write_report, write_text
+from finetune.reporting.report import MetricsWriter, read_metrics, write_report, write_text
 from finetune.runs.directory import RunDirectory
 from finetune.runs.identity import RunIdentity, model_name
 from finetune.runs.model_card import CARD, model_card
@@ -203,9 +203,10 @@ class Run:
             self.say([f"resumed after step {method.first_step}"])
         config, output = session.config, session.config.output
         loop = TrainingLoop(session, method, ready.batches, self.meter, self.progress, self.stop_if_asked)
-        with MetricsWriter(output / "metrics.jsonl", method.first_step) as metrics:
-            writes = WriteCount(config, metrics.last_row)
-            refuse_writes(config, self.planned, ready.batches.num_steps - method.first_step, writes.earlier_bytes)
+        path = output / "metrics.jsonl"
+        writes = WriteCount(config, read_metrics(path) if method.first_step and path.exists() else ())
+        refuse_writes(config, self.planned, ready.batches.num_steps - method.first_step, writes.earlier_bytes)
+        with MetricsWriter(path, method.first_step) as metrics:
             watching = Callbacks(callbacks, config, session, method, ready.batches, metrics.rows())
             after = AfterStep(method, watching, metrics, None if config.eval_data is None else self._evaluate)
             loop.run(watching, after, metrics, writes)

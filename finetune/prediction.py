@@ -17,6 +17,7 @@ from finetune.offload.devices import DescribedDevice
 from finetune.offload.sizing.calibration import NoRates, Rates, measure_rates, try_rates, write_rate, write_rate_of
 from finetune.offload.sizing.compression import Compression
 from finetune.offload.sizing.counted_visits import count_visits, profile_rates
+from finetune.offload.sizing.dry_run import measure_visit
 from finetune.offload.sizing.needs import (
     ACTIVATIONS,
     DECODED_WEIGHTS,
@@ -79,7 +80,7 @@ def with_prediction(session: Session, planned: PlannedRun, needs_rates: bool = F
     if not rates or planned.shape.samples is not None:  # of which blocks may be of several kinds, called in different ways
         return planned
     device, look = session.device, time_visits if planned.batch.chunk is None else time_chunked_visits
-    if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates) or not _has_room(planned):
+    if isinstance(device, DescribedDevice) or not _takes_a_moment(planned, rates) or not _has_room(session, planned):
         if (device := described_device(session)) is None:
             return planned
         look = count_visits
@@ -145,12 +146,15 @@ def _takes_a_moment(planned: PlannedRun, rates: Rates) -> bool:
     return planned.batch.visit.flops * share * visits / rates.flops_per_second < MOST_SECONDS
 
 
-def _has_room(planned: PlannedRun) -> bool:
+def _has_room(session: Session, planned: PlannedRun) -> bool:
     """Whether visits can be timed inside of the budget. They run before there is an arena."""
-    plan = planned.plan
+    plan, shape, visit = planned.plan, planned.shape, planned.batch.visit
     if plan.device_budget_bytes is not None:
         return True
-    needed_bytes = MALLOC_FACTOR * planned.batch.visit.peak_bytes + max(planned.streamed.block_bytes)
+    if planned.batch.chunk is not None:  # which is timed as a text of its own
+        inputs = shape.of_length(planned.batch.chunk).inputs
+        visit = measure_visit(session.parts, session.model, inputs, shape.train, session.setup.gradient_names)
+    needed_bytes = MALLOC_FACTOR * visit.peak_bytes + max(planned.streamed.block_bytes)
     return plan.host_parts.get(PROCESS, 0) + needed_bytes <= plan.host_budget_bytes
 
 

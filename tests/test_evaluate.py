@@ -17,7 +17,14 @@ from transformers import AutoTokenizer
 
 import finetune.evaluate
 from finetune.data import Example, preparation, worker
-from finetune.evaluate import _micro_batches, evaluate, evaluate_open, open_rows, plan_with_evaluation
+from finetune.evaluate import (
+    MICRO_BATCH_TOKENS,
+    _micro_batches,
+    evaluate,
+    evaluate_open,
+    open_rows,
+    plan_with_evaluation,
+)
 from finetune.methods.base import make_method
 from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
@@ -181,8 +188,7 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
     finally:
         session.close()
     assert not any(module.training for module in session.model.modules())
-    assert inside["loss"] == pytest.approx(alone["loss"], rel=1e-5)  # a fresh adapter changes nothing
-    assert {**inside, "loss": 0, "perplexity": 0, "seconds": 0} == {**alone, "loss": 0, "perplexity": 0, "seconds": 0}
+    assert {**inside, "seconds": 0} == {**alone, "seconds": 0}  # a fresh adapter changes nothing
 
 
 def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch):
@@ -192,7 +198,7 @@ def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch)
     def only_training(shape, also=None):
         if also is None:
             return plan(shape)
-        asked.append(also.micro_batches)
+        asked.append((also.inputs["input_ids"].shape[0], also.micro_batches))
         raise PlanRefused("the run needs more", 7)
 
     monkeypatch.setattr(session, "plan", only_training)
@@ -200,7 +206,11 @@ def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch)
     with pytest.raises(PlanRefused, match="that of training 9: with eval_data the run needs more") as caught:
         plan_with_evaluation(session, rows, shape, 1024)
     longest = rows.max_length
-    assert asked == [2 * 9 * 30 // longest, 1] and caught.value.smallest_bytes == 7
+    together = min(MICRO_BATCH_TOKENS // longest, len(rows))
+    assert together > 1 and caught.value.smallest_bytes == 7
+    assert asked == [
+        (together, 2 * 9 * 30 // (together * longest)), (together, 1), (1, 2 * 9 * 30 // longest), (1, 1)
+    ]  # fmt: skip
     session.close()
 
 

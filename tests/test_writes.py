@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_a_run_stops_below_its_limit_and_goes_on_with_more(model, tmp_path, monk
     assert metrics_of(tmp_path / "run")[-1][writes.WRITTEN] == 4 * STEP_BYTES
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_was_written_and_lost_counts(model, tmp_path, monkeypatch):
+    """Of three steps the second is the last that was saved."""
+    Trainer(config_of(model, tmp_path / "run", "lora")).train()
+    rows = [{"step": step, "loss": 1.0, writes.WRITTEN: 100 * step} for step in (1, 2, 3)]
+    assert writes.WriteCount(config_of(model, tmp_path / "run", "lora"), rows).earlier_bytes == 300
+    states = tmp_path / "run" / "state"
+    for state in sorted(states.iterdir())[-1:]:
+        shutil.rmtree(state)
+    before = max(row[writes.WRITTEN] for row in metrics_of(tmp_path / "run"))
+    Trainer(config_of(model, tmp_path / "run", "lora", resume=True)).train()
+    assert metrics_of(tmp_path / "run")[-1][writes.WRITTEN] > before
 
 
 def test_shares_mean_nothing(model, tmp_path):

@@ -158,9 +158,9 @@ def test_a_killed_run_goes_on(models, data, tmp_path):  # noqa: F811
     preparation.prepare(data, model=config.model, cache_dir=config.output / "tokens", sequence_length=64)
     journal = config.output / "journal.zo"
     kills = kill_again_and_again(
-        tmp_path / "run.yaml", lambda: journal.stat().st_size if journal.exists() else 0, 8, 0.1
+        tmp_path / "run.yaml", lambda: journal.stat().st_size if journal.exists() else 0, 4, 0.1
     )
-    assert kills >= 3
+    assert kills >= 2
     Trainer(config).train()
     assert journal_bytes(config) == journal_bytes(whole)
     export(config, tmp_path / "a")
@@ -344,7 +344,9 @@ def test_the_command_exports_what_transformers_loads(models, data, tmp_path):  #
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model.dtype == torch.bfloat16
     assert tf.AutoTokenizer.from_pretrained(tmp_path / "tuned").get_vocab()
-    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {p.name for p in Path(config.model).iterdir()}
+    assert {p.name for p in (tmp_path / "tuned").iterdir()} == {
+        "README.md", *(p.name for p in Path(config.model).iterdir())
+    }  # fmt: skip
 
 
 class TestEstimators:

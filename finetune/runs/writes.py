@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -49,12 +49,13 @@ def _save_interval(config: Config, num_steps: int) -> int:
 class WriteCount:
     """Counts what this process writes, on top of what the run had written when it was left.
 
-    last_row: of the metrics of the run that goes on.
+    rows: of the metrics of the run that goes on, those after the step that it goes on from among them: what they wrote is
+    written.
     """
 
-    def __init__(self, config: Config, last_row: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: Config, rows: Iterable[Mapping[str, Any]]) -> None:
         self._limit = _limit(config)
-        self.earlier_bytes = (last_row or {}).get(WRITTEN, 0)
+        self.earlier_bytes = max((row.get(WRITTEN, 0) for row in rows), default=0)
         self._start = self._before = _written_by_process()
         self._largest = 0  # between two checks: a step, and what it may have saved
 

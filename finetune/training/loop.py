@@ -75,6 +75,7 @@ class TrainingLoop:
                 self._traffic = self._session.streamed.traffic()
                 self._stop_if_asked()
         after.finish(self.step)
+        metrics.amend({WRITTEN: writes.total_bytes})
         callbacks.train_end(self.training_loss, self.seconds)
 
     def _do_what_was_left(self, batch: int, callbacks: Callbacks, after: AfterStep, metrics: MetricsWriter) -> None:

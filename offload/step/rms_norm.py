@@ -40,7 +40,7 @@ def _is_usual(kind: type[nn.Module]) -> bool:
 
 def _forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     weight = module.weight
-    alike = x.dtype == weight.dtype == torch.bfloat16 and x.device == weight.device and x.device.type in ("cpu", "meta")
+    alike = x.dtype == weight.dtype == torch.bfloat16 and x.device == weight.device and (x.is_cpu or x.is_meta)
     if args or kwargs or not alike or weight.requires_grad or not (x.is_contiguous() and weight.is_contiguous()):
         return plain(x, *args, **kwargs)
     return RMSNorm.apply(x, weight, module.variance_epsilon)

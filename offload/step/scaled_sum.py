@@ -96,4 +96,4 @@ def _scaled(gradient: Tensor, scaling: float) -> Tensor:
 def _takes(value: Tensor, update: Tensor | None = None) -> bool:
     if update is not None and (update.dtype != torch.float32 or update.shape != value.shape or not update.is_contiguous()):
         return False
-    return value.dtype in _DTYPES and value.is_contiguous() and value.device.type in ("cpu", "meta")
+    return value.dtype in _DTYPES and value.is_contiguous() and (value.is_cpu or value.is_meta)

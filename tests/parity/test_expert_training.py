@@ -64,8 +64,6 @@ def fetched(monkeypatch) -> list[int]:
     [
         ("mixtral", "cpu", "float32", "previous"), ("qwen3-moe", "simulated", "float32", "exact"),
         ("gpt-oss", "cpu", "bfloat16", "exact"), ("olmoe", "simulated", "bfloat16", "previous"),
-        ("qwen3-moe", "cpu", "bfloat16", "exact"), ("gpt-oss", "simulated", "bfloat16", "previous"),
-        ("olmoe", "cpu", "float32", "previous"), ("mixtral", "simulated", "bfloat16", "exact"),
     ],
 )  # fmt: skip
 def test_steps_are_those_of_the_plain_loop(name, device, dtype, clipping, mixture, tokens, tmp_path, fetched):
