@@ -347,7 +347,7 @@ def _measure_tensors(
             for start in starts[first : first + shape.micro_batches]
         ]
         batches = make_micro_batches(rows, group, streamed.device.torch_device)
-        found = streamed.step_losses(batches.inputs, batches.labels, keep_outputs=True)
+        found = streamed.step_losses(batches.inputs, batches.labels, keep_outputs=True, models_own=True)
         total += float(found.losses) * (1 if found.is_sum else found.num_items)
         items += found.num_items
         for labels, output in zip(batches.labels, found.outputs, strict=True):

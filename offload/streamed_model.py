@@ -152,6 +152,7 @@ class StreamedModel:
                 if self._storages is not None:
                     self.head.lanes_together = self._storages.most_near
             self._loss = make_loss(parts.model, self.head)
+            self._own_loss = models_own_loss(parts.model, self.head)
             self._kept_graphs = plan.count(GRAPHS)
             self.engine = Engine(
                 self.model, parts.blocks, weights, self.activations, options.progress, self._kept_graphs,
@@ -250,17 +251,20 @@ class StreamedModel:
         labels: Sequence[torch.Tensor | None],
         variants: int = 1,
         keep_outputs: bool = False,
+        models_own: bool = False,
     ) -> StepLosses:
         """The loss as in `train_step`, without gradients, under every variant of the weights; each block is fetched once.
 
-        keep_outputs: whether the result has the model's outputs. They are in memory, all of them."""
+        keep_outputs: whether the result has the model's outputs. They are in memory, all of them. models_own: whether it is
+        instead that of the model's own forward, as it is by default, whatever is made small."""
+        loss = self._own_loss if models_own else self._loss
         storages = None if keep_outputs else self._storages
         self._begin(inputs, storages)
-        inputs, watched = _labelled(inputs, labels), self._loss.watch(len(inputs) * variants)
+        inputs, watched = _labelled(inputs, labels), loss.watch(len(inputs) * variants)
         lanes = [variant for variant in range(variants) for _ in inputs]
         outputs = self.engine.forward(inputs * variants, lanes, watched, storages)
         with nullcontext() if storages is None else storages.guarded():
-            found = self._loss.values(outputs, inputs, watched, variants)
+            found = loss.values(outputs, inputs, watched, variants)
         self._check_file()
         return found if keep_outputs else found._replace(outputs=[])
 

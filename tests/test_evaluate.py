@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
 from finetune.planned_run import BatchShape
 from finetune.session import Session
+from finetune.trainer import Trainer
 
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()
 ONE_TOKEN = [" great", " terrible"]
@@ -189,6 +191,18 @@ def test_in_the_middle_of_training_the_same_is_measured(model, tmp_path, longest
         session.close()
     assert not any(module.training for module in session.model.modules())
     assert {**inside, "seconds": 0} == {**alone, "seconds": 0}  # a fresh adapter changes nothing
+
+
+def test_what_is_made_small_is_not_what_is_measured(model, tmp_path):
+    """Rows of tensors under label smoothing: plain cross entropy, in a run and after it."""
+    ids = [torch.arange(3 + i, 12 + i) for i in range(4)]
+    rows = [{"input_ids": one, "labels": one, "position_ids": torch.arange(9)} for one in ids]
+    training = {"max_steps": 1, "label_smoothing_factor": 0.3, "z_loss": 0.1}
+    Trainer(make_config(model, tmp_path / "out", data=rows, eval_data=rows, training=training)).train()
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    after = evaluate(make_config(model, tmp_path / "eval", eval_data=rows), tmp_path / "out")
+    assert row["eval_loss"] == pytest.approx(after["loss"], rel=1e-5)
+    assert row["loss"] > 1.1 * after["loss"]
 
 
 def test_an_evaluation_that_finds_no_room_is_named(model, tmp_path, monkeypatch):
