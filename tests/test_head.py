@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from finetune.memory.errors import UserError
+from finetune.offload.sizing.dry_run import peak_bytes
 from finetune.offload.step.deferred_logits import DeferredLogits
 from finetune.offload.step.head import TiledHead, default_tiles
 from finetune.offload.step.weights import HeadChunk, HeadRows
@@ -201,6 +202,13 @@ def test_gradients_of_the_head_itself(tile_tokens, tile_vocab, dtype, bias, oper
     exact, plain = gradients(torch.float64), gradients(dtype)
     scale = max(float(g.abs().max()) for g in exact)
     assert worst(found, exact) <= 3 * worst(plain, exact) + 8 * torch.finfo(torch.float32).eps * scale
+
+
+def test_the_sum_of_a_chunks_rows_makes_no_copy_of_it():
+    weight = torch.randn(1500, 16, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    chunk = HeadRows(0, weight, None)
+    assert peak_bytes(chunk.sum_of_rows) < 2 * weight.nbytes  # counted with the weight, whose rows are views
+    torch.testing.assert_close(chunk.sum_of_rows(), weight.double().sum(dim=0).float(), rtol=1e-5, atol=1e-4)
 
 
 def test_large_logits_do_not_overflow():

@@ -202,7 +202,7 @@ class TiledCrossEntropy:
             if form.smoothing:
                 self._logit_sum = torch.zeros(count, device=device)
         if form.smoothing and self._backward and not self._operations:
-            self._row_sum += chunk.weight.float().sum(dim=0)
+            self._row_sum += chunk.sum_of_rows()
         for tile in self._tiles:
             hidden = rows[tile]
             z = chunk.logits(hidden) if forward is None else forward(hidden)

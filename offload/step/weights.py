@@ -7,11 +7,13 @@ A policy answers: weights as they are (`finetune.offload.weights.frozen`), varia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch.nn import functional
+
+_ROWS_SUMMED = 256  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,19 @@ class HeadRows:
     start: int  # of the vocabulary
     weight: torch.Tensor  # [rows, hidden]
     bias: torch.Tensor | None  # [rows]
+    _sum: torch.Tensor | None = field(default=None, init=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, hidden] to [n, rows]."""
         return functional.linear(hidden, self.weight, self.bias)
+
+    def sum_of_rows(self) -> torch.Tensor:
+        """Of the weight, fp32 [hidden]; added up once. Few rows at a time are in fp32: a chunk would be twice its size."""
+        if self._sum is None:
+            self._sum = torch.zeros(self.weight.shape[1], device=self.weight.device)
+            for rows in self.weight.split(_ROWS_SUMMED):
+                self._sum += rows.float().sum(dim=0)
+        return self._sum
 
 
 class Weights(Protocol):
