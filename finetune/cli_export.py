@@ -111,7 +111,7 @@ def combine(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="With svd: rank of the result. [default: the largest]")] = None,
     majority_sign: Annotated[str, typer.Option("--majority-sign", help="With ties: total or frequency.")] = "total",
-    dropping_seed: Annotated[int, typer.Option("--seed", help="Of what dare drops.")] = 42,
+    dropping_seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Of what dare drops.")] = 42,
 ) -> None:
     """Write several LoRA adapters of one model as one, with PEFT's own arithmetic: the model's weights are not read."""
     require(to, "a directory to write to", "--to DIRECTORY")

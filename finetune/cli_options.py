@@ -77,7 +77,7 @@ SAMPLING = {
     ),
     "repetition_penalty": _sampling(float, "--repetition-penalty", "Above 1: tokens that came are less likely.", min=0.01),
     "no_repeat_ngram_size": _sampling(int, "--no-repeat-ngram-size", "No so many tokens in a row come twice.", min=1),
-    "sampling_seed": _sampling(int, "--seed", "Seed of the sampling. [default: 42]"),
+    "sampling_seed": _sampling(int, "--seed", "Seed of the sampling. [default: 42]", min=0, max=(1 << 63) - 1),
 }
 """Fields of `finetune.decoding.Sampling`, but for the name of the seed. None: the option was not given."""
 OPTIONS = KEYS | SAMPLING | {

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _CHOOSING_BYTES = 32
 """For each token of the vocabulary: scores, sorted scores and their places while one is chosen."""
+SEEDS = 1 << 63
+"""Of the sampling there are so many: those of several prompts, which follow one another, are in 64 bits too."""
 
 
 def decode(
@@ -71,11 +73,7 @@ def _decode(
         )
         tokens = []
         for i, logits in zip(going, streamed.last_logits(outputs, versions), strict=True):
-            if bool(logits.isnan().any()):
-                raise UserError(
-                    "no next token can be chosen, because the model's outputs are NaN: look for a faulty weight, or try "
-                    "another engine.dtype"
-                )
+            check_choosable(logits)
             token = choosers[i](logits[0].cpu())
             news[i] = torch.tensor([[token]], device=device)
             tokens.append((i, token))
@@ -102,6 +100,17 @@ def _fill_caches(
     return rest
 
 
+def check_choosable(logits: torch.Tensor) -> None:
+    """Raises UserError for logits [..., vocabulary] of which no token can be chosen; one that is -inf never is."""
+    highest = logits.amax(dim=-1)  # NaN where one is
+    if not bool(highest.isfinite().all()):
+        found = "NaN" if bool(highest.isnan().any()) else "infinite"
+        raise UserError(
+            f"no next token can be chosen, because the model's outputs are {found}: look for a faulty weight, or try another "
+            "engine.dtype"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is chosen, under the names and with the meanings of Transformers' `GenerationConfig`."""
@@ -123,6 +132,8 @@ class Sampling:
 
     def processors(self) -> LogitsProcessorList:
         """Transformers' own, in its order. Raises UserError for numbers that they do not take."""
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"sampling: expected a seed from 0 to {SEEDS - 1}, found {self.seed}")
         from transformers.generation import logits_process as kinds
 
         wanted = [

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finetune.chat import Conversation
-from finetune.decoding import Sampling, TextPieces, chooser, decode, end_tokens
+from finetune.decoding import Sampling, TextPieces, check_choosable, chooser, decode, end_tokens
 from finetune.evaluate import evaluate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
@@ -278,6 +278,19 @@ def test_tokens_are_those_that_transformers_chooses(llama, tmp_path, way):
 def test_what_transformers_does_not_take_is_refused(llama, tmp_path):
     with pytest.raises(UserError, match="sampling: .*temperature.*strictly positive"):
         list(generate(make_config(llama, tmp_path), None, ["hello"], temperature=-1.0))
+    with pytest.raises(UserError, match="sampling: expected a seed from 0 to 9223372036854775807, found 9223372036854775808"):
+        list(generate(make_config(llama, tmp_path), None, ["hello"], temperature=1.0, seed=1 << 63))
+    largest = generate(make_config(llama, tmp_path), None, ["hello", "the cat"], temperature=1.0, seed=(1 << 63) - 1)
+    assert "".join(largest)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
+def test_outputs_of_which_no_token_can_be_chosen_are_named(value, word):
+    check_choosable(torch.tensor([[0.0, float("-inf")], [float("-inf"), -3.0]]))
+    with pytest.raises(UserError, match=f"the model's outputs are {word}"):
+        check_choosable(torch.tensor([[0.0, 1.0], [value, 2.0]]))
+    with pytest.raises(UserError, match="infinite"):
+        check_choosable(torch.full((1, 3), float("-inf")))
 
 
 def test_the_cache_is_part_of_the_plan(llama, tmp_path):

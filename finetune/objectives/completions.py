@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from finetune.adapters.base import adapter_of
-from finetune.decoding import make_cache
-from finetune.memory.errors import UserError
+from finetune.decoding import check_choosable, make_cache
 from finetune.offload.streamed_model import StreamedModel
 from finetune.offload.weights.skeleton import cache_argument
 
@@ -38,7 +37,7 @@ def write_completions(
 ) -> list[list[list[int]]]:
     """Token ids of each prompt's completions, one for each of its choosers, which are equally many; the last one may be an end.
 
-    Raises UserError where the model's outputs are NaN.
+    Raises UserError where the model's outputs are NaN or infinite.
     """
     lanes = [_Lane(streamed, prompt, own, ends, max_new_tokens) for prompt, own in zip(prompts, choosers, strict=True)]
     for _ in range(max_new_tokens):
@@ -78,11 +77,7 @@ class _Lane:
 
     def take(self, logits: torch.Tensor) -> None:
         """logits: of the last position, fp32 [1 or rows, vocabulary]."""
-        if bool(logits.isnan().any()):
-            raise UserError(
-                "no completion can be written, because the model's outputs are NaN: look for a faulty weight, or try another "
-                "engine.dtype"
-            )
+        check_choosable(logits)
         rows, news = logits.cpu(), []
         for number, (tokens, choose) in enumerate(zip(self.tokens, self._choosers, strict=True)):
             if self._is_over(tokens):
