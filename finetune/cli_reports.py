@@ -25,6 +25,8 @@ def report(
     """Write report.html of a run, as in finetune report out: curves, times, memory, settings. Runs end with writing it too."""
     if not (config.output / "metrics.jsonl").is_file():
         raise UserError(f"expected the directory of a run, found none in {config.output}: finetune report DIRECTORY")
+    from finetune.adapters.merging import can_merge
+    from finetune.objectives.registry import find_objective
     from finetune.reporting.ending import describe_result
     from finetune.reporting.page import Sample, write_page
 
@@ -37,8 +39,9 @@ def report(
                 "".join(generate(config, adapter, [prompt], max_new_tokens=max_new_tokens)) for adapter in (None, config.output)
             )
             samples.append(Sample(prompt, before, after))
-    has_adapter = (config.output / "adapter").is_dir()
-    typer.echo(write_page(config.output, describe_result(config.output, has_adapter, is_text=True), samples))
+    has_adapter, is_text = (config.output / "adapter").is_dir(), not find_objective(config.objective).scores
+    words = describe_result(config.output, has_adapter, is_text, can_merge(config))
+    typer.echo(write_page(config.output, words, samples))
 
 
 def lr_find(

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.merging import can_merge
 from finetune.config import Config
 from finetune.config.training_options import REPORTERS
 from finetune.config.unused_keys import unused_adapter_note
@@ -217,7 +218,7 @@ class Run:
         report = run_report(self.planned, session, self.meter, loop) | {"evaluation": after.evaluation, "best": kept}
         write_report(output / "report.json", report)
         is_text = shape.samples is None and session.parts.head is not None
-        write_page(output, describe_result(output, method.adapter_directory is not None, is_text))
+        write_page(output, describe_result(output, method.adapter_directory is not None, is_text, can_merge(config)))
         if (output / "adapter").is_dir():
             words = "An adapter for use with PEFT, made with finetune."
             write_text(output / "adapter" / CARD, model_card(output, model_name(config.model), "peft", words))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.merging import can_merge
 from finetune.adapters.side_by_side import Attached
 from finetune.config import Config
 from finetune.config.sweep import check_together
@@ -219,7 +220,7 @@ class _Process:
         print_table(outcomes, LastingStream(sys.stdout))
         if outcomes[0].state == FINISHED:
             is_text = self._shared.parts.head is not None
-            words = f"\n{describe_result(Path(outcomes[0].output), True, is_text)}"
+            words = f"\n{describe_result(Path(outcomes[0].output), True, is_text, can_merge(self._base))}"
             print(fitted(words, sys.stdout), file=LastingStream(sys.stdout), flush=True)
         failed = [one for one in outcomes if one.state == FAILED]
         if failed:

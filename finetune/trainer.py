@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adapters.merging import can_merge
 from finetune.config import Config
 from finetune.config.loading import expand_shorthands, merge
 from finetune.data.image_rows import open_samples
@@ -223,5 +224,5 @@ class Trainer:
             write_traces(config.trace, run.planned, trace)
         run.progress.close()
         is_text = run.planned.shape.samples is None and session.parts.head is not None
-        ending = describe_ending(report, config.output, run.method.adapter_directory is not None, is_text)
+        ending = describe_ending(report, config.output, run.method.adapter_directory is not None, is_text, can_merge(config))
         return TrainResult(loop.step, loop.training_loss, report, f"{summary_table(report)}\n\n{ending}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import finetune.reporting.progress
+from finetune.adapters.merging import can_merge
+from finetune.config import Config
 from finetune.reporting.ending import describe_ending
 from finetune.reporting.progress import LastingStream, Progress, fitted
 from finetune.reporting.report import (
@@ -198,7 +201,7 @@ REPORT = {
 
 
 def test_the_end_of_a_run_says_what_to_do_next() -> None:
-    assert describe_ending(REPORT, Path("my out"), has_adapter=True, is_text=True).splitlines() == [
+    assert describe_ending(REPORT, Path("my out"), has_adapter=True, is_text=True, can_merge=True).splitlines() == [
         "20 steps in 75 s; loss 0.7500 in the first and 0.2500 in the last, 0.5000 on average",
         "evaluation: loss 0.3000, examples 2,000, accuracy 0.8750",
         "my out/report.html: the curves, times and memory, for a browser",
@@ -210,7 +213,7 @@ def test_the_end_of_a_run_says_what_to_do_next() -> None:
         "  finetune export 'my out' --merge plain --to DIRECTORY",
     ]
     nothing = REPORT | {"steps": 10, "first_loss": None, "last_loss": None, "training_loss": None, "evaluation": None}
-    assert describe_ending(nothing, Path("out"), has_adapter=False, is_text=False).splitlines() == [
+    assert describe_ending(nothing, Path("out"), has_adapter=False, is_text=False, can_merge=False).splitlines() == [
         "0 steps in 75 s",
         "out/report.html: the curves, times and memory, for a browser",
         "out: the tuned model, until it is exported",
@@ -218,6 +221,18 @@ def test_the_end_of_a_run_says_what_to_do_next() -> None:
         "  finetune eval out --data FILE",
         "  finetune export out --to DIRECTORY",
     ]
+    assert "export" not in describe_ending(nothing, Path("out"), has_adapter=True, is_text=True, can_merge=False)
+
+
+def test_only_what_peft_merges_is_to_be_merged() -> None:
+    def merges(**values: Any) -> bool:
+        return can_merge(Config(model="m", **values))
+
+    assert merges() and merges(method="adapter", adapter={"type": "vera"})
+    for kind in ("mixlora", "dynmole", "prompt_tuning", "adaption_prompt"):
+        assert not merges(method="adapter", adapter={"type": kind}), kind
+    assert not merges(training={"objective": "reward"}) and not merges(method="full")
+    assert not merges(method="zo", zo={"parameters": "prefix"}) and merges(method="zo", zo={"parameters": "lora"})
 
 
 class Terminal(io.StringIO):

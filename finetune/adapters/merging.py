@@ -19,12 +19,31 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.base import class_of
+from finetune.adapters.registry import ADAPTERS
+from finetune.config import Config
 from finetune.memory.errors import UserError
+from finetune.objectives.registry import find_objective
 from finetune.offload.sizing.dry_run import peak_bytes
 from finetune.offload.weights.formats import PlainTensor, StoredWeight
 
 # Of every number of a layer: what products and sums between dtypes make inside of themselves, in fp32, unseen by a dry run.
 _UNSEEN_BYTES = 8
+
+
+def can_merge(config: Config) -> bool:
+    """Whether PEFT can merge what a run of these settings leaves into the base, as far as its kind says."""
+    kind = config.adapter_kind
+    if kind is None or find_objective(config.objective).scores:
+        return False
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    import finetune.peft_tuners  # noqa: F401  registers them
+    from finetune.adapters.routed import Routed
+
+    word = (config.adapter.type or "").upper() if kind == "adapter" else ADAPTERS[kind].peft_type
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(word)
+    return hasattr(tuner, "merge_and_unload") and not issubclass(class_of(word), Routed)
 
 
 @dataclass(frozen=True, slots=True)

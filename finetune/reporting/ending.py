@@ -10,7 +10,7 @@ from typing import Any
 from finetune.memory.units import format_seconds
 
 
-def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, is_text: bool) -> str:
+def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, is_text: bool, can_merge: bool) -> str:
     """report: what report.json says. The others as in `describe_result`."""
     done = report["steps"] - report["first_step"]
     lines = [f"{done} steps in {format_seconds(report['seconds'])}{_losses(report)}"]
@@ -20,18 +20,21 @@ def describe_ending(report: Mapping[str, Any], output: Path, has_adapter: bool, 
         best = report["best"]
         lines.append(f"the result is that of step {best['step']}, with the best {best['metric']}, {best['value']:.4f}")
     lines.append(f"{output / 'report.html'}: the curves, times and memory, for a browser")
-    return "\n".join([*lines, describe_result(output, has_adapter, is_text)])
+    return "\n".join([*lines, describe_result(output, has_adapter, is_text, can_merge)])
 
 
-def describe_result(output: Path, has_adapter: bool, is_text: bool) -> str:
-    """output: the run's directory. is_text: whether the model can be spoken with."""
+def describe_result(output: Path, has_adapter: bool, is_text: bool, can_merge: bool) -> str:
+    """output: the run's directory. is_text: whether the model can be spoken with. can_merge: whether an adapter
+    can be merged into it."""
     place = shlex.quote(str(output))
     what = "the adapter, in PEFT's format" if has_adapter else "the tuned model, until it is exported"
     result = f"{output / 'adapter' if has_adapter else output}: {what}"
     merge = " --merge plain" if has_adapter else ""
-    uses = [f"eval {place} --data FILE", f"export {place}{merge} --to DIRECTORY"]
+    uses = [f"eval {place} --data FILE"]
     if is_text:
-        uses[1:1] = [f'generate {place} --prompt "..."', f"chat {place}"]
+        uses += [f'generate {place} --prompt "..."', f"chat {place}"]
+    if can_merge or not has_adapter:
+        uses.append(f"export {place}{merge} --to DIRECTORY")
     return "\n".join([result, "Next:", *(f"  finetune {words}" for words in uses)])
 
 
