@@ -110,8 +110,8 @@ def plan_with_evaluation(
         measured = _shape_of_samples(rows, shape.samples, together)
         return session.plan(shape, measured), HeldOut(rows, measured)
     if isinstance(rows, WrittenRows):
-        measured = rows.shape(session)
-        return session.plan(shape, measured), HeldOut(rows, measured)
+        planned, measured = rows.beside(session, shape)
+        return planned, HeldOut(rows, measured)
     shape = shape.keeping(shape.kept_bytes + _kept_bytes(rows))
     planned = session.plan(shape)
     longest, waits = shape.inputs["input_ids"].shape[1], planned.plan.count(HIDDEN_STATES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from finetune.decoding import cache_bytes
 from finetune.memory.plan import PlanRefused
 from finetune.objectives.completions import write_completions
 from finetune.offload.streamed_model import StreamedModel
-from finetune.planned_run import BatchShape
+from finetune.planned_run import BatchShape, PlannedRun
 from finetune.session import Session
 
 if TYPE_CHECKING:
@@ -34,17 +34,40 @@ class WrittenRows:
 
     def shape(self, session: Session) -> BatchShape:
         """Of a pass, with as many prompts at once as fit. Raises PlanRefused where not even one does."""
-        together, longest = len(self), self.max_length - self._max_new_tokens
-        while True:
-            kept = cache_bytes(session, longest, self._max_new_tokens, together)
-            shape = BatchShape.of_text(1, longest, together, train=False).filling_caches(kept)
+        for shape in self._shapes(session):
             try:
                 session.plan(shape)
                 return shape
-            except PlanRefused:
-                if together == 1:
-                    raise
-                together = -(-together // 2)
+            except PlanRefused as error:
+                refused = error
+        raise refused
+
+    def beside(self, session: Session, training: BatchShape) -> tuple[PlannedRun, BatchShape]:
+        """(the plan of steps of `training` that has room for passes, their shape): with as many prompts at once as leave a step
+        its reads, else those that add least to them. Raises PlanRefused where not even one prompt fits."""
+        reads, found = session.plan(training).read_bytes, []
+        for shape in self._shapes(session):
+            try:
+                planned = session.plan(training, shape)
+            except PlanRefused as error:
+                refused = error
+                continue
+            if planned.read_bytes <= reads:
+                return planned, shape
+            found.append((planned, shape))
+        if not found:
+            raise refused
+        return min(found, key=lambda one: one[0].read_bytes)
+
+    def _shapes(self, session: Session) -> Iterator[BatchShape]:
+        """Of passes, with all prompts at once, with half of them, with a quarter."""
+        together, longest = len(self), self.max_length - self._max_new_tokens
+        while True:
+            kept = cache_bytes(session, longest, self._max_new_tokens, together)
+            yield BatchShape.of_text(1, longest, together, train=False).filling_caches(kept)
+            if together == 1:
+                return
+            together = -(-together // 2)
 
     def measure(
         self, streamed: StreamedModel, together: int, progress: Callable[[int, int], None]
