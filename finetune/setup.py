@@ -15,7 +15,7 @@ from finetune.config import Config
 from finetune.memory.errors import UserError
 from finetune.memory.needs import Needs
 from finetune.needs_of_model import adapter_needs
-from finetune.objectives.registry import find_objective
+from finetune.objectives.registry import trains_beside_reference
 from finetune.offload.devices import Device
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.sizing.needs import Streamed
@@ -93,7 +93,7 @@ class Setup:
 
     def open_weights(self, session: Session) -> Callable[[Room], Weights]:
         """How the weights of the open model are to be had."""
-        return WithReference if find_objective(self.config.objective).has_reference else FrozenWeights
+        return WithReference if trains_beside_reference(self.config) else FrozenWeights
 
     def check_reference(self, session: Session) -> None:
         """Raises UserError where the model without its adapter cannot be had beside the one with it, see `WithReference`."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from finetune.adapters.seal import CONFIG, WEIGHTS
 from finetune.memory.errors import UserError
-from finetune.objectives.registry import find_objective
+from finetune.objectives.registry import trains_beside_reference
 from finetune.offload.files.new_directory import new_directory
 from finetune.offload.weights.formats import PlainTensor
 from finetune.offload.weights.formats.residual import Initial, ResidualWeight
@@ -39,7 +39,7 @@ def check_beside(arguments: Mapping[str, Any], config: Any) -> None:
     word = arguments["init_lora_weights"]
     if config.method != "lora":
         raise UserError(f"lora.init_lora_weights {word}: expected method lora, found {config.method}")
-    if find_objective(config.objective).has_reference:
+    if trains_beside_reference(config):
         raise UserError(
             f"lora.init_lora_weights {word}: training.objective {config.objective} compares with the model without its "
             "adapter, which lacks what the adapter began with: use another initialisation"

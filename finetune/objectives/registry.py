@@ -19,7 +19,7 @@ class ObjectiveEntry:
     packs: bool = False
     """Whether a row may hold several examples; else each example is asked alone."""
     has_reference: bool = False
-    """Whether steps meet the model without its adapter too, see `finetune.adapters.reference`."""
+    """Whether steps and measurements meet the model without its adapter too, see `finetune.adapters.reference`."""
     scores: bool = False
     """Whether the model gives a text a score, by a head of one output, rather than the likelihood of tokens."""
     steps_alone: bool = False
@@ -45,7 +45,7 @@ PREFERENCES: dict[str, ObjectiveEntry] = {
     "simpo": ObjectiveEntry("finetune.objectives.simpo:SimPO", section="preference"),
     "orpo": ObjectiveEntry("finetune.objectives.orpo:ORPO", section="preference"),
     "kto": ObjectiveEntry("finetune.objectives.kto:KTO", has_reference=True, section="preference"),
-    "grpo": ObjectiveEntry("finetune.objectives.grpo:GRPO", has_reference=True, steps_alone=True, section="grpo"),
+    "grpo": ObjectiveEntry("finetune.objectives.grpo:GRPO", steps_alone=True, section="grpo"),
     "reward": ObjectiveEntry("finetune.objectives.reward_model:RewardModel", scores=True, steps_alone=True, section="reward"),
 }
 """Objectives of methods with gradients, beside loss: `training.objective`."""
@@ -61,6 +61,12 @@ _FUNCTION = ObjectiveEntry("finetune.objectives.rewards:Rewards")
 def find_objective(word: Any) -> ObjectiveEntry:
     """word: a name of OBJECTIVES or PREFERENCES, FILE.py:FUNCTION, MODULE:FUNCTION or a function."""
     return (OBJECTIVES | PREFERENCES).get(word, _FUNCTION) if isinstance(word, str) else _FUNCTION
+
+
+def trains_beside_reference(config: Any) -> bool:
+    """Whether steps of a run meet the model without its adapter too. Those of grpo do where the distance from it counts; its
+    measurements never do."""
+    return find_objective(config.objective).has_reference or (config.objective == "grpo" and config.grpo.beta > 0)
 
 
 def check_objective(word: Any) -> Any:
