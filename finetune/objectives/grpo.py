@@ -228,33 +228,39 @@ class GRPO(Judged):
         old: Sequence[torch.Tensor],
         reference: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """(the loss, fp32 [], differentiable; what is logged). log_probs, old, reference: fp32 [tokens] of each completion."""
+        """(the loss, fp32 [], differentiable; what is logged). log_probs, old, reference: fp32 [tokens] of each completion. As
+        TRL logs it, completions that count for nothing are left out; where a completion has one ratio, it is one value, and
+        these are unclipped."""
         options = self._config.grpo
+        by_completion = options.importance_sampling_level == "sequence"
         losses, weights, low, high, kls = [], [], [], [], []
         for index, (one, found, before) in enumerate(zip(completions, log_probs, old, strict=True)):
+            counts = one.has_ended or not options.mask_truncated_completions
             ratio = found - before
-            if options.importance_sampling_level == "sequence":
-                ratio = ratio.mean(dim=0, keepdim=True)
+            if by_completion:
+                ratio = ratio.mean(dim=0, keepdim=True) * counts
             ratio = ratio.exp()
             clipped = ratio.clamp(1 - options.epsilon, 1 + options.high)
             loss = -torch.minimum(ratio * one.advantage, clipped * one.advantage)
             if reference is not None:
                 away = reference[index] - found
-                kls.append(away.exp() - away - 1)
-                loss = loss + options.beta * kls[-1]
+                distance = away.exp() - away - 1
+                loss = loss + options.beta * distance
+                kls += [distance] * counts
             losses.append(loss.expand_as(found))
-            weights.append(0.0 if options.mask_truncated_completions and not one.has_ended else 1.0)
-            low.append(((ratio < 1 - options.epsilon) & (one.advantage < 0)).float().expand_as(found))
-            high.append(((ratio > 1 + options.high) & (one.advantage > 0)).float().expand_as(found))
+            weights.append(float(counts))
+            if counts or by_completion:
+                low.append(((ratio < 1 - options.epsilon) & (one.advantage < 0)).float())
+                high.append(((ratio > 1 + options.high) & (one.advantage > 0)).float())
         total = self._mean(losses, weights)
         logged = {
             "clip_ratio/low_mean": _mean(low),
-            "clip_ratio/low_min": min(float(one.mean()) for one in low),
+            "clip_ratio/low_min": min((float(one.mean()) for one in low), default=0.0),
             "clip_ratio/high_mean": _mean(high),
-            "clip_ratio/high_max": max(float(one.mean()) for one in high),
+            "clip_ratio/high_max": max((float(one.mean()) for one in high), default=0.0),
             "clip_ratio/region_mean": _mean(low) + _mean(high),
         }
-        return total, logged | ({"kl": _mean(kls)} if kls else {})
+        return total, logged | ({} if reference is None else {"kl": _mean(kls)})
 
     def _mean(self, losses: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         options = self._config.grpo
@@ -279,8 +285,8 @@ def _split(tensors: Sequence[torch.Tensor], lanes: Sequence[LabelledLane]) -> li
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> float:
-    """Over all tokens."""
-    return float(torch.cat([part.detach() for part in parts]).mean())
+    """Over all values; 0 of none."""
+    return float(torch.cat([part.detach() for part in parts]).mean()) if parts else 0.0
 
 
 def _spread(values: np.ndarray) -> float:
