@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +17,7 @@ from finetune.adapters.lora_options import LoraOptions
 from finetune.config import Config, ConfigError
 from finetune.config.config import KEYS
 from finetune.config.errors import OTHER_NAMES
+from finetune.config.function_names import describe_function, distinct_names
 from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import find_preset, preset_names, read_presets
 from finetune.config.reference import all_keys
@@ -399,6 +403,37 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         engine={"simulated_copy_gbps": 0.5},
     )  # fmt: skip
     assert Config.load(write(tmp_path / "saved.yaml", config.to_yaml())) == config
+
+
+class _Reward:
+    def __call__(self, completions: list[str], **_: object) -> list[float]:
+        return [self.count(one) for one in completions]
+
+    def count(self, text: str) -> float:
+        return len(text)
+
+
+def test_functions_have_names_that_can_be_read(tmp_path: Path) -> None:
+    """The same for equal ones, no address in them; those that can be imported stand in the file as a file has them."""
+    makers: dict[str, Callable[[], Any]] = {
+        "write": lambda: write,
+        "_Reward": _Reward,
+        "_Reward.count": lambda: _Reward().count,
+        "write(a, [1, None], key=_Reward, path=PosixPath)": lambda: partial(
+            write, "a", [1, None], path=tmp_path, key=_Reward()
+        ),
+        "test_functions_have_names_that_can_be_read.<locals>.<lambda>.<locals>.<lambda>": lambda: lambda **_: [],
+    }
+    for name, make in makers.items():
+        assert describe_function(make()) == name.replace("(a,", "('a',")
+    functions = [make() for make in makers.values()]
+    config = Config(
+        model="m", training={"objective": "grpo"}, dataset={"sequence_length": 512},
+        grpo={"reward_funcs": functions},
+    )  # fmt: skip
+    words = ["test_config:write", "<python>:_Reward", "<python>:count", "<python>:write", "<python>:lambda"]
+    assert Config.load(write(tmp_path / "saved.yaml", config.to_yaml())).grpo.reward_funcs == words
+    assert distinct_names(functions) == ["write", "_Reward", "count", "write_2", "<lambda>"]
 
 
 def test_settings_of_a_run_serve_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,22 @@ from data_tools import prepare_in_this_process
 from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from test_preferences import EPSILON, LORA, TRAINING, adapted, metrics_of, rows
-from text_models import StopAfter, make_config, write_model
+from text_models import StopAfter, make_config, write_model, write_rows
 from transformers import AutoTokenizer
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
-from finetune.evaluate import evaluate
+from finetune.data.preparation import prepare_for
+from finetune.evaluate import evaluate, open_rows, plan_with_evaluation
+from finetune.merge import merge
+from finetune.methods.base import make_method
+from finetune.objectives.base import make_objective
 from finetune.objectives.completions import completion_seed
+from finetune.planner import Planner
+from finetune.session import Session
 
-ENDS = {1}
+ENDS = {1, *range(30, 345, 9)}  # so that many texts end, and some do not
 MOST, COUNT = 7, 4
 OPTIONS = {"max_completion_length": MOST, "num_generations": COUNT, "reward_funcs": []}
 
@@ -42,7 +50,9 @@ def here(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("llama") / "model")
+    place = write_model("llama", tmp_path_factory.mktemp("llama") / "model")
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ENDS)}))
+    return place
 
 
 def data_of(count: int = 6) -> list[dict[str, str]]:
@@ -53,7 +63,7 @@ def config_of(model: Path, output: Path, data: Any, grpo: dict[str, Any], **chan
     training = {**TRAINING, "batch_size": 3, "micro_batch_size": 2, "adam_epsilon": EPSILON, "objective": "grpo"}
     training |= changes.pop("training", {})
     grpo = {**OPTIONS, "reward_funcs": [many_letters, vowels], "reward_weights": [1.0, 0.5]} | grpo
-    return make_config(model, output, data=data, training=training, lora=LORA, grpo=grpo, **changes)
+    return make_config(model, output, data=data, training=training, lora=changes.pop("lora", LORA), grpo=grpo, **changes)
 
 
 def written(model: Any, prompt: list[int], seeds: list[int], temperature: float) -> list[list[int]]:
@@ -77,29 +87,53 @@ def loss_of(found: list, old: list, reference: list | None, given: list[float], 
     """TRL's formulas over the step's completions; (loss, what is logged)."""
     low, high = 1 - options.get("epsilon", 0.2), 1 + options.get("epsilon_high", options.get("epsilon", 0.2))
     beta, kind = options.get("beta", 0.0), options.get("loss_type", "dapo")
+    by_sequence, masks = options.get("importance_sampling_level") == "sequence", options.get("mask_truncated_completions")
     sums, sizes, kls, below, above = [], [], [], [], []
+    mask = torch.zeros(len(found), max(map(len, found)))
     for i, (new, before, advantage) in enumerate(zip(found, old, given, strict=True)):
         difference = new - before
-        if options.get("importance_sampling_level") == "sequence":
+        if by_sequence:
             difference = difference.mean() * torch.ones_like(new)
         ratio = torch.exp(difference)
         each = -torch.min(ratio * advantage, torch.clamp(ratio, low, high) * advantage)
         if beta:
             kls.append(torch.exp(reference[i] - new) - (reference[i] - new) - 1)
             each = each + beta * kls[-1]
-        counts = ended[i] or not options.get("mask_truncated_completions")
+        counts = ended[i] or not masks
+        mask[i, : len(new)] = counts
         sums.append(each.sum() * counts)
         sizes.append(len(new) * counts)
-        below.append(((ratio < low) & (advantage < 0)).float())
-        above.append(((ratio > high) & (advantage > 0)).float())
+        tokens = slice(1) if by_sequence else slice(None)
+        below.append(((ratio < low) & (advantage < 0) & (counts or not by_sequence)).float()[tokens])
+        above.append(((ratio > high) & (advantage > 0) & (counts or not by_sequence)).float()[tokens])
     if kind == "grpo":
         loss = sum(one / max(size, 1) for one, size in zip(sums, sizes, strict=True)) / len(sums)
     elif kind == "dr_grpo":
         loss = sum(sums) / (len(sums) * MOST)
     else:
         loss = sum(sums) / max(sum(sizes), 1)
-    logged = {"clip_ratio/low_mean": torch.cat(below).mean(), "clip_ratio/high_max": max(one.mean() for one in above)}
-    return loss, logged | ({"kl": torch.cat(kls).mean()} if beta else {})
+    below, above, kls = (padded(one, mask.shape[1]) for one in (below, above, kls))
+    logged = {
+        "clip_ratio/low_mean": masked_mean(below, mask), "clip_ratio/high_max": np.nanmax(means_of_rows(above, mask).numpy()),
+        "clip_ratio/low_min": np.nanmin(means_of_rows(below, mask).numpy()),
+    }  # fmt: skip
+    return loss, logged | ({"kl": masked_mean(kls, mask)} if beta else {})
+
+
+def padded(parts: list[torch.Tensor], length: int) -> torch.Tensor:
+    """[completions, length], or [completions, 1] of one value each."""
+    length = 1 if parts and all(len(one) == 1 for one in parts) else length
+    return torch.stack([torch.nn.functional.pad(one.detach(), (0, length - len(one))) for one in parts]) if parts else None
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Over all tokens that count; over all rows where each has one value."""
+    return values.mean() if values.shape[1] == 1 else (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def means_of_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """NaN of a row of which nothing counts."""
+    return values[:, 0] if values.shape[1] == 1 else (values * mask).sum(1) / mask.sum(1)
 
 
 def plain_run(model: Path, data: list[dict[str, str]], options: dict, steps: int) -> tuple[list[dict[str, float]], Any]:
@@ -150,7 +184,8 @@ def plain_run(model: Path, data: list[dict[str, str]], options: dict, steps: int
 
 CASES = [
     ({"scale_rewards": "none"}, 1),
-    ({"beta": 0.3, "loss_type": "grpo", "num_iterations": 2, "epsilon": 0.01, "epsilon_high": 0.02, "temperature": 0.7}, 2),
+    ({"beta": 0.3, "loss_type": "grpo", "num_iterations": 2, "epsilon": 0.01, "epsilon_high": 0.02, "temperature": 0.7,
+      "mask_truncated_completions": True}, 2),
     ({"loss_type": "dr_grpo", "scale_rewards": "batch", "importance_sampling_level": "sequence", "num_iterations": 2,
       "epsilon": 1e-3, "mask_truncated_completions": True}, 1),
 ]  # fmt: skip
@@ -213,6 +248,62 @@ def test_evaluation_is_of_the_likeliest_texts(model, tmp_path):
             rewards.append(many_letters(said, [one["completion"]])[0] + 0.5 * vowels(said)[0])
     assert again["reward"] == row["eval_reward"] == pytest.approx(np.mean(rewards), rel=1e-6)
     assert again["loss"] == -again["reward"] and again["examples"] == 3
+
+
+def test_an_evaluation_leaves_steps_what_they_keep_in_memory(model, tmp_path, monkeypatch):
+    """As many prompts at once as fit beside the blocks that a step finds in memory."""
+    changes = {"eval_data": data_of(64), "engine": {"kept_graphs": 0}}
+    config = config_of(model, tmp_path / "out", data_of(3), {"max_completion_length": 40}, **changes)
+    monkeypatch.setattr(Planner, "process_bytes", 1 << 28)
+
+    def planned(host_bytes: int) -> tuple[Any, ...]:
+        session = Session(make_method(config.model_copy(update={"host_memory": host_bytes})))
+        try:
+            rows, directory = open_rows(session, config), session.parts.directory
+            data = prepare_for(config, config.data, directory, choices=False, append_eos=None)
+            shape = make_objective(config, session, data).shape(session)
+            return session.plan(shape), *plan_with_evaluation(session, rows, shape, 64)
+        finally:
+            session.close()
+
+    alone, roomy, all_rows = planned(8 << 30)
+    assert all_rows.shape.micro_batches == 64 and not roomy.read_bytes
+    peaks = alone.plan.host_peak_bytes, roomy.plan.host_peak_bytes
+    assert peaks[0] < peaks[1]
+    alone, beside, fewer = planned(peaks[0] + (peaks[1] - peaks[0]) // 2)
+    assert 1 <= fewer.shape.micro_batches < 64 and beside.read_bytes == alone.read_bytes == 0
+
+
+def test_a_reference_is_met_only_where_it_counts(model, tmp_path):
+    """Without one, the base under the adapter may be another model, and an adapter may have modules of its own."""
+    lora = LORA | {"init_lora_weights": "pissa", "extra": {"modules_to_save": ["norm"]}}
+    changes = {"training": {"max_steps": 1}, "lora": lora, "eval_data": data_of(2)}
+    config = config_of(model, tmp_path / "out", data_of(3), {}, **changes)
+    Trainer(config).train()
+    found = evaluate(config.model_copy(update={"output": tmp_path / "eval"}), config.output)
+    assert found["reward"] == pytest.approx(metrics_of(config)[0]["eval_reward"], rel=1e-5)
+    with pytest.raises(UserError, match="grpo compares with the model without its adapter"):
+        Trainer(config_of(model, tmp_path / "refused", data_of(3), {"beta": 0.1}, **changes)).train()
+
+
+def test_functions_of_python_have_names(model, tmp_path):
+    """The run goes on with equal ones; its settings can be read, and say what is missing where the functions are needed."""
+
+    def config(**more: Any) -> Config:
+        functions = [partial(many_letters, weight=2), lambda completions, **_: [0.5] * len(completions), partial(many_letters)]
+        grpo = {"reward_funcs": functions, "reward_weights": None}
+        return config_of(model, tmp_path / "out", data_of(3), grpo, training={"max_steps": 2}, **more)
+
+    Trainer(config(), callbacks=[StopAfter(1)]).train()
+    Trainer(config(resume=True)).train()
+    names = {"rewards/many_letters/mean", "rewards/<lambda>/mean", "rewards/many_letters_2/mean"}
+    assert all(names <= row.keys() for row in metrics_of(config()))
+    again = Config.load(tmp_path / "out")
+    assert again.grpo.reward_funcs == ["<python>:many_letters", "<python>:lambda", "<python>:many_letters"]
+    with pytest.raises(UserError, match=r"grpo.reward_funcs: the run was started in Python.*\(many_letters\).*pass it again"):
+        evaluate(again.model_copy(update={"data": write_rows(tmp_path / "rows.jsonl", data_of(2))}), tmp_path / "out")
+    merge(again, tmp_path / "merged", "plain")
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def raises(**_: Any) -> list[float]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, TypeAdapter, ValidationError, create_model
 
 from finetune.config.errors import ConfigError, explain
+from finetune.config.function_names import word_for_function
 from finetune.config.loading import (
     RUN_FILE,
     SHORTHANDS,
@@ -225,7 +226,7 @@ class _Keys(Section):
         if any(map(callable, self.grpo.reward_funcs)):
             comments += "# grpo.reward_funcs had Python functions\n"
             values["grpo"]["reward_funcs"] = [
-                f"{word.__module__}:{word.__name__}" if callable(word) else word for word in self.grpo.reward_funcs
+                word_for_function(word) if callable(word) else word for word in self.grpo.reward_funcs
             ]
         if callable(self.training.compute_metrics):
             comments += "# training.compute_metrics was a Python function\n"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from finetune.config import Config
+from finetune.config.function_names import distinct_names
 from finetune.data import Example, TokenDataset
 from finetune.data.batches import Row
 from finetune.data.cache import MASKED
@@ -195,14 +196,14 @@ class GRPO(Judged):
         count, options = len(texts[0]), self._config.grpo
         weights = options.reward_weights or [1.0] * len(self._rewards)
         total, logged = np.zeros(len(texts) * count, np.float32), {}
-        for reward, weight in zip(self._rewards, weights, strict=True):
+        for reward, name, weight in zip(self._rewards, distinct_names(self._rewards), weights, strict=True):
             values = call_reward(
                 reward,
                 [prompt for prompt in prompts for _ in range(count)],
                 [text for one in texts for text in one],
                 [reference for reference in references for _ in range(count)],
             )
-            found, name = np.array(values, np.float32), getattr(reward, "__name__", "reward")
+            found = np.array(values, np.float32)
             total += np.float32(weight) * found
             logged |= {f"rewards/{name}/mean": float(found.mean()), f"rewards/{name}/std": _spread(found)}
         logged |= {"reward": float(total.mean()), "reward_std": _spread(total)}

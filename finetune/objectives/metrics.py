@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.function_names import name_of_function
 from finetune.data.cache import MASKED
 from finetune.memory.errors import UserError
 from finetune.objectives.rewards import load_reward
@@ -52,7 +53,7 @@ class Predictions:
         """What the function makes of them. Raises UserError when it fails, or returns anything but names and numbers."""
         from transformers import EvalPrediction
 
-        name = getattr(function, "__name__", repr(function))
+        name = name_of_function(function)
         try:
             found = dict(function(EvalPrediction(predictions=self._tokens, label_ids=self._labels)))
             values = {str(key).removeprefix("eval_"): value for key, value in found.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.config import Config
+from finetune.config.function_names import PYTHON, name_of_function
 from finetune.data import TokenDataset
 from finetune.memory.errors import UserError
 from finetune.objectives.generated import Generated
@@ -47,6 +48,11 @@ def token_f1(completions: Sequence[str], references: Sequence[str], **_: object)
 def load_reward(name: str, key: str = "zo.objective") -> Reward:
     """`FILE.py:FUNCTION` or `MODULE:FUNCTION`. key: of the configuration, that says so. Raises UserError."""
     source, _, function = name.rpartition(":")
+    if source == PYTHON:
+        raise UserError(
+            f"{key}: the run was started in Python, with a function of its own ({function}), which no file gives: pass it "
+            f"again, as in Config.load(DIRECTORY, {{{key!r}: ...}}), or name FILE.py:FUNCTION"
+        )
     try:
         if source.endswith(".py"):
             path = Path(source).expanduser()
@@ -71,7 +77,7 @@ def call_reward(
     reward: Reward, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]
 ) -> list[float]:
     """Raises UserError when the function fails or returns anything but a finite number for each completion."""
-    name = getattr(reward, "__name__", repr(reward))
+    name = name_of_function(reward)
     try:
         found = reward(prompts=list(prompts), completions=list(completions), references=list(references))
         values = [float(value) for value in found]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from finetune.config import Config
+from finetune.config.function_names import describe_function
 from finetune.data import TokenDataset
 from finetune.data.tensor_rows import TensorRows
 from finetune.memory.errors import UserError
@@ -102,10 +103,12 @@ def settings(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     values["lora"]["target_parameters"].sort()
     zo |= {"fold_steps": config.zo.group_steps, "rank": config.zo.noise_rank, "clip": config.zo.most_coefficient}
     if callable(config.zo.objective):
-        zo["objective"] = getattr(config.zo.objective, "__qualname__", "a function")
+        zo["objective"] = describe_function(config.zo.objective)
     values["preference"]["beta"] = config.preference.beta_of(config.objective)
     values["preference"]["cpo_alpha"] = config.preference.cpo_alpha_of(config.objective)
-    values["grpo"]["reward_funcs"] = [getattr(word, "__qualname__", word) for word in config.grpo.reward_funcs]
+    values["grpo"]["reward_funcs"] = [
+        describe_function(word) if callable(word) else word for word in config.grpo.reward_funcs
+    ]
     for section in OBJECTIVE_SECTIONS:
         if section != find_objective(config.objective).section:
             del values[section]
