@@ -166,6 +166,7 @@ struct Process {
     std::size_t overflow_bytes = 0;
     std::size_t overflow_peak_bytes = 0;
     std::size_t peak_bytes = 0;
+    std::size_t beside_file_bytes = 0;
     // Every block ever handed out lies between these two, on a page; other pointers are passed on without the lock.
     std::atomic<std::uintptr_t> lowest{UINTPTR_MAX};
     std::atomic<std::uintptr_t> highest{0};
@@ -200,6 +201,7 @@ int hooked_posix_memalign(void** out, std::size_t alignment, std::size_t bytes) 
                 *out = block;
                 return 0;
             }
+            p.beside_file_bytes += bytes;
         }
         if (void* block = p.current->allocate(bytes, long_lived)) {
             p.peak_bytes = std::max(p.peak_bytes, p.current->used_bytes());
@@ -450,6 +452,7 @@ void map_file(int file, std::size_t bytes) {
     p.retired.reserve(p.retired.size() + 1);
     if (region != nullptr) widen(p, region->begin(), region->end());
     std::swap(p.in_file, region);
+    p.beside_file_bytes = 0;
     if (region != nullptr && region->blocks() > 0) p.retired.push_back(std::move(region));
 }
 
@@ -463,6 +466,12 @@ std::size_t bytes_in_file() {
     Process& p = process();
     const std::lock_guard guard(p.lock);
     return p.in_file == nullptr ? 0 : p.in_file->used_bytes();
+}
+
+std::size_t bytes_beside_file() {
+    Process& p = process();
+    const std::lock_guard guard(p.lock);
+    return p.beside_file_bytes;
 }
 
 namespace {
@@ -511,6 +520,7 @@ bool set_long_lived(bool) { return false; }
 void map_file(int, std::size_t) { throw std::runtime_error("tensors in a file need Linux"); }
 std::size_t set_in_file(std::size_t) { return 0; }
 std::size_t bytes_in_file() { return 0; }
+std::size_t bytes_beside_file() { return 0; }
 void let_go(std::uintptr_t, std::size_t) {}
 void fetch_soon(std::uintptr_t, std::size_t) {}
 int file_error() { return 0; }
@@ -540,6 +550,7 @@ void register_arena(nb::module_& parent) {
     m.def("map_file", &arena::map_file, nb::arg("file"), nb::arg("bytes"));
     m.def("set_in_file", &arena::set_in_file, nb::arg("min_bytes"));
     m.def("bytes_in_file", &arena::bytes_in_file);
+    m.def("bytes_beside_file", &arena::bytes_beside_file);
     m.def("let_go", &arena::let_go, nb::arg("address"), nb::arg("bytes"));
     m.def("fetch_soon", &arena::fetch_soon, nb::arg("address"), nb::arg("bytes"));
     m.def("file_error", &arena::file_error, nb::call_guard<nb::gil_scoped_release>());

@@ -82,6 +82,7 @@ void map_file(int file, std::size_t bytes);
 // The calling thread's blocks of that many bytes and more lie in the file, as far as it has room; 0: none. Returns what it was.
 std::size_t set_in_file(std::size_t min_bytes);
 std::size_t bytes_in_file();                               // of blocks now
+std::size_t bytes_beside_file();                           // of blocks that it has had no room for, since it was opened
 void let_go(std::uintptr_t address, std::size_t bytes);    // a part of a block in the file: is not wanted for a while
 void fetch_soon(std::uintptr_t address, std::size_t bytes);
 int file_error();  // errno of writing to the file, which has failed since it was asked last; 0: it has not

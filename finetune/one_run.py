@@ -24,7 +24,7 @@ from finetune.evaluate import HeldOut, evaluate_open, open_rows, plan_with_evalu
 from finetune.memory.errors import UserError
 from finetune.memory.meter import MemoryMeter
 from finetune.memory.plan import PlanRefused
-from finetune.memory.units import format_mib
+from finetune.memory.units import format_bytes, format_mib
 from finetune.methods.base import Method
 from finetune.methods.schedule import check_schedule
 from finetune.micro_batch_choice import (
@@ -216,6 +216,11 @@ class Run:
             self.say([f"stopped early after step {loop.step}: {best.describe()}, and {best.misses} evaluations since"])
         kept = best.about if best.step and config.training.load_best_model_at_end else None
         report = run_report(self.planned, session, self.meter, loop) | {"evaluation": after.evaluation, "best": kept}
+        if beside_bytes := (report["arena"] or {}).get("beside_file_bytes"):
+            self.say([
+                f"note: {format_bytes(beside_bytes)} of hidden states, in all steps together, found no room in their file, and "
+                "were in memory beside what is planned. Where memory is short, set engine.hidden_states to host"
+            ])  # fmt: skip
         write_report(output / "report.json", report)
         is_text = shape.samples is None and session.parts.head is not None
         write_page(output, describe_result(output, method.adapter_directory is not None, is_text, can_merge(config)))

@@ -70,6 +70,11 @@ class TensorFile:
         """Of tensors that are there now."""
         return self._native.bytes_in_file()
 
+    @property
+    def beside_bytes(self) -> int:
+        """Of tensors that were to lie in it and found no room, all together: they were in memory, beside what is planned."""
+        return self._native.bytes_beside_file()
+
     def close(self) -> None:
         """Tensors that are there stay valid."""
         global _open
@@ -98,6 +103,11 @@ def in_file(inside: bool = True) -> Iterator[None]:
 def allocates_in_file() -> bool:
     """Whether this thread is inside of `in_file`, with a file or without."""
     return getattr(_thread, "inside", False)
+
+
+def beside_file_bytes() -> int:
+    """`TensorFile.beside_bytes` of the file that is open; 0 without one."""
+    return 0 if _open is None else _open.beside_bytes
 
 
 def moved_to_file(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,15 @@ from finetune.memory import tensor_file
 from finetune.memory.arena import install_arena
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.memory.errors import UserError
-from finetune.memory.tensor_file import TensorFile, allocates_in_file, fetch_soon, in_file, let_go, moved_to_file
+from finetune.memory.tensor_file import (
+    TensorFile,
+    allocates_in_file,
+    beside_file_bytes,
+    fetch_soon,
+    in_file,
+    let_go,
+    moved_to_file,
+)
 from finetune.offload.devices.simulated import SimulatedDevice
 from finetune.offload.step.cached_attention import attention_in_parts, refusing_what_has_no_parts
 from finetune.offload.streamed_model import PassOfRun, StreamedModel
@@ -45,7 +53,7 @@ def test_what_is_allocated_inside_lies_in_the_file(arena, tmp_path):
         with in_file(False):
             near = torch.ones(1 << 19)
         too_large = torch.ones(2 << 20)  # than what is left
-        assert file.used_bytes == large.nbytes
+        assert file.used_bytes == large.nbytes and file.beside_bytes == beside_file_bytes() == too_large.nbytes
     assert not allocates_in_file()
     copy = moved_to_file(near)
     assert file.used_bytes == large.nbytes + near.nbytes and copy.equal(near)
@@ -68,6 +76,7 @@ def test_what_is_allocated_inside_lies_in_the_file(arena, tmp_path):
     with in_file():
         late = torch.ones(1 << 20)
     assert arena.stats().used_bytes - before >= late.nbytes  # not in the file
+    assert beside_file_bytes() == 0
 
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch):

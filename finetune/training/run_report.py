@@ -8,6 +8,7 @@ import numpy as np
 
 from finetune.memory.expert_guesses import ExpertGuesses
 from finetune.memory.meter import MemoryMeter
+from finetune.memory.tensor_file import beside_file_bytes
 from finetune.offload.sizing.needs import ACTIVATIONS, GRAPHS, HIDDEN_STATES, HOST_BLOCKS, TEXTS
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_step
@@ -73,4 +74,5 @@ def _arena_report(session: Session) -> dict[str, int]:
         "peak_bytes": stats.peak_bytes,
         "extent_bytes": stats.extent_bytes,
         "overflow_peak_bytes": stats.overflow_peak_bytes,
+        "beside_file_bytes": beside_file_bytes(),
     }
