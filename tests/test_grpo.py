@@ -251,27 +251,28 @@ def test_evaluation_is_of_the_likeliest_texts(model, tmp_path):
 
 
 def test_an_evaluation_leaves_steps_what_they_keep_in_memory(model, tmp_path, monkeypatch):
-    """As many prompts at once as fit beside the blocks that a step finds in memory."""
+    """As many prompts at once as fit beside the blocks that a step finds in memory, though more would fit without these."""
     changes = {"eval_data": data_of(64), "engine": {"kept_graphs": 0}}
     config = config_of(model, tmp_path / "out", data_of(3), {"max_completion_length": 40}, **changes)
     monkeypatch.setattr(Planner, "process_bytes", 1 << 28)
-
-    def planned(host_bytes: int) -> tuple[Any, ...]:
-        session = Session(make_method(config.model_copy(update={"host_memory": host_bytes})))
-        try:
-            rows, directory = open_rows(session, config), session.parts.directory
-            data = prepare_for(config, config.data, directory, choices=False, append_eos=None)
-            shape = make_objective(config, session, data).shape(session)
-            return session.plan(shape), *plan_with_evaluation(session, rows, shape, 64)
-        finally:
-            session.close()
-
-    alone, roomy, all_rows = planned(8 << 30)
-    assert all_rows.shape.micro_batches == 64 and not roomy.read_bytes
-    peaks = alone.plan.host_peak_bytes, roomy.plan.host_peak_bytes
-    assert peaks[0] < peaks[1]
-    alone, beside, fewer = planned(peaks[0] + (peaks[1] - peaks[0]) // 2)
-    assert 1 <= fewer.shape.micro_batches < 64 and beside.read_bytes == alone.read_bytes == 0
+    session = Session(make_method(config))
+    try:
+        rows, directory = open_rows(session, config), session.parts.directory
+        data = prepare_for(config, config.data, directory, choices=False, append_eos=None)
+        shape = make_objective(config, session, data).shape(session)
+        planned, held_out = plan_with_evaluation(session, rows, shape, 64)
+        everything = held_out.shape
+        assert everything.micro_batches == 64
+        budget_bytes = planned.plan.host_peak_bytes
+        while not planned.read_bytes:
+            budget_bytes -= 1 << 14
+            session.settle(config.model_copy(update={"host_memory": budget_bytes}))
+            planned = session.plan(shape, everything)
+        assert not session.plan(shape).read_bytes
+        planned, held_out = plan_with_evaluation(session, rows, shape, 64)
+        assert not planned.read_bytes and held_out.shape.micro_batches == 32
+    finally:
+        session.close()
 
 
 def test_a_reference_is_met_only_where_it_counts(model, tmp_path):
