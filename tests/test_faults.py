@@ -247,7 +247,7 @@ def test_a_signal_while_data_is_prepared_leaves_nothing(no_signal_yet, preparing
 
     def send() -> None:
         deadline = time.monotonic() + 60
-        while not list(tokens.glob(".preparing-*/*/tokens.int32")) and time.monotonic() < deadline:
+        while not list(tokens.glob(".preparing-*/*/*/tokens.int32")) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
