@@ -20,6 +20,7 @@ from finetune.offload.weights.digest import model_digest
 from safetensors.torch import load_file, save_file
 from test_resume import data_prepared_here  # noqa: F401
 from text_models import StopAfter, make_config, write_model, write_rows
+from transformers import TrainerCallback
 
 from finetune import Config, Trainer
 from finetune.data.tensor_rows import TensorRows
@@ -565,3 +566,15 @@ class TestTheNameOfTheModel:
         adapter = json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == "org/tiny"
         assert unseal(json.loads((tmp_path / "lora" / "run.json").read_text()))["model"]["name"] == "org/tiny"
+
+
+def test_moments_are_there_before_the_first_step(model, data, tmp_path):
+    """Made later they would lie between gradients, and the places of those would be too small for anything else."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **more):
+            seen.append([sorted(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]])
+
+    Trainer(config_of(model, data, tmp_path / "run"), callbacks=[Watch()]).train()
+    assert seen[0] == seen[-1] and {"exp_avg", "exp_avg_sq", "step"} == set(seen[0][0]) and all(seen[0])

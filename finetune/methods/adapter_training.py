@@ -63,6 +63,11 @@ class AdapterTraining(Method):
         if config.resume:
             set_more = session.adapter.set_state
             self.first_step = load_state(config.output / "state", self._trainable, self.optimizer, self.about, set_more)
+        # Made by the first update, as PyTorch does, they would lie between gradients, in whose places nothing larger fits then.
+        for parameter in self._parameters:
+            if not self.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         if initials(session.model):
             (read_initial if self.first_step else write_initial)(session.model, config.output)
         self.scheduler = make_scheduler(options, self.optimizer, self.num_steps, self.first_step)
