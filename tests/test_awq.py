@@ -10,7 +10,7 @@ import torch
 from extents import read_source
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError
-from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.sizing.meta_operations import LiveBytes
 from finetune.offload.weights.formats import PlainTensor
 from finetune.offload.weights.formats.awq import PackedAwq
 from finetune.offload.weights.parts import cut

@@ -12,7 +12,7 @@ import torch
 from extents import read_source
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
-from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.sizing.meta_operations import LiveBytes
 from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
 from finetune.offload.weights.formats.bitsandbytes_files import State4Bit

@@ -13,7 +13,7 @@ import torch
 from extents import read_source
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_header
-from finetune.offload.sizing.dry_run import LiveBytes
+from finetune.offload.sizing.meta_operations import LiveBytes
 from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from finetune.offload.weights.formats.gptq import PackedGptq
 from finetune.offload.weights.parts import cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from finetune.memory.errors import UserError
-from finetune.offload.sizing.dry_run import peak_bytes
+from finetune.offload.sizing.meta_operations import peak_bytes
 from finetune.offload.step.deferred_logits import DeferredLogits
 from finetune.offload.step.head import TiledHead, default_tiles
 from finetune.offload.step.weights import HeadChunk, HeadRows

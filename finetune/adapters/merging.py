@@ -24,7 +24,7 @@ from finetune.adapters.registry import ADAPTERS
 from finetune.config import Config
 from finetune.memory.errors import UserError
 from finetune.objectives.registry import find_objective
-from finetune.offload.sizing.dry_run import peak_bytes
+from finetune.offload.sizing.meta_operations import peak_bytes
 from finetune.offload.weights.formats import PlainTensor, StoredWeight
 
 # Of every number of a layer: what products and sums between dtypes make inside of themselves, in fp32, unseen by a dry run.

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from finetune.memory.machine import ComputeRates, Product
-from finetune.offload.sizing.dry_run import MetaAttention, block_on_meta, run_operation
+from finetune.offload.sizing.dry_run import block_on_meta
+from finetune.offload.sizing.meta_operations import MetaAttention, run_operation
 from finetune.offload.step.chunked_attention import ChunkAttention, KeysKnown
 from finetune.offload.step.deferred_products import Needless
 from finetune.offload.step.mask_rows import Span

@@ -7,7 +7,6 @@ live storage bytes. What kernels allocate inside themselves is not seen; the pla
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from finetune.memory.errors import UserError
-from finetune.memory.tensor_file import allocates_in_file
+from finetune.offload.sizing.meta_operations import LiveBytes, MetaAttention
 from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from finetune.offload.step.lanes import collected_keys, run_capturing
 from finetune.offload.step.own_loss import loss_in
@@ -27,7 +26,6 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 LONG_NUMBERS = 1 << 24  # of hidden states of a text that is not made whole while it is measured
@@ -184,14 +182,6 @@ def walk(
 def run_first_block(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> None:
     """The way of `measure_visit`, without measuring. Raises what the model raises."""
     _run_on_meta(parts, *first_call(parts, model, inputs), False, frozenset())
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Of the tensors that `run` makes, on meta or not, the most that live at once."""
-    counter = LiveBytes()
-    with counter:
-        run()
-    return counter.peak_bytes
 
 
 class MaskSize(NamedTuple):
@@ -428,80 +418,6 @@ def _estimate(parts: ModelParts, index: int, hidden: torch.Tensor) -> VisitSize:
     return VisitSize(peak_bytes, flops, waiting_bytes=waiting_bytes)
 
 
-_PRODUCTS = {
-    overload
-    for product in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-    for overload in (product.default, product.out)
-}
-
-
-def run_operation(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An operation of PyTorch on meta tensors."""
-    if function is torch.ops.aten.slice_backward.default:
-        return args[0].new_empty(args[1])  # its own shape function would load sympy, 30 MiB that stay
-    return function(*args, **kwargs)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages between their first appearance in a result and their end. near: without those that can lie
-    in a file, see `finetune.memory.tensor_file`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = self.flops = 0
-        self.near_peak_bytes = self._near_bytes = 0
-        self._known: dict[int, Any] = {}
-
-    def ignore(self, tensor: Any) -> None:
-        if isinstance(tensor, torch.Tensor):
-            self._known[tensor.untyped_storage()._cdata] = tensor
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = run_operation(function, args, kwargs or {})
-        if function in _PRODUCTS:
-            a, b = args[-2:]
-            self.flops += 2 * a.numel() * b.shape[-1]
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        near_bytes = 0 if allocates_in_file() else num_bytes
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, near_bytes))
-        self.live_bytes += num_bytes
-        self._near_bytes += near_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        self.near_peak_bytes = max(self.near_peak_bytes, self._near_bytes)
-
-    def _forget(self, key: int, num_bytes: int, near_bytes: int) -> None:
-        if self._known.pop(key, None) is not None:
-            self.live_bytes -= num_bytes
-            self._near_bytes -= near_bytes
-
-
-class _FlashShapes(torch.autograd.Function):
-    """What the CPU and GPU flash kernels keep and return: the output, in memory with heads behind rows, and one log-sum-exp per
-    row."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        sizes = [*query.shape[:-1], value.shape[-1]]
-        sizes[-3:-1] = reversed(sizes[-3:-1])
-        output = torch.empty(sizes, dtype=query.dtype, device="meta").transpose(-3, -2)
-        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="meta")
-        ctx.save_for_backward(query, key, value, output, lse)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 class _EmbeddingShapes(TorchFunctionMode):
     """Looked-up rows of placeholders, which are all alike, are one row seen many times: those of a long text would take more
     memory than its run."""
@@ -511,14 +427,4 @@ class _EmbeddingShapes(TorchFunctionMode):
         if function is functional.embedding and is_placeholder(args[1]) and args[0].numel() * args[1].shape[1] > LONG_NUMBERS:
             ids, table = args[:2]
             return table[ids.reshape(-1).amax()].expand(*ids.shape, -1)  # out of range as by the function itself
-        return function(*args, **kwargs)
-
-
-class MetaAttention(TorchFunctionMode):
-    """The meta device has no flash attention and would count the quadratic scores of the fallback."""
-
-    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is functional.scaled_dot_product_attention and not kwargs.get("dropout_p"):
-            return _FlashShapes.apply(*args[:3]) if len(args) >= 3 else function(*args, **kwargs)
         return function(*args, **kwargs)
