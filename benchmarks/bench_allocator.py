@@ -30,11 +30,12 @@ def measure(allocator: str, iterations: int) -> dict:
     """One process's figures: seconds an iteration (all but the first), bytes, and the checksum of the last
     gradients."""
     import torch
-    from finetune.memory.arena import install_arena, tune_malloc
-    from finetune.memory.meter import MemoryMeter, host_bytes
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    from finetune.memory.arena import install_arena, tune_malloc
+    from finetune.memory.meter import MemoryMeter, host_bytes
 
     torch.manual_seed(0)
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}

@@ -22,6 +22,7 @@ from itertools import cycle
 from typing import NamedTuple
 
 import torch
+
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.offload.devices import Device, choose_device
 from finetune.offload.files.gguf_file import BLOCKS

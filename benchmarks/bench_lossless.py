@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from finetune.offload.weights.compress import compress_checkpoint
 from finetune.offload.weights.formats.lossless_code import (
     CHUNK,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from finetune.offload.noise.noise import INSTRUCTION_SETS, Group, Noise, Parameter, Target, Update, move
 
 

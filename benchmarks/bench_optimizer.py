@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from finetune.offload.update.kernels import (
     INSTRUCTION_SETS,
     ROOT,

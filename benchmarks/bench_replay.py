@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from finetune.offload.files.checkpoint import read_checkpoint
-from finetune.offload.noise.noise import Group, Noise, Parameter, Target, Update, move, parameter_key
-from finetune.offload.perturb.journal import Journal, Record
 from safetensors import safe_open
 
 from finetune.config import Config
 from finetune.methods.zeroth_order import probe_seed
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.noise.noise import Group, Noise, Parameter, Target, Update, move, parameter_key
+from finetune.offload.perturb.journal import Journal, Record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import noise_reference as reference  # noqa: E402

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import transformers as tf
-from finetune.memory.meter import MemoryMeter
-from finetune.offload.weights.skeleton import find_blocks
 from peft import LoraConfig, get_peft_model
 
 from finetune.config import Config
 from finetune.data import BatchPlan, collate, prepare
+from finetune.memory.meter import MemoryMeter
 from finetune.methods.schedule import make_scheduler
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_decay import undecayed
+from finetune.offload.weights.skeleton import find_blocks
 
 
 class Masters:

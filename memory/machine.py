@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from math import exp, log
 from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.memory.errors import UserError
-from pydantic import BaseModel, ConfigDict, Field
 
 Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]

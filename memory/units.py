@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 import psutil
+
 from finetune.memory.meter import host_bytes
 
 PAGE_BYTES = 4096  # what direct I/O, slots and files are aligned to

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
 from finetune.memory.expert_guesses import ExpertGuesses
 from finetune.memory.plan import Plan
 from finetune.memory.slots import Slab
@@ -46,7 +48,6 @@ from finetune.offload.weights.frozen import FrozenWeights
 from finetune.offload.weights.parts import ModelParts
 from finetune.offload.weights.skeleton import input_table
 from finetune.offload.weights.streamed_parts import Room
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

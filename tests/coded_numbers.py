@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from finetune.offload.weights.formats.lossless_code import (
     CHUNK,
     code_lengths,

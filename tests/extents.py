@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+
 from finetune.offload.weights.formats import PlainTensor
 
 

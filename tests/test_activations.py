@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
-import finetune.offload.step.activations
 import pytest
 import torch
+
+import finetune.offload.step.activations
 from finetune.memory.slots import Slab
 from finetune.offload.devices.base import map_host_bytes
 from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure

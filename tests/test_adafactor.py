@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import finetune.offload.update.matrices
 import pytest
 import torch
+from transformers.optimization import Adafactor
+
+import finetune.offload.update.matrices
 from finetune.memory.units import round_up
 from finetune.offload.update.rules.adafactor import Adafactor as Rule
 from finetune.offload.update.rules.adafactor import factor_views, observe
 from finetune.offload.update.units import make_unit
 from finetune.offload.weights.layout import BlockLayout, View
-from transformers.optimization import Adafactor
 
 SHAPES = [(37,), (1, 50), (50, 1), (23, 41), (3, 17, 11)]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.weights.parts import cut
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from finetune.adapters import peft_files as adapters
 from finetune.adapters import saved as saved_adapter
 from finetune.adapters.seal import CONFIG, WEIGHTS
+from finetune.memory.errors import UserError
+from finetune.offload.weights.parts import cut
 
 
 def base() -> tf.PreTrainedModel:

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from extents import read_source
+from grouped_checkpoints import Awq, write_grouped
+from packed_checkpoints import edit, set_config
+from safetensors.torch import load_file
+from test_gptq import RECORDED, changed, read, without, without_kernels, write
+from text_models import assert_resumes, assert_same_answers, write_model
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError
 from finetune.offload.sizing.meta_operations import LiveBytes
 from finetune.offload.weights.formats import PlainTensor
 from finetune.offload.weights.formats.awq import PackedAwq
 from finetune.offload.weights.parts import cut
-from grouped_checkpoints import Awq, write_grouped
-from packed_checkpoints import edit, set_config
-from safetensors.torch import load_file
-from test_gptq import RECORDED, changed, read, without, without_kernels, write
-from text_models import assert_resumes, assert_same_answers, write_model
 
 
 @pytest.mark.parametrize("size, dtype", product([16, 64], [torch.float16, torch.bfloat16]))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import transformers as tf
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from text_models import StopAfter, make_config, write_model, write_rows
 
@@ -21,6 +20,7 @@ from finetune.data import preparation, worker
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.learning_rates import find_learning_rate
+from finetune.memory.errors import UserError
 from finetune.reporting.report import read_metrics
 from finetune.runs.best import BestStep, read_best
 

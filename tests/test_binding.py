@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.binding
 import pytest
 import torch
 from extents import plain_weights
+from torch import nn
+
+import finetune.offload.weights.binding
 from finetune.offload.weights.binding import Binding
 from finetune.offload.weights.formats import PlainTensor
-from torch import nn
 
 
 class Block(nn.Module):

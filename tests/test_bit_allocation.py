@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from extents import read_source
+from safetensors.torch import load_file
+from test_quantize import matrix, quantized, unrounded
+from text_models import write_model
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from finetune.offload.quantize import sensitivity
 from finetune.offload.quantize.allocation import Choice, allocate, least_bits
@@ -17,9 +21,6 @@ from finetune.offload.quantize.outline import Packing, outline
 from finetune.offload.quantize.sensitivity import relative_errors
 from finetune.offload.quantize.stream import Written, write_quantized
 from finetune.offload.weights.parts import cut
-from safetensors.torch import load_file
-from test_quantize import matrix, quantized, unrounded
-from text_models import write_model
 
 
 def random_choices(seed: int) -> list[list[Choice]]:

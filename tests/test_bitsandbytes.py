@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from extents import read_source
+from packed_checkpoints import edit, pack_4bit, pack_int8, set_config, write_packed
+from safetensors.torch import load_file, save_file
+from text_models import assert_resumes, assert_same_answers, make_config, write_model, write_rows
+
+from finetune import Trainer
+from finetune.evaluate import evaluate
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
 from finetune.offload.sizing.meta_operations import LiveBytes
@@ -17,12 +23,6 @@ from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_wei
 from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit, Span
 from finetune.offload.weights.formats.bitsandbytes_files import State4Bit
 from finetune.offload.weights.parts import cut, stored_dtype
-from packed_checkpoints import edit, pack_4bit, pack_int8, set_config, write_packed
-from safetensors.torch import load_file, save_file
-from text_models import assert_resumes, assert_same_answers, make_config, write_model, write_rows
-
-from finetune import Trainer
-from finetune.evaluate import evaluate
 
 RECORDED = Path(__file__).parent / "recorded_bitsandbytes.safetensors"
 """State dicts of bitsandbytes 0.50.2's own layers, and what its dequantisation makes of them on a CPU: `dequantize_4bit`; where

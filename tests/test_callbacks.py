@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers as tf
 from accelerate.state import PartialState
-from finetune.memory.errors import UserError
 from text_models import make_config, write_model, write_rows
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from finetune import Config, Trainer
 from finetune.data import preparation, worker
+from finetune.memory.errors import UserError
 from finetune.reporting.report import read_metrics
 
 ROWS = [{"prompt": "the cat sat on"[: 3 + i], "completion": " mat hello"[: 4 + i % 5]} for i in range(7)]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header, resolve_model
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header, resolve_model
 
 ARRAYS = {
     "a.weight": np.arange(35, dtype=np.float32).reshape(5, 7),

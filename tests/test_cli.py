@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.memory.errors import UserError
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -27,6 +26,7 @@ from finetune.cli_options import KEYS
 from finetune.config import Config
 from finetune.config.loading import SHORTHANDS
 from finetune.config.presets import read_presets
+from finetune.memory.errors import UserError
 from finetune.methods.registry import METHODS
 
 ROOT = Path(__file__).parent.parent

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 from extents import read_source
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import CheckpointError, read_header
-from finetune.offload.weights.formats import StoredWeight, find_weights
-from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
-from finetune.offload.weights.parts import cut
 from packed_checkpoints import edit, pack_compressed, pack_fp8, set_config, write_twice
 from safetensors.torch import save_file
 from text_models import assert_same_answers, make_config, write_model, write_rows
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from finetune import Trainer
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_header
+from finetune.offload.weights.formats import StoredWeight, find_weights
+from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
+from finetune.offload.weights.parts import cut
 
 SHAPE = (37, 65)
 NAME = "m.layers.3.q_proj"

@@ -9,15 +9,15 @@ import pytest
 import text_models
 import torch
 import transformers as tf
+from test_cli import invoke
+from text_models import VOCAB, make_config, write_model
+
+from finetune import Trainer
 from finetune.offload.sizing import compression
 from finetune.offload.sizing.calibration import Rates
 from finetune.offload.sizing.compression import Compression, try_compression
 from finetune.offload.sizing.needs import HOST_BLOCKS
 from finetune.offload.weights.parts import cut
-from test_cli import invoke
-from text_models import VOCAB, make_config, write_model
-
-from finetune import Trainer
 from finetune.planned_run import PlannedRun
 from finetune.prediction import predict_compressed, predict_step
 

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.step.deferred_logits import DeferredLogits
-from finetune.offload.step.head import TiledHead
 from test_head import Case, Chunks
 from text_models import make_config, plain_model, write_model, write_rows
 
@@ -20,6 +17,9 @@ from finetune.config import ConfigError
 from finetune.data import preparation, worker
 from finetune.data.preparation import prepare_for
 from finetune.evaluate import evaluate
+from finetune.memory.errors import UserError
+from finetune.offload.step.deferred_logits import DeferredLogits
+from finetune.offload.step.head import TiledHead
 from finetune.reporting.report import read_metrics
 
 ROWS = [{"prompt": "the cat sat on"[: 3 + i], "completion": " mat hello"[: 4 + i % 5]} for i in range(5)]

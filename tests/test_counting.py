@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import make_config, save_tiny
+
 from finetune.memory.machine import ComputeRates
+from finetune.methods.base import make_method
 from finetune.offload.sizing import dry_run
 from finetune.offload.sizing.counting import CountedAttention, CountedProduct, Work, count_block, decode_seconds
 from finetune.offload.weights.formats import PlainTensor
-from tiny_models import make_config, save_tiny
-
-from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 

@@ -9,7 +9,6 @@ import datasets
 import pytest
 import yaml
 from data_tools import make, prepare_in_this_process, texts, write_jsonl, write_tokenizer
-from finetune.memory.errors import UserError
 from text_models import StopAfter, make_config, write_model
 
 from finetune import Config, Trainer
@@ -17,6 +16,7 @@ from finetune.cli_messages import one_a_flag
 from finetune.config import ConfigError
 from finetune.data import DataError
 from finetune.data.preparation import describe
+from finetune.memory.errors import UserError
 
 COUNTS = (7, 23, 4)
 ROWS = [

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.binding
 import pytest
 import torch
 from extents import plain_weights
-from finetune.offload.step.deferred_products import Deferred, Needless
-from finetune.offload.weights.binding import Binding
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import finetune.offload.weights.binding
+from finetune.offload.step.deferred_products import Deferred, Needless
+from finetune.offload.weights.binding import Binding
 
 WIDTH, INNER = 24, 40
 

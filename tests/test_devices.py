@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import finetune.offload.devices
 import pytest
 import torch
+
+import finetune.offload.devices
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.memory.errors import UserError
 from finetune.offload.devices import COMPLETED, Direction, RaceError, choose_device

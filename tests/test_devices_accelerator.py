@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.offload.devices import COMPLETED, Direction, choose_device
 from finetune.offload.devices.accelerator import AcceleratorDevice

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from finetune.memory.units import PAGE_BYTES
-from finetune.offload.residency.io import FaultPlan, IOEngine
 from tiny_models import save_tiny
 from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.doctor import hardware, places, software
 from finetune.doctor.findings import FAULT, FINE, SLOW, Finding
+from finetune.memory.units import PAGE_BYTES
+from finetune.offload.residency.io import FaultPlan, IOEngine
 
 
 def only(findings) -> Finding:

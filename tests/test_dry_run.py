@@ -6,7 +6,15 @@ import weakref
 
 import pytest
 import torch
+from mixtures import MIXTURES
+from tiny_models import CONFIGS, make_config, save_tiny
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.adapters import lora, prefix
 from finetune.memory.errors import UserError
+from finetune.methods.base import make_method
 from finetune.offload.devices.base import map_host_bytes
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.sizing.chunked_dry_run import measure_chunked_visit
@@ -15,14 +23,6 @@ from finetune.offload.sizing.needs import STEP
 from finetune.offload.step.sequence_chunks import SequenceChunks
 from finetune.offload.weights.layout import bind_views
 from finetune.offload.weights.parts import cut
-from mixtures import MIXTURES
-from tiny_models import CONFIGS, make_config, save_tiny
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from finetune.adapters import lora, prefix
-from finetune.methods.base import make_method
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 

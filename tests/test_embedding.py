@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from finetune.memory.errors import UserError
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.weights.embedding import RowsOnDemand
 from finetune.offload.weights.formats import Extent, PlainTensor
-from safetensors.torch import save_file
-from torch import nn
 
 ROWS, WIDTH = 101, 13
 

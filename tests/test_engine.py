@@ -6,11 +6,12 @@ import gc
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from finetune.offload.step.activations import Activations, SavedTensor
 from finetune.offload.step.engine import Engine
 from finetune.offload.step.weights import Block as BlockKey
-from torch import nn
-from torch.nn import functional
 
 WIDTH = 6
 

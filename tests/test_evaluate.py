@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
-from finetune.offload.sizing.needs import STEP, VISIT
 from text_models import make_adapter, make_config, plain_model, write_adapter, write_model, write_rows
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -26,9 +23,12 @@ from finetune.evaluate import (
     open_rows,
     plan_with_evaluation,
 )
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.methods.base import make_method
 from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained
+from finetune.offload.sizing.needs import STEP, VISIT
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from finetune.trainer import Trainer

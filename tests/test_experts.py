@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.memory.expert_use import ExpertUse
 from finetune.offload.sizing.needs import ExpertSize
 from finetune.offload.weights.experts import ExpertStack, StackedMatrices, StreamedStack
 from finetune.offload.weights.formats import PlainTensor
-from torch import nn
-from torch.nn import functional
 
 
 def test_waits_follow_the_order_of_blocks_and_the_share_of_visits():

@@ -18,11 +18,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.step.activations
 import psutil
 import pytest
-from finetune.memory.errors import UserError
-from finetune.offload.perturb.journal import Journal
 from test_resume import ROOT, WORDS, data, models, run_config  # noqa: F401  fixtures
 from test_resume import data_prepared_here as data_prepared_here_everywhere
 from test_weight_runs import config_of
@@ -31,10 +28,13 @@ from transformers import TrainerCallback
 
 import finetune.adapters.peft_files
 import finetune.methods.adapter_training
+import finetune.offload.step.activations
 import finetune.one_run
 import finetune.runs.signals
 from finetune import Config, Trainer
+from finetune.memory.errors import UserError
 from finetune.methods.zeroth_order import ZerothOrder
+from finetune.offload.perturb.journal import Journal
 from finetune.reporting.progress import Progress
 from finetune.reporting.report import MetricsWriter
 

@@ -6,24 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.weights.finite
 import numpy as np
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import read_header
-from finetune.offload.streamed_model import StreamedModel
-from finetune.offload.weights.finite import first_not_finite
 from safetensors.torch import load_file, save_file
 from text_models import make_config, write_model, write_rows
 from transformers import AutoTokenizer
 
+import finetune.offload.weights.finite
 from finetune import Trainer
 from finetune.data import preparation, worker
 from finetune.evaluate import evaluate
 from finetune.generate import generate
+from finetune.memory.errors import UserError
 from finetune.methods import zeroth_order
 from finetune.objectives.token_loss import TokenLoss
+from finetune.offload.files.checkpoint import read_header
+from finetune.offload.streamed_model import StreamedModel
+from finetune.offload.weights.finite import first_not_finite
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

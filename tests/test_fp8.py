@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from extents import read_source
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import CheckpointError, read_header
-from finetune.offload.weights.formats import StoredWeight, find_weights
-from finetune.offload.weights.formats.fp8 import BlockFP8
-from finetune.offload.weights.parts import cut
 from packed_checkpoints import Packed, e4m3_values, edit, pack_fp8, set_config, write_twice
 from safetensors.torch import save_file
 from text_models import assert_resumes, assert_same_answers, write_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
+
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import CheckpointError, read_header
+from finetune.offload.weights.formats import StoredWeight, find_weights
+from finetune.offload.weights.formats.fp8 import BlockFP8
+from finetune.offload.weights.parts import cut
 
 BLOCK = (16, 24)
 SECTION = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 from data_tools import CHAT, CHATML, make, prepare_in_this_process, write_tokenizer
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
-from finetune.offload.sizing.needs import STEP
 from text_models import make_adapter, make_config, plain_model, write_model, write_rows
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -25,7 +22,10 @@ from finetune.evaluate import evaluate
 from finetune.generate import _encode as encode_prompt
 from finetune.generate import _plan as plan_prompts
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.methods.results import find_result
+from finetune.offload.sizing.needs import STEP
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 from finetune.trainer import Trainer

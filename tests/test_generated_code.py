@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from finetune.memory.onednn_cache import BYTES_PER_SHAPE, MAX_SHAPES, shapes_to_keep
 from finetune.offload.devices.base import cpu_multiplies
 

@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from gguf import GGMLQuantizationType as Type
+from gguf_files import CONFIGS, MIXED, add_metadata, random_blocks, write_gguf
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from finetune.data.tokenizer_files import read_tokenizer, split_note, write_tokenizer
+from finetune.decoding import end_tokens
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, resolve_model
 from finetune.offload.files.gguf_file import BLOCK_TYPES, read_gguf, read_gguf_header
@@ -20,12 +26,6 @@ from finetune.offload.weights.formats.gguf_blocks import DECODERS
 from finetune.offload.weights.formats.native_kernels import INSTRUCTION_SETS, decode_blocks
 from finetune.offload.weights.gguf_model import read_gguf_config
 from finetune.offload.weights.parts import cut
-from gguf import GGMLQuantizationType as Type
-from gguf_files import CONFIGS, MIXED, add_metadata, random_blocks, write_gguf
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-from finetune.data.tokenizer_files import read_tokenizer, split_note, write_tokenizer
-from finetune.decoding import end_tokens
 
 PLAIN = {"quant_method": "gguf", "interleaved_heads": {}, "norm_shift": 0.0}
 

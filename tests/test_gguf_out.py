@@ -13,9 +13,6 @@ import pytest
 import torch
 import transformers as tf
 from extents import read_source
-from finetune.memory.errors import UserError
-from finetune.offload.rewrite import gguf_writer
-from finetune.offload.weights.parts import cut
 from gguf_files import CONFIGS, MIXED, write_gguf
 from safetensors.torch import load_file
 from test_cli import invoke
@@ -26,7 +23,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from finetune import Trainer
 from finetune.config import Config
 from finetune.data.gguf_tokenizer import add_tokenizer
+from finetune.memory.errors import UserError
 from finetune.merge import merge
+from finetune.offload.rewrite import gguf_writer
+from finetune.offload.weights.parts import cut
 
 
 def types(kind: str) -> dict[str, str]:

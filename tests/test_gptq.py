@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from extents import read_source
+from grouped_checkpoints import Gptq, write_grouped
+from packed_checkpoints import edit, set_config
+from safetensors.torch import load_file, save_file
+from text_models import assert_resumes, assert_same_answers, write_model
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_header
 from finetune.offload.sizing.meta_operations import LiveBytes
 from finetune.offload.weights.formats import PlainTensor, StoredWeight, find_weights
 from finetune.offload.weights.formats.gptq import PackedGptq
 from finetune.offload.weights.parts import cut
-from grouped_checkpoints import Gptq, write_grouped
-from packed_checkpoints import edit, set_config
-from safetensors.torch import load_file, save_file
-from text_models import assert_resumes, assert_same_answers, write_model
 
 RECORDED = Path(__file__).parent / "recorded_grouped.safetensors"
 """Random words, and what `TorchLinear` of GPTQModel 7.7.0 makes of them on a CPU, zero points converted by

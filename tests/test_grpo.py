@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from data_tools import prepare_in_this_process
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from test_preferences import EPSILON, LORA, TRAINING, adapted, metrics_of, rows
 from text_models import StopAfter, make_config, write_model, write_rows
@@ -22,6 +21,7 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.data.preparation import prepare_for
 from finetune.evaluate import evaluate, open_rows, plan_with_evaluation
+from finetune.memory.errors import UserError
 from finetune.merge import merge
 from finetune.methods.base import make_method
 from finetune.objectives.base import make_objective

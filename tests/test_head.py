@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
+
 from finetune.memory.errors import UserError
 from finetune.offload.sizing.meta_operations import peak_bytes
 from finetune.offload.step.deferred_logits import DeferredLogits
 from finetune.offload.step.head import TiledHead, default_tiles
 from finetune.offload.step.weights import HeadChunk, HeadRows
-from torch import nn
-from torch.nn import functional
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 VOCAB, HIDDEN = 101, 24
 SHAPES = [(2, 11), (1, 7), (3, 5)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from finetune.memory.errors import UserError
 from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
 

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+
 from finetune.memory.errors import UserError
 from finetune.offload.noise.noise import Group, Update
 from finetune.offload.perturb.journal import Journal, Record, combine

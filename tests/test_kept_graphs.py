@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
-from finetune.offload.step.activations import Activations
-from finetune.offload.step.engine import Engine
-from finetune.offload.step.weights import Block as BlockKey
 from test_engine import backward, expected_of
 from torch import nn
 from torch.nn import functional
+
+from finetune.offload.step.activations import Activations
+from finetune.offload.step.engine import Engine
+from finetune.offload.step.weights import Block as BlockKey
 
 WIDTH = 6
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import finetune.offload.step.activations
 import pytest
 import torch
+from test_engine import Model, Weights, backward, expected_of, inputs_of, model  # noqa: F401  a fixture
+from torch import nn
+
+import finetune.offload.step.activations
 from finetune.memory.slots import Slab
 from finetune.offload.devices.base import map_host_bytes
 from finetune.offload.residency.io import FaultPlan, IOEngine
 from finetune.offload.step.activations import Activations
 from finetune.offload.step.engine import Engine
 from finetune.offload.step.lane_storages import LaneActivations, LaneStorages
-from test_engine import Model, Weights, backward, expected_of, inputs_of, model  # noqa: F401  a fixture
-from torch import nn
 
 SLOT_BYTES = 4096
 

@@ -11,6 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
+from text_models import make_config, write_model
+from transformers import modeling_utils
+
+from finetune.generate import generate
 from finetune.memory import tensor_file
 from finetune.memory.arena import install_arena
 from finetune.memory.device_kinds import DEVICE_KINDS
@@ -27,11 +32,6 @@ from finetune.memory.tensor_file import (
 from finetune.offload.devices.simulated import SimulatedDevice
 from finetune.offload.step.cached_attention import attention_in_parts, refusing_what_has_no_parts
 from finetune.offload.streamed_model import PassOfRun, StreamedModel
-from test_sequence_chunks import MODELS, all_in_fp64  # noqa: F401  fixture
-from text_models import make_config, write_model
-from transformers import modeling_utils
-
-from finetune.generate import generate
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from peft import LoraConfig, get_peft_model
 
 from finetune.adapters.lora import attach
 from finetune.adapters.lora_options import key_of
+from finetune.memory.errors import UserError
 
 SHAPE = {
     "vocab_size": 101, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,

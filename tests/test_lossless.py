@@ -10,11 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import finetune.offload.weights.compress as compress_module
 import pytest
 import torch
 from coded_numbers import Coded, draw
 from extents import equal_bits, read_source
+from gguf_files import write_gguf
+from safetensors.torch import load_file, save_file
+from text_models import make_config, write_model, write_rows
+from typer.testing import CliRunner
+
+import finetune.offload.weights.compress as compress_module
+from finetune import Trainer
+from finetune.cli import app
+from finetune.compress import compress
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
@@ -23,14 +31,6 @@ from finetune.offload.weights.formats import PlainTensor
 from finetune.offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, OFFSETS, VERSION, LosslessWeight
 from finetune.offload.weights.formats.lossless_code import CHUNK
 from finetune.offload.weights.parts import cut, stored_dtype
-from gguf_files import write_gguf
-from safetensors.torch import load_file, save_file
-from text_models import make_config, write_model, write_rows
-from typer.testing import CliRunner
-
-from finetune import Trainer
-from finetune.cli import app
-from finetune.compress import compress
 from finetune.session import Session
 
 pytestmark = pytest.mark.every(3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from coded_numbers import Coded, bits, draw
 from extents import equal_bits
+
 from finetune.offload.weights.formats.lossless_code import CHUNK, MAX_BITS, code_lengths, decode, is_complete
 
 pytestmark = pytest.mark.every(3)

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from extents import plain_weights
-from finetune.memory.errors import UserError
-from finetune.offload.noise import noise
-from finetune.offload.perturb.products import Factors, MatrixNoise, perturbed_product
-from finetune.offload.sizing.needs import HEAD_VARIANTS, VARIANTS
-from finetune.offload.weights.binding import Binding
-from finetune.offload.weights.parts import cut
 from test_resume import models  # noqa: F401  fixture
 from torch import nn
 
 from finetune import Config
 from finetune.config import ConfigError
+from finetune.memory.errors import UserError
 from finetune.methods.perturbation_needs import FACTORS, perturbed_sizes
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.offload.noise import noise
+from finetune.offload.perturb.products import Factors, MatrixNoise, perturbed_product
+from finetune.offload.sizing.needs import HEAD_VARIANTS, VARIANTS
+from finetune.offload.weights.binding import Binding
+from finetune.offload.weights.parts import cut
 
 KIND = noise.Noise("low_rank", 3)
 ROWS, COLUMNS = 70, 48

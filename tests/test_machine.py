@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
+
 from finetune.memory.errors import UserError
 from finetune.memory.machine import ComputeRates, MachineProfile
-from pydantic import ValidationError
 
 DRIVE = {
     "read_bytes_per_second": 2e9, "write_bytes_per_second": 1e9, "read_while_writing_bytes_per_second": 9e8,

@@ -10,16 +10,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from finetune.memory.errors import UserError
-from finetune.memory.machine import MachineProfile
-from finetune.offload.devices import DescribedDevice
-from finetune.offload.devices.base import Direction
-from finetune.offload.devices.described import CUDA_CONTEXT_BYTES
-from finetune.offload.rates.disk import drive_name
-from finetune.offload.rates.machine import processor_name, versions
-from finetune.offload.sizing.calibration import Rates
-from finetune.offload.sizing.counted_visits import profile_rates
-from finetune.offload.sizing.needs import HOST_BLOCKS
 from tiny_models import make_config, save_tiny
 from typer.testing import CliRunner
 
@@ -30,8 +20,18 @@ from finetune.config import Config
 from finetune.config.errors import ConfigError
 from finetune.machines.kept import keep_profile
 from finetune.machines.profiles import find_machine
+from finetune.memory.errors import UserError
+from finetune.memory.machine import MachineProfile
 from finetune.methods.base import make_method
 from finetune.objectives.base import objective_class
+from finetune.offload.devices import DescribedDevice
+from finetune.offload.devices.base import Direction
+from finetune.offload.devices.described import CUDA_CONTEXT_BYTES
+from finetune.offload.rates.disk import drive_name
+from finetune.offload.rates.machine import processor_name, versions
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.sizing.counted_visits import profile_rates
+from finetune.offload.sizing.needs import HOST_BLOCKS
 from finetune.prediction import predict_step
 from finetune.session import Session
 from finetune.trainer import Trainer

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from finetune.memory.errors import UserError
-from finetune.memory.machine import MachineProfile
-from finetune.offload.rates.compute import Sizes
-from finetune.offload.rates.machine import Effort
 from typer.testing import CliRunner
 
 import finetune.bench
@@ -20,6 +16,10 @@ from finetune.config.errors import ConfigError
 from finetune.machines.kept import keep_profile, kept_profile, profile_path
 from finetune.machines.profiles import find_machine, machine_names, machine_text, read_machine
 from finetune.machines.words import describe_machine
+from finetune.memory.errors import UserError
+from finetune.memory.machine import MachineProfile
+from finetune.offload.rates.compute import Sizes
+from finetune.offload.rates.machine import Effort
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP = find_machine("laptop-16gb-gen3")

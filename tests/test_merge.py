@@ -18,13 +18,6 @@ import torch
 import transformers as tf
 from expert_checkpoints import KINDS, MODELS
 from extents import read_source
-from finetune.memory.arena import trim_malloc
-from finetune.memory.errors import UserError
-from finetune.memory.meter import MemoryMeter, host_bytes
-from finetune.offload.files import safetensors_files
-from finetune.offload.files.checkpoint import read_checkpoint
-from finetune.offload.rewrite import writer
-from finetune.offload.weights.parts import cut
 from gguf_files import MIXED, write_gguf
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from packed_checkpoints import pack_mxfp4, write_packed, write_twice
@@ -37,7 +30,14 @@ import finetune.merge
 from finetune import Trainer
 from finetune.compress import compress
 from finetune.config import Config
+from finetune.memory.arena import trim_malloc
+from finetune.memory.errors import UserError
+from finetune.memory.meter import MemoryMeter, host_bytes
 from finetune.merge import Merged, merge
+from finetune.offload.files import safetensors_files
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.rewrite import writer
+from finetune.offload.weights.parts import cut
 
 
 def save_adapter(model: Path, folder: Path, config: peft.PeftConfig) -> Path:

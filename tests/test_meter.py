@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from finetune.memory.meter import MemoryMeter, host_bytes
 
 MIB = 1 << 20

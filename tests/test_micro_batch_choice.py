@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
 from test_machine_plans import profile
 from tiny_models import make_config, save_tiny, token_data
 
@@ -19,6 +17,8 @@ from finetune.config import Config
 from finetune.config.errors import ConfigError
 from finetune.data.batches import BatchPlan
 from finetune.data.collation import collate
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.methods.base import make_method
 from finetune.micro_batch_choice import WORTH, MicroBatchChoice, padding_of, sizes
 from finetune.objectives.base import scored_shape

@@ -19,26 +19,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.update.units
 import pytest
 import torch
 import transformers as tf
 from data_tools import write_tokenizer
-from finetune.memory.errors import UserError
-from finetune.offload.perturb.journal import Journal
-from finetune.offload.sizing.calibration import Rates
-from finetune.offload.update.store import read_manifest
 from safetensors.torch import load_file
 from test_resume import WORDS
 from test_resume import data_prepared_here as prepared_here
 from test_zeroth_order import weights
 from text_models import VOCAB, StopAfter, make_config, write_rows
 
+import finetune.offload.update.units
 import finetune.trainer
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
 from finetune.methods.base import make_method
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.update.store import read_manifest
 
 DRAWS = int(os.environ.get("MUTATIONS", 84))
 SEED = int(os.environ.get("MUTATION_SEED", 1))

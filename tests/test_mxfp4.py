@@ -8,6 +8,13 @@ from typing import NoReturn
 import pytest
 import torch
 from extents import read_source
+from packed_checkpoints import edit, pack_mxfp4, set_config, write_twice
+from safetensors.torch import save_file
+from text_models import assert_resumes, assert_same_answers, write_model
+from tiny_models import HEADS, IDS, TEXT
+from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, read_header
 from finetune.offload.sizing import dry_run
@@ -15,12 +22,6 @@ from finetune.offload.weights.formats import StoredWeight, find_weights
 from finetune.offload.weights.formats.mxfp4 import MXFP4Experts
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.parts import cut
-from packed_checkpoints import edit, pack_mxfp4, set_config, write_twice
-from safetensors.torch import save_file
-from text_models import assert_resumes, assert_same_answers, write_model
-from tiny_models import HEADS, IDS, TEXT
-from transformers import AutoModelForCausalLM, GptOssConfig
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 SECTION = {"quant_method": "mxfp4"}
 SHAPE = (3, 96, 50)

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 import torch
+from packed_checkpoints import CODES, pack_4bit, pack_int8
+from test_bitsandbytes import read, read_source, write
+from torch import Tensor
+
 from finetune.offload.weights.formats import PlainTensor, bitsandbytes, grouped, native_kernels
 from finetune.offload.weights.formats.compressed_tensors import CompressedTensor
 from finetune.offload.weights.formats.compressed_tensors_config import Scheme
@@ -14,9 +18,6 @@ from finetune.offload.weights.formats.fp8 import BlockFP8
 from finetune.offload.weights.formats.gptq import PackedGptq
 from finetune.offload.weights.formats.native_kernels import INSTRUCTION_SETS, Codes, Nested, Scales, decode
 from finetune.offload.weights.formats.scaled import RowSpan
-from packed_checkpoints import CODES, pack_4bit, pack_int8
-from test_bitsandbytes import read, read_source, write
-from torch import Tensor
 
 pytestmark = pytest.mark.every(3)
 

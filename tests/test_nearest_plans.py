@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from finetune.memory.plan import SPREAD_BYTES, PlanRefused
-from finetune.memory.units import MIB
 from tiny_models import make_config, save_tiny
 
 import finetune.nearest_plans
 from finetune.config import Config
+from finetune.memory.plan import SPREAD_BYTES, PlanRefused
+from finetune.memory.units import MIB
 from finetune.methods.base import make_method
 from finetune.micro_batch_choice import sizes
 from finetune.nearest_plans import MOST_PLANS, ROW_STEP

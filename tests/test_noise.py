@@ -6,6 +6,7 @@ import noise_reference as reference
 import numpy as np
 import pytest
 import torch
+
 from finetune.offload.noise.noise import (
     INSTRUCTION_SETS,
     Group,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from finetune.offload.update.norms import WIDTHS, NormInParts
 
 

@@ -11,11 +11,6 @@ import noise_reference as reference
 import numpy as np
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.noise.noise import parameter_key
-from finetune.offload.perturb.variants import Variant
-from finetune.offload.sizing.needs import STEP
-from finetune.offload.streamed_model import StreamedModel
 from test_evaluate import ONE_TOKEN, UNLIKE, data_prepared_here, pairs, token_losses  # noqa: F401  fixture
 from text_models import make_config, plain_model, write_model, write_rows
 from transformers import AutoTokenizer
@@ -24,11 +19,16 @@ from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.export import export
+from finetune.memory.errors import UserError
 from finetune.methods.base import make_method
 from finetune.objectives.base import Objective, check_gradient, make_objective
 from finetune.objectives.registry import OBJECTIVES, ObjectiveEntry
 from finetune.objectives.rewards import load_reward, token_f1
 from finetune.objectives.token_loss import TokenLoss
+from finetune.offload.noise.noise import parameter_key
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.sizing.needs import STEP
+from finetune.offload.streamed_model import StreamedModel
 from finetune.one_run import take_rows
 from finetune.runs.directory import RunDirectory
 from finetune.session import Session

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune.memory.errors import UserError
 from transformers import TrainingArguments
 
 from finetune import Trainer
 from finetune.config import Config, ConfigError
+from finetune.memory.errors import UserError
 
 
 def test_names_of_training_arguments_are_taken_and_said():

@@ -17,13 +17,13 @@ import datasets
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.device_kinds import DEVICE_KINDS
-from finetune.memory.errors import UserError
-from finetune.offload.weights.parts import cut
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_config
 
 from finetune.data.tensor_rows import TensorRows, open_tensor_rows
+from finetune.memory.device_kinds import DEVICE_KINDS
+from finetune.memory.errors import UserError
+from finetune.offload.weights.parts import cut
 from finetune.setup import choose_dtype
 from finetune.trainer import Trainer
 

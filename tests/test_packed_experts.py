@@ -11,6 +11,12 @@ import torch
 import transformers as tf
 from expert_checkpoints import KINDS, MODELS
 from extents import equal_bits, read_source
+from packed_bases import BASES
+from packed_checkpoints import edit
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, save_tiny
+from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
+
 from finetune.offload.files.checkpoint import CheckpointError, read_checkpoint, read_header
 from finetune.offload.weights.assembly import Sources
 from finetune.offload.weights.conversion import run_converter
@@ -18,11 +24,6 @@ from finetune.offload.weights.formats import StoredWeight, find_weights
 from finetune.offload.weights.formats.stacked import JoinedRows, StackedWeights
 from finetune.offload.weights.layout import bind_views, layout_block
 from finetune.offload.weights.parameter_map import ParameterMap, map_parameters
-from packed_bases import BASES
-from packed_checkpoints import edit
-from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, save_tiny
-from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 
 @pytest.fixture

@@ -6,13 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.files.safetensors_files
-import finetune.offload.perturb.unpacked
-import finetune.offload.weights.parts
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
 from killing import kill_again_and_again
 from packed_checkpoints import write_packed
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
@@ -20,11 +15,16 @@ from test_zeroth_order import journal_bytes, weights
 from text_models import StopAfter, make_config
 from transformers import AutoModelForCausalLM
 
+import finetune.offload.files.safetensors_files
+import finetune.offload.perturb.unpacked
+import finetune.offload.weights.parts
 from finetune import Config, Trainer
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.planner import Planner
 
 PRODUCTS = {"noise": "low_rank", "rank": 16, "perturb": "products", "fold_steps": 3, "epsilon": 1e-2}

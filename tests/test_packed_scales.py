@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.noise import noise
-from finetune.offload.perturb.journal import Journal
 from packed_checkpoints import edit, write_packed
 from safetensors.torch import load_file
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
@@ -23,6 +20,9 @@ from finetune.config import ConfigError
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.offload.noise import noise
+from finetune.offload.perturb.journal import Journal
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune.memory.errors import UserError
 
 from finetune.learning_rates import read_curve
+from finetune.memory.errors import UserError
 from finetune.reporting.page import Sample, write_page
 from finetune.reporting.report import METRIC_KEYS, MetricsWriter, write_report
 from finetune.reporting.svg_chart import MOST_POINTS, Curve, chart, shares

@@ -13,13 +13,14 @@ import pytest
 import torch
 import transformers as tf
 from extents import equal_bits, read_source
+from safetensors.torch import load_file, save_file
+
 from finetune.memory.units import PAGE_BYTES
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from finetune.offload.weights.conversion import PlacementTensor, extents_of
 from finetune.offload.weights.formats import PlainTensor
 from finetune.offload.weights.layout import align_views, aligned_bytes, bind_views, layout_block, row_ranges, view_slot
 from finetune.offload.weights.parameter_map import map_parameters
-from safetensors.torch import load_file, save_file
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}

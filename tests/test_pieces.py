@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
+
 from finetune.memory.slots import Slab
 from finetune.offload.residency.io import FaultPlan, IOEngine, IOFailure
 from finetune.offload.residency.pieces import Piece, State, new_pool, pass_through

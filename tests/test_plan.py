@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+
 from finetune.memory.needs import Item, Lasts, Needs, Pool, Tier, Worth
 from finetune.memory.plan import Limits, Plan, PlanRefused, make_plan
 from finetune.memory.simulator import Ring, Speeds, StepWork, simulate_step

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import finetune.offload.rates.disk
 import pytest
-from finetune.offload.residency.io import FaultPlan, IOEngine
-from finetune.offload.sizing.calibration import Rates
 from tiny_models import make_config, save_tiny
 
+import finetune.offload.rates.disk
 from finetune.methods.base import make_method
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.sizing.calibration import Rates
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step
 from finetune.session import Session

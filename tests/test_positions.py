@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.sizing.positions import longest_row
-from finetune.offload.weights.parts import cut
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from text_models import make_config, write_model, write_rows
 
 from finetune import Trainer
 from finetune.evaluate import evaluate
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.positions import longest_row
+from finetune.offload.weights.parts import cut
 
 POSITIONS = 37
 IDS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from data_tools import CHATML, prepare_in_this_process
-from finetune.memory.errors import UserError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from text_models import StopAfter, make_config, plain_model, write_model, write_prefix, write_rows
@@ -24,6 +23,7 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
 from finetune.questions import compare_methods
 
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()

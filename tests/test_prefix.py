@@ -8,9 +8,6 @@ import weakref
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.perturb.journal import Journal
-from finetune.offload.sizing.needs import STEP
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from test_zeroth_order import journal_bytes, zo_config
 from text_models import CONFIGS, StopAfter, write_model
@@ -18,7 +15,10 @@ from text_models import CONFIGS, StopAfter, write_model
 from finetune import Trainer
 from finetune.adapters import prefix
 from finetune.config import ConfigError
+from finetune.memory.errors import UserError
 from finetune.methods.base import make_method
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.sizing.needs import STEP
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 

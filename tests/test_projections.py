@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 
-import finetune.offload.update.matrices
 import noise_reference
 import pytest
 import torch
+from test_adafactor import unit_of
+
+import finetune.offload.update.matrices
 from finetune.offload.noise.noise import parameter_key
 from finetune.offload.update.rules.apollo import Apollo
 from finetune.offload.update.rules.frugal import Columns, Projection
 from finetune.offload.update.rules.projected import ProjectedRule
-from test_adafactor import unit_of
 
 SHAPES = [(37,), (4, 50), (23, 41), (41, 23), (3, 17, 11)]
 RANK = 5

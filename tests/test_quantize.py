@@ -12,6 +12,10 @@ import pytest
 import quantize_reference as reference
 import torch
 from extents import read_source
+from packed_checkpoints import edit, set_config
+from safetensors.torch import load_file
+from text_models import write_model
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry, read_checkpoint
 from finetune.offload.quantize import kernels
@@ -20,9 +24,6 @@ from finetune.offload.quantize.outline import NewFile, NewTensor, Packing, outli
 from finetune.offload.quantize.stream import Written, working_bytes, write_quantized
 from finetune.offload.weights.formats.bitsandbytes import Packed4Bit, Packed8Bit
 from finetune.offload.weights.parts import cut
-from packed_checkpoints import edit, set_config
-from safetensors.torch import load_file
-from text_models import write_model
 
 SHAPES = [(3, 5), (1, 64), (7, 77), (33, 65), (40, 4096)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

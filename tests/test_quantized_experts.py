@@ -11,9 +11,6 @@ import text_models
 import torch
 import transformers as tf
 from data_tools import prepare_in_this_process
-from finetune.offload.quantize.outline import Outline, Packing, outline, write_sparse
-from finetune.offload.weights.formats.stacked import StackedWeights
-from finetune.offload.weights.parts import cut
 from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_quantize import quantized
@@ -23,6 +20,9 @@ from tiny_models import aligned_copies
 from finetune import Trainer
 from finetune.evaluate import evaluate
 from finetune.generate import generate
+from finetune.offload.quantize.outline import Outline, Packing, outline, write_sparse
+from finetune.offload.weights.formats.stacked import StackedWeights
+from finetune.offload.weights.parts import cut
 from finetune.quantization.cache import cache_home, cached_models
 
 ENDS = ("proj.weight", "w1.weight", "w2.weight", "w3.weight")

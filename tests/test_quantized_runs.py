@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 from data_tools import prepare_in_this_process
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
-from finetune.offload.files.lock import lock
-from finetune.offload.files.sealed import seal, unseal
 from packed_checkpoints import edit
 from safetensors.torch import load_file
 from test_cli import invoke
@@ -26,6 +22,10 @@ from finetune.config import Config, ConfigError
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.offload.files.lock import lock
+from finetune.offload.files.sealed import seal, unseal
 from finetune.quantization.cache import cache_home, cached_models, open_lock, partial_path, remove_cached
 
 pytestmark = pytest.mark.every(3)

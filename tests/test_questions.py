@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from finetune.memory.plan import PlanRefused
 from test_cli import invoke
 from tiny_models import make_config, save_tiny
 
+from finetune.memory.plan import PlanRefused
 from finetune.methods.base import make_method
 from finetune.methods.registry import METHODS
 from finetune.objectives.base import objective_class

@@ -6,10 +6,12 @@ import os
 import tracemalloc
 from pathlib import Path
 
-import finetune.offload.rates.disk
-import finetune.offload.rates.machine
 import pytest
 import torch
+from tiny_models import save_tiny
+
+import finetune.offload.rates.disk
+import finetune.offload.rates.machine
 from finetune.memory.errors import UserError
 from finetune.memory.machine import Drive, MachineProfile
 from finetune.memory.units import PAGE_BYTES
@@ -24,7 +26,6 @@ from finetune.offload.residency.io import IOEngine
 from finetune.offload.sizing.calibration import write_rate, write_rate_of
 from finetune.offload.sizing.needs import MARGIN_BYTES, STAGING_BYTES
 from finetune.offload.weights.formats import FORMATS, PlainTensor
-from tiny_models import save_tiny
 
 TINY = Sizes(shapes=((24, 40),), rows=(1, 3), lengths=(8,), weight_bytes=1 << 14, elements=1 << 10)
 EFFORT = Effort(seconds=1e-4, drive_seconds=0.05, drive_bytes=1, copy_bytes=1 << 16, sizes=TINY, decoded=(128, 256))

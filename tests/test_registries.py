@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from finetune.offload.update.rules import OPTIMIZERS, SUBSPACES
-from finetune.offload.update.rules.rule import DirectionRule, Rule
 
 from finetune.adapters.base import Adapter
 from finetune.adapters.registry import ADAPTERS
 from finetune.methods.registry import METHODS
+from finetune.offload.update.rules import OPTIMIZERS, SUBSPACES
+from finetune.offload.update.rules.rule import DirectionRule, Rule
 from finetune.plugin import load
 
 

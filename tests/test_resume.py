@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file
 from text_models import StopAfter, make_config, write_model, write_rows
 from transformers import AutoTokenizer
 
 from finetune import Config, Trainer
 from finetune.data import preparation, worker
+from finetune.memory.errors import UserError
 
 LONG = 80  # steps: enough for a signal to arrive in the middle
 WORDS = "the cat sat on mat hello there world what is it about user assistant was great terrible".split()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from data_tools import CHATML, prepare_in_this_process
-from finetune.memory.errors import UserError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_preferences import EPSILON, LORA, TRAINING, metrics_of, rows, tokenised
@@ -23,6 +22,7 @@ from finetune.config import ConfigError
 from finetune.data import BatchPlan
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
 
 PAD = 2
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune.offload.step.rms_norm import RMSNorm, norms_in_few_passes
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from finetune.offload.step.rms_norm import RMSNorm, norms_in_few_passes
 
 SHAPES = [(1, 1, 1), (2, 3, 24), (1, 33, 1031), (3, 257, 64), (2, 5, 4, 96), (0, 4, 8)]
 

@@ -11,12 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import read_checkpoint
-from finetune.offload.files.lock import lock
-from finetune.offload.files.new_directory import new_directory
-from finetune.offload.files.sealed import unseal
-from finetune.offload.weights.digest import model_digest
 from safetensors.torch import load_file, save_file
 from test_resume import data_prepared_here  # noqa: F401
 from text_models import StopAfter, make_config, write_model, write_rows
@@ -26,6 +20,12 @@ from finetune import Config, Trainer
 from finetune.data.tensor_rows import TensorRows
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import read_checkpoint
+from finetune.offload.files.lock import lock
+from finetune.offload.files.new_directory import new_directory
+from finetune.offload.files.sealed import unseal
+from finetune.offload.weights.digest import model_digest
 from finetune.runs.directory import RunDirectory, reading
 from finetune.runs.identity import RunIdentity, model_name, settings
 from finetune.runs.listing import describe_runs, find_runs

@@ -14,13 +14,13 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from text_models import CONFIGS, make_config, plain_model
 from torch.nn import functional
 
 from finetune.adapters.saved import find
 from finetune.data import Example
+from finetune.memory.errors import UserError
 from finetune.methods.results import find_result
 from finetune.objectives.scoring import ask_trained, score
 from finetune.planned_run import BatchShape

@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from finetune.offload.step.deferred_products import Needless
-from finetune.offload.step.scaled_sum import ScaledSum, Widener
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.adapters.lora_sums import sum_in_one_pass
+from finetune.offload.step.deferred_products import Needless
+from finetune.offload.step.scaled_sum import ScaledSum, Widener
 
 SCALINGS = (2.0, 1.37, -0.1, 1 / 3)
 

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from finetune.config import Config, ConfigError
 from finetune.config.schedule_options import SCHEDULES
+from finetune.memory.errors import UserError
 from finetune.methods.schedule import check_schedule, make_scheduler
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from finetune.memory.errors import UserError
 
 from finetune import Config
+from finetune.memory.errors import UserError
 from finetune.methods.selection import Selection, make_selection
 
 BLOCKS = 7

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
+from test_engine import Weights
+from tiny_models import CONFIGS, HEADS, IDS, TEXT
+from torch import nn
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.offload.step.activations import Activations
 from finetune.offload.step.engine import Engine
 from finetune.offload.step.sequence_chunks import SequenceChunks
 from finetune.offload.step.tiled_modules import TiledModules
 from finetune.offload.weights.skeleton import find_blocks
-from peft import LoraConfig, get_peft_model
-from test_engine import Weights
-from tiny_models import CONFIGS, HEADS, IDS, TEXT
-from torch import nn
-from torch.nn import functional
 
 LENGTH, CHUNK = 23, 7
 SIZES = TEXT | {"num_hidden_layers": 2} | IDS

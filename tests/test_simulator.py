@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from finetune.memory.simulator import Ring, Speeds, StepWork, Update, simulate_step
 
 NONE = Ring(frozenset(), 0)

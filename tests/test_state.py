@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from finetune.memory.errors import UserError
 from finetune.runs.state import load_state, save_state, saved_states
 
 ABOUT = {"run": "1" * 32, "seed": 1}

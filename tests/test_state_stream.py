@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import finetune.offload.update.units
 import pytest
 import torch
+
+import finetune.offload.update.units
 from finetune.memory.errors import UserError
 from finetune.memory.slots import Slab
 from finetune.offload.devices.base import map_host_bytes

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from safetensors.torch import load_file, save_file
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from test_zeroth_order import weights
@@ -20,6 +19,7 @@ from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 

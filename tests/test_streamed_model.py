@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.offload.step.own_loss import TiledLoss
-from finetune.offload.streamed_model import Options, StreamedModel
 from text_models import VOCAB, make_config, plain_model, write_model
 
 from finetune.methods.base import make_method
+from finetune.offload.step.own_loss import TiledLoss
+from finetune.offload.streamed_model import Options, StreamedModel
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from finetune.memory.fetch_policy import next_fetch, spread_evenly, victim
 from finetune.memory.simulator import Ring, Speeds, StepWork, simulate_step
 from finetune.memory.slots import Slab, SlotPool

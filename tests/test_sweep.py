@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from data_tools import prepare_in_this_process
-from finetune.memory.errors import UserError
 from text_models import StopAfter, write_model, write_rows
 from text_models import make_config as text_config
 from tiny_models import make_config, save_tiny, token_data
@@ -22,6 +21,7 @@ from finetune import Config, Sweep, Trainer
 from finetune.config import ConfigError
 from finetune.config.sweep import read_sweep
 from finetune.data import TokenDataset
+from finetune.memory.errors import UserError
 from finetune.needs_of_model import ADAPTERS, GRADIENTS
 from finetune.planner import Planner
 from finetune.sweeps.outcomes import read_outcomes

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetune.offload.sizing.needs import DECODED, PROCESS
-from finetune.offload.sizing.timing import Workload, time_visits
-from finetune.offload.weights.formats import PlainTensor
 from tiny_models import make_config, save_tiny
 
 from finetune.methods.base import make_method
+from finetune.offload.sizing.needs import DECODED, PROCESS
+from finetune.offload.sizing.timing import Workload, time_visits
+from finetune.offload.weights.formats import PlainTensor
 from finetune.planned_run import BatchShape
 from finetune.prediction import predict_step, with_prediction
 from finetune.session import Session

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from data_tools import write_tokenizer
+from tiny_models import make_config, save_tiny
+
 from finetune.memory.errors import UserError
 from finetune.memory.trace import Span, Trace, write_trace
 from finetune.offload.residency.io import IOEngine
-from tiny_models import make_config, save_tiny
-
 from finetune.trainer import Trainer
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.update.units
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.update.store import read_manifest
 from test_resume import data, data_prepared_here  # noqa: F401  fixtures
 from test_zeroth_order import assert_same_weights, weights
 from text_models import StopAfter, make_config, write_model
 
+import finetune.offload.update.units
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.offload.update.store import read_manifest
 
 
 @pytest.fixture(autouse=True)

@@ -9,21 +9,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.update.units
-import finetune.offload.weights.parts
 import pytest
-from finetune.memory.errors import UserError
-from finetune.memory.meter import host_bytes
-from finetune.offload.update.store import read_manifest
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
 from text_models import StopAfter, make_config, write_rows
 
+import finetune.offload.update.units
+import finetune.offload.weights.parts
 import finetune.one_run
 from finetune import Config, Trainer
 from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.generate import generate
+from finetune.memory.errors import UserError
+from finetune.memory.meter import host_bytes
 from finetune.methods.base import make_method
+from finetune.offload.update.store import read_manifest
 from finetune.runs.listing import find_runs
 from finetune.session import Session
 

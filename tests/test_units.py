@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from finetune.memory.meter import host_bytes
 from finetune.memory.units import (
     CgroupLimit,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+
 from finetune.offload.update import kernels
 from finetune.offload.update.kernels import (
     INSTRUCTION_SETS,

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers as tf
 from extents import read_source
+from transformers import core_model_loading as ops
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.conversion import PlacementTensor, extents_of, run_converter
 from finetune.offload.weights.formats import PlainTensor
-from transformers import core_model_loading as ops
 
 
 class Reference:

@@ -10,15 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.step.engine
-import finetune.offload.streamed_model
-import finetune.offload.update.trained_weights
-import finetune.offload.update.units
 import pytest
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
-from finetune.offload.residency.io import FaultPlan, IOEngine
-from finetune.offload.update.store import StoredPiece, WorkingStore, read_manifest
 from killing import kill_again_and_again
 from safetensors.torch import save_file
 from test_resume import data, data_prepared_here, models  # noqa: F401  fixtures
@@ -27,11 +19,19 @@ from text_models import StopAfter, make_config
 from tiny_models import keep_at_most
 from transformers import TrainerCallback
 
+import finetune.offload.step.engine
+import finetune.offload.streamed_model
+import finetune.offload.update.trained_weights
+import finetune.offload.update.units
 import finetune.session
 from finetune import Config, Trainer
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
+from finetune.offload.residency.io import FaultPlan, IOEngine
+from finetune.offload.update.store import StoredPiece, WorkingStore, read_manifest
 
 
 @pytest.fixture(autouse=True)

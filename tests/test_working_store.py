@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from finetune.memory.errors import UserError
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.update.store import StoredPiece, WorkingStore, read_manifest

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from finetune.memory.errors import UserError
 from text_models import make_config, write_model, write_rows
 
 from finetune import Config, Trainer
 from finetune.config import ConfigError
 from finetune.config.sweep import check_together
+from finetune.memory.errors import UserError
 from finetune.runs import writes
 
 ROWS = [{"prompt": f"hello {i} there", "completion": " cat" if i % 3 else " was great"} for i in range(8)]

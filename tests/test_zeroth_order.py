@@ -13,12 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.memory.plan import PlanRefused
-from finetune.offload.perturb.journal import Journal
-from finetune.offload.perturb.variants import Variant
-from finetune.offload.residency.io import IOEngine, IOFailure
-from finetune.offload.streamed_model import StreamedModel
 from killing import kill_again_and_again
 from safetensors.torch import load_file
 from test_resume import ROOT, data, data_prepared_here, models  # noqa: F401  fixtures
@@ -29,8 +23,14 @@ from finetune.config import ConfigError
 from finetune.data import preparation
 from finetune.evaluate import evaluate
 from finetune.export import export
+from finetune.memory.errors import UserError
+from finetune.memory.plan import PlanRefused
 from finetune.methods.zeroth_order import clipped, probe_seed, projected_gradients, variants
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.offload.perturb.journal import Journal
+from finetune.offload.perturb.variants import Variant
+from finetune.offload.residency.io import IOEngine, IOFailure
+from finetune.offload.streamed_model import StreamedModel
 
 
 def zo_config(

@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as tf
-from finetune.memory.needs import Needs
-from finetune.offload.residency.tiers import HostTier
-from finetune.offload.sizing.needs import state_needs
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
@@ -29,7 +26,10 @@ from finetune.config import Config
 from finetune.data import BatchPlan, TokenDataset, collate
 from finetune.data.cache import CacheWriter
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.needs import Needs
 from finetune.methods.first_order import lane_seed
+from finetune.offload.residency.tiers import HostTier
+from finetune.offload.sizing.needs import state_needs
 from finetune.trainer import Trainer
 
 VOCAB = 101

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from finetune.memory.device_kinds import DEVICE_KINDS, DEVICE_WORDS
 from finetune.memory.errors import UserError
 from finetune.offload.devices.accelerator import AcceleratorDevice

@@ -17,10 +17,11 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.memory.units import PAGE_BYTES
 from finetune.offload.devices.base import COMPLETED, Device, Direction, Event, check_copy, check_size, map_host_bytes
-from torch.nn import functional
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context of the process
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
+
 from finetune.memory.device_kinds import DEVICE_KINDS, DeviceTraits
 from finetune.memory.errors import UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
+
 from finetune.offload.devices.base import COMPLETED, Device, Direction, Event, check_copy, map_host_bytes
 
 

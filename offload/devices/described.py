@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
+
 from finetune.memory.machine import MachineProfile
 from finetune.offload.devices.base import Device, Direction, Event
 

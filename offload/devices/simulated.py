@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.offload.devices.base import COMPLETED, Device, Direction, Event, RaceError, check_copy, map_host_bytes
 

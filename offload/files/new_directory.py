@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from finetune.offload.files.lock import lock
 from safetensors import SafetensorError
+
+from finetune.offload.files.lock import lock
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune_native import Dtype
 from finetune_native import noise as _native
+
+from finetune.memory.device_kinds import DEVICE_KINDS
 
 ROUNDINGS = tuple(_native.Rounding.__members__)
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+
 from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 from finetune.offload.noise.noise import ROUNDINGS, Group, Parameter, Target
 

@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 
 import torch
+
 from finetune.memory.slots import SlotPool
 from finetune.offload.perturb.variants import Perturbation
 from finetune.offload.weights.experts import StackedMatrices

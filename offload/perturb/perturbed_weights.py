@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from finetune.offload.files.checkpoint import Checkpoint, read_checkpoint
 from finetune.offload.noise.noise import Noise, parameter_key
 from finetune.offload.perturb.expert_variants import ExpertVariants
@@ -34,7 +36,6 @@ from finetune.offload.sizing.needs import EXPERT_VARIANTS
 from finetune.offload.step.weights import HeadRows, Key
 from finetune.offload.weights.formats.plain import TORCH_DTYPES
 from finetune.offload.weights.streamed_parts import Room, StreamedParts, read_edges
-from torch import nn
 
 
 class PerturbedWeights:

@@ -22,11 +22,12 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional
+
 from finetune.offload.noise import noise
 from finetune.offload.weights.binding import LinearInSlot
 from finetune.offload.weights.parts import ModelParts
-from torch import nn
-from torch.nn import functional
 
 
 class Factors(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from finetune.offload.files.checkpoint import Checkpoint, TensorEntry
 from finetune.offload.files.safetensors_files import file_header, write_new
 from finetune.offload.noise import noise

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import INDEX_FILE
 from finetune.offload.files.safetensors_files import cut_files, file_header, write_index, write_new
 from finetune.offload.noise import noise
@@ -26,7 +28,6 @@ from finetune.offload.weights.formats import PlainTensor, StoredWeight
 from finetune.offload.weights.formats.plain import DTYPE_NAMES, dense_bytes
 from finetune.offload.weights.parts import ModelParts
 from finetune.offload.weights.streamed_parts import read_tensor
-from torch import Tensor
 
 
 class _Chunk(NamedTuple):

@@ -18,6 +18,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+
 from finetune.memory.slots import SlotPool
 from finetune.memory.units import PAGE_BYTES, round_up
 from finetune.offload.noise import noise

@@ -9,10 +9,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.parts import ModelParts
-from torch import nn
 
 WORDS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Of dtypes that can be packed, what bitsandbytes calls them."""

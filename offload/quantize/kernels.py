@@ -18,10 +18,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from finetune.offload.weights.formats.bitsandbytes_files import CODES
 from finetune_native import Dtype
 from finetune_native import quantize as _native
 from torch import Tensor
+
+from finetune.offload.weights.formats.bitsandbytes_files import CODES
 
 BLOCK = 64
 """Weights under one absmax, bitsandbytes' default."""

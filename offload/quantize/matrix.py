@@ -7,10 +7,11 @@ from math import isfinite, isnan, prod
 from typing import NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.quantize.kernels import Blocks, Sums, nest, pack_4bit, pack_int8
 from finetune.offload.quantize.outline import NewTensor, is_state, state
-from torch import Tensor
 
 
 class Statistics(NamedTuple):

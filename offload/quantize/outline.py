@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
+
 from finetune.offload.files.checkpoint import DTYPE_BITS, INDEX_FILE, Checkpoint, CheckpointError, TensorEntry
 from finetune.offload.files.safetensors_files import file_header, shard_names, write_index
 from finetune.offload.quantize.allocation import Choice, allocate, least_bits
@@ -33,7 +35,6 @@ from finetune.offload.quantize.sensitivity import relative_errors
 from finetune.offload.weights.formats.bitsandbytes_files import CODES
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.parts import ModelParts
-from torch import nn
 
 KINDS = ("nf4", "int8")
 _LONGEST_OFFSET = -1.2345678901234567e-38

@@ -17,13 +17,14 @@ from math import isfinite, prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from finetune.memory.units import MIB
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.quantize.kernels import Blocks, Sums, nest, pack_4bit, pack_int8
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.residency.pieces import new_pool, pass_through
 from finetune.offload.weights.formats.plain import TORCH_DTYPES
-from torch import Tensor
 
 MATRIX_BYTES = MIB
 """Of a matrix that are looked at, at most; of a single row more."""

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from finetune.memory.errors import UserError
 from finetune.memory.units import round_up
 from finetune.offload.files.checkpoint import TensorEntry
@@ -27,7 +29,6 @@ from finetune.offload.quantize.outline import NewFile, Outline
 from finetune.offload.residency.io import IOEngine, IOFailure
 from finetune.offload.residency.pieces import new_pool, pass_through
 from finetune.offload.weights.formats.plain import TORCH_DTYPES
-from torch import Tensor
 
 CHUNK_BYTES = 4 << 20
 BUFFERS = 4

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from finetune.memory.machine import AttentionRate, ProductRate, Products
 from finetune.memory.units import MIB
 from finetune.offload.devices import Device, Direction
@@ -14,8 +17,6 @@ from finetune.offload.noise.noise import Noise, Parameter, Target, move
 from finetune.offload.rates.timing import seconds_of
 from finetune.offload.update.kernels import PieceState, Segment, StateFormat, Step, update
 from finetune.offload.update.rules import OPTIMIZERS
-from torch import Tensor
-from torch.nn import functional
 
 PATIENCE = 8  # rows or tokens go up until one operation takes so many times the seconds that it is given
 NOISE_RANK = 4

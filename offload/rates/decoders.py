@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from finetune.offload.devices import Device
 from finetune.offload.rates.timing import seconds_of
 from finetune.offload.weights.formats import FORMATS, PlainTensor, Stored, StoredWeight
@@ -21,7 +23,6 @@ from finetune.offload.weights.formats.lossless import Span as LosslessSpan
 from finetune.offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
 from finetune.offload.weights.formats.mxfp4 import MXFP4Experts
 from finetune.offload.weights.formats.scaled import RowSpan
-from torch import Tensor
 
 ROWS, COLUMNS = 1024, 4096  # of a matrix that is made up; multiples of every format's blocks
 

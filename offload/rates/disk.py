@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.memory.machine import Drive
 from finetune.memory.units import MIB, PAGE_BYTES, format_bytes

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+
 from finetune.memory.machine import Accelerator, ComputeRates, Drive, Host, MachineProfile
 from finetune.memory.units import MIB
 from finetune.offload.devices import Device, choose_device

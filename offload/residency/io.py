@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from finetune_native import io as _native
+
 from finetune.memory.errors import UserError
 from finetune.memory.units import MIB, PAGE_BYTES
-from finetune_native import io as _native
 
 FaultPlan = _native.FaultPlan
 QUEUE_DEPTH = 32  # requests under way at most

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import torch
+
 from finetune.memory.slots import Lease, Slab, SlotPool
 from finetune.memory.units import PAGE_BYTES, round_up
 

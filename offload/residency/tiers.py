@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.memory.fetch_policy import next_fetch, victim
 from finetune.memory.slots import Lease, SlotPool

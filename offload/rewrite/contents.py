@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.files.safetensors_files import cut_files
 from finetune.offload.quantize.kernels import BLOCK, NESTED_BLOCK

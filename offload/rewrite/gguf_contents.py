@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.gguf_file import BLOCKS
 from finetune.offload.weights.gguf_model import (

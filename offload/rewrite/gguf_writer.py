@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from finetune.memory.errors import UserError
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.rewrite.gguf_contents import NewGgufTensor
 from finetune.offload.rewrite.writer import Progress
-from torch import Tensor
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

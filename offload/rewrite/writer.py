@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.quantize.kernels import Sums
@@ -18,7 +20,6 @@ from finetune.offload.residency.pieces import new_pool, pass_through
 from finetune.offload.rewrite.contents import Contents
 from finetune.offload.weights.formats import PlainTensor, StoredWeight
 from finetune.offload.weights.formats.plain import TORCH_DTYPES
-from torch import Tensor
 
 CHUNK_BYTES = 4 << 20
 BUFFERS = 4

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.memory.machine import Drive
 from finetune.offload.devices import Device, Direction
 from finetune.offload.rates.disk import measure_drive, nearest_directory, read_rate
 from finetune.offload.weights.parts import ModelParts
-from torch.nn import functional
 
 PROBE_BYTES = 64 << 20  # that are written
 PROBE_SLOT_BYTES = 4 << 20  # at a time: a prediction is made inside of the budget

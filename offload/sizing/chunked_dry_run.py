@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from finetune.memory.tensor_file import in_file
 from finetune.offload.sizing.dry_run import VisitSize, counted_on_meta, first_call, unlike_blocks
 from finetune.offload.step.chunked_attention import check_sdpa, refusal
 from finetune.offload.step.sequence_chunks import META_CHUNKS, SequenceChunks
 from finetune.offload.weights.parts import ModelParts
-from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 _FAULTS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a model's code raises that does not go with chunks."""

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from finetune.memory.errors import UserError
 from finetune.memory.machine import ComputeRates
 from finetune.offload.weights.compress import is_compressible
@@ -20,7 +22,6 @@ from finetune.offload.weights.formats.lossless_code import (
     room_bytes,
 )
 from finetune.offload.weights.parts import ModelParts
-from torch import Tensor
 
 SAMPLES = 8  # matrices, of blocks that are evenly spaced
 SAMPLE_NUMBERS = 1 << 18  # of each, at most

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from finetune.memory.machine import ComputeRates
 from finetune.offload.devices import DescribedDevice
 from finetune.offload.sizing.calibration import Rates, write_rate_of
@@ -16,7 +18,6 @@ from finetune.offload.sizing.needs import DECODED
 from finetune.offload.sizing.timing import BlockSeconds, PassSeconds, Timing, Workload, block_kind
 from finetune.offload.step.mask_rows import MaskRows, MasksInParts
 from finetune.offload.weights.parts import HeadPart, ModelParts
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def profile_rates(parts: ModelParts, device: DescribedDevice, rows: int) -> Rates:

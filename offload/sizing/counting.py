@@ -15,6 +15,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from finetune.memory.machine import ComputeRates, Product
 from finetune.offload.sizing.dry_run import block_on_meta
 from finetune.offload.sizing.meta_operations import MetaAttention, run_operation
@@ -25,10 +30,6 @@ from finetune.offload.weights.binding import LinearInSlot
 from finetune.offload.weights.formats import StoredWeight
 from finetune.offload.weights.formats.plain import dense_bytes
 from finetune.offload.weights.parts import ModelParts
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class CountedProduct(NamedTuple):

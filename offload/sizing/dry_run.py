@@ -14,6 +14,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from finetune.memory.errors import UserError
 from finetune.offload.sizing.meta_operations import LiveBytes, MetaAttention
 from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
@@ -22,11 +28,6 @@ from finetune.offload.step.own_loss import loss_in
 from finetune.offload.weights.formats.plain import dense_bytes
 from finetune.offload.weights.parts import ModelParts
 from finetune.offload.weights.skeleton import is_placeholder
-from torch import nn
-from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 LONG_NUMBERS = 1 << 24  # of hidden states of a text that is not made whole while it is measured
 MOST_PASSES = 100

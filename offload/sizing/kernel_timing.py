@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+
 from finetune.offload.noise.noise import Group, Noise, Parameter, Target, move
 from finetune.offload.update.kernels import PieceState, Segment, Step, checksum, update
 from finetune.offload.update.rules.rule import Rule

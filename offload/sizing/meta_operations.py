@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from finetune.memory.tensor_file import allocates_in_file
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from finetune.memory.tensor_file import allocates_in_file
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

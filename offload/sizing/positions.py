@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.offload.sizing.dry_run import run_first_block
 from finetune.offload.weights.parts import ModelParts
-from torch import nn
 
 
 def longest_row(parts: ModelParts, model: nn.Module, inputs: dict[str, Any]) -> int:

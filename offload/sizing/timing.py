@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
 from finetune.memory.arena import keep_freed_memory
 from finetune.memory.plan import Plan, Slots
 from finetune.memory.slots import Slab
@@ -34,8 +37,6 @@ from finetune.offload.weights.layout import BlockLayout
 from finetune.offload.weights.parts import ModelParts
 from finetune.offload.weights.skeleton import is_placeholder
 from finetune.offload.weights.streamed_parts import Room, StreamedParts
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 WARM_UPS = 2  # one teaches what need not be recomputed; both touch memory for the first time, and load and compile code
 REPEATS = 3

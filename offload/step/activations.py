@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.memory.slots import Lease, SlotPool
 from finetune.memory.units import round_up

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.offload.step.chunked_attention import attending_by, attention_to_parts, check_options, part_seen
 from finetune.offload.step.mask_rows import NONE, MaskRows, Span, causal_kind, masks_made_by, with_whole_masks
-from torch import nn
 
 
 @contextlib.contextmanager

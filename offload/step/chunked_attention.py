@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.step.mask_rows import ALL, CAUSAL, NONE, SOME, MaskRows, Span, causal_kind
 from torch import nn
 from torch.nn import functional
+
+from finetune.memory.errors import UserError
+from finetune.offload.step.mask_rows import ALL, CAUSAL, NONE, SOME, MaskRows, Span, causal_kind
 
 KEY = "engine.sequence_chunk"
 aten = torch.ops.aten

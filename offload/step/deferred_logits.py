@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.offload.step.loss_form import LossForm
 from finetune.offload.step.random_state import RandomState, get_random_state
 from finetune.offload.step.tiled_loss import IGNORE_INDEX, Operation, TiledCrossEntropy, apply_operations
-from torch.nn import functional
 
 
 class DeferredLogits:

@@ -13,6 +13,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
 from finetune.memory.tensor_file import in_file, moved_to_file
 from finetune.offload.step.activations import Activations, SavedTensor
 from finetune.offload.step.deferred_products import Needless
@@ -23,8 +26,6 @@ from finetune.offload.step.mask_rows import with_whole_masks
 from finetune.offload.step.sequence_chunks import SequenceChunks
 from finetune.offload.step.shared_gradients import SharedGradients
 from finetune.offload.step.weights import Block, Weights
-from torch import nn
-from torch.utils._pytree import tree_map_only
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
 from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss
 from finetune.offload.step.sequence_loss import TokenLogProbs, Weigh
 from finetune.offload.step.tiled_loss import (
@@ -19,7 +21,6 @@ from finetune.offload.step.tiled_loss import (
     step_items,
 )
 from finetune.offload.step.weights import HeadChunk, HeadRows, Weights
-from torch import nn
 
 if TYPE_CHECKING:
     from finetune.offload.step.engine import Versions

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from finetune.offload.step.weights import HeadChunk, HeadRows, Key, Weights
 from greenlet import getcurrent, greenlet
+
+from finetune.offload.step.weights import HeadChunk, HeadRows, Key, Weights
 
 
 class HeadVisits:

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
 from finetune.memory.slots import SlotPool
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.residency.pieces import State
 from finetune.offload.step import activations
 from finetune.offload.step.activations import SavedTensor, SpillingActivations
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 KEPT_FREE = 2  # slots that nothing is read ahead into: one is written from, one is filled
 

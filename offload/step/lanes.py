@@ -29,6 +29,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from greenlet import getcurrent, greenlet
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from finetune.memory.tensor_file import in_file, moved_to_file
 from finetune.offload.step.activations import Activations, SavedTensor
 from finetune.offload.step.deferred_products import Needless
@@ -36,10 +41,6 @@ from finetune.offload.step.kept_graphs import KeptGraph
 from finetune.offload.step.lane_storages import LaneStorages, StoredTensor
 from finetune.offload.step.random_state import RandomState, get_random_state, set_random_state
 from finetune.offload.step.sequence_chunks import SequenceChunks
-from greenlet import getcurrent, greenlet
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from finetune.offload.step.engine import AdaptedModel

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from finetune.memory.errors import UserError
 from torch.nn import functional
+
+from finetune.memory.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
 from finetune.memory.errors import UserError
 from finetune.offload.step.head import TiledHead
 from finetune.offload.step.loss_form import StepForm
 from finetune.offload.step.tiled_loss import IGNORE_INDEX
-from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 
 class StepLosses(NamedTuple):

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from finetune.offload.step.deferred_products import values
 from finetune_native import rms_norm as _native
 from torch import Tensor, nn
+
+from finetune.offload.step.deferred_products import values
 
 
 def norms_in_few_passes(blocks: Iterable[nn.Module]) -> None:

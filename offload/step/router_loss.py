@@ -21,9 +21,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.memory.errors import UserError
 from finetune.offload.step.own_loss import StepLoss, StepLosses
-from torch import nn
 
 _FUNCTION = "load_balancing_loss_func"
 _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]

@@ -13,10 +13,11 @@ import weakref
 from typing import Any
 
 import torch
-from finetune.offload.step.deferred_products import Deferred, values
 from finetune_native import Dtype
 from finetune_native import scaled_sum as _native
 from torch import Tensor
+
+from finetune.offload.step.deferred_products import Deferred, values
 
 _DTYPES = {torch.float32: Dtype.float32, torch.bfloat16: Dtype.bfloat16}
 

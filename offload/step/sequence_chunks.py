@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
 from finetune.memory.tensor_file import fetch_soon, in_file, let_go
 from finetune.offload.step.chunked_attention import ChunkAttention, KeysKnown, attending_by, own_values, refusal
 from finetune.offload.step.mask_rows import MasksInParts, Span
 from finetune.offload.step.random_state import get_random_state, set_random_state
-from torch import nn
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 TRIED_TOKENS = 16  # by which it is found out whether a block treats every token by itself
 APART_ERROR = 0.03  # of the norm, in 16 bits: products of fewer tokens round otherwise; other positions change half of it

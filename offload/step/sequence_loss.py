@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.memory.tensor_file import in_file
 from finetune.offload.step.deferred_logits import DeferredLoss
 from finetune.offload.step.random_state import set_random_state
 from finetune.offload.step.tiled_loss import IGNORE_INDEX, TiledCrossEntropy, apply_operations
-from torch.nn import functional
 
 Weigh = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 """From the log-probabilities of all lanes, each fp32 [labels of the lane], to the derivatives of the loss by those of the lanes

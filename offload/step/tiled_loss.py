@@ -30,10 +30,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
+
 from finetune.memory.tensor_file import in_file
 from finetune.offload.step.loss_form import LossForm
 from finetune.offload.step.random_state import set_random_state
-from torch import nn
 
 if TYPE_CHECKING:
     from finetune.offload.step.deferred_logits import DeferredLogits, DeferredLoss

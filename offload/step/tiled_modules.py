@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.memory.tensor_file import in_file
 from finetune.offload.step.random_state import get_random_state, set_random_state
 from finetune.offload.step.sequence_chunks import WideSums
-from torch import nn
 
 TRIED_TOKENS = 16  # by which it is found out whether a module treats every token by itself
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+
 from finetune.memory.units import PAGE_BYTES, round_up
 from finetune.offload.update.units import UpdateUnit, make_unit
 from finetune.offload.weights.experts import StackedMatrices

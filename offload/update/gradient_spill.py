@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
 from finetune.memory.units import round_up
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.residency.pieces import Piece, State

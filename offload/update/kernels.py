@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from finetune.offload.update.rules.rule import BLOCK, STATE_ITEMSIZES, Rule
 from finetune_native import Dtype
 from finetune_native import optimizer as _native
+
+from finetune.offload.update.rules.rule import BLOCK, STATE_ITEMSIZES, Rule
 
 ROUNDINGS = ("nearest", "stochastic")
 ROOTS = tuple(_native.Root.__members__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from finetune.offload.update.kernels import add_squares, sum_of_squares
 
 WIDTHS = 8, 4, 16

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+
 from finetune.offload.update import kernels
 from finetune.offload.update.kernels import Sums
 from finetune.offload.update.matrices import scaled

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
 from finetune.offload.step.engine import Engine
 from finetune.offload.update.kernels import Sums
 from finetune.offload.update.stream import Request

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
 from finetune.offload.residency.io import IOEngine
 from finetune.offload.residency.pieces import new_pool, pass_through
 from finetune.offload.update.kernels import checksum

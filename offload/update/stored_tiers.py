@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
 from finetune.memory.expert_use import ExpertUse
 from finetune.memory.slots import Lease, SlotPool
 from finetune.offload.residency.expert_tiers import ExpertUnits, HostExperts

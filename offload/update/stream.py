@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+
 from finetune.memory.slots import SlotPool
 from finetune.memory.units import round_up
 from finetune.offload.residency.io import Extent, IOEngine

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from math import prod
 
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.offload.update.expert_units import TrainedStack
 from finetune.offload.update.gradient_spill import GradientSpill

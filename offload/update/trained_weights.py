@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
 from finetune.memory.slots import Slab
 from finetune.offload.devices.base import map_host_bytes
 from finetune.offload.sizing.needs import STATE, UPDATE

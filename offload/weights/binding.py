@@ -18,12 +18,13 @@ from functools import partial
 from itertools import chain
 
 import torch
+from torch import nn
+from torch.nn import functional
+
 from finetune.memory.errors import UserError
 from finetune.offload.step.deferred_products import DeferProducts, values
 from finetune.offload.weights.formats import Stored, StoredWeight
 from finetune.offload.weights.formats.plain import dense_bytes
-from torch import nn
-from torch.nn import functional
 
 LAZY_MIN_BYTES = 65536  # smaller weights are decoded once, at bind
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor, nn
+
 from finetune.memory.errors import UserError
 from finetune.memory.units import format_bytes, round_up
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
@@ -24,7 +26,6 @@ from finetune.offload.weights.formats.lossless import CODE, CODE_BYTES, METHOD, 
 from finetune.offload.weights.formats.lossless_code import CHUNK, code_lengths, count_exponents, encode, room_bytes
 from finetune.offload.weights.formats.plain import DTYPE_NAMES
 from finetune.offload.weights.parts import ModelParts, stored_dtype
-from torch import Tensor, nn
 
 LAYER_CHUNK = CHUNK  # numbers
 TABLE_CHUNK = 2048  # of weights whose rows are read alone: a chunk is the least that can be read

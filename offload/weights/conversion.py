@@ -16,10 +16,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from finetune.offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
-from finetune.offload.weights.formats import Extent
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
+
+from finetune.offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
+from finetune.offload.weights.formats import Extent
 
 # A tensor cut into more and smaller pieces than this (a transposed matrix: every element) would be read far below the
 # disk's speed: refused.

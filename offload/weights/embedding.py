@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.memory.errors import UserError
 from finetune.offload.weights.formats import PlainTensor, StoredWeight
 from finetune.offload.weights.layout import row_ranges
-from torch import nn
 
 
 class RowsOnDemand:

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor, nn
+
 from finetune.memory.errors import UserError
 from finetune.offload.weights.formats import Stored, StoredWeight
-from torch import Tensor, nn
 
 ALIGNMENT = 16
 """Bytes: MKL rounds a lone row's product otherwise where the matrix is not aligned so, as in files it may not be."""

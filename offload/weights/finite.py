@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats.plain import TORCH_DTYPES
 

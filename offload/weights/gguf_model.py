@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import Checkpoint, CheckpointError
 from finetune.offload.files.gguf_file import MAGIC, GgufHeader, raw_metadata, read_gguf_header

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from finetune.memory.units import PAGE_BYTES, round_up
 from finetune.offload.weights.formats import PlainTensor, StoredWeight, stored_name
 from finetune.offload.weights.formats.plain import dense_bytes
-from torch import Tensor
 
 ALIGNMENT = 256
 """Bytes, of every tensor on an accelerator: products choose their kernels, so their rounding, by what up to 256 divides the

@@ -14,12 +14,13 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
 from finetune.memory.errors import UserError
 from finetune.offload.weights.formats import PlainTensor, StoredWeight
 from finetune.offload.weights.parts import ModelParts
 from finetune.offload.weights.skeleton import is_placeholder
-from torch import nn
-from torch.utils._pytree import tree_map_only
 
 _OUTLINE = frozenset({
     "shape", "device", "dtype", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "is_meta", "is_sparse",

@@ -13,6 +13,12 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
+
 from finetune.offload.files.checkpoint import Checkpoint, CheckpointError
 from finetune.offload.weights.assembly import Sources
 from finetune.offload.weights.conversion import PlacementTensor, extents_of, run_converter
@@ -29,11 +35,6 @@ from finetune.offload.weights.formats.plain import torch_dtype
 from finetune.offload.weights.formats.stacked import JoinedRows, StackedWeights
 from finetune.offload.weights.formats.stored_parts import check
 from finetune.offload.weights.gguf_model import gguf_names
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.utils.loading_report import LoadStateDictInfo
 
 _COMPARED_ELEMENTS = 1 << 19
 

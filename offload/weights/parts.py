@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import Checkpoint, is_gguf, read_checkpoint
 from finetune.offload.files.gguf_file import read_gguf
@@ -34,7 +36,6 @@ from finetune.offload.weights.skeleton import (
     read_config,
     set_placeholders,
 )
-from torch import nn
 
 SCORE = "score.weight"  # of Transformers' classifiers that are language models
 ROWS_ON_DEMAND_MIN_BYTES = 1 << 20  # smaller embedding tables (positions, token types) stay in memory

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.residency.tiers import Tier
 from finetune.offload.step.lanes import run_capturing
 from finetune.offload.weights.binding import Binding
 from finetune.offload.weights.experts import ExpertStack
-from torch import Tensor, nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from finetune.memory.errors import UserError
 from torch import nn
+
+from finetune.memory.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

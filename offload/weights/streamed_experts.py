@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from finetune.memory.expert_use import ExpertUse
 from finetune.memory.plan import Slots
 from finetune.offload.residency.expert_tiers import DeviceExperts, ExpertUnits, HostExperts
@@ -26,7 +28,6 @@ from finetune.offload.sizing.needs import ExpertSize, expert_sizes
 from finetune.offload.weights.experts import StackedMatrices
 from finetune.offload.weights.layout import BlockLayout, layout_block
 from finetune.offload.weights.routers import Routers
-from torch import Tensor
 
 if TYPE_CHECKING:
     from finetune.offload.weights.streamed_parts import Room

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from finetune.memory.expert_guesses import ExpertGuesses
 from finetune.memory.plan import Plan, Slots
 from finetune.memory.slots import Slab
@@ -24,7 +26,6 @@ from finetune.offload.weights.embedding import RowsOnDemand
 from finetune.offload.weights.formats import PlainTensor, Stored
 from finetune.offload.weights.parts import EdgeTensor, ModelParts
 from finetune.offload.weights.streamed_experts import StreamedExperts
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny_models, also where this folder is run alone
 
-import finetune.offload.step.activations
 import pytest
 import torch
 from tiny_models import CONFIGS, image_rows, save_tiny, token_data
 
+import finetune.offload.step.activations
 import finetune.one_run
 from finetune.data import TokenDataset
 

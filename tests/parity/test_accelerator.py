@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.binding
 import pytest
 import test_perturbations as perturbations
 import test_weight_training as weights
@@ -10,6 +9,8 @@ import torch
 from packed_checkpoints import write_packed
 from test_weight_training import roots_that_kernels_have, small_pieces  # noqa: F401  fixtures
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
+
+import finetune.offload.weights.binding
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 

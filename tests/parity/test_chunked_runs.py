@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune.memory import tensor_file
-from finetune.memory.errors import UserError
 from test_perturbations import zo_config
 from test_waiting_lanes import DISK, losses_of, rows_on_demand  # noqa: F401  fixture
 from test_weight_training import weights_config
 from tiny_models import make_config, streamed_run
 
 from finetune import Trainer
+from finetune.memory import tensor_file
+from finetune.memory.errors import UserError
 
 CHUNK = {"sequence_chunk": 7}  # rows have up to 23 tokens; some have fewer than this
 IN_MEMORY = {"hidden_states": "host", "activations": "host"}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import finetune.offload.weights.binding
 import pytest
 import torch
 from expert_checkpoints import KINDS, MODELS
-from finetune.memory.errors import UserError
 from tiny_models import (
     CONFIGS,
     aligned_copies,
@@ -20,6 +18,8 @@ from tiny_models import (
     streamed_run,
 )
 
+import finetune.offload.weights.binding
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 pytestmark = pytest.mark.every(4)

@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.plan import PlanRefused
-from finetune.offload.sizing.needs import GRAPHS, HOST_BLOCKS, STATE
-from finetune.offload.update.store import read_manifest
-from finetune.offload.update.stored_tiers import StoredExperts
 from mixtures import MIXTURES
 from test_weight_training import (  # noqa: F401  fixtures
     assert_same,
@@ -27,6 +23,10 @@ from test_weight_training import (  # noqa: F401  fixtures
 from tiny_models import CONFIGS, IDS, TEXT, aligned_copies, keep_at_most
 
 from finetune import Trainer
+from finetune.memory.plan import PlanRefused
+from finetune.offload.sizing.needs import GRAPHS, HOST_BLOCKS, STATE
+from finetune.offload.update.store import read_manifest
+from finetune.offload.update.stored_tiers import StoredExperts
 from finetune.session import Session
 
 PLACES = {

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.weights.binding
-import finetune.offload.weights.formats
-import finetune.offload.weights.parts
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.files.checkpoint import TensorEntry
-from finetune.offload.weights.formats import PlainTensor, Stored, StoredWeight
 from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.formats
+import finetune.offload.weights.parts
+from finetune.memory.errors import UserError
+from finetune.offload.files.checkpoint import TensorEntry
+from finetune.offload.weights.formats import PlainTensor, Stored, StoredWeight
 from finetune.trainer import Trainer
 
 METHOD = "int8 rows"

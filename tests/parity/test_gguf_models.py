@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import finetune.offload.weights.binding
 import pytest
-from finetune.memory.errors import UserError
 from gguf_files import CONFIGS, MIXED, write_gguf
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
+import finetune.offload.weights.binding
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 pytestmark = pytest.mark.every(4)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.binding
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from tiny_models import (
     CONFIGS,
@@ -16,6 +14,8 @@ from tiny_models import (
     streamed_run,
 )
 
+import finetune.offload.weights.binding
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 pytestmark = pytest.mark.every(4)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import ExifTags, Image
 from tiny_models import Run, assert_same_bits, make_config, streamed_run, token_loss
@@ -28,6 +27,7 @@ from finetune.data import BatchPlan
 from finetune.data.errors import DataError
 from finetune.data.image_rows import ImageRows, _rows, parse_conversation
 from finetune.data.pictures import Aside, Pictures, open_image
+from finetune.memory.errors import UserError
 from finetune.methods.first_order import lane_seed
 
 TEMPLATE = (

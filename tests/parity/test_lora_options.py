@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import finetune.offload.weights.parts
 import peft
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from tiny_models import aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
+import finetune.offload.weights.parts
 from finetune.adapters.lora_options import DESCRIPTIVE, EQUAL, EQUAL_VALUES, REFUSED, check_fresh, key_of
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 QV = {"target_modules": ["q_proj", "v_proj"]}

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import finetune.offload.weights.parts
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.step.head import TiledHead
-from finetune.offload.step.loss_form import LossForm, StepForm
 from test_head import Case, Chunks, soft_cap
 from test_perturbations import zo_config, zo_run
 from tiny_models import assert_same_bits, make_config, reference_run, streamed_run
@@ -18,7 +14,11 @@ from torch.nn import functional
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.trainer_pt_utils import LabelSmoother
 
+import finetune.offload.weights.parts
 from finetune.config import Config, ConfigError
+from finetune.memory.errors import UserError
+from finetune.offload.step.head import TiledHead
+from finetune.offload.step.loss_form import LossForm, StepForm
 from finetune.trainer import Trainer
 
 IGNORED = -100

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
+
 import finetune.offload.weights.binding
 import finetune.offload.weights.compress
 import finetune.offload.weights.parts
-import pytest
-import torch
 from finetune.memory.errors import UserError
 from finetune.offload.weights.compress import compress_checkpoint
 from finetune.offload.weights.parts import cut
-from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, streamed_run
-
 from finetune.trainer import Trainer
 
 pytestmark = pytest.mark.every(3)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.binding
-import finetune.offload.weights.parts
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from tiny_models import (
     CONFIGS,
     HEADS,
@@ -23,6 +20,9 @@ from tiny_models import (
     token_loss,
 )
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 LORA = {

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.weights.binding
-import finetune.offload.weights.parts
 import numpy as np
 import pytest
 import torch
-from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 from grouped_checkpoints import Awq, Gptq, write_grouped
 from packed_checkpoints import CODES, edit, write_packed, write_twice
 from safetensors.torch import load_file
 from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
 from test_quantised_bases import BASES
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
 from finetune.export import export
 from finetune.methods.zeroth_order_options import ZerothOrderOptions
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 
 pytestmark = pytest.mark.every(4)
 

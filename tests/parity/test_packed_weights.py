@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import finetune.offload.sizing.needs
-import finetune.offload.weights.binding
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.sizing.calibration import Rates
-from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 from packed_checkpoints import write_packed
 from tiny_models import assert_same_bits, assert_same_on_both_devices, make_config, reference_run, streamed_run
 
+import finetune.offload.sizing.needs
+import finetune.offload.weights.binding
 import finetune.trainer
+from finetune.memory.errors import UserError
+from finetune.offload.sizing.calibration import Rates
+from finetune.offload.weights.formats.bitsandbytes import Packed4Bit
 from finetune.trainer import Trainer
 
 CASES = {

@@ -8,8 +8,6 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.noise.noise
-import finetune.offload.weights.parts
 import noise_reference as reference
 import numpy as np
 import pytest
@@ -19,6 +17,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import CONFIGS, load_plain, loss_shares, make_config, plain_batches, reference_device, token_loss
 
+import finetune.offload.noise.noise
+import finetune.offload.weights.parts
 from finetune.config import Config
 from finetune.data import TokenDataset
 from finetune.export import export

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
+
+import finetune.planner
+import finetune.trainer
+from finetune.config import Config
 from finetune.memory.errors import UserError
 from finetune.memory.needs import Needs
 from finetune.memory.plan import PlanRefused
@@ -16,11 +21,6 @@ from finetune.offload.residency.tiers import DeviceTier, PassingTier
 from finetune.offload.sizing.calibration import Rates
 from finetune.offload.sizing.needs import HOST_HEAD
 from finetune.offload.weights.parts import cut
-from tiny_models import Run, assert_same_bits, make_config, reference_run, streamed_run
-
-import finetune.planner
-import finetune.trainer
-from finetune.config import Config
 from finetune.trainer import Trainer
 
 SLOW_LINK = {"simulated_copy_gbps": 0.2, "simulated_delay_ms": 0.4}

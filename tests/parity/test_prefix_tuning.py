@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import finetune.offload.weights.parts
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,8 @@ from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_perturbations import PLACEMENTS, PlainMezo, zo_config, zo_run
 from tiny_models import aligned_copies
+
+import finetune.offload.weights.parts
 
 ZO = {"parameters": "prefix", "prefix_tokens": 4, "epsilon": 0.1, "perturbations": 2}
 

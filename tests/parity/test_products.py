@@ -6,15 +6,16 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
-import finetune.offload.weights.parts
 import noise_reference as reference
 import numpy as np
 import pytest
 import torch
-from finetune.offload.noise.noise import parameter_key
 from test_perturbations import PLACEMENTS, PlainMezo, assert_exported, zo_config, zo_run
 from tiny_models import CONFIGS
 from torch import nn
+
+import finetune.offload.weights.parts
+from finetune.offload.noise.noise import parameter_key
 
 ZO = {"noise": "low_rank", "rank": 3, "perturb": "products", "perturbations": 2, "fold_steps": 2}
 

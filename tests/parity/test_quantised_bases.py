@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import finetune.offload.weights.binding
-import finetune.offload.weights.parts
 import pytest
 import torch
-from finetune.memory.errors import UserError
 from packed_bases import BASES, Base, write
 from packed_checkpoints import pack_mxfp4
 from tiny_models import (
@@ -25,6 +22,9 @@ from tiny_models import (
 )
 from transformers import GptOssConfig
 
+import finetune.offload.weights.binding
+import finetune.offload.weights.parts
+from finetune.memory.errors import UserError
 from finetune.trainer import Trainer
 
 pytestmark = pytest.mark.every(4)

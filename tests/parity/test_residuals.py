@@ -10,14 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from finetune.memory.errors import UserError
-from finetune.offload.weights import binding
 from safetensors.torch import load_file
 from text_models import StopAfter
 from tiny_models import make_config, reference_run, save_tiny, streamed_run
 
 from finetune import Trainer
 from finetune.config import Config
+from finetune.memory.errors import UserError
+from finetune.offload.weights import binding
 
 QV = {"target_modules": ["q_proj", "down_proj"], "r": 4, "alpha": 6}
 

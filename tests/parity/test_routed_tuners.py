@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.weights.parts import cut
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_tuners import TINY
@@ -20,7 +18,9 @@ from torch.nn import functional
 
 from finetune.adapters import saved
 from finetune.config import Config, ConfigError
+from finetune.memory.errors import UserError
 from finetune.methods.first_order import lane_seed
+from finetune.offload.weights.parts import cut
 from finetune.peft_tuners.dynmole import DynMoleConfig, DynMoleLinear
 from finetune.peft_tuners.mixlora import MixLoraBlock, MixLoraConfig, MixLoraLinear
 from finetune.peft_tuners.mos import MosConfig, MosLinear

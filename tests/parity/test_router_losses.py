@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
-from finetune.offload.step.router_loss import has_balance
 from mixtures import MIXTURES, WITHOUT_ROUTER_LOSS
 from peft import get_peft_model_state_dict
 from test_own_losses import KINDS, sequences
@@ -34,7 +32,9 @@ from tiny_models import (
 )
 
 from finetune.data.tensor_rows import TensorRows
+from finetune.memory.errors import UserError
 from finetune.methods.first_order import lane_seed
+from finetune.offload.step.router_loss import has_balance
 from finetune.trainer import Trainer
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]

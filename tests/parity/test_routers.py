@@ -13,10 +13,6 @@ import pytest
 import torch
 import transformers as tf
 from data_tools import write_tokenizer
-from finetune.memory.expert_guesses import ExpertGuesses
-from finetune.offload.residency.expert_tiers import HostExperts
-from finetune.offload.weights.routers import Routers
-from finetune.offload.weights.streamed_experts import StreamedExperts
 from mixtures import MIXTURES, MORE
 from peft import LoraConfig, get_peft_model
 from text_models import VOCAB
@@ -25,7 +21,11 @@ from tiny_models import CONFIGS, make_config
 
 from finetune.decoding import decode
 from finetune.generate import generate
+from finetune.memory.expert_guesses import ExpertGuesses
 from finetune.methods.results import find_result
+from finetune.offload.residency.expert_tiers import HostExperts
+from finetune.offload.weights.routers import Routers
+from finetune.offload.weights.streamed_experts import StreamedExperts
 from finetune.planned_run import BatchShape
 from finetune.session import Session
 

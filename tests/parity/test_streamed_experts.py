@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import transformers as tf
-from finetune.offload.residency.expert_tiers import HostExperts
 from tiny_models import CONFIGS, HEADS, IDS, TEXT, assert_same_bits, make_config, reference_run, streamed_run
+
+from finetune.offload.residency.expert_tiers import HostExperts
 
 SPARSE = {**TEXT, "num_hidden_layers": 3} | HEADS | IDS
 WITHOUT_HEAD_DIM = {key: value for key, value in SPARSE.items() if key != "head_dim"}

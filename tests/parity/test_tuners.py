@@ -6,20 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.weights.binding
 import pytest
 import torch
 import transformers as tf
-from finetune.memory.errors import UserError
 from packed_bases import BASES, write
 from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_models import IDS, VOCAB, Run, assert_same_bits, load_plain, make_config, reference_run, streamed_run
 
+import finetune.offload.weights.binding
 import finetune.one_run
 from finetune.adapters.tuner_options import REFUSED
 from finetune.config import Config, ConfigError
 from finetune.decoding import decode
+from finetune.memory.errors import UserError
 from finetune.methods.base import make_method
 from finetune.methods.results import find_result
 from finetune.needs_of_model import ADAPTERS

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import finetune.offload.weights.parts
 import pytest
 import torch
-from finetune.offload.sizing.needs import HIDDEN_STATES
 from mixtures import MIXTURES
 from test_perturbations import zo_config
 from test_weight_training import (  # noqa: F401  fixtures
@@ -21,7 +19,9 @@ from test_weight_training import (  # noqa: F401  fixtures
 )
 from tiny_models import CONFIGS, aligned_copies, assert_same_bits, make_config, reference_run, streamed_run
 
+import finetune.offload.weights.parts
 from finetune import Trainer
+from finetune.offload.sizing.needs import HIDDEN_STATES
 
 DISK = {"hidden_states": "disk", "resident_blocks": 0, "lookahead": 1}
 MANY = {"batch_size": 6, "micro_batch_size": 1}

@@ -15,15 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import finetune.offload.update.matrices
-import finetune.offload.update.units
 import pytest
 import torch
 import transformers as tf
-from finetune.offload.sizing.needs import DEVICE_BLOCKS, stream_needs
-from finetune.offload.update.kernels import ROOT, square_root
-from finetune.offload.update.rules.projected import ProjectedRule
-from finetune.offload.weights.skeleton import find_blocks
 from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_projections import PlainDirections
@@ -42,12 +36,18 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.optimization import get_scheduler
 
+import finetune.offload.update.matrices
+import finetune.offload.update.units
 import finetune.planner
 from finetune.data import TokenDataset
 from finetune.export import export
 from finetune.methods.first_order import lane_seed
 from finetune.methods.selection import make_selection
 from finetune.methods.weight_needs import make_rule
+from finetune.offload.sizing.needs import DEVICE_BLOCKS, stream_needs
+from finetune.offload.update.kernels import ROOT, square_root
+from finetune.offload.update.rules.projected import ProjectedRule
+from finetune.offload.weights.skeleton import find_blocks
 from finetune.trainer import Trainer
 
 SMALL_PIECES = 4096  # bytes: several pieces for every matrix of the tiny models

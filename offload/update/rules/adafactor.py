@@ -20,6 +20,7 @@ from finetune.offload.update.rules.rule import Direction, DirectionRule
 
 if TYPE_CHECKING:
     import torch
+
     from finetune.offload.update.units import UpdateUnit
 
 DECAY = -0.8

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
+
 from finetune.offload.update.rules.projected import Projected, ProjectedRule
 from finetune.offload.update.rules.rule import Direction
 

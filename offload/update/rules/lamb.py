@@ -18,6 +18,7 @@ from finetune.offload.update.rules.adamw import AdamW
 
 if TYPE_CHECKING:
     import torch
+
     from finetune.offload.update.units import UpdateUnit
 
 

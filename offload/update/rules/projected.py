@@ -18,11 +18,13 @@ from math import prod
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from annotated_types import Ge
+
 from finetune.offload.update.matrices import TEMPORARY_BYTES, Elements, Rows, chunks, parts, scaled
 from finetune.offload.update.rules.rule import AdamNumbers, Direction, DirectionRule
 
 if TYPE_CHECKING:
     import torch
+
     from finetune.offload.update.units import UpdateUnit
 
 
@@ -191,6 +193,7 @@ def _project(
 def _normals(shape: Shape, fqn: str, draw: str, matrix: int) -> torch.Tensor:
     """fp32 [r, n], of a parameter's matrix; draw: another word gives others."""
     import torch
+
     from finetune.offload.noise import noise
 
     values = torch.zeros(shape.rank * shape.small)

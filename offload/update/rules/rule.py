@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, get_type_
 
 if TYPE_CHECKING:
     import torch
+
     from finetune.offload.update.units import UpdateUnit
 
 STATE_ITEMSIZES = {"float32": 4, "bfloat16": 2, "8bit": 1}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge, Lt
+
 from finetune.offload.update.rules.rule import Rule, Scalars
 
 

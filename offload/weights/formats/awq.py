@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats.grouped import GroupedWeight, check_parts, check_words, find_grouped, unpack
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, matrix_shape
-from torch import Tensor
 
 _BITS = 4
 _PER_WORD = 8

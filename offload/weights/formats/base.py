@@ -19,9 +19,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch import Tensor, nn
+
 from finetune.memory.device_kinds import DEVICE_KINDS
 from finetune.offload.files.checkpoint import TensorEntry
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from finetune.offload.weights.formats.plain import PlainTensor

@@ -24,6 +24,8 @@ from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
@@ -37,7 +39,6 @@ from finetune.offload.weights.formats.bitsandbytes_files import (
 )
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
-from torch import Tensor, nn
 
 _PER_STEP = 7.874015718698502e-3  # 1 / 127 as bitsandbytes rounds it
 

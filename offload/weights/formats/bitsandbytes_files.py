@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
+
 from finetune.offload.files.checkpoint import TensorEntry, parse_json
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, read_bytes
 

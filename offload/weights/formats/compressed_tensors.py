@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
@@ -38,7 +40,6 @@ from finetune.offload.weights.formats.scaled import (
     scales_of_rows,
 )
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape, read_bytes
-from torch import Tensor, nn
 
 _PARTS = {
     "words": ".weight_packed", "scales": ".weight_scale", "zero_points": ".weight_zero_point", "groups": ".weight_g_idx",

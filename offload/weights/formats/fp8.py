@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.scaled import RowSpan, cut_scales, scale_columns, scales_here, scales_of_rows
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, matrix_shape
-from torch import Tensor, nn
 
 _SCALES = {"scales": ".weight_scale_inv", "one scale": ".weight_scale"}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")

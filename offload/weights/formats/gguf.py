@@ -16,6 +16,8 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import TensorEntry, is_gguf
 from finetune.offload.files.gguf_file import BLOCKS
 from finetune.offload.weights.formats import native_kernels
@@ -23,7 +25,6 @@ from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pie
 from finetune.offload.weights.formats.gguf_blocks import DECODERS
 from finetune.offload.weights.formats.plain import TORCH_DTYPES, Extent, PlainTensor
 from finetune.offload.weights.formats.stored_parts import check
-from torch import Tensor
 
 METHOD = "gguf"
 """`quant_method` of the configuration that is made of a GGUF file's metadata."""

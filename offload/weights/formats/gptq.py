@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats.grouped import (
     WORD_BITS,
@@ -27,7 +29,6 @@ from finetune.offload.weights.formats.grouped import (
 )
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, matrix_shape, read_bytes
-from torch import Tensor
 
 _BITS = (2, 3, 4, 8)
 _FORMATS = {"gptq": True, "gptq_v2": False}

@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from finetune.offload.weights.formats.plain import Extent, PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather
-from torch import Tensor, nn
 
 WORD_BITS = 32
 _SUFFIXES = {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "groups": ".g_idx"}

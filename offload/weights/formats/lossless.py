@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from finetune.memory.errors import UserError
 from finetune.offload.files.checkpoint import CheckpointError, TensorEntry
 from finetune.offload.weights.formats.base import StoredWeight
 from finetune.offload.weights.formats.lossless_code import CHUNK, decode, is_complete
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather, read_bytes
-from torch import Tensor
 
 METHOD = "finetune_lossless"
 VERSION = 1

@@ -17,12 +17,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for, pieces
 from finetune.offload.weights.formats.plain import PlainTensor
 from finetune.offload.weights.formats.stored_parts import check, check_tensor, gather
-from torch import Tensor
 
 _VALUES = tuple(sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 _BLOCK = 32

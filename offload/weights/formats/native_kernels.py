@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from finetune.offload.files.gguf_file import BLOCKS
 from finetune_native import Dtype
 from finetune_native import blocks as _blocks
 from finetune_native import decode as _native
 from torch import Tensor
+
+from finetune.offload.files.gguf_file import BLOCKS
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.available())
 """Code that this processor can run, fastest first; all give the same bits."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import DTYPE_BITS, CheckpointError, TensorEntry
 from finetune.offload.weights.formats import native_kernels
 from finetune.offload.weights.formats.base import StoredWeight, kernels_for
-from torch import Tensor
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats.base import Stored, StoredWeight
 from finetune.offload.weights.formats.plain import PlainTensor
-from torch import Tensor, nn
 
 
 class Initial(nn.Module):

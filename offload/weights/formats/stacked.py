@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from finetune.offload.files.checkpoint import TensorEntry
 from finetune.offload.weights.formats.base import Stored, StoredWeight, stored_name
 from finetune.offload.weights.formats.plain import PlainTensor
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

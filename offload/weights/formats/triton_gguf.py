@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from finetune.offload.devices.triton_rounding import put
 from finetune.offload.files.gguf_file import BLOCKS
 from finetune.offload.weights.formats.gguf_blocks import iq4_table
-from torch import Tensor
 
 ELEMENTS = 2048
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 from torch import Tensor
+
+from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 
 TILE = 2048
 RUN = 32

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 from torch import Tensor
+
+from finetune.offload.devices.triton_rounding import ROUNDED_TO, put, rounded
 
 WORD_BITS = 32
 _LONGEST_RUN = 16
