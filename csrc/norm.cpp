@@ -18,10 +18,7 @@ inline float at(const char* values, Dtype dtype, uint64_t i) {
     }
     uint16_t half;
     std::memcpy(&half, values + 2 * i, 2);
-    const uint32_t bits = uint32_t{half} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+    return bfloat16_to_float(half);
 }
 
 template <int width, Dtype dtype>

@@ -1,49 +1,28 @@
 #include "scaled_sum.h"
 
-#include <cstring>
 #include <stdexcept>
-
-// Chosen when the module is loaded. No operation is fused (see CMakeLists.txt), so all of them give the same bits.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
 
 namespace scaled_sum {
 
 namespace {
 
-inline float widened(uint16_t half) {
-    const uint32_t bits = uint32_t{half} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+FOR_EACH_INSTRUCTION_SET void add_bfloat16(uint16_t* __restrict out, const uint16_t* __restrict result,
+                                           const float* __restrict update, float scaling, uint64_t count) {
+    for (uint64_t i = 0; i < count; ++i) out[i] = float_to_bfloat16(bfloat16_to_float(result[i]) + update[i] * scaling);
 }
 
-inline uint16_t rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return static_cast<uint16_t>(rounded_to_bfloat16(bits) >> 16);
-}
-
-FOR_EACH_PROCESSOR void add_bfloat16(uint16_t* __restrict out, const uint16_t* __restrict result,
-                                     const float* __restrict update, float scaling, uint64_t count) {
-    for (uint64_t i = 0; i < count; ++i) out[i] = rounded(widened(result[i]) + update[i] * scaling);
-}
-
-FOR_EACH_PROCESSOR void add_float32(float* __restrict out, const float* __restrict result, const float* __restrict update,
-                                    float scaling, uint64_t count) {
+FOR_EACH_INSTRUCTION_SET void add_float32(float* __restrict out, const float* __restrict result,
+                                          const float* __restrict update, float scaling, uint64_t count) {
     for (uint64_t i = 0; i < count; ++i) out[i] = result[i] + update[i] * scaling;
 }
 
-FOR_EACH_PROCESSOR void scale_bfloat16(float* __restrict out, const uint16_t* __restrict gradient, float scaling,
-                                       uint64_t count) {
-    for (uint64_t i = 0; i < count; ++i) out[i] = widened(gradient[i]) * scaling;
+FOR_EACH_INSTRUCTION_SET void scale_bfloat16(float* __restrict out, const uint16_t* __restrict gradient, float scaling,
+                                             uint64_t count) {
+    for (uint64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(gradient[i]) * scaling;
 }
 
-FOR_EACH_PROCESSOR void scale_float32(float* __restrict out, const float* __restrict gradient, float scaling,
-                                      uint64_t count) {
+FOR_EACH_INSTRUCTION_SET void scale_float32(float* __restrict out, const float* __restrict gradient, float scaling,
+                                            uint64_t count) {
     for (uint64_t i = 0; i < count; ++i) out[i] = gradient[i] * scaling;
 }
 
